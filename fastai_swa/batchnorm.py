@@ -1,0 +1,173 @@
+"""Batch-norm statistics for weights that were never trained with. Plain PyTorch."""
+import itertools, warnings
+from collections.abc import Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .modules import unwrap
+
+__all__ = ['update_bn', 'batch_moments', 'tracked_bn']
+
+
+def update_bn(loader, model: nn.Module, device=None, n_batches: int | None = None, inputs=None):
+    """Recompute the batch-norm statistics of `model` from the batches of `loader`, exactly.
+
+    Each layer gets the mean and the unbiased variance of all values that reach it, pooled over the samples of the pass, while every
+    batch-norm layer normalises by its batch and dropout is off (Izmailov et al. 2018, section 3.2). Frozen layers (`tracked_bn`) are
+    left alone; a model without others needs no pass and `loader` is not touched. Modes and momenta come back as they were and, on
+    any error, so do the statistics.
+
+    - `loader`: batches of any sizes: a tensor is the input; of a tuple or list all but the last element are inputs (a single element
+      is the input); a mapping is passed as keyword arguments.
+    - `device`: where to move each batch; `None` leaves it where it is.
+    - `n_batches`: stop after so many; `None` takes all.
+    - `inputs`: function from a batch to a tuple of arguments or a dict of keyword arguments, for any other kind of batch.
+
+    A batch that a layer cannot normalise (a single value per channel) is skipped, with one warning for all of them.
+    Raises `ValueError` if no batch is left, and `TypeError` or `ValueError` for an `n_batches` that is not a positive int.
+    """
+    if not isinstance(model, nn.Module): raise TypeError(f'model must be an nn.Module, not {type(model).__name__} (the loader comes first)')
+    check_count('n_batches', n_batches)
+    layers = tracked_bn(unwrap(model))
+    if not layers: return
+    with batch_moments(unwrap(model), layers) as moments:
+        for batch in itertools.islice(loader, n_batches):
+            args = split_inputs(batch) if inputs is None else inputs(batch)
+            if device is not None: args = _to(args, device)
+            unwrap(model)(**args) if isinstance(args, Mapping) else unwrap(model)(*args)
+            moments.end_batch()
+    if moments.n_skipped: warnings.warn(moments.skipped)
+
+
+def tracked_bn(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Name -> layer for the batch-norm layers of `model` whose statistics follow the weights: those that keep any and are not frozen.
+
+    Frozen is a layer in eval mode while its model trains, or one whose `weight` has `requires_grad=False`; where the whole model is
+    in eval mode only the second counts.
+    """
+    training = any(m.training for m in model.modules())
+    def frozen(m): return (training and not m.training) or (m.weight is not None and not m.weight.requires_grad)
+    return {name: m for name, m in model.named_modules()
+            if isinstance(m, _BatchNorm) and m.running_mean is not None and m.running_var is not None and not frozen(m)}
+
+
+@contextmanager
+def batch_moments(model: nn.Module, layers: dict[str, _BatchNorm]):
+    """Within this context run batches through `model`, each followed by `end_batch()` of the `Moments` given; at its end the
+    statistics of `layers` become the moments of what reached them.
+
+    Inside, `layers` normalise by their batch and everything else is in eval mode, without gradients, and without compiled code,
+    which would not see the hooks. The layers write to scratch tensors meanwhile: their own statistics stay as they are until the
+    end, and for good if the block raises.
+    """
+    moments = Moments(layers)
+    modes = [(m, m.training) for m in model.modules()]
+    kept = [(m, m.momentum, {k: m._buffers[k] for k in _STATISTICS if k in m._buffers}) for m in layers.values()]
+    handles = []
+    try:
+        for m, _ in modes: m.training = False
+        for m, _, statistics in kept:
+            # momentum 1 leaves the moments of one batch in the running ones, so they cost nothing beside the forward pass
+            m.momentum = 1.
+            m._buffers.update({k: None if t is None else torch.zeros_like(t) for k, t in statistics.items()})
+            m.running_var.fill_(1)
+            handles.append(m.register_forward_pre_hook(moments.before_layer, with_kwargs=True))
+        with torch.no_grad(), torch.compiler.set_stance('force_eager'): yield moments
+    finally:
+        for handle in handles: handle.remove()
+        for m, momentum, statistics in kept:
+            m.momentum = momentum
+            m._buffers.update(statistics)
+        for m, mode in modes: m.training = mode
+    moments.write()
+
+
+_STATISTICS = 'running_mean', 'running_var', 'num_batches_tracked'
+
+
+class Moments:
+    "The moments of what reached some batch-norm layers, pooled batch by batch (Chan et al. 1979)."
+    def __init__(self, layers: dict[str, _BatchNorm]):
+        self.names = {m: name for name, m in layers.items()}
+        self.pooled, self.n_batches, self.n_skipped, self._too_small = {}, 0, 0, None
+        self._reset()
+
+    def _reset(self): self._called, self._calls, self._cannot = {}, [], False
+
+    def before_layer(self, layer, args, kwargs):
+        "Forward pre-hook: choose the mode of `layer`, note how many values a channel it is about to see."
+        n = (args[0] if args else kwargs['input']).numel() // layer.num_features
+        layer.training = n > 1
+        if n < 2: self._cannot, self._too_small = True, self.names[layer]    # the forward pass runs on, its moments are dropped
+        else:
+            if layer in self._called: self._keep_call(layer)                 # a layer used twice: its second call overwrites the first
+            self._called[layer] = n
+
+    def _keep_call(self, layer): self._calls.append((layer, self._called[layer], layer.running_mean.clone(), layer.running_var.clone()))
+
+    def end_batch(self):
+        "Pool the moments of the batch that went through the model; a batch that some layer could not normalise is left out."
+        if self._cannot:
+            self.n_skipped += 1
+            for m in self._called: m.reset_running_stats()    # 0 * inf is nan: no trace of this batch may stay in the scratch
+        elif self._called:
+            for layer, n, mean, var in self._calls: self._pool([layer], [n], [mean], [var])
+            layers = list(self._called)
+            self._pool(layers, list(self._called.values()), [m.running_mean for m in layers], [m.running_var for m in layers])
+            self.n_batches += 1
+        self._reset()
+
+    def _pool(self, layers, ns, means, variances):
+        dtype = torch.promote_types(means[0].dtype, torch.float32)
+        means, variances = [t.to(dtype) for t in means], [t.to(dtype) for t in variances]
+        for m, mean in zip(layers, means):
+            if m not in self.pooled: self.pooled[m] = 0, torch.zeros_like(mean), torch.zeros_like(mean)
+        counts, totals, sq_devs = zip(*(self.pooled[m] for m in layers))
+        after = [N + n for N, n in zip(counts, ns)]
+        delta = torch._foreach_sub(means, totals)
+        torch._foreach_add_(totals, torch._foreach_mul(delta, [n / a for n, a in zip(ns, after)]))
+        torch._foreach_add_(sq_devs, torch._foreach_mul(variances, [float(n - 1) for n in ns]))
+        torch._foreach_mul_(delta, delta)
+        torch._foreach_add_(sq_devs, torch._foreach_mul(delta, [N * n / a for N, n, a in zip(counts, ns, after)]))
+        self.pooled.update(zip(layers, zip(after, totals, sq_devs)))
+
+    @property
+    def skipped(self) -> str:
+        "One sentence about the batches left out."
+        return (f'{self.n_skipped} of {self.n_skipped + self.n_batches} batches were left out of the batch-norm statistics: '
+                f'layer {self._too_small!r} got a single value per channel, which it cannot normalise')
+
+    def write(self):
+        "Put the moments in the layers; a layer that nothing reached keeps its own. Raises `ValueError` if there was no batch."
+        if not self.n_batches:
+            raise ValueError('the batch-norm statistics cannot be recomputed: ' +
+                             (self.skipped + '; use larger batches' if self.n_skipped else 'the loader gave no batch'))
+        with torch.no_grad():
+            for m, (n, mean, sq_dev) in self.pooled.items():
+                m.running_mean.copy_(mean)
+                m.running_var.copy_(sq_dev / (n - 1))
+                if m.num_batches_tracked is not None: m.num_batches_tracked.fill_(self.n_batches)
+
+
+def check_count(name: str, value, least: int = 1):
+    "Raise `TypeError` or `ValueError`, naming the parameter, unless `value` is `None` or an int of at least `least`."
+    if value is None: return
+    if isinstance(value, bool) or not isinstance(value, int): raise TypeError(f'{name} must be an int or None, not {value!r}')
+    if value < least: raise ValueError(f'{name} must be at least {least}, not {value}')
+
+
+def split_inputs(batch):
+    "The arguments of the model in `batch`: a tuple, or a dict for keywords."
+    if isinstance(batch, Mapping): return batch
+    if isinstance(batch, tuple | list): return tuple(batch[:-1]) if len(batch) > 1 else tuple(batch)
+    return (batch,)
+
+
+def _to(o, device):
+    if isinstance(o, torch.Tensor): return o.to(device)
+    if isinstance(o, Mapping): return {k: _to(v, device) for k, v in o.items()}
+    if isinstance(o, tuple | list): return [_to(v, device) for v in o]
+    return o

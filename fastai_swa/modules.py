@@ -1,0 +1,86 @@
+"""What lies under a wrapper, and a clean copy of it. Plain PyTorch."""
+import copy, functools, gc, types
+from collections import OrderedDict
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+__all__ = ['unwrap', 'plain_name', 'named_tensors', 'clean_copy']
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    "The module inside `DataParallel`, `DistributedDataParallel` and `torch.compile`; any other module is returned as it is."
+    while True:
+        if isinstance(model, (DataParallel, DistributedDataParallel)): model = model.module
+        elif hasattr(model, '_orig_mod'): model = model._orig_mod
+        else: return model
+
+
+def plain_name(name: str) -> str:
+    "`name` of a parameter or module as it reads without `torch.compile`."
+    return name.replace('_orig_mod.', '')
+
+
+def named_tensors(named) -> dict[str, torch.Tensor]:
+    "Plain name -> tensor for `named`, a model's `named_parameters` or `named_buffers`; tied tensors appear under each of their names."
+    return {plain_name(name): tensor for name, tensor in named(remove_duplicate=False)}
+
+
+def clean_copy(model: nn.Module, shared=()) -> nn.Module:
+    """A copy of `model` that shares no tensor with it and carries nothing foreign along.
+
+    The copy has the model's modes, ties and memory formats, and neither wrappers (`unwrap`), nor compiled code, nor gradients.
+    Hooks that belong to the model stay, as copies: those of `torch.nn.utils`, and those whose function or object the model's
+    modules hold as an attribute (how a U-Net gets at its encoder's features). All other hooks are left out, so that what they
+    point to (a callback, its `Learner`, its data) is never copied. `shared`: objects that the copy refers to instead of copying.
+
+    Raises `ValueError` for a lazy module that has not seen a batch yet.
+    """
+    model = unwrap(model)
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        if isinstance(t, nn.parameter.UninitializedTensorMixin):
+            raise ValueError(f'cannot copy the model: {name!r} belongs to a lazy module that has not seen a batch yet; '
+                             'run one batch through the model first')
+    hooks = [[vars(m)[k] for k in _HOOK_DICTS if k in vars(m)] for m in model.modules()]
+    held = _reachable(model, stop=[*(d for dicts in hooks for d in dicts), *shared])
+    attributes = {id(o) for m in model.modules() for d in (vars(m), m._parameters, m._buffers) for o in d.values()}
+    # deepcopy consults `memo` first: what stands in it is taken, not copied
+    memo = {id(o): o for o in shared}
+    memo |= {id(d): OrderedDict() for dicts in hooks for d in dicts}
+    memo |= {id(o): _copy_tensor(o, id(o) in attributes) for o in held.values() if isinstance(o, torch.Tensor)}
+    for m in model.modules():
+        if hasattr(m, '_orig_mod'): memo[id(m)] = copy.deepcopy(unwrap(m), memo)
+    res = copy.deepcopy(model, memo)
+    for dicts in hooks:
+        kept = {number for d in dicts for number, hook in d.items() if hook is not True and _belongs(hook, held)}
+        for d in dicts: memo[id(d)].update({k: copy.deepcopy(hook, memo) for k, hook in d.items() if k in kept})
+    return res
+
+
+_HOOK_DICTS = [name for name in vars(nn.Module()) if 'hooks' in name]    # hooks, and flags (True) under their hook's number
+_ATOMIC = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, torch.Tensor, torch.Generator)
+
+def _reachable(root, stop) -> dict:
+    "id -> object for all that a deepcopy of `root` would meet without passing through an object in `stop`."
+    seen, stopped, stack = {}, {id(o) for o in stop}, [root]
+    while stack:
+        o = stack.pop()
+        if id(o) in seen or id(o) in stopped: continue
+        seen[id(o)] = o
+        if not isinstance(o, _ATOMIC): stack.extend(gc.get_referents(o))
+    return seen
+
+
+def _belongs(hook, held) -> bool:
+    "Is `hook` PyTorch's own (weight_norm, spectral_norm, pruning), or does the model hold it, or the object whose method it is?"
+    if type(hook).__name__ == '_WrappedHook': hook = hook.hook           # how load_state_dict's hooks are kept
+    while isinstance(hook, functools.partial): hook = hook.func
+    return (getattr(hook, '__module__', None) or '').startswith('torch.nn.utils.') or id(getattr(hook, '__self__', hook)) in held
+
+
+def _copy_tensor(t, is_attribute):
+    if t.grad_fn is None and type(t) not in (torch.Tensor, nn.Parameter): return copy.deepcopy(t)
+    if t.grad_fn is not None and not is_attribute: return None           # an activation that a training forward left in a hook
+    res = t.detach().clone()                                             # deepcopy takes gradients along and refuses non-leaves
+    return nn.Parameter(res, t.requires_grad) if isinstance(t, nn.Parameter) else res

@@ -1,0 +1,50 @@
+"""Figures. Each function draws one, returns its axes, and leaves showing and saving to the caller."""
+import matplotlib.pyplot as plt
+import numpy as np
+from fastai.learner import Recorder
+from matplotlib.ticker import MaxNLocator
+
+__all__ = ['plot_swa']
+
+
+def plot_swa(recorder: Recorder, axs=None):
+    """Loss and each metric of the last fit over its epochs, for the model in training and for its average; folded epochs marked.
+
+    - `recorder`: a learner's `Recorder`, or the learner.
+    - `axs`: one axes for the loss and one for each metric; made if `None`.
+
+    Returns the array of axes. Raises `ValueError` if the last fit had no `SWACallback`.
+    """
+    recorder = getattr(recorder, 'recorder', recorder)
+    names = list(getattr(recorder, 'metric_names', []))[1:]
+    swa = [name for name in names if name.startswith('swa_')]
+    if 'swa_valid_loss' not in swa: raise ValueError('the last fit had no SWACallback (or it was not enabled): there is no average to plot')
+    raws = [_raw_column(name, names) for name in swa]
+    if axs is None: _, axs = plt.subplots(1, len(swa), figsize=(5.5*len(swa), 4), layout='constrained', squeeze=False)
+    axs = np.ravel(axs)
+    epochs = range(len(recorder.values))
+    def column(name): return [row[names.index(name)] if len(row) > names.index(name) else float('nan') for row in recorder.values]
+    for ax, avg, raw in zip(axs, swa, raws):
+        title = avg.removeprefix('swa_')
+        if title == 'valid_loss' and 'train_loss' in names:
+            ax.plot(epochs, column('train_loss'), color='0.65', lw=1, ls=':', label='training loss')
+        if raw: ax.plot(epochs, column(raw), color='C0', lw=1, marker='.', label='model in training')
+        points = [(e, v) for e, v in zip(epochs, column(avg)) if v == v]    # validated epochs only, joined
+        ax.plot(*zip(*points) if points else ([], []), color='C3', lw=2, marker='o', ms=4, label='average')
+        for i, e in enumerate(recorder.swa_epochs):
+            ax.plot(e, 0, '^', color='0.25', ms=5, clip_on=False, zorder=5, transform=ax.get_xaxis_transform(),
+                    label='folded into the average' if i == 0 else None)
+        ax.set(xlabel='epoch', ylabel=title.replace('_', ' '))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid(alpha=.25)
+        ax.legend(fontsize='small')
+    return axs
+
+
+def _raw_column(name, names):
+    "The column of the model in training beside `name`, if the Recorder keeps it."
+    name = name.removeprefix('swa_')
+    return next((c for c in (name, f'valid_{name}') if c in names), None)
+
+
+Recorder.plot_swa = plot_swa
