@@ -249,7 +249,7 @@ def _low_groups(triples):
     "Pieces of (average, model, master), each group with a float32 scratch of at most `_SCRATCH` elements or one row."
     groups, scratch = [], {}
     for d, p, m in triples:
-        rows = max(1, _SCRATCH // max(1, p[0].numel())) if p.dim() else 1
+        rows = max(1, _SCRATCH * len(p) // max(1, p.numel())) if p.dim() else 1
         for piece in zip(*(t.detach().split(rows) if t.dim() else (t.detach(),) for t in (d, p, m))):
             key, n = (p.dtype, p.device), piece[0].numel()
             if not groups or groups[-1][0] != key or groups[-1][1] + n > _SCRATCH: groups.append([key, 0, []])

@@ -34,6 +34,7 @@ class SWACallback(Callback):
 
     Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used.
     """
+    _name = 'swa'
     order = Recorder.order + 5    # after the Recorder has logged the epoch, before trackers and the progress table read it
     _stateattrs = '_average', '_given', '_epochs', '_bn', '_stale', '_learner', '_fit'
 
@@ -66,6 +67,12 @@ class SWACallback(Callback):
         self._learner = lambda: None    # weak reference to the learner whose weights were averaged
 
     # what a user reads and calls
+
+    @property
+    def name(self) -> str:
+        "The learner's attribute for this callback: `swa`. One passed to a fit of a learner that has a `swa` must not take that away."
+        if self.learn is not None: self._name = 'swa' if vars(self.learn).get('swa', self) is self else 'other_swa'
+        return self._name
 
     @property
     def swa_model(self) -> nn.Module | None:
@@ -162,7 +169,7 @@ class SWACallback(Callback):
         if not self._fit or not self._fit.n_folds or not self._stale: return
         try:
             with self._average.lent_to(self.learn.model): self._refresh(self.learn, in_fit=True)
-        except _CANCELS: pass    # it would escape learn.fit from here; the statistics stay marked as stale
+        except _PassCancelled: self._say('cancelled', _PassCancelled.sentence)
 
     def after_fit(self):
         if not self._fit or self.learn.lock.locked(): return
@@ -191,13 +198,14 @@ class SWACallback(Callback):
 
     # validating the average
 
-    def _evaluate(self) -> list:
-        "The values of the `swa_*` columns now; none if a callback cancels the pass."
+    def _evaluate(self) -> list | None:
+        "The values of the `swa_*` columns now; none if a callback cancels a pass."
         collector = _Collector(self.learn.metrics)
         try:
             with self._average.lent_to(self.learn.model):
                 self._refresh(self.learn, in_fit=True)
                 with _aside(self.learn, collector): self.learn._do_epoch_validate(dl=_fresh(self.learn.dls[1]))
+        except _PassCancelled: return self._say('cancelled', _PassCancelled.sentence)
         except _CANCELS: return []
         return collector.values()
 
@@ -212,7 +220,8 @@ class SWACallback(Callback):
             if self.bn_batches is not None: dl = _First(dl, self.bn_batches)
             with batch_moments(model, {name: modules[name] for name in self._bn}) as moments, \
                  _attr(learn, 'model', model), learn.added_cbs(_MomentsCallback(moments)):
-                learn._do_epoch_validate(dl=dl)
+                try: learn._do_epoch_validate(dl=dl)
+                except _CANCELS: raise _PassCancelled from None    # CancelFit would end the training, or escape learn.fit
         if moments.n_skipped: self._say('skipped', moments.skipped)
         self._stale = False
 
@@ -332,6 +341,11 @@ def _ranges(epochs):
 _CANCELS = CancelFitException, CancelEpochException, CancelTrainException
 
 
+class _PassCancelled(RuntimeError):
+    sentence = 'a callback cancelled the batch-norm pass: the statistics of the average are not refreshed yet'
+    def __init__(self, *args): super().__init__(*args or (self.sentence,))
+
+
 class _Collector(Callback):
     "Loss and metrics of a validation, on objects of its own: the Recorder's keep the values of the model in training."
     order = Recorder.order
@@ -354,8 +368,7 @@ class _MomentsCallback(Callback):
     "Tells `moments` where batches end."
     def __init__(self, moments): self.moments = moments
     def after_batch(self): self.moments.end_batch()
-    def after_cancel_validate(self):
-        warnings.warn('a callback cancelled the batch-norm pass: the statistics come from the batches before')
+    def after_cancel_validate(self): raise _PassCancelled
 
 
 class _First:

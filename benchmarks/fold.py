@@ -1,0 +1,264 @@
+"""What one fold costs: `WeightAverage.update` beside the peers and beside the limit that memory sets.
+
+The limit is one in-place `lerp_` of a flat float32 vector with as many elements as the network has parameters. Every contender has
+its own copy of the network and its own average; each round times one fold of each, in an order drawn anew, so that drift of the
+machine and the state of its caches hit all alike. Times are medians over the rounds; multiples of the limit carry in brackets the
+middle half of the rounds. Before anything is timed, each contender must have moved every parameter of its average. PreResNet-110,
+whose fold is short, gets five times as many rounds.
+
+    python benchmarks/fold.py [--rounds N] [--threads N] [--device cpu|cuda] [--json FILE]
+
+The peers come with `pip install timm ema-pytorch torch-ema fastxtend lightning ultralytics`; those that are missing are named.
+"""
+import argparse, copy, gc, json, logging, random, statistics, time, warnings
+from importlib.metadata import version
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torchvision.models import resnet50
+
+from fastai_swa import WeightAverage, ema
+
+DECAY = .99
+
+
+class PreActBottleneck(nn.Module):
+    def __init__(self, c_in, width, stride):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, width, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn3, self.conv3 = nn.BatchNorm2d(width), nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.shortcut = nn.Identity() if c_in == 4 * width else nn.Conv2d(c_in, 4 * width, 1, stride, bias=False)
+    def forward(self, x):
+        y = self.conv1(self.bn1(x).relu())
+        y = self.conv2(self.bn2(y).relu())
+        return self.conv3(self.bn3(y).relu()) + self.shortcut(x)
+
+
+def preresnet110(n_out=10):
+    layers, c_in = [nn.Conv2d(3, 16, 3, padding=1, bias=False)], 16
+    for width, stride in (16, 1), (32, 2), (64, 2):
+        for i in range(12):
+            layers.append(PreActBottleneck(c_in, width, stride if i == 0 else 1))
+            c_in = 4 * width
+    return nn.Sequential(*layers, nn.BatchNorm2d(c_in), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, n_out))
+
+
+# a contender: a function of the model that returns its fold, and a function that gives the tensors of its average
+
+def flat(model):
+    n, device = sum(p.numel() for p in model.parameters()), next(model.parameters()).device
+    average, point = torch.zeros(n, device=device), torch.randn(n, device=device)
+    return lambda: average.lerp_(point, 1 - DECAY), lambda: [average]
+
+
+def cached_lists(model):
+    average = [p.detach().clone() for p in model.parameters()]
+    points = [p.detach() for p in model.parameters()]
+    return lambda: torch._foreach_lerp_(average, points, 1 - DECAY), lambda: average
+
+
+def weight_average(model):
+    average = WeightAverage(model, ema(DECAY))
+    return lambda: average.update(model), average.swa_model.parameters
+
+
+def naive_loop(model):
+    average = copy.deepcopy(model)
+    @torch.no_grad()
+    def fold():
+        for a, p in zip(average.parameters(), model.parameters()): a.lerp_(p, 1 - DECAY)
+    return fold, average.parameters
+
+
+def averaged_model(model, **kwargs):
+    average = torch.optim.swa_utils.AveragedModel(model, **kwargs)
+    return lambda: average.update_parameters(model), average.parameters
+
+
+def averaged_model_multi(model): return averaged_model(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(DECAY))
+
+
+def ultralytics_ema(model):
+    from ultralytics.utils.torch_utils import ModelEMA
+    average = ModelEMA(model, tau=1)
+    return lambda: average.update(model), average.ema.parameters
+
+
+def fastxtend_ema(model, foreach):
+    from fastxtend.callback.ema import EMACallback
+    callback = EMACallback(decay=DECAY, foreach=foreach)
+    callback.learn = SimpleNamespace(model=model)
+    callback.before_fit()
+    callback._do_ema = True
+    return callback.after_batch, callback.ema_model.parameters
+
+
+def fastxtend_loop(model): return fastxtend_ema(model, False)
+def fastxtend_foreach(model): return fastxtend_ema(model, True)
+
+
+def ema_pytorch_loop(model, use_foreach=False):
+    from ema_pytorch import EMA
+    average = EMA(model, beta=DECAY, update_after_step=0, update_every=1, use_foreach=use_foreach)
+    return average.update, average.ema_model.parameters
+
+
+def ema_pytorch_foreach(model): return ema_pytorch_loop(model, True)
+
+
+def torch_ema(model):
+    from torch_ema import ExponentialMovingAverage
+    average = ExponentialMovingAverage(model.parameters(), DECAY)
+    return lambda: average.update(model.parameters()), lambda: average.shadow_params    # it keeps only weak references
+
+
+def timm_ema(model, dtype=None):
+    from timm.utils import ModelEmaV3
+    average = ModelEmaV3(model, decay=DECAY, dtype=dtype)
+    return lambda: average.update(model), average.module.parameters
+
+
+def timm_float32(model): return timm_ema(model, torch.float32)
+
+
+def lightning_swa(model):
+    from lightning.pytorch.callbacks import StochasticWeightAveraging as SWA
+    average, n_averaged = copy.deepcopy(model), torch.tensor(0, device=next(model.parameters()).device)
+    return lambda: SWA.update_parameters(average, model, n_averaged, SWA.avg_fn), average.parameters
+
+
+def lightning_ema(model):
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+    module, trainer = LightningModule(), SimpleNamespace(global_step=0)
+    module.model = model
+    module.to(next(model.parameters()).device)
+    callback = EMAWeightAveraging(decay=DECAY)
+    callback.setup(trainer, module, 'fit')
+    def fold():
+        trainer.global_step += 1
+        callback.on_train_batch_end(trainer, module, None, None, 0)
+    return fold, callback._average_model.parameters
+
+
+CONTENDERS = (    # name, distribution, what becomes of the buffers, dtype of the model, function
+    ('one flat `lerp_`: the limit', 'torch', '-', torch.float32, flat),
+    ('`_foreach_lerp_` over cached lists, nothing checked', 'torch', 'ignored', torch.float32, cached_lists),
+    ('**WeightAverage.update**', 'fastai_swa', 'all copied', torch.float32, weight_average),
+    ('ModelEMA', 'ultralytics', 'floats averaged, integers ignored', torch.float32, ultralytics_ema),
+    ('EMACallback, foreach=True', 'fastxtend', 'floats averaged, integers not', torch.float32, fastxtend_foreach),
+    ('EMACallback, foreach=False', 'fastxtend', 'ignored', torch.float32, fastxtend_loop),
+    ('EMA, use_foreach=True', 'ema-pytorch', 'floats averaged, integers ignored', torch.float32, ema_pytorch_foreach),
+    ('EMA', 'ema-pytorch', 'floats averaged, integers ignored', torch.float32, ema_pytorch_loop),
+    ('ExponentialMovingAverage', 'torch-ema', 'ignored', torch.float32, torch_ema),
+    ('ModelEmaV3', 'timm', 'floats averaged, integers copied', torch.float32, timm_ema),
+    ('naive loop of `lerp_`', 'torch', 'ignored', torch.float32, naive_loop),
+    ('AveragedModel, multi_avg_fn', 'torch', 'all copied', torch.float32, averaged_model_multi),
+    ('AveragedModel', 'torch', 'all copied', torch.float32, averaged_model),
+    ('StochasticWeightAveraging', 'lightning', 'ignored', torch.float32, lightning_swa),
+    ('EMAWeightAveraging', 'lightning', 'all averaged', torch.float32, lightning_ema),
+    ('**WeightAverage.update**, bf16 model, float32 master', 'fastai_swa', 'all copied', torch.bfloat16, weight_average),
+    ('ModelEmaV3, bf16 model, dtype=float32', 'timm', 'floats averaged, integers copied', torch.bfloat16, timm_float32))
+
+
+def build(network, device):
+    "Row number -> fold; and row number -> why there is none."
+    folds, missing = {}, {}
+    for i, (name, _, _, dtype, make) in enumerate(CONTENDERS):
+        model = copy.deepcopy(network).to(device, dtype)
+        try: fold, average = make(model)
+        except Exception as e:
+            missing[i] = 'not installed' if isinstance(e, ImportError) else f'failed: {type(e).__name__}'
+            logging.debug('%s', name, exc_info=True)
+            continue
+        for _ in range(3): fold()    # the first ones build caches, or copy
+        before = [t.detach().clone() for t in average()]
+        with torch.no_grad():
+            for p in model.parameters(): p.add_(1.)
+        fold()
+        if any(torch.equal(a, b) for a, b in zip(average(), before, strict=True)): raise RuntimeError(f'{name} did not fold every parameter')
+        folds[i] = fold
+    return folds, missing
+
+
+def measure(folds, rounds, device):
+    "Row number -> seconds, one for each round."
+    sync = torch.cuda.synchronize if device == 'cuda' else lambda: None
+    seconds, order = {i: [] for i in folds}, list(folds)
+    for _ in range(rounds):
+        random.shuffle(order)
+        for i in order:
+            sync()
+            start = time.perf_counter()
+            folds[i]()
+            sync()
+            seconds[i].append(time.perf_counter() - start)
+    return seconds
+
+
+def summary(seconds):
+    "Row number -> median milliseconds, multiple of the limit, and the quartiles of that multiple."
+    limit = statistics.median(seconds[0])
+    res = {}
+    for i, ts in seconds.items():
+        low, median, high = statistics.quantiles(ts, n=4)
+        res[i] = dict(ms=1000 * median, multiple=median / limit, low=low / limit, high=high / limit)
+    return res
+
+
+def table(results, missing):
+    lines = ['| fold | package | buffers | ' + ' | '.join(f'{name}, ms | x limit' for name in results) + ' |',
+             '|---|---|---|' + '--:|--:|' * len(results)]
+    for i, (name, package, buffers, *_) in enumerate(CONTENDERS):
+        def cells(rows):
+            if i not in rows: return missing[i], '-'
+            r = rows[i]
+            return f'{r["ms"]:.2f}', f'{r["multiple"]:.2f} ({r["low"]:.2f}-{r["high"]:.2f})'
+        numbers = ' | '.join(cell for rows in results.values() for cell in cells(rows))
+        lines.append(f'| {name} | {label(package)} | {buffers} | {numbers} |')
+    return '\n'.join(lines)
+
+
+def label(package):
+    if package == 'fastai_swa': return 'fastai_swa'
+    try: return f'{package} {version(package)}'
+    except ImportError: return package
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--rounds', type=int, default=60)
+    parser.add_argument('--threads', type=int, help="default: torch's own choice")
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    parser.add_argument('--json', help='also write the numbers to this file')
+    args = parser.parse_args()
+    if args.rounds < 2: parser.error('--rounds must be at least 2')
+    if args.threads: torch.set_num_threads(args.threads)
+    warnings.filterwarnings('ignore')
+    torch.manual_seed(0)
+    random.seed(0)
+
+    results, rounds, sizes = {}, {}, []
+    for name, network, times in ('ResNet-50', resnet50, 1), ('PreResNet-110', preresnet110, 5):
+        network = network()
+        n_params, n_tensors, n_buffers = sum(p.numel() for p in network.parameters()), *(len(list(x)) for x in (network.parameters(), network.buffers()))
+        folds, missing = build(network, args.device)
+        rounds[name] = args.rounds * times
+        results[name] = summary(measure(folds, rounds[name], args.device))
+        sizes.append(f'{name}: {n_params / 1e6:.2f} M parameters in {n_tensors} tensors, {n_buffers} buffers, {rounds[name]} rounds')
+        del folds
+        gc.collect()
+
+    device = torch.cuda.get_device_name() if args.device == 'cuda' else 'cpu'
+    print(f'torch {torch.__version__}, {device}, {torch.get_num_threads()} threads. ' + '. '.join(sizes) + '.\n')
+    print(table(results, missing))
+    if args.json:
+        rows = {name: [dict(fold=CONTENDERS[i][0].replace('*', ''), package=label(CONTENDERS[i][1]), **(r.get(i) or dict(missing=missing[i])))
+                       for i in range(len(CONTENDERS))] for name, r in results.items()}
+        with open(args.json, 'w') as f:
+            json.dump(dict(torch=torch.__version__, device=device, threads=torch.get_num_threads(), rounds=rounds, rows=rows), f, indent=1)
+
+
+if __name__ == '__main__': main()

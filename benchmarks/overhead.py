@@ -1,0 +1,182 @@
+"""What `SWACallback` adds to a fit, taken apart, and what its batch-norm pass costs beside torch's `update_bn`.
+
+A small residual network with batch norm is fitted to random 3x32x32 images, by turns without the callback and with it. Its parts are
+timed where they happen: the learner's loop over the validation set, the learner's loop over the training set for batch norm, and the
+fold. The rest is what else the callback's events take: copying the model, finite checks, lending tensors, putting all back. Rest and
+fold together are the overhead; beside the timed one stands the difference of the two fits, which is right as well but much noisier.
+
+    python benchmarks/overhead.py [--epochs N] [--repeats N] [--device cpu|cuda] [--json FILE]
+"""
+import argparse, json, random, statistics, time, warnings
+from contextlib import contextmanager
+
+import torch
+from fastai.basics import DataLoaders, Learner, accuracy
+from fastai.optimizer import SGD
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fastai_swa import SWACallback, WeightAverage, update_bn
+
+N_TRAIN, N_VALID, BATCH = 1024, 256, 64
+
+
+class Block(nn.Module):
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out)
+        self.conv2, self.bn2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False), nn.BatchNorm2d(c_out)
+        self.shortcut = nn.Identity() if stride == 1 else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+    def forward(self, x): return (self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())) + self.shortcut(x)).relu()
+
+
+def resnet18(width=8):
+    "ResNet-18's blocks at an eighth of its width: 0.18 M parameters, 17 batch-norm layers."
+    layers = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    for i in range(4): layers += [Block(width << max(i - 1, 0), width << i, 2 if i else 1), Block(width << i, width << i, 1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width << 3, 10))
+
+
+def learner(device):
+    torch.manual_seed(0)
+    random.seed(0)
+    train, valid = (TensorDataset(torch.randn(n, 3, 32, 32), torch.randint(10, (n,))) for n in (N_TRAIN, N_VALID))
+    dls = DataLoaders.from_dsets(train, valid, bs=BATCH, device=torch.device(device))
+    return Learner(dls, resnet18().to(device), loss_func=nn.CrossEntropyLoss(), opt_func=SGD, lr=.01, metrics=accuracy)
+
+
+class Clock:
+    "Seconds spent in named parts, nested ones in both."
+    def __init__(self, device):
+        self.sync, self.seconds = torch.cuda.synchronize if device == 'cuda' else lambda: None, {}
+
+    @contextmanager
+    def __call__(self, part):
+        self.sync()
+        start = time.perf_counter()
+        try: yield
+        finally:
+            self.sync()
+            self.seconds[part] = self.seconds.get(part, 0.) + time.perf_counter() - start
+
+
+class TimedSWACallback(SWACallback):
+    "`SWACallback` with a clock on its events and on their parts."
+    clock, part = None, None
+
+    def __call__(self, event):
+        with self.clock('events'): return super().__call__(event)
+
+    def _fold(self):
+        copies = not self._fit.n_folds
+        with self.clock('first fold' if copies else 'later folds'): return super()._fold()
+
+    def _refresh(self, *args, **kwargs):
+        outer, self.part = self.part, 'batch norm'
+        try: return super()._refresh(*args, **kwargs)
+        finally: self.part = outer
+
+    def _evaluate(self):
+        self.part = 'validation'
+        try: return super()._evaluate()
+        finally: self.part = None
+
+
+def fit(n_epoch, device, callback=None):
+    "Seconds of a fit; with a `callback`, the seconds of its parts are on its clock."
+    learn, clock = learner(device), Clock(device)
+    if callback is not None:
+        callback.clock, loop = clock, learn._do_epoch_validate
+        def timed_loop(*args, **kwargs):
+            if callback.part is None: return loop(*args, **kwargs)
+            with clock(callback.part): return loop(*args, **kwargs)
+        learn._do_epoch_validate = timed_loop
+    with learn.no_bar(), learn.no_logging(), clock('fit'): learn.fit(n_epoch, cbs=callback)
+    return clock.seconds
+
+
+def measure_fits(n_epoch, repeats, device):
+    "Part -> seconds, one for each repeat; the two kinds of fit take turns in going first."
+    fit(1, device, TimedSWACallback(swa_start=0))    # warm up
+    rows = []
+    for i in range(repeats):
+        fits = {}
+        for kind in ('plain', 'swa') if i % 2 else ('swa', 'plain'):
+            fits[kind] = fit(n_epoch, device, TimedSWACallback(swa_start=1) if kind == 'swa' else None)
+        parts = fits['swa']
+        passes = parts['validation'] + parts['batch norm']
+        folds = parts['first fold'] + parts.get('later folds', 0.)
+        rows.append({'plain fit': fits['plain']['fit'], 'fit with SWACallback': parts['fit'], 'validation of the average': parts['validation'],
+                     'batch-norm pass': parts['batch norm'], 'first fold (copies the model)': parts['first fold'],
+                     'later folds': parts.get('later folds', 0.), 'rest of the events': parts['events'] - passes - folds,
+                     '**overhead**: folds and rest': parts['events'] - passes,
+                     'the same, as difference of the fits': parts['fit'] - fits['plain']['fit'] - passes})
+    return {part: [row[part] for row in rows] for part in rows[0]}
+
+
+def measure_bn(repeats, device):
+    "Way to refresh batch norm -> seconds, one for each repeat, all over the same batches; and the number of batches."
+    learn, swa = learner(device), SWACallback(swa_start=0)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=swa)
+    loader = learn.dls.train.new(shuffle=False, drop_last=False)
+    n, model = len(loader), WeightAverage(learn.model).swa_model
+    def callback(n_batches):
+        swa._stale, swa.bn_batches = True, n_batches
+        with learn.no_bar(): swa.refresh()
+    @torch.no_grad()
+    def plain():
+        model.eval()
+        for x, _ in loader: model(x)
+        model.train()
+    model.train()
+    ways = {'torch `update_bn`': lambda: torch.optim.swa_utils.update_bn(loader, model),
+            '`fastai_swa.update_bn`': lambda: update_bn(loader, model),
+            f'`fastai_swa.update_bn`, n_batches={n // 2}': lambda: update_bn(loader, model, n_batches=n // 2),
+            f'`fastai_swa.update_bn`, n_batches={n // 8}': lambda: update_bn(loader, model, n_batches=n // 8),
+            '`SWACallback`': lambda: callback(None),
+            f'`SWACallback`, bn_batches={n // 2}': lambda: callback(n // 2),
+            f'`SWACallback`, bn_batches={n // 8}': lambda: callback(n // 8),
+            'forward pass in eval mode, nothing measured': plain}
+    seconds, order = {name: [] for name in ways}, list(ways)
+    for i in range(repeats + 1):    # the first round warms up
+        random.shuffle(order)
+        for name in order:
+            clock = Clock(device)
+            with clock('pass'): ways[name]()
+            if i: seconds[name].append(clock.seconds['pass'])
+    return seconds, n
+
+
+def table(title, seconds, unit):
+    "Medians of `seconds`, and in proportion to those of `unit` with the middle half of the repeats."
+    base, lines = statistics.median(seconds[unit]), [f'| {title} | seconds | {unit.replace("`", "")} = 100 % |', '|---|--:|--:|']
+    for name, ts in seconds.items():
+        low, median, high = (100 * t / base for t in statistics.quantiles(ts, n=4))
+        lines.append(f'| {name} | {statistics.median(ts):.4f} | {median:.2f} % ({low:.2f} to {high:.2f}) |')
+    return '\n'.join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--epochs', type=int, default=4)
+    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    parser.add_argument('--json', help='also write the numbers to this file')
+    args = parser.parse_args()
+    if args.epochs < 2 or args.repeats < 2: parser.error('--epochs and --repeats must be at least 2')
+    warnings.filterwarnings('ignore')
+
+    fits = measure_fits(args.epochs, args.repeats, args.device)
+    passes, n_batches = measure_bn(2 * args.repeats, args.device)
+    device = torch.cuda.get_device_name() if args.device == 'cuda' else 'cpu'
+    print(f'torch {torch.__version__}, {device}, {torch.get_num_threads()} threads. {args.epochs} epochs of {N_TRAIN} images, validated on {N_VALID}, '
+          f'{args.epochs - 1} of them folded; {args.repeats} repeats.\n')
+    print(table('part of the fit', fits, 'plain fit'))
+    print(f'\n{n_batches} batches of {BATCH}, {2 * args.repeats} repeats.\n')
+    print(table('batch-norm pass', passes, 'torch `update_bn`'))
+    if args.json:
+        with open(args.json, 'w') as f:
+            json.dump(dict(torch=torch.__version__, device=device, threads=torch.get_num_threads(), epochs=args.epochs, fits=fits, passes=passes), f, indent=1)
+
+
+if __name__ == '__main__': main()

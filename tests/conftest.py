@@ -1,0 +1,22 @@
+import matplotlib
+import pytest
+import torch
+from fastprogress import fastprogress
+
+matplotlib.use('agg')
+torch.set_num_threads(1)    # the networks are tiny: a second thread only waits
+
+
+@pytest.fixture(autouse=True)
+def quiet_progress(monkeypatch):
+    "fastai's progress callback runs as for a user, but prints nothing."
+    monkeypatch.setattr(fastprogress, 'NO_BAR', True)
+    monkeypatch.setattr(fastprogress, 'WRITER_FN', lambda *args, **kwargs: None)
+    monkeypatch.setattr(fastprogress.ConsoleProgressBar, 'fill', '')
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    yield
+    import matplotlib.pyplot as plt
+    plt.close('all')

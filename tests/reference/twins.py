@@ -1,0 +1,66 @@
+"""Slow twins: what the package computes, said as plainly as possible and in float64."""
+import copy
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def folded_epochs(swa_start: int, cycle_len: int, n_epoch: int) -> list[int]:
+    "The epochs folded, by walking through them."
+    res, wait = [], 0
+    for epoch in range(n_epoch):
+        if epoch < swa_start: continue
+        if wait == 0: res.append(epoch); wait = cycle_len
+        wait -= 1
+    return res
+
+
+def weighted_average(snapshots: list[list[torch.Tensor]], weight) -> list[torch.Tensor]:
+    "The running average of `snapshots`, the first taken whole, in float64."
+    res = [t.double().clone() for t in snapshots[0]]
+    for n, snapshot in enumerate(snapshots[1:], 1):
+        res = [(1 - weight(n))*r + weight(n)*t.double() for r, t in zip(res, snapshot)]
+    return res
+
+
+def mean(snapshots): return [torch.stack([t.double() for t in ts]).mean(0) for ts in zip(*snapshots)]
+
+
+def bn_statistics(model: nn.Module, batches: list[tuple], frozen=()) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Name -> (mean, unbiased variance), float64, of all values that reach each batch-norm layer over `batches`.
+
+    A float64 copy of the model runs in eval mode, its batch-norm layers (but for those named in `frozen`) in train mode.
+    """
+    model = copy.deepcopy(model).double().eval()
+    seen = {}
+    for name, m in model.named_modules():
+        if isinstance(m, _BatchNorm) and name not in frozen:
+            m.train()
+            seen[name] = []
+            m.register_forward_pre_hook(lambda m, args, name=name: seen[name].append(args[0].detach()))
+    with torch.no_grad():
+        for args in batches: model(*(a.double() if a.is_floating_point() else a for a in args))
+    res = {}
+    for name, xs in seen.items():
+        values = torch.cat([x.transpose(0, 1).flatten(1) for x in xs], 1)
+        res[name] = values.mean(1), values.var(1)
+    return res
+
+
+def evaluate(model: nn.Module, batches, loss_func, metrics=()) -> list[float]:
+    "The mean loss over the samples of `batches`, and the mean of each metric, in one sweep with all predictions in memory."
+    model.eval()
+    with torch.no_grad(): outs = [(model(*b[:-1]), b[-1]) for b in batches]
+    preds, targs = torch.cat([o for o, _ in outs]), torch.cat([t for _, t in outs])
+    return [f(preds, targs).item() for f in (loss_func, *metrics)]
+
+
+def papers_lr(epoch: int, swa_start: int, lr_init: float, swa_lr: float) -> float:
+    "The SWA run's learning rate in `epoch`, from 0, with `swa_start` counted from 1, as the paper's code has it."
+    t = epoch / swa_start
+    ratio = swa_lr / lr_init
+    if t <= 0.5: factor = 1.0
+    elif t <= 0.9: factor = 1.0 - (1.0 - ratio)*(t - 0.5)/0.4
+    else: factor = ratio
+    return lr_init*factor

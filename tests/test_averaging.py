@@ -1,0 +1,419 @@
+import copy
+import random
+import warnings
+
+import pytest
+import torch
+from fastai_swa import WeightAverage, ema, equal
+from fastai_swa.averaging import all_finite, lent
+from torch import nn
+
+from .helpers import assert_close, net, parameters
+from .reference import twins
+
+
+def step(model, scale=1.):
+    "Move every parameter and float buffer, as a training step would."
+    with torch.no_grad():
+        for t in [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]: t.add_(torch.randn_like(t.float()).to(t.dtype)*scale)
+
+
+def conv_net(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4*36, 5))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb, self.out = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.out.weight = self.emb.weight
+    def forward(self, x): return self.out(self.emb(x))
+
+
+# the mean is the mean
+
+@pytest.mark.parametrize('seed', range(12))
+def test_the_mean_is_the_mean_for_random_shapes_weights_and_numbers_of_points(seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    shapes = [tuple(rng.randint(1, 5) for _ in range(rng.randint(0, 4))) for _ in range(rng.randint(1, 9))]
+    model = nn.ParameterList([nn.Parameter(torch.randn(s)) for s in shapes])
+    decay = rng.random()
+    weight = rng.choice([equal, ema(decay), lambda n: 2/(n + 2)])
+    average, snapshots = WeightAverage(model, weight), []
+    for _ in range(rng.randint(1, 40)):
+        step(model)
+        snapshots.append([t.clone() for t in parameters(model)])
+        average.update(model)
+    assert average.n_averaged == len(snapshots)
+    assert_close(parameters(average.swa_model), twins.weighted_average(snapshots, weight))
+    if weight is equal: assert_close(parameters(average.swa_model), twins.mean(snapshots))
+
+
+def test_the_average_starts_with_the_first_point_and_not_with_the_weights_before_it():
+    for weight in (equal, ema(.999), lambda n: .01):
+        model = net()
+        average = WeightAverage(model, weight)
+        step(model)
+        average.update(model)
+        for a, b in zip(parameters(average.swa_model), parameters(model)): assert torch.equal(a, b)
+
+
+def test_ema_weights():
+    assert [ema(.9)(n) for n in (0, 1, 5)] == [1., pytest.approx(.1), pytest.approx(.1)]
+
+
+def test_a_hundred_thousand_points_in_float32_stay_within_a_fraction_of_their_standard_error():
+    torch.manual_seed(0)
+    model, n = nn.ParameterList([nn.Parameter(torch.zeros(64))]), 20_000
+    average, total = WeightAverage(model), torch.zeros(64, dtype=torch.float64)
+    for _ in range(n):
+        with torch.no_grad(): model[0].normal_()
+        total += model[0].detach().double()
+        average.update(model)
+    assert (average.swa_model[0] - total/n).abs().max() < .2 / n**.5
+
+
+# low precision
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('weight', [equal, ema(.999)])
+def test_an_average_of_a_low_precision_model_is_exact_in_its_float32_master(dtype, weight):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).to(dtype)
+    average, snapshots = WeightAverage(model, weight), []
+    for _ in range(300):
+        step(model, .01)
+        snapshots.append([t.clone() for t in parameters(model)])
+        average.update(model)
+    expected = twins.weighted_average(snapshots, weight)
+    assert_close(average.master.values(), expected, 1e-5)
+    for p, e in zip(average.swa_model.parameters(), expected):
+        assert p.dtype == dtype
+        assert torch.equal(p, e.float().to(dtype)) or (p.double() - e).abs().max() <= torch.finfo(dtype).eps * e.abs().max()
+
+
+def test_a_bfloat16_ema_moves():    # with a bfloat16 average it stands still
+    model = nn.Linear(3, 3).bfloat16()
+    with torch.no_grad(): model.weight.fill_(1.)
+    average = WeightAverage(model, ema(.999))
+    average.update(model)
+    with torch.no_grad(): model.weight.fill_(2.)
+    for _ in range(5000): average.update(model)
+    torch.testing.assert_close(average.master['weight'], torch.full((3, 3), 2 - .999**5000), rtol=1e-3, atol=1e-3)
+    assert (average.swa_model.weight > 1.98).all()
+
+
+def test_large_and_scalar_low_precision_tensors_are_averaged_in_pieces():
+    torch.manual_seed(0)
+    model = nn.ParameterList([nn.Parameter(torch.randn(s).bfloat16()) for s in ((3000, 1000), (), (0, 4), (2_500_000,), (2, 1_500_000))])
+    average, snapshots = WeightAverage(model), []
+    for _ in range(3):
+        step(model)
+        snapshots.append([t.clone() for t in parameters(model)])
+        average.update(model)
+    assert_close(average.master.values(), twins.mean(snapshots))
+
+
+# what a model may do between two folds
+
+def test_conversions_and_reassigned_tensors_between_folds_are_noticed():
+    torch.manual_seed(0)
+    model = conv_net()
+    average, snapshots = WeightAverage(model), []
+    def fold():
+        step(model)
+        snapshots.append([t.float().clone() for t in parameters(model)])
+        average.update(model)
+    fold()
+    model[4].weight = nn.Parameter(model[4].weight.detach().clone()); fold()      # a new Parameter in an old place
+    model[4].bias.data = model[4].bias.data.clone(); fold()                       # new data in an old Parameter
+    model[0] = copy.deepcopy(model[0]); fold()                                    # a new layer
+    model.half(); fold()
+    assert {p.dtype for p in average.swa_model.parameters()} == {torch.float16} and len(average.master) == 6
+    model[1].float(); fold()                                                      # mixed
+    assert average.swa_model[1].weight.dtype == torch.float32 and len(average.master) == 4
+    model.bfloat16(); fold()
+    model.float(); fold()
+    average.swa_model.half(); fold()                                              # the average follows the model
+    average.swa_model.load_state_dict(copy.deepcopy(average.swa_model.state_dict()), assign=True); fold()
+    assert not average.master and {p.dtype for p in average.swa_model.parameters()} == {torch.float32}
+    assert_close(parameters(average.swa_model), twins.mean(snapshots), 5e-3)      # float16 in between; a lost point would show
+
+
+def test_a_reassigned_one_element_tensor_is_noticed_though_its_value_is_equal():
+    model = nn.ParameterDict({'scale': nn.Parameter(torch.ones(1))})
+    average = WeightAverage(model)
+    average.update(model)
+    model['scale'] = nn.Parameter(torch.ones(1))
+    average.update(model)
+    with torch.no_grad(): model['scale'].fill_(4.)
+    average.update(model)
+    assert average.swa_model['scale'].item() == pytest.approx(2.)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_memory_formats_are_kept_and_averaged(dtype):
+    torch.manual_seed(0)
+    model = conv_net().to(dtype=dtype, memory_format=torch.channels_last)
+    average, snapshots = WeightAverage(model), []
+    for _ in range(5):
+        step(model)
+        snapshots.append([t.clone() for t in parameters(model)])
+        average.update(model)
+    assert average.swa_model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert_close([p.float() for p in average.swa_model.parameters()] if dtype == torch.float32 else average.master.values(), twins.mean(snapshots))
+
+
+def test_buffers_follow_the_latest_model():
+    model = conv_net()
+    model.register_buffer('mask', torch.zeros(3))
+    model.register_buffer('cache', None)
+    average = WeightAverage(model)
+    for n in (3, 5):    # also one that appears, and one that changes shape
+        step(model)
+        model.cache = torch.randn(n)
+        average.update(model)
+        for (name, a), (_, b) in zip(average.swa_model.named_buffers(), model.named_buffers(), strict=True): assert torch.equal(a, b), name
+        assert average.swa_model.cache is not model.cache
+
+
+def test_tied_weights_stay_tied_and_are_averaged_once():
+    torch.manual_seed(0)
+    model = Tied()
+    average, snapshots = WeightAverage(model, lambda n: .5), []
+    for _ in range(4):
+        step(model)
+        snapshots.append([t.clone() for t in parameters(model)])
+        average.update(model)
+    assert average.swa_model.out.weight is average.swa_model.emb.weight
+    assert_close(parameters(average.swa_model), twins.weighted_average(snapshots, lambda n: .5))
+
+
+def test_integer_complex_and_double_parameters():
+    model = nn.ParameterList([nn.Parameter(torch.arange(3), requires_grad=False), nn.Parameter(torch.randn(3, dtype=torch.complex64)),
+                              nn.Parameter(torch.randn(3, dtype=torch.float64))])
+    average = WeightAverage(model)
+    average.update(model)
+    before = [t.clone() for t in parameters(model)]
+    with torch.no_grad(): [t.add_(2) for t in model]
+    average.update(model)
+    assert torch.equal(average.swa_model[0], model[0])    # an integer has no mean: the latest
+    torch.testing.assert_close(average.swa_model[1].detach(), before[1] + 1)
+    torch.testing.assert_close(average.swa_model[2].detach(), before[2] + 1)
+
+
+def test_frozen_parameters_are_averaged_too_and_come_out_as_they_are():
+    model = net()
+    for p in model.parameters(): p.requires_grad_(False)
+    average = WeightAverage(model)
+    for _ in range(7): average.update(model)
+    for a, b in zip(parameters(average.swa_model), parameters(model)): assert torch.equal(a, b)
+
+
+# wrappers
+
+def test_compiled_and_parallel_models_have_plain_keys():
+    bare = net()
+    inner = nn.Sequential(torch.compile(nn.Linear(3, 4), backend='eager'), nn.ReLU())
+    for model in (torch.compile(bare, backend='eager'), nn.DataParallel(bare), nn.DataParallel(torch.compile(bare, backend='eager'))):
+        average = WeightAverage(model)
+        step(bare)
+        average.update(model)
+        net().load_state_dict(average.swa_model.state_dict(), strict=True)
+        assert_close(parameters(average.swa_model), parameters(bare))
+    average = WeightAverage(inner)
+    average.update(inner)
+    nn.Sequential(nn.Linear(3, 4), nn.ReLU()).load_state_dict(average.swa_model.state_dict(), strict=True)
+    assert list(average.state_dict()['swa_model']) == ['0.weight', '0.bias']
+    average.swa_model(torch.randn(2, 3))
+
+
+def test_a_model_compiled_in_place_is_averaged():
+    model = net()
+    model.compile(backend='eager')
+    model(torch.randn(4, 6))
+    average = WeightAverage(model)
+    average.update(model)
+    assert average.swa_model._compiled_call_impl is None
+    assert_close(parameters(average.swa_model), parameters(model))
+
+
+# refusals change nothing
+
+@pytest.mark.parametrize('change, names', [
+    (lambda m: m.append(nn.Linear(2, 2)), "'8.weight'"),
+    (lambda m: m.__delitem__(7), "'7.weight'"),
+    (lambda m: setattr(m[7], 'weight', nn.Parameter(torch.randn(5, 8))), "'7.weight' of another shape"),
+    (lambda m: setattr(m[0], 'extra', nn.Parameter(torch.zeros(2))), "'0.extra' not in the average"),
+    (lambda m: setattr(m[0], 'bias', None), "'0.bias' missing")])
+def test_a_model_whose_parameters_no_longer_match_is_refused_by_name_before_anything_changes(change, names):
+    model = net()
+    average = WeightAverage(model)
+    average.update(model)
+    before = copy.deepcopy(average.state_dict())
+    step(model)
+    change(model)
+    with pytest.raises(ValueError, match='does not match the average') as e: average.update(model)
+    assert names in str(e.value)
+    after = average.state_dict()
+    assert after['n_averaged'] == before['n_averaged'] == 1
+    for k, v in before['swa_model'].items(): assert torch.equal(v, after['swa_model'][k])
+
+
+@pytest.mark.parametrize('weight', [lambda n: 2., lambda n: -.1, lambda n: float('nan'), lambda n: None])
+def test_a_weight_outside_0_1_is_refused_before_anything_changes(weight):
+    model = net()
+    average = WeightAverage(model, weight)
+    average.update(model)
+    before = [t.clone() for t in parameters(average.swa_model)]
+    step(model)
+    with pytest.raises(ValueError, match=r'weight\(1\) must be a number in \[0, 1\]'): average.update(model)
+    for a, b in zip(parameters(average.swa_model), before): assert torch.equal(a, b)
+    assert average.n_averaged == 1
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(TypeError, match='model must be an nn.Module, not int'): WeightAverage(3)
+    with pytest.raises(TypeError, match='weight must be a function'): WeightAverage(net(), .9)
+    with pytest.raises(TypeError, match='swa_model must be'): WeightAverage(net(), swa_model=dict())
+    for bad in (1, 1., -.1, float('nan')):
+        with pytest.raises(ValueError, match='decay must be in'): ema(bad)
+    for bad in ('0.9', None, True):
+        with pytest.raises(TypeError, match='decay must be a number'): ema(bad)
+
+
+def test_a_foreign_swa_model_is_refused_and_a_matching_one_used_as_given():
+    model = net()
+    with pytest.raises(ValueError, match='does not match'): WeightAverage(model, swa_model=net(width=9))
+    with pytest.raises(ValueError, match='shares .* with the model in training'): WeightAverage(model, swa_model=model)
+    own = net()
+    hook = own.register_forward_hook(lambda *a: None)
+    average = WeightAverage(model, swa_model=own)
+    average.update(model)
+    assert average.swa_model is own and len(own._forward_hooks) == 1
+    hook.remove()
+    assert_close(parameters(own), parameters(model))
+    untied = Tied()
+    untied.out.weight = nn.Parameter(torch.randn(7, 4))
+    with pytest.raises(ValueError, match='tied'): WeightAverage(untied, swa_model=Tied())
+
+
+# state
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_restored_average_goes_on_bitwise(dtype, tmp_path):
+    torch.manual_seed(0)
+    model = conv_net().to(dtype)
+    a = WeightAverage(model)
+    for _ in range(3): step(model); a.update(model)
+    torch.save(a.state_dict(), tmp_path/'a.pth')
+    state = torch.load(tmp_path/'a.pth', weights_only=True)
+    b = WeightAverage(conv_net().to(dtype))
+    b.load_state_dict(state)
+    for _ in range(3):
+        step(model)
+        a.update(model), b.update(model)
+    assert a.n_averaged == b.n_averaged == 6
+    for x, y in zip([*parameters(a.swa_model), *a.master.values()], [*parameters(b.swa_model), *b.master.values()], strict=True): assert torch.equal(x, y)
+
+
+def test_a_state_of_another_model_or_of_nothing_is_one_clear_error_and_changes_nothing():
+    average = WeightAverage(net())
+    before = copy.deepcopy(average.state_dict())
+    with pytest.raises(ValueError, match="^the state does not match the average: '0.bias', '0.weight', '1.bias' and 10 more of another shape$"):
+        average.load_state_dict(WeightAverage(net(width=5)).state_dict())
+    with pytest.raises(ValueError, match="'5.bias', .* missing; .* of another shape"): average.load_state_dict(WeightAverage(conv_net()).state_dict())
+    for bad in ({}, None, net().state_dict()):
+        with pytest.raises(ValueError, match='not the state of a WeightAverage'): average.load_state_dict(bad)
+    for k, v in before['swa_model'].items(): assert torch.equal(v, average.state_dict()['swa_model'][k])
+
+
+# lending
+
+def test_lending_puts_the_averages_own_tensors_into_the_model_and_gives_its_own_back():
+    model = conv_net()
+    average = WeightAverage(model)
+    average.update(model)
+    step(model)
+    raw = {k: v.clone() for k, v in model.state_dict().items()}
+    objects, pointers = [*model.parameters(), *model.buffers()], [t.data_ptr() for t in model.parameters()]
+    with average.lent_to(model):
+        for (k, a), b in zip(model.state_dict().items(), average.swa_model.state_dict().values(), strict=True):
+            assert a.data_ptr() == b.data_ptr() and torch.equal(a, b), k
+        assert all(x is y for x, y in zip(objects, [*model.parameters(), *model.buffers()], strict=True))
+        model[1].running_mean.fill_(7.)                       # in place, and
+        model[1].running_var = torch.full((4,), 9.)           # rebound: both are the average's
+        with pytest.raises(RuntimeError, match='lent'): average.update(model)
+        with pytest.raises(RuntimeError, match='lent'): average.copy_to(model)
+        with pytest.raises(RuntimeError, match='lent'): average.load_state_dict(average.state_dict())
+        with pytest.raises(RuntimeError, match='lent'), average.lent_to(model): pass
+    for k, v in model.state_dict().items(): assert torch.equal(v, raw[k]), k
+    assert all(x is y for x, y in zip(objects, [*model.parameters(), *model.buffers()], strict=True))
+    assert pointers == [t.data_ptr() for t in model.parameters()]
+    assert (average.swa_model[1].running_mean == 7).all() and (average.swa_model[1].running_var == 9).all()
+
+
+@pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt])
+def test_lending_ends_whatever_is_raised_inside(error):
+    model = net()
+    average = WeightAverage(model)
+    average.update(model)
+    step(model)
+    raw = [t.clone() for t in parameters(model)]
+    with pytest.raises(error), average.lent_to(model): raise error('inside')
+    for a, b in zip(parameters(model), raw): assert torch.equal(a, b)
+    average.update(model)
+
+
+def test_lending_to_a_model_that_does_not_match_is_refused_before_anything_changes():
+    source, model = net(), net(width=9)
+    raw = [t.clone() for t in parameters(model)]
+    with pytest.raises(ValueError, match='does not match'), lent(source, model): pass
+    for a, b in zip(parameters(model), raw): assert torch.equal(a, b)
+
+
+def test_lending_keeps_ties_and_compiled_models_working():
+    model = Tied()
+    average = WeightAverage(model)
+    average.update(model)
+    step(model)
+    x = torch.tensor([1, 2, 3])
+    compiled = torch.compile(model, backend='eager')
+    raw = compiled(x).detach()
+    with average.lent_to(compiled):
+        assert model.out.weight is model.emb.weight
+        torch.testing.assert_close(compiled(x), average.swa_model(x))
+    assert torch.equal(compiled(x), raw)
+
+
+def test_copy_to_writes_the_average_in_place():
+    model = conv_net()
+    average = WeightAverage(model)
+    for _ in range(3): step(model); average.update(model)
+    pointers = [t.data_ptr() for t in model.parameters()]
+    average.copy_to(model)
+    assert pointers == [t.data_ptr() for t in model.parameters()]
+    for a, b in zip(parameters(model), parameters(average.swa_model)): assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
+
+
+# finite
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+def test_all_finite_finds_every_nan_and_infinity_and_does_not_overflow(dtype):
+    big = torch.full((100,), torch.finfo(dtype).max if dtype.is_floating_point else 1e30, dtype=dtype)
+    assert all_finite([big, -big, torch.tensor([], dtype=dtype), torch.tensor([3])])
+    for bad in ('nan', 'inf', '-inf'):
+        t = torch.zeros(10, dtype=dtype)
+        t[7] = float(bad)
+        assert not all_finite([big, t, big])
+
+
+def test_update_is_silent_and_allocates_nothing_on_the_way():
+    model = net()
+    average = WeightAverage(model)
+    average.update(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        average.update(model)
+    with torch.profiler.profile(profile_memory=True) as prof: average.update(model)
+    assert not [e for e in prof.events() if e.cpu_memory_usage > 64], 'a fold must not allocate'

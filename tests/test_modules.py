@@ -1,0 +1,181 @@
+import copy
+import functools
+import gc
+import weakref
+
+import pytest
+import torch
+from fastai.callback.hook import ActivationStats, Hook
+from fastai.text.models.awdlstm import AWD_LSTM
+from fastai.text.models.core import get_language_model
+from fastai.vision.models.unet import DynamicUnet
+from fastai_swa.modules import clean_copy, unwrap
+from torch import nn
+
+from .helpers import learner, net
+
+
+def forward_and_back(model, *args):
+    "A training step's worth of graph, so that what a forward pass leaves behind is there."
+    model.train()
+    out = model(*args)
+    while isinstance(out, tuple | list): out = out[0]
+    out.float().sum().backward()
+
+
+def assert_clean_copy_of(res, model, *args):
+    "Equal weights and outputs, no tensor in common, no gradient."
+    model.eval(), res.eval()
+    for m in (model, res):
+        if hasattr(m, 'reset'): m.reset()
+    with torch.no_grad(): a, b = model(*args), res(*args)
+    while isinstance(a, tuple | list): a, b = a[0], b[0]
+    assert torch.equal(a, b)
+    ours, theirs = res.state_dict(keep_vars=True), unwrap(model).state_dict(keep_vars=True)
+    assert list(ours) == list(theirs)
+    assert not {t.data_ptr() for t in ours.values() if t.numel()} & {t.data_ptr() for t in theirs.values()}
+    assert [type(t) for t in ours.values()] == [type(t) for t in theirs.values()]
+    assert [t.requires_grad for t in ours.values()] == [t.requires_grad for t in theirs.values()]
+    assert all(p.grad is None for p in res.parameters())
+
+
+def unet():
+    encoder = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4)), nn.Sequential(nn.Conv2d(4, 8, 3, 2, 1), nn.ReLU()))
+    return DynamicUnet(encoder, n_out=2, img_size=(16, 16))
+
+
+def old_weight_norm(): return nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 4)), nn.utils.spectral_norm(nn.Linear(4, 4)))
+def new_weight_norm():
+    from torch.nn.utils import parametrizations as p
+    return nn.Sequential(p.weight_norm(nn.Linear(3, 4)), p.spectral_norm(nn.Linear(4, 4)))
+
+def pruned():
+    from torch.nn.utils import prune
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    prune.random_unstructured(model[0], 'weight', .5)
+    return model
+
+
+tokens = torch.randint(1, 20, (2, 5))
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+@pytest.mark.parametrize('make, args', [
+    (net, (torch.randn(5, 6),)), (unet, (torch.randn(2, 3, 16, 16),)), (old_weight_norm, (torch.randn(5, 3),)),
+    (new_weight_norm, (torch.randn(5, 3),)), (pruned, (torch.randn(5, 3),)), (lambda: nn.LSTM(3, 4, 2), (torch.randn(5, 2, 3),)),
+    (lambda: AWD_LSTM(20, 6, 8, 2), (tokens,)), (lambda: get_language_model(AWD_LSTM, 20), (tokens,))],
+    ids='net unet old_weight_norm new_weight_norm pruned lstm awd_lstm language_model'.split())
+@pytest.mark.parametrize('trained', [False, True])
+def test_any_architecture_is_copied_fresh_or_after_a_training_forward(make, args, trained):
+    torch.manual_seed(0)
+    model = make()
+    if trained: forward_and_back(model, *args)
+    res = clean_copy(model)
+    if trained: forward_and_back(res, *args), [setattr(p, 'grad', None) for p in res.parameters()]
+    res.load_state_dict(model.state_dict())
+    assert_clean_copy_of(res, model, *args)
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+def test_a_copy_of_weight_norm_computes_with_its_own_weights():
+    model = old_weight_norm()
+    res, x = clean_copy(model.eval()), torch.randn(5, 3)
+    before = model(x).detach()
+    with torch.no_grad(): res[0].weight_g.mul_(2)
+    assert not torch.allclose(res[0](x), model[0](x)) and torch.equal(model(x), before)
+
+
+def test_a_unets_hooks_read_the_features_of_the_copys_own_encoder():
+    model = unet()
+    forward_and_back(model, torch.randn(2, 3, 16, 16))
+    res = clean_copy(model)
+    assert all(h.stored is None for h in res.sfs), 'activations of the training batch came along'
+    hooks = [h for m in res.layers[0].modules() for h in m._forward_hooks.values()]
+    assert len(hooks) == len(list(model.sfs)) and not {id(h.__self__) for h in hooks} & {id(h) for h in model.sfs}
+    del res
+    gc.collect()    # a DynamicUnet removes its hooks when it goes: they must be the copy's
+    assert all(len(m._forward_hooks) == 1 for m in (model.layers[0][0], model.layers[0][1]) if m._forward_hooks)
+
+
+class Owner(nn.Module):
+    "A module with hooks of its own, in each way a module can hold one."
+    def __init__(self):
+        super().__init__()
+        self.lin, self.seen = nn.Linear(3, 3), []
+        self.lin.register_forward_hook(self.note)
+        self.lin.register_forward_pre_hook(functools.partial(self.pre, scale=2.), with_kwargs=True)
+        self.function = lambda m, i, o: o + 1
+        self.lin.register_forward_hook(self.function)
+        self._register_load_state_dict_pre_hook(self.loading)
+    def note(self, m, i, o): self.seen.append(id(m))
+    def pre(self, m, args, kwargs, scale): return tuple(a*scale for a in args), kwargs
+    def loading(self, *args): self.seen.append('loading')
+    def forward(self, x): return self.lin(x)
+
+
+def test_hooks_that_belong_to_the_model_are_copied_and_all_others_left_out():
+    model, foreign = Owner(), []
+    model.lin.register_forward_hook(lambda m, i, o: foreign.append(1))
+    model.lin.register_forward_pre_hook(lambda m, a, k: None, with_kwargs=True)
+    model.register_full_backward_hook(lambda *a: None)
+    Hook(model.lin, lambda *a: foreign.append(2))
+    res, x = clean_copy(model), torch.randn(2, 3)
+    assert torch.equal(res(x), model.lin.weight.new_tensor(0) + nn.functional.linear(2*x, model.lin.weight, model.lin.bias) + 1)
+    assert foreign == [] and res.seen == [id(res.lin)] and model.seen == []
+    assert len(res.lin._forward_hooks) == 2 and len(res.lin._forward_pre_hooks) == len(res.lin._forward_pre_hooks_with_kwargs) == 1
+    assert not res._backward_hooks
+    res.load_state_dict(model.state_dict())
+    assert res.seen[-1] == 'loading' and model.seen == []
+
+
+def test_a_hook_of_a_callback_never_takes_the_learner_along():
+    learn = learner(cbs=ActivationStats())
+    learn.fit(1)
+    learn.activation_stats._register()
+    for shared in ((), (learn,)):
+        res = clean_copy(learn.model, shared=shared)
+        assert not any(m._forward_hooks for m in res.modules())
+    gc.collect()
+    assert sum(isinstance(o, type(learn)) for o in gc.get_objects()) == 1
+
+
+def test_what_is_shared_is_referred_to_and_not_copied():
+    model, owner = net(), {'data': torch.randn(5)}
+    model.owner, model.also = owner, [owner]
+    res = clean_copy(model, shared=(owner,))
+    assert res.owner is owner and res.also[0] is owner and res.also is not model.also
+
+
+def test_modes_ties_buffers_attributes_and_parameter_order_are_kept():
+    model = net().train()
+    model[1].eval()
+    model[5].weight = model[1].weight
+    model.scale, model.text = torch.ones(2), 'text'
+    model.register_buffer('hidden', torch.ones(3), persistent=False)
+    res = clean_copy(model)
+    assert [m.training for m in res.modules()] == [m.training for m in model.modules()]
+    assert res[5].weight is res[1].weight and res.text == 'text'
+    assert torch.equal(res.scale, model.scale) and res.scale is not model.scale
+    assert 'hidden' not in res.state_dict() and torch.equal(res.hidden, model.hidden)
+    assert [n for n, _ in res.named_parameters()] == [n for n, _ in model.named_parameters()]
+
+
+def test_the_copy_does_not_keep_the_model_alive():
+    model = net()
+    res, ref = clean_copy(model), weakref.ref(model)
+    del model
+    gc.collect()
+    assert ref() is None and res is not None
+
+
+def test_a_lazy_module_that_saw_no_batch_is_one_clear_error_and_afterwards_copied():
+    model = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d())
+    with pytest.raises(ValueError, match="'0.weight' belongs to a lazy module .* run one batch"): clean_copy(model)
+    model(torch.randn(4, 5))
+    assert_clean_copy_of(clean_copy(model), model, torch.randn(4, 5))
+
+
+def test_a_model_that_deepcopy_refuses_for_what_a_forward_left_in_it_is_copied():
+    model = net()
+    model.cache = {'last': model(torch.randn(4, 6))}
+    with pytest.raises(RuntimeError): copy.deepcopy(model)
+    assert clean_copy(model).cache == {'last': None}

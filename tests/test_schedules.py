@@ -1,0 +1,40 @@
+import random
+
+import pytest
+from fastai_swa.schedules import start_epoch, swa_lr_factor
+
+from .reference import twins
+
+
+@pytest.mark.parametrize('n_epoch', range(1, 60))
+def test_a_share_is_rounded_up_to_whole_epochs_and_leaves_the_last(n_epoch):
+    for hundredths in range(100):
+        epochs_before = -(-hundredths*n_epoch//100)    # exact, in integers
+        assert start_epoch(hundredths/100, n_epoch) == min(epochs_before, n_epoch - 1)
+
+
+def test_an_int_is_the_epoch_itself(): assert [start_epoch(s, 10) for s in (0, 3, 12)] == [0, 3, 12]
+
+
+@pytest.mark.parametrize('swa_start, lr, swa_lr, n_epoch', [(161, .05, .01, 300), (126, .1, .01, 225), (126, .1, .05, 225), (161, .1, .05, 300), (1, .1, .01, 5)])
+def test_the_papers_schedules_at_every_epoch(swa_start, lr, swa_lr, n_epoch):
+    for epoch in range(n_epoch):
+        ours = lr*swa_lr_factor(epoch, random.randrange(391), 391, swa_start - 1, swa_lr/lr)
+        assert ours == pytest.approx(twins.papers_lr(epoch, swa_start, lr, swa_lr), rel=1e-12)
+
+
+@pytest.mark.parametrize('cycle_len, n_steps, swa_start', [(1, 5, 3), (2, 7, 10), (3, 1, 4), (5, 4, 12), (4, 3, 1)])
+def test_the_saw_tooth_is_the_papers_formula_and_reaches_lo_in_the_last_step_before_each_fold(cycle_len, n_steps, swa_start):
+    hi, lo, c, first = .5, .1, cycle_len*n_steps, max(0, swa_start - cycle_len + 1)
+    for epoch in range(first, swa_start + 3*cycle_len + 1):
+        for step in range(n_steps):
+            i = (epoch - (swa_start - cycle_len + 1))*n_steps + step + 1    # steps from 1, counted from the start of a cycle
+            t = ((i - 1) % c + 1)/c
+            assert swa_lr_factor(epoch, step, n_steps, swa_start, (hi, lo), cycle_len) == pytest.approx((1 - t)*hi + t*lo)
+    for epoch in twins.folded_epochs(swa_start, cycle_len, swa_start + 3*cycle_len + 1):
+        assert swa_lr_factor(epoch, n_steps - 1, n_steps, swa_start, (hi, lo), cycle_len) == pytest.approx(lo)
+
+
+def test_before_its_first_cycle_the_saw_tooth_is_the_ramp_to_hi():
+    for epoch in range(18):
+        assert swa_lr_factor(epoch, 2, 9, 19, (.5, .1), 2) == swa_lr_factor(epoch, 0, 9, 19, .5)
