@@ -10,7 +10,7 @@ whose fold is short, gets five times as many rounds.
 
 The peers come with `pip install timm ema-pytorch torch-ema fastxtend lightning ultralytics`; those that are missing are named.
 """
-import argparse, copy, gc, json, logging, random, statistics, time, warnings
+import argparse, copy, gc, json, random, statistics, time, warnings
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -171,14 +171,14 @@ def build(network, device):
         try: fold, average = make(model)
         except Exception as e:
             missing[i] = 'not installed' if isinstance(e, ImportError) else f'failed: {type(e).__name__}'
-            logging.debug('%s', name, exc_info=True)
             continue
         for _ in range(3): fold()    # the first ones build caches, or copy
         before = [t.detach().clone() for t in average()]
         with torch.no_grad():
             for p in model.parameters(): p.add_(1.)
         fold()
-        if any(torch.equal(a, b) for a, b in zip(average(), before, strict=True)): raise RuntimeError(f'{name} did not fold every parameter')
+        if any(torch.equal(a, b) for a, b in zip(average(), before, strict=True)):
+            raise RuntimeError(f'{name} did not fold every parameter')
         folds[i] = fold
     return folds, missing
 
@@ -204,7 +204,7 @@ def summary(seconds):
     res = {}
     for i, ts in seconds.items():
         low, median, high = statistics.quantiles(ts, n=4)
-        res[i] = dict(ms=1000 * median, multiple=median / limit, low=low / limit, high=high / limit)
+        res[i] = {'ms': 1000 * median, 'multiple': median / limit, 'low': low / limit, 'high': high / limit}
     return res
 
 
@@ -212,13 +212,12 @@ def table(results, missing):
     lines = ['| fold | package | buffers | ' + ' | '.join(f'{name}, ms | x limit' for name in results) + ' |',
              '|---|---|---|' + '--:|--:|' * len(results)]
     for i, (name, package, buffers, *_) in enumerate(CONTENDERS):
-        def cells(rows):
-            if i not in rows: return missing[i], '-'
-            r = rows[i]
-            return f'{r["ms"]:.2f}', f'{r["multiple"]:.2f} ({r["low"]:.2f}-{r["high"]:.2f})'
-        numbers = ' | '.join(cell for rows in results.values() for cell in cells(rows))
+        numbers = ' | '.join(cells(rows[i]) if i in rows else f'{missing[i]} | -' for rows in results.values())
         lines.append(f'| {name} | {label(package)} | {buffers} | {numbers} |')
     return '\n'.join(lines)
+
+
+def cells(row): return f'{row["ms"]:.2f} | {row["multiple"]:.2f} ({row["low"]:.2f}-{row["high"]:.2f})'
 
 
 def label(package):
@@ -243,11 +242,12 @@ def main():
     results, rounds, sizes = {}, {}, []
     for name, network, times in ('ResNet-50', resnet50, 1), ('PreResNet-110', preresnet110, 5):
         network = network()
-        n_params, n_tensors, n_buffers = sum(p.numel() for p in network.parameters()), *(len(list(x)) for x in (network.parameters(), network.buffers()))
         folds, missing = build(network, args.device)
         rounds[name] = args.rounds * times
         results[name] = summary(measure(folds, rounds[name], args.device))
-        sizes.append(f'{name}: {n_params / 1e6:.2f} M parameters in {n_tensors} tensors, {n_buffers} buffers, {rounds[name]} rounds')
+        numels = [p.numel() for p in network.parameters()]
+        sizes.append(f'{name}: {sum(numels) / 1e6:.2f} M parameters in {len(numels)} tensors, {len(list(network.buffers()))} buffers, '
+                     f'{rounds[name]} rounds')
         del folds
         gc.collect()
 
@@ -255,10 +255,11 @@ def main():
     print(f'torch {torch.__version__}, {device}, {torch.get_num_threads()} threads. ' + '. '.join(sizes) + '.\n')
     print(table(results, missing))
     if args.json:
-        rows = {name: [dict(fold=CONTENDERS[i][0].replace('*', ''), package=label(CONTENDERS[i][1]), **(r.get(i) or dict(missing=missing[i])))
-                       for i in range(len(CONTENDERS))] for name, r in results.items()}
+        rows = [{'fold': name.replace('*', ''), 'package': label(package), **{net: r.get(i, missing.get(i)) for net, r in results.items()}}
+                for i, (name, package, *_) in enumerate(CONTENDERS)]
         with open(args.json, 'w') as f:
-            json.dump(dict(torch=torch.__version__, device=device, threads=torch.get_num_threads(), rounds=rounds, rows=rows), f, indent=1)
+            json.dump({'torch': torch.__version__, 'device': device, 'threads': torch.get_num_threads(), 'rounds': rounds,
+                       'rows': rows}, f, indent=1)
 
 
 if __name__ == '__main__': main()

@@ -41,7 +41,7 @@ def learner(device):
     torch.manual_seed(0)
     random.seed(0)
     train, valid = (TensorDataset(torch.randn(n, 3, 32, 32), torch.randint(10, (n,))) for n in (N_TRAIN, N_VALID))
-    dls = DataLoaders.from_dsets(train, valid, bs=BATCH, device=torch.device(device))
+    dls = DataLoaders.from_dsets(train, valid, bs=BATCH, num_workers=0, device=torch.device(device))
     return Learner(dls, resnet18().to(device), loss_func=nn.CrossEntropyLoss(), opt_func=SGD, lr=.01, metrics=accuracy)
 
 
@@ -96,8 +96,9 @@ def fit(n_epoch, device, callback=None):
 
 
 def measure_fits(n_epoch, repeats, device):
-    "Part -> seconds, one for each repeat; the two kinds of fit take turns in going first."
-    fit(1, device, TimedSWACallback(swa_start=0))    # warm up
+    "Part -> seconds, one for each repeat, the two kinds of fit taking turns in going first; and the overhead of a process's first fit."
+    fit(1, device)
+    first = fit(1, device, TimedSWACallback(swa_start=0))
     rows = []
     for i in range(repeats):
         fits = {}
@@ -106,12 +107,13 @@ def measure_fits(n_epoch, repeats, device):
         parts = fits['swa']
         passes = parts['validation'] + parts['batch norm']
         folds = parts['first fold'] + parts.get('later folds', 0.)
-        rows.append({'plain fit': fits['plain']['fit'], 'fit with SWACallback': parts['fit'], 'validation of the average': parts['validation'],
-                     'batch-norm pass': parts['batch norm'], 'first fold (copies the model)': parts['first fold'],
-                     'later folds': parts.get('later folds', 0.), 'rest of the events': parts['events'] - passes - folds,
+        rows.append({'plain fit': fits['plain']['fit'], 'fit with SWACallback': parts['fit'],
+                     'validation of the average': parts['validation'], 'batch-norm pass': parts['batch norm'],
+                     'first fold (copies the model)': parts['first fold'], 'later folds': parts.get('later folds', 0.), 'rest of the events': parts['events'] - passes - folds,
                      '**overhead**: folds and rest': parts['events'] - passes,
                      'the same, as difference of the fits': parts['fit'] - fits['plain']['fit'] - passes})
-    return {part: [row[part] for row in rows] for part in rows[0]}
+    first = first['events'] - first['validation'] - first['batch norm']
+    return {part: [row[part] for row in rows] for part in rows[0]}, first
 
 
 def measure_bn(repeats, device):
@@ -166,17 +168,19 @@ def main():
     if args.epochs < 2 or args.repeats < 2: parser.error('--epochs and --repeats must be at least 2')
     warnings.filterwarnings('ignore')
 
-    fits = measure_fits(args.epochs, args.repeats, args.device)
+    fits, first = measure_fits(args.epochs, args.repeats, args.device)
     passes, n_batches = measure_bn(2 * args.repeats, args.device)
     device = torch.cuda.get_device_name() if args.device == 'cuda' else 'cpu'
-    print(f'torch {torch.__version__}, {device}, {torch.get_num_threads()} threads. {args.epochs} epochs of {N_TRAIN} images, validated on {N_VALID}, '
-          f'{args.epochs - 1} of them folded; {args.repeats} repeats.\n')
+    print(f'torch {torch.__version__}, {device}, {torch.get_num_threads()} threads. {args.epochs} epochs of {N_TRAIN} images, '
+          f'validated on {N_VALID}, {args.epochs - 1} of them folded; {args.repeats} repeats.\n')
     print(table('part of the fit', fits, 'plain fit'))
+    print(f'\nThe first such fit of a process, not counted above: {first:.2f} seconds beside its passes.')
     print(f'\n{n_batches} batches of {BATCH}, {2 * args.repeats} repeats.\n')
     print(table('batch-norm pass', passes, 'torch `update_bn`'))
     if args.json:
         with open(args.json, 'w') as f:
-            json.dump(dict(torch=torch.__version__, device=device, threads=torch.get_num_threads(), epochs=args.epochs, fits=fits, passes=passes), f, indent=1)
+            json.dump({'torch': torch.__version__, 'device': device, 'threads': torch.get_num_threads(), 'epochs': args.epochs,
+                       'fits': fits, 'first': first, 'passes': passes}, f, indent=1)
 
 
 if __name__ == '__main__': main()

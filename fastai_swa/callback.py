@@ -1,6 +1,7 @@
 """`SWACallback`: the running average of a fit, validated beside the model in training. Callbacks only wire; the mathematics is below."""
 import copy, sys, warnings, weakref
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from numbers import Integral, Real
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from fastai.callback.progress import CSVLogger, ShowGraphCallback
 from fastai.callback.schedule import LRFinder, ParamScheduler
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback, TerminateOnNaNCallback
 from fastai.callback.training import ShortEpochCallback
+from fastai.data.load import DataLoader
 from fastai.learner import AvgLoss, Learner, Recorder, save_model
 from fastai.torch_core import get_random_states, join_path_file, set_random_states
 from fastcore.foundation import L
@@ -121,7 +123,7 @@ class SWACallback(Callback):
         if self._average is None:
             start = f'epoch {self.swa_start}' if isinstance(self.swa_start, int) else f'{self.swa_start:g} of the fit'
             return f'SWACallback: nothing averaged yet; folds from {start} on'
-        return (f'SWACallback: average of {self.n_averaged} epochs ({_ranges(self._epochs)}); '
+        return (f'SWACallback: average of {self.n_averaged} epoch{"s" * (self.n_averaged != 1)} ({_ranges(self._epochs)}); '
                 'use it within `averaged()`, or put it into the learner with `apply()`')
 
     # the events of a fit
@@ -217,6 +219,7 @@ class SWACallback(Callback):
         # outside a fit the events around a validation set mixed precision and the like up and tear them down
         with _aside(learn), (nullcontext() if in_fit or _fit_is_running(learn) else learn.validation_context()):
             dl = _fresh(learn.dls.train, drop_last=False)
+            if hasattr(dl, 'wgts'): dl.get_idxs = partial(DataLoader.get_idxs, dl)    # fastai's weighted loaders repeat and omit samples
             if self.bn_batches is not None: dl = _First(dl, self.bn_batches)
             with batch_moments(model, {name: modules[name] for name in self._bn}) as moments, \
                  _attr(learn, 'model', model), learn.added_cbs(_MomentsCallback(moments)):
@@ -274,8 +277,8 @@ class SWACallback(Callback):
 class SaveSWAModelCallback(SaveModelCallback):
     """fastai's `SaveModelCallback` for the average: saves `swa_model` whenever a `swa_*` column improves. Loads nothing at the end.
 
-    The file is what `learn.save(fname, with_opt=False)` writes within `averaged()`, so `learn.load(fname)` reads it into any learner
-    with that architecture. Needs a `SWACallback` in the same fit, and stands aside where that one does.
+    The file is what `learn.save(fname, with_opt=False)` writes within `averaged()`, so `learn.load(fname, with_opt=False)` reads it into
+    any learner with that architecture. Needs a `SWACallback` in the same fit, and stands aside where that one does.
     Raises `ValueError` if there is none, or for a `monitor` that is not one of its columns.
     """
     def __init__(self,
