@@ -5,7 +5,7 @@ timed where they happen: the learner's loop over the validation set, the learner
 fold. The rest is what else the callback's events take: copying the model, finite checks, lending tensors, putting all back. Rest and
 fold together are the overhead; beside the timed one stands the difference of the two fits, which is right as well but much noisier.
 
-    python benchmarks/overhead.py [--epochs N] [--repeats N] [--device cpu|cuda] [--json FILE]
+    python benchmarks/overhead.py [--epochs N] [--repeats N] [--threads N] [--device cpu|cuda] [--json FILE]
 """
 import argparse, json, random, statistics, time, warnings
 from contextlib import contextmanager
@@ -109,7 +109,8 @@ def measure_fits(n_epoch, repeats, device):
         folds = parts['first fold'] + parts.get('later folds', 0.)
         rows.append({'plain fit': fits['plain']['fit'], 'fit with SWACallback': parts['fit'],
                      'validation of the average': parts['validation'], 'batch-norm pass': parts['batch norm'],
-                     'first fold (copies the model)': parts['first fold'], 'later folds': parts.get('later folds', 0.), 'rest of the events': parts['events'] - passes - folds,
+                     'first fold (copies the model)': parts['first fold'], 'later folds': parts.get('later folds', 0.),
+                     'rest of the events': parts['events'] - passes - folds,
                      '**overhead**: folds and rest': parts['events'] - passes,
                      'the same, as difference of the fits': parts['fit'] - fits['plain']['fit'] - passes})
     first = first['events'] - first['validation'] - first['batch norm']
@@ -162,10 +163,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--epochs', type=int, default=4)
     parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--threads', type=int, help="default: torch's own choice")
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     parser.add_argument('--json', help='also write the numbers to this file')
     args = parser.parse_args()
     if args.epochs < 2 or args.repeats < 2: parser.error('--epochs and --repeats must be at least 2')
+    if args.threads: torch.set_num_threads(args.threads)
     warnings.filterwarnings('ignore')
 
     fits, first = measure_fits(args.epochs, args.repeats, args.device)

@@ -1,5 +1,5 @@
 """`python -m fastai_swa demo`."""
-import argparse, warnings
+import argparse
 
 import matplotlib
 
@@ -15,7 +15,7 @@ def main(argv=None):
     p.add_argument('--epochs', type=_positive, default=12, help='epochs of each run')
     p.add_argument('--seeds', type=_positive, help='repetitions (default: 5 on digits, 1 on images)')
     p.add_argument('--lr', type=float, default=.1, help='initial learning rate')
-    p.add_argument('--swa-lr', type=float, help='learning rate while averaging (default: a tenth of --lr)')
+    p.add_argument('--swa-lr', type=float, help='learning rate while averaging (default: half of --lr)')
     p.add_argument('--swa-start', type=_int_or_float, default=.5, help='first epoch folded, from 0, or a share of the epochs')
     p.add_argument('--bs', type=_positive, help='batch size (default: 32 on digits, 64 on images)')
     p.add_argument('--size', type=_positive, help="side of the images in pixels (default: the first image's, at most 224)")
@@ -23,7 +23,6 @@ def main(argv=None):
     p.add_argument('--out', default='swa-demo', help='name of the files written, without an ending')
     args = vars(parser.parse_args(argv))
     matplotlib.use('agg')
-    warnings.filterwarnings('ignore', category=FutureWarning, module='torch.jit')    # fastai's own imports
     from .demo import demo    # imports fastai, which takes seconds
     del args['command']
     try: demo(**args)

@@ -416,8 +416,8 @@ def _aside(learn, *cbs):
     loop = {name: vars(learn)[name] for name in _LOOP if name in vars(learn)}
     bars = [(vars(cb), vars(cb)['pbar']) for cb in learn.cbs if 'pbar' in vars(cb)]
     modes = [(m, m.training) for m in unwrap(learn.model).modules()]
-    loaders = [g for dl in getattr(learn.dls, 'loaders', []) for g in (getattr(dl, 'generator', None), getattr(getattr(dl, 'sampler', None), 'generator', None))]
-    generators = [(g, g.get_state()) for g in loaders if isinstance(g, torch.Generator)]
+    samplers = [o for dl in getattr(learn.dls, 'loaders', []) for o in (dl, getattr(dl, 'sampler', None))]    # of plain PyTorch loaders
+    generators = [(o.generator, o.generator.get_state()) for o in samplers if isinstance(getattr(o, 'generator', None), torch.Generator)]
     states = get_random_states()
     try:
         for attrs, _ in runs: attrs['run'] = False

@@ -17,6 +17,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from fastai.vision.learner import vision_learner
 from fastprogress import fastprogress
+from scipy.stats import t
 
 from . import learner    # noqa: F401  (fit_swa)
 from .callback import EpochScheduler
@@ -35,13 +36,15 @@ def demo(data=None, arch='resnet18', epochs=12, seeds=None, lr=.1, swa_lr=None, 
 
     - `data`: an image folder (`vision.image_folder`), trained with torchvision's `arch`, whose average, of the first seed, is saved
       as `out`.pth; `None`: scikit-learn's digits with a small network.
-    - `epochs`, `lr`, `swa_lr`, `swa_start`: as for `fit_swa`; SGD gets as many epochs and falls to `lr / 100` by the same rule.
+    - `epochs`, `lr`, `swa_lr`, `swa_start`: as for `fit_swa`, but `swa_lr` defaults to `lr / 2`, the ratio of the SWA paper's
+      WRN-28-10; SGD gets as many epochs and falls to `lr / 100` by the same rule.
     - `seeds`: number of repetitions; default 5 on digits, 1 on a folder.
 
     Returns errors in %, shape (seeds, 3): SGD at its end, last single weights of the SWA run, their average.
     Raises what `image_folder` and `fit_swa` raise, and `ValueError` for an `arch` that torchvision does not have.
     """
     if data is None:
+        torch.set_num_threads(1)    # the network is tiny: a second thread only waits
         dls, seeds, what = digits(n_train=500, bs=bs or 32), seeds or 5, 'scikit-learn digits, small batch-norm network'
     else:
         if arch not in torchvision.models.list_models(torchvision.models):
@@ -64,7 +67,7 @@ def demo(data=None, arch='resnet18', epochs=12, seeds=None, lr=.1, swa_lr=None, 
     for seed in range(seeds):
         learn = new_learner(seed)
         with _progress(shown=seed == 0):
-            swa = learn.fit_swa(epochs, lr=lr, swa_lr=swa_lr, swa_start=swa_start)
+            swa = learn.fit_swa(epochs, lr=lr, swa_lr=lr/2 if swa_lr is None else swa_lr, swa_start=swa_start)
             row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
             if seed == 0:
                 first = learn, swa
@@ -92,11 +95,9 @@ def summary(errors: np.ndarray, n_averaged: int) -> str:
     lines += [f'{name:<34}{stats(column)}' for name, column in zip(names, errors.T)]
     gain = errors[:, 0] - errors[:, 2]
     if n == 1: return '\n'.join([*lines, f'SWA {_verb(gain[0])}; one seed cannot tell that from chance'])
-    error = gain.std(ddof=1) / n**.5
-    clear = abs(gain.mean()) > 2*error
-    lines.append(f'SWA {_verb(gain.mean())} (standard error {error:.2f}, better in {(gain > 0).sum()} of {n} seeds): '
-                 + ('more than twice' if clear else 'less than twice') + ' its standard error, so '
-                 + ('unlikely to be chance' if clear else 'it may be chance'))
+    half = t.ppf(.975, n - 1) * gain.std(ddof=1) / n**.5
+    lines.append(f'SWA {_verb(gain.mean())} (seed by seed; 95 % confidence interval {gain.mean() - half:.2f} to {gain.mean() + half:.2f}; '
+                 f'better in {(gain > 0).sum()} of {n})' + ('; that may be chance' if half >= abs(gain.mean()) else ''))
     return '\n'.join(lines)
 
 

@@ -43,10 +43,13 @@ def fit_swa(self:Learner,
     """
     if isinstance(n_epoch, bool) or not isinstance(n_epoch, int): raise TypeError(f'n_epoch must be an int, not {n_epoch!r}')
     if n_epoch < 1: raise ValueError(f'n_epoch must be at least 1, not {n_epoch}')
+    lr = self.lr if lr is None else lr
+    for x in (lr.start, lr.stop) if isinstance(lr, slice) else (lr,):
+        if x is not None: _check_lr('lr', x, lr)
     if swa_lr is not None: swa_lr = _check_swa_lr(swa_lr)
     swa = SWACallback(swa_start=swa_start, cycle_len=cycle_len, **swa_kwargs)
     if self.opt is None: self.create_opt()
-    self.opt.set_hyper('lr', self.lr if lr is None else lr)
+    self.opt.set_hyper('lr', lr)
     lrs = np.array([h['lr'] for h in self.opt.hypers])
     if swa_lr is None: factor = .1
     else: factor = tuple(x / lrs[-1] for x in swa_lr) if isinstance(swa_lr, tuple) else swa_lr / lrs[-1]
@@ -58,10 +61,13 @@ def fit_swa(self:Learner,
 
 def _check_swa_lr(swa_lr):
     "`swa_lr` as a float or a pair of floats."
-    def is_lr(x): return isinstance(x, Real) and not isinstance(x, bool)
-    if is_lr(swa_lr): pair = (swa_lr,)
-    elif isinstance(swa_lr, tuple | list) and len(swa_lr) == 2 and all(map(is_lr, swa_lr)): pair = swa_lr
-    else: raise TypeError(f'swa_lr must be a number or a pair (hi, lo), not {swa_lr!r}')
-    if not all(0 < x < float('inf') for x in pair): raise ValueError(f'swa_lr must be positive, not {swa_lr!r}')
+    is_pair = isinstance(swa_lr, tuple | list) and len(swa_lr) == 2
+    pair = swa_lr if is_pair else (swa_lr,)
+    for x in pair: _check_lr('swa_lr', x, swa_lr, 'a number or a pair (hi, lo)')
     if pair[0] < pair[-1]: raise ValueError(f'swa_lr must be a pair (hi, lo) with hi >= lo, not {swa_lr!r}')
-    return float(swa_lr) if len(pair) == 1 else tuple(map(float, pair))
+    return tuple(map(float, pair)) if is_pair else float(swa_lr)
+
+
+def _check_lr(name, x, given, expected='a number or a slice'):
+    if isinstance(x, bool) or not isinstance(x, Real): raise TypeError(f'{name} must be {expected}, not {given!r}')
+    if not 0 < x < float('inf'): raise ValueError(f'{name} must be positive, not {given!r}')

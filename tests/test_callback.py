@@ -442,7 +442,6 @@ def test_no_average_no_change_while_disabled():
 
 @pytest.mark.parametrize('call', ['lr_find', 'validate', 'get_preds', 'tta', 'predict'])
 def test_no_average_no_change_from_calls_that_only_look_like_fits(call):
-    from fastai.vision.core import TensorImageBW
     from fastai_swa.vision import digits
     learn = Learner(digits(n_train=60), nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10)), CrossEntropyLossFlat(), metrics=accuracy)
     learn.to_swa(swa_start=0)

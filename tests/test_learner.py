@@ -1,0 +1,112 @@
+import math
+import warnings
+
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai_swa import SWACallback
+
+from .helpers import Snapshots, assert_close, column, learner, parameters
+from .reference import twins
+from .test_combinations import two_groups
+
+
+class Rates(Callback):
+    "The learning rates of every step, by parameter group, and the momentum."
+    order = 100
+    run_valid = False
+    def __init__(self): self.rates, self.momenta = [], set()
+    def after_batch(self):
+        self.rates.append((self.epoch, [h['lr'] for h in self.opt.hypers]))
+        self.momenta.add(self.opt.hypers[-1].get('mom'))
+
+
+@pytest.mark.parametrize('n_epoch, swa_start', [(10, .75), (12, 5), (7, 0), (3, .99)])
+def test_fit_swa_follows_the_papers_schedule_and_averages(n_epoch, swa_start):
+    learn, rates, snaps = learner(), Rates(), Snapshots()
+    swa = learn.fit_swa(n_epoch, lr=.1, swa_lr=.02, swa_start=swa_start, cbs=[rates, snaps])
+    first = swa_start if isinstance(swa_start, int) else min(math.ceil(swa_start*n_epoch - 1e-9), n_epoch - 1)
+    assert isinstance(swa, SWACallback) and swa.averaged_epochs == list(range(first, n_epoch))
+    for epoch, (lr,) in rates.rates: assert lr == pytest.approx(twins.papers_lr(epoch, first + 1, .1, .02))
+    assert len(rates.momenta) == 1
+    assert_close(parameters(swa.swa_model), twins.mean(snaps.weights[first:]))
+    assert not math.isnan(column(learn, 'swa_valid_loss')[-1])
+    with swa.averaged(): learn.validate()
+
+
+def test_fit_swa_defaults_to_the_learners_rate_and_a_tenth_of_it():
+    learn, rates = learner(lr=.05), Rates()
+    learn.fit_swa(8, cbs=rates)
+    assert rates.rates[0][1] == [.05] and rates.rates[-1][1] == [pytest.approx(.005)]
+
+
+def test_fit_swa_scales_the_rates_of_all_groups_along():
+    learn, rates = learner(splitter=two_groups), Rates()
+    learn.fit_swa(8, lr=slice(.01, .1), swa_lr=.05, cbs=rates)
+    for epoch, (low, high) in rates.rates:
+        assert high == pytest.approx(twins.papers_lr(epoch, 7, .1, .05)) and low == pytest.approx(high/10)
+
+
+def test_fit_swa_with_a_pair_falls_from_hi_to_lo_over_each_cycle_and_folds_at_lo():
+    learn, rates = learner(), Rates()
+    swa = learn.fit_swa(9, lr=.1, swa_lr=(.05, .01), swa_start=4, cycle_len=2, cbs=rates)
+    n = len(learn.dls.train)
+    assert swa.averaged_epochs == [4, 6, 8]
+    lrs = [lr for _, (lr,) in rates.rates]
+    for fold in swa.averaged_epochs:
+        assert lrs[(fold + 1)*n - 1] == pytest.approx(.01)
+        cycle = lrs[(fold - 1)*n:(fold + 1)*n]
+        assert cycle == pytest.approx([.05 - .04*i/(2*n) for i in range(1, 2*n + 1)])
+    assert all(lr == pytest.approx(twins.papers_lr(e, 5, .1, .05)) for e, (lr,) in rates.rates if e < 3)
+    learn.recorder.plot_sched()
+    assert len(learn.recorder.hps['lr']) == 9*n
+
+
+def test_fit_swa_passes_its_other_arguments_on():
+    learn, seen = learner(), []
+    class Look(Callback):
+        def before_fit(self): seen.append(self.opt.hypers[-1]['wd'])
+    swa = learn.fit_swa(4, wd=.03, cbs=Look(), swa_eval_freq=0, bn_batches=2)
+    assert seen == [.03] and swa.bn_batches == 2 and math.isnan(column(learn, 'swa_valid_loss')[-2])
+
+
+@pytest.mark.parametrize('kwargs, error, match', [
+    (dict(n_epoch=0), ValueError, 'n_epoch must be at least 1, not 0'), (dict(n_epoch=2.), TypeError, 'n_epoch must be an int'),
+    (dict(swa_lr='a'), TypeError, 'swa_lr must be a number or a pair'), (dict(swa_lr=(1, 2, 3)), TypeError, 'swa_lr must be a number or a pair'),
+    (dict(swa_lr=0), ValueError, 'swa_lr must be positive'), (dict(swa_lr=-.1), ValueError, 'swa_lr must be positive'),
+    (dict(swa_lr=(.01, .05)), ValueError, r'hi >= lo, not \(0.01, 0.05\)'), (dict(swa_start=2.5), ValueError, 'swa_start'),
+    (dict(cycle_len=0), ValueError, 'cycle_len'), (dict(lr=0.), ValueError, 'lr must be positive'), (dict(bn=1), TypeError, 'bn')])
+def test_bad_input_gets_one_clear_sentence_before_anything_changes(kwargs, error, match):
+    learn = learner()
+    learn.create_opt()
+    with pytest.raises(error, match=match): learn.fit_swa(**{'n_epoch': 3, **kwargs})
+    assert learn.opt.hypers[-1]['lr'] == .1
+
+
+def test_to_swa_attaches_for_all_later_fits_and_remove_swa_detaches():
+    learn = learner()
+    assert learn.to_swa(swa_start=0, cycle_len=2) is learn and isinstance(learn.swa, SWACallback) and learn.swa.cycle_len == 2
+    learn.fit(3)
+    assert learn.swa.averaged_epochs == [0, 2]
+    learn.fit_one_cycle(1)
+    assert learn.swa.averaged_epochs == [0]
+    swa = learn.swa
+    assert learn.remove_swa() is learn and not hasattr(learn, 'swa')
+    learn.remove_swa()
+    swa.apply()
+    for a, b in zip(parameters(learn.model), parameters(swa.swa_model)): assert torch.equal(a, b)
+
+
+def test_any_other_schedule_is_left_alone():
+    rates = [Rates(), Rates()]
+    learner().fit_one_cycle(4, .1, cbs=rates[0])
+    learner().fit_one_cycle(4, .1, cbs=[rates[1], SWACallback(swa_start=1)])
+    assert rates[0].rates == rates[1].rates and rates[0].momenta == rates[1].momenta
+
+
+def test_fit_swa_says_when_its_start_is_never_reached():
+    with pytest.warns(UserWarning, match='swa_start=9 was not reached'): swa = learner().fit_swa(3, swa_start=9)
+    assert swa.n_averaged == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learner().fit_swa(1)
