@@ -1,27 +1,21 @@
 """`SWACallback`: the running average of a fit, validated beside the model in training. Callbacks only wire; the mathematics is below."""
-import copy, sys, warnings, weakref
-from contextlib import contextmanager, nullcontext
-from functools import partial
-from itertools import islice
+import warnings, weakref
+from contextlib import contextmanager
 from numbers import Integral, Real
 from types import SimpleNamespace
 
-import torch
-from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelTrainException
-from fastai.callback.hook import HookCallback
-from fastai.callback.progress import CSVLogger, ShowGraphCallback
+from fastai.callback.core import Callback
 from fastai.callback.schedule import LRFinder, ParamScheduler
-from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback, TerminateOnNaNCallback
-from fastai.callback.training import ShortEpochCallback
-from fastai.data.load import DataLoader
-from fastai.learner import AvgLoss, Learner, Recorder, save_model
-from fastai.torch_core import get_random_states, join_path_file, set_random_states
+from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from fastai.learner import Learner, Recorder, save_model
+from fastai.torch_core import join_path_file, num_distrib
 from fastcore.foundation import L
 from torch import nn
 
 from .averaging import WeightAverage, all_finite, check_match, equal
-from .batchnorm import batch_moments, check_count, tracked_bn
+from .batchnorm import check_count, tracked_bn
 from .modules import clean_copy, unwrap
+from .passes import PassCancelled, no_fit, refresh_bn, validate_aside
 from .schedules import start_epoch
 
 __all__ = ['SWACallback', 'SaveSWAModelCallback']
@@ -36,8 +30,9 @@ class SWACallback(Callback):
 
     Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used.
     """
-    _name = 'swa'
     order = Recorder.order + 5    # after the Recorder has logged the epoch, before trackers and the progress table read it
+    remove_on_fetch = True    # as the Recorder has it: not for passes aside from training
+    _name = 'swa'
     _stateattrs = '_average', '_given', '_epochs', '_bn', '_stale', '_learner', '_fit'
 
     def __init__(self,
@@ -100,7 +95,7 @@ class SWACallback(Callback):
         is refused with one, too.
         """
         learn = self._existing('averaged')
-        with self._average.lent_to(learn.model), _no_fit(learn):
+        with self._average.lent_to(learn.model), no_fit(learn):
             self._refresh(learn)
             yield learn
 
@@ -132,10 +127,11 @@ class SWACallback(Callback):
         if self.learn.lock.locked(): return    # validate or get_preds; they may come from within a fit
         self._fit = None
         if not self.enabled or self._grab(LRFinder): return    # tta comes this far as well, so nothing is made or reset here
+        if num_distrib() > 1: raise NotImplementedError('SWACallback does not support training in several processes yet; use one, or DataParallel')
         if len([cb for cb in self._grab(SWACallback) if cb.enabled]) > 1:
             raise ValueError('this fit has two SWACallbacks, whose columns would collide; pass one, or first call learn.remove_swa()')
         if self._given is not None: check_match(self.learn.model, self._given)
-        self._fit = SimpleNamespace(start=start_epoch(self.swa_start, self.n_epoch), n_folds=0, begun=False, trained=False, said=set())
+        self._fit = SimpleNamespace(start=start_epoch(self.swa_start, self.n_epoch), n_folds=0, begun=False, said=set(), columns=[])
         recorder = self._recorder()
         if recorder is None: return
         names, at = list(recorder.metric_names), len(recorder.metric_names) - bool(recorder.add_time)
@@ -171,13 +167,13 @@ class SWACallback(Callback):
         if not self._fit or not self._fit.n_folds or not self._stale: return
         try:
             with self._average.lent_to(self.learn.model): self._refresh(self.learn, in_fit=True)
-        except _PassCancelled: self._say('cancelled', _PassCancelled.sentence)
+        except PassCancelled: self._say_cancelled()
 
     def after_fit(self):
         if not self._fit or self.learn.lock.locked(): return
         fit, self._fit = self._fit, None
         if self._average is not None: self._average.release()
-        if fit.begun and not fit.n_folds and not fit.said: self._say('nothing', self._nothing_folded(fit), fit)
+        if fit.begun and not fit.n_folds and 'finite' not in fit.said: self._say('nothing', self._nothing_folded(fit), fit)
 
     # folding
 
@@ -200,31 +196,18 @@ class SWACallback(Callback):
 
     # validating the average
 
-    def _evaluate(self) -> list | None:
+    def _evaluate(self) -> list:
         "The values of the `swa_*` columns now; none if a callback cancels a pass."
-        collector = _Collector(self.learn.metrics)
         try:
             with self._average.lent_to(self.learn.model):
                 self._refresh(self.learn, in_fit=True)
-                with _aside(self.learn, collector): self.learn._do_epoch_validate(dl=_fresh(self.learn.dls[1]))
-        except _PassCancelled: return self._say('cancelled', _PassCancelled.sentence)
-        except _CANCELS: return []
-        return collector.values()
+                return validate_aside(self.learn)
+        except PassCancelled: return self._say_cancelled() or []
 
-    def _refresh(self, learn, in_fit=None):
-        "Refresh the batch norm of `learn.model`, which holds the average, by the learner's own loop over a fresh training loader."
+    def _refresh(self, learn, in_fit=False):
+        "Refresh the batch norm of `learn.model`, which holds the average, if it needs it."
         if not self._stale: return
-        model = unwrap(learn.model)    # replicas would each keep statistics of their own
-        modules = dict(model.named_modules())
-        # outside a fit the events around a validation set mixed precision and the like up and tear them down
-        with _aside(learn), (nullcontext() if in_fit or _fit_is_running(learn) else learn.validation_context()):
-            dl = _fresh(learn.dls.train, drop_last=False)
-            if hasattr(dl, 'wgts'): dl.get_idxs = partial(DataLoader.get_idxs, dl)    # fastai's weighted loaders repeat and omit samples
-            if self.bn_batches is not None: dl = _First(dl, self.bn_batches)
-            with batch_moments(model, {name: modules[name] for name in self._bn}) as moments, \
-                 _attr(learn, 'model', model), learn.added_cbs(_MomentsCallback(moments)):
-                try: learn._do_epoch_validate(dl=dl)
-                except _CANCELS: raise _PassCancelled from None    # CancelFit would end the training, or escape learn.fit
+        moments = refresh_bn(learn, self._bn, self.bn_batches, in_fit)
         if moments.n_skipped: self._say('skipped', moments.skipped)
         self._stale = False
 
@@ -253,6 +236,8 @@ class SWACallback(Callback):
         if fit is not None and what in fit.said: return
         if fit is not None: fit.said.add(what)
         warnings.warn(sentence, stacklevel=2)
+
+    def _say_cancelled(self): self._say('cancelled', 'a callback cancelled a pass over the average, which is not validated in that epoch')
 
     def _nothing_folded(self, fit):
         return (f'swa_start={self.swa_start} was not reached: epoch {fit.start} (from 0) would be the first one folded, so this fit '
@@ -337,125 +322,3 @@ def _ranges(epochs):
         if runs and runs[-1][1] == e - 1: runs[-1][1] = e
         else: runs.append([e, e])
     return ', '.join(str(a) if a == b else f'{a}-{b}' for a, b in runs)
-
-
-# a pass through the learner's own loop, aside from training
-
-_CANCELS = CancelFitException, CancelEpochException, CancelTrainException
-
-
-class _PassCancelled(RuntimeError):
-    sentence = 'a callback cancelled the batch-norm pass: the statistics of the average are not refreshed yet'
-    def __init__(self, *args): super().__init__(*args or (self.sentence,))
-
-
-class _Collector(Callback):
-    "Loss and metrics of a validation, on objects of its own: the Recorder's keep the values of the model in training."
-    order = Recorder.order
-    def __init__(self, metrics):
-        self.measured, self.cancelled = [AvgLoss(), *map(copy.copy, metrics)], False
-    def before_validate(self):
-        for m in self.measured: m.reset()
-    def after_batch(self):
-        if len(self.yb):
-            for m in self.measured: m.accumulate(self.learn)
-    def after_cancel_validate(self): self.cancelled = True
-    def values(self) -> list:
-        if self.cancelled: return []
-        values = [m.value for m in self.measured]
-        values = [v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for v in values]
-        return [float('nan') if v is None else v for v in values]
-
-
-class _MomentsCallback(Callback):
-    "Tells `moments` where batches end."
-    def __init__(self, moments): self.moments = moments
-    def after_batch(self): self.moments.end_batch()
-    def after_cancel_validate(self): raise _PassCancelled
-
-
-class _First:
-    "The first `n` batches of a loader."
-    def __init__(self, dl, n): self.dl, self.n = dl, n
-    def __len__(self): return min(len(self.dl), self.n)
-    def __iter__(self): return islice(iter(self.dl), self.n)
-    def __getattr__(self, name): return getattr(self.dl, name)
-
-
-def _fresh(dl, **kwargs):
-    "A loader like `dl` that leaves the random state of `dl` alone; `kwargs` as for fastai's `DataLoader.new`."
-    if hasattr(dl, 'new'): return dl.new(**kwargs)
-    if type(dl) is torch.utils.data.DataLoader and dl.batch_size is not None and kwargs:
-        names = 'dataset', 'batch_size', 'sampler', 'num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn', 'generator'
-        return type(dl)(**{name: getattr(dl, name) for name in names}, **kwargs)
-    return dl
-
-
-@contextmanager
-def _attr(o, name, value):
-    old = getattr(o, name)
-    try: yield setattr(o, name, value)
-    finally: setattr(o, name, old)
-
-
-_LOOP = 'dl xb yb pred loss loss_grad iter n_iter training epoch n_epoch train_iter pct_train'.split()
-
-def _concerns_training(cb) -> bool:
-    "Does `cb` record, watch, steer or end training, so that a pass aside from it must not reach it?"
-    return (getattr(cb, 'remove_on_fetch', False)
-            or isinstance(cb, SWACallback | TerminateOnNaNCallback | ShortEpochCallback | ParamScheduler | HookCallback
-                              | CSVLogger | ShowGraphCallback)
-            or any(c.__name__ == 'TensorBoardBaseCallback' for c in type(cb).__mro__))    # lacks the flag; may not be installed
-
-
-@contextmanager
-def _aside(learn, *cbs):
-    "Within this context the learner's loop runs with `cbs` and without what concerns training; all that it changes is put back."
-    muted = [cb for cb in learn.cbs if _concerns_training(cb)]
-    runs = [(vars(cb), vars(cb).get('run')) for cb in muted]
-    loop = {name: vars(learn)[name] for name in _LOOP if name in vars(learn)}
-    bars = [(vars(cb), vars(cb)['pbar']) for cb in learn.cbs if 'pbar' in vars(cb)]
-    modes = [(m, m.training) for m in unwrap(learn.model).modules()]
-    samplers = [o for dl in getattr(learn.dls, 'loaders', []) for o in (dl, getattr(dl, 'sampler', None))]    # of plain PyTorch loaders
-    generators = [(o.generator, o.generator.get_state()) for o in samplers if isinstance(getattr(o, 'generator', None), torch.Generator)]
-    states = get_random_states()
-    try:
-        for attrs, _ in runs: attrs['run'] = False
-        with learn.added_cbs(cbs): yield
-    finally:
-        set_random_states(**states)
-        for g, state in generators: g.set_state(state)
-        for m, mode in modes: m.training = mode
-        for attrs, bar in bars: attrs['pbar'] = bar
-        vars(learn).update(loop)
-        for attrs, run in runs:
-            if run is None: attrs.pop('run', None)
-            else: attrs['run'] = run
-
-
-def _fit_is_running(learn) -> bool:
-    "Is a fit of `learn` under way in this thread? (Its own state does not tell: Ctrl-C leaves no trace in it.)"
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code is Learner._do_fit.__code__ and frame.f_locals.get('self') is learn: return True
-        frame = frame.f_back
-    return False
-
-
-class _RefusedFit:
-    "Stands in for the learner's training methods within `averaged()`; pickles as the method itself, so that `export` works there."
-    def __init__(self, learn, name): self.learn, self.name = learn, name
-    def __call__(self, *args, **kwargs):
-        raise RuntimeError(f'{self.name} inside averaged() would train the average; leave that context first, or call apply()')
-    def __reduce__(self): return getattr, (self.learn, self.name)
-
-
-@contextmanager
-def _no_fit(learn):
-    names = [n for n in dir(type(learn)) if n.startswith('fit') or n in ('fine_tune', 'lr_find')]
-    kept = {n: vars(learn)[n] for n in names if n in vars(learn)}
-    vars(learn).update({n: _RefusedFit(learn, n) for n in names})
-    try: yield
-    finally:
-        for n in names: vars(learn).pop(n, None)
-        vars(learn).update(kept)

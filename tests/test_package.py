@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [{'modules', 'version'}, {'averaging', 'batchnorm', 'schedules'}, {'ensemble', 'landscape', 'connectivity', 'vision'},
-          {'callback', 'checkpoint', 'plot'}, {'learner'}, {'experiments', 'demo'}, {'__main__', '__init__'}]
+          {'passes'}, {'callback', 'checkpoint', 'plot'}, {'learner'}, {'experiments', 'demo'}, {'__main__', '__init__'}]
 SOURCES = sorted((ROOT/'fastai_swa').rglob('*.py'))
 
 
@@ -55,10 +55,14 @@ def test_signatures_are_the_contract():
     assert list(inspect.signature(Learner.fit_swa).parameters)[1:] == 'n_epoch lr swa_lr swa_start cycle_len wd cbs swa_kwargs'.split()
 
 
-def test_the_readmes_python_runs():
-    "Each Python block of the README, in order, in one name space, on digits."
+def test_the_readmes_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r'```python\n(.*?)```', (ROOT/'README.md').read_text(), re.S)
-    assert len(blocks) >= 3
+    assert len(blocks) == 4
+    space = {}
+    for block in blocks: exec(block, space)
+    assert space['swa'].n_averaged == 3 and sorted(p.name for p in (tmp_path/'models').iterdir()) == ['average.pth', 'best.pth']
+    assert space['fresh'].validate()[1] < .2
 
 
 def test_the_version_is_in_the_changelog(): assert f'## {fastai_swa.__version__}' in (ROOT/'CHANGELOG.md').read_text()

@@ -1,0 +1,167 @@
+"""Passes through a learner's own loop, aside from its training: to validate other weights, to refresh batch norm."""
+import copy, sys
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import islice
+
+import torch
+from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelTrainException
+from fastai.callback.hook import HookCallback
+from fastai.callback.progress import CSVLogger, ShowGraphCallback
+from fastai.callback.schedule import ParamScheduler
+from fastai.callback.tracker import TerminateOnNaNCallback
+from fastai.callback.training import ShortEpochCallback
+from fastai.data.load import DataLoader
+from fastai.learner import AvgLoss, Learner, Recorder
+from fastai.torch_core import get_random_states, set_random_states
+
+from .batchnorm import Moments, batch_moments
+from .modules import unwrap
+
+__all__ = ['PassCancelled', 'validate_aside', 'refresh_bn', 'no_fit']
+
+
+class PassCancelled(Exception):
+    "A callback cancelled a pass; it must not cancel the fit that the pass stands aside from."
+
+
+def validate_aside(learn) -> list:
+    """Loss and metrics of `learn.model` on the validation set, as floats (`nan` where there is no value).
+
+    Raises `PassCancelled` if a callback cancels it.
+    """
+    collector = _Collector(learn.metrics)
+    with _aside(learn), learn.added_cbs(collector): _run(learn, _fresh_loader(learn.dls[1]))
+    values = [m.value for m in collector.measured]
+    values = [v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for v in values]
+    return [float('nan') if v is None else v for v in values]
+
+
+def refresh_bn(learn, names, n_batches: int | None, in_fit: bool) -> Moments:
+    """Refresh the batch-norm layers `names` of `learn.model` on the training set, or `n_batches` of it, each sample once.
+
+    Outside a fit the events around a validation are sent as well: they set mixed precision and the like up and tear them down.
+    Raises `PassCancelled` if a callback cancels the pass; like any error that leaves the statistics as they were.
+    """
+    model = unwrap(learn.model)    # data-parallel replicas would each keep statistics of their own
+    modules = dict(model.named_modules())
+    with _aside(learn), nullcontext() if in_fit or _fit_is_running(learn) else learn.validation_context():
+        dl = _fresh_loader(learn.dls.train, drop_last=False)
+        if hasattr(dl, 'wgts'): dl.get_idxs = partial(DataLoader.get_idxs, dl)    # fastai's weighted loaders repeat and omit samples
+        if n_batches is not None: dl = _FirstBatches(dl, n_batches)
+        with batch_moments(model, {name: modules[name] for name in names}) as moments, \
+             _replaced(learn, 'model', model), learn.added_cbs(_EndBatch(moments)):
+            _run(learn, dl)
+    return moments
+
+
+def _run(learn, dl):
+    try: learn._do_epoch_validate(dl=dl)
+    except (CancelFitException, CancelEpochException, CancelTrainException): raise PassCancelled from None
+
+
+class _Collector(Callback):
+    "Loss and metrics of a validation, on objects of its own: the Recorder's keep the values of the model in training."
+    order = Recorder.order
+    def __init__(self, metrics):
+        self.measured = [AvgLoss(), *map(copy.copy, metrics)]
+    def before_validate(self):
+        for m in self.measured: m.reset()
+    def after_batch(self):
+        if len(self.yb):
+            for m in self.measured: m.accumulate(self.learn)
+    def after_cancel_validate(self): raise PassCancelled('validation')
+
+
+class _EndBatch(Callback):
+    "Tells `moments` where batches end."
+    def __init__(self, moments): self.moments = moments
+    def after_batch(self): self.moments.end_batch()
+    def after_cancel_validate(self): raise PassCancelled('batch norm')
+
+
+class _FirstBatches:
+    "The first `n` batches of a loader."
+    def __init__(self, dl, n): self.dl, self.n = dl, n
+    def __len__(self): return min(len(self.dl), self.n)
+    def __iter__(self): return islice(iter(self.dl), self.n)
+    def __getattr__(self, name): return getattr(self.dl, name)
+
+
+def _fresh_loader(dl, **kwargs):
+    "A loader like `dl` that leaves the random state of `dl` alone; `kwargs` as for fastai's `DataLoader.new`."
+    if hasattr(dl, 'new'): return dl.new(**kwargs)
+    if type(dl) is torch.utils.data.DataLoader and dl.batch_size is not None and kwargs:
+        names = 'dataset', 'batch_size', 'sampler', 'num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn', 'generator'
+        return type(dl)(**{name: getattr(dl, name) for name in names}, **kwargs)
+    return dl
+
+
+@contextmanager
+def _replaced(o, name, value):
+    old = getattr(o, name)
+    try: yield setattr(o, name, value)
+    finally: setattr(o, name, old)
+
+
+_LOOP = 'dl xb yb pred loss loss_grad iter n_iter training epoch n_epoch train_iter pct_train'.split()
+
+def _concerns_training(cb) -> bool:
+    "Does `cb` record, watch, steer or end training, so that a pass aside from it must not reach it?"
+    return (getattr(cb, 'remove_on_fetch', False)
+            or isinstance(cb, TerminateOnNaNCallback | ShortEpochCallback | ParamScheduler | HookCallback | CSVLogger | ShowGraphCallback)
+            or any(c.__name__ == 'TensorBoardBaseCallback' for c in type(cb).__mro__))    # lacks the flag; may not be installed
+
+
+@contextmanager
+def _aside(learn):
+    "Within this context the learner's loop runs without what concerns training; all that it changes is put back."
+    muted = [cb for cb in learn.cbs if _concerns_training(cb)]
+    runs = [(vars(cb), vars(cb).get('run')) for cb in muted]
+    loop = {name: vars(learn)[name] for name in _LOOP if name in vars(learn)}
+    bars = [(vars(cb), vars(cb)['pbar']) for cb in learn.cbs if 'pbar' in vars(cb)]
+    modes = [(m, m.training) for m in unwrap(learn.model).modules()]
+    samplers = [o for dl in getattr(learn.dls, 'loaders', []) for o in (dl, getattr(dl, 'sampler', None))]    # of plain PyTorch loaders
+    generators = [(o.generator, o.generator.get_state()) for o in samplers if isinstance(getattr(o, 'generator', None), torch.Generator)]
+    states = get_random_states()
+    try:
+        for attrs, _ in runs: attrs['run'] = False
+        yield
+    finally:
+        set_random_states(**states)
+        for g, state in generators: g.set_state(state)
+        for m, mode in modes: m.training = mode
+        for attrs, bar in bars: attrs['pbar'] = bar
+        vars(learn).update(loop)
+        for attrs, run in runs:
+            if run is None: attrs.pop('run', None)
+            else: attrs['run'] = run
+
+
+def _fit_is_running(learn) -> bool:
+    "Is a fit of `learn` under way in this thread? (Its own state does not tell: Ctrl-C leaves no trace in it.)"
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is Learner._do_fit.__code__ and frame.f_locals.get('self') is learn: return True
+        frame = frame.f_back
+    return False
+
+
+class _RefusedFit:
+    "Stands in for the learner's training methods within `averaged()`; pickles as the method itself, so that `export` works there."
+    def __init__(self, learn, name): self.learn, self.name = learn, name
+    def __call__(self, *args, **kwargs):
+        raise RuntimeError(f'{self.name} inside averaged() would train the average; leave that context first, or call apply()')
+    def __reduce__(self): return getattr, (self.learn, self.name)
+
+
+@contextmanager
+def no_fit(learn):
+    "Within this context the methods of `learn` that train raise `RuntimeError` before they change anything."
+    names = [n for n in dir(type(learn)) if n.startswith('fit') or n in ('fine_tune', 'lr_find')]
+    kept = {n: vars(learn)[n] for n in names if n in vars(learn)}
+    vars(learn).update({n: _RefusedFit(learn, n) for n in names})
+    try: yield
+    finally:
+        for n in names: vars(learn).pop(n, None)
+        vars(learn).update(kept)
