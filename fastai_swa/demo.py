@@ -101,7 +101,7 @@ def summary(errors: np.ndarray, n_averaged: int) -> str:
     return '\n'.join(lines)
 
 
-def _verb(gain): return f'is {abs(gain):.2f} points {"better" if gain >= 0 else "worse"} than SGD'
+def _verb(gain): return f'is {abs(gain):.2f} points {"better" if gain > 0 else "worse"} than SGD' if gain else 'is level with SGD'
 
 
 @contextmanager

@@ -32,11 +32,13 @@ def plot_swa(recorder: Recorder, axs=None):
         points = [(e, v) for e, v in zip(epochs, column(avg)) if v == v]    # validated epochs only, joined
         ax.plot(*zip(*points) if points else ([], []), color='C3', lw=2, marker='o', ms=4, label='average')
         for i, e in enumerate(recorder.swa_epochs):
-            ax.plot(e, 0, '^', color='0.25', ms=5, clip_on=False, zorder=5, transform=ax.get_xaxis_transform(),
+            ax.plot(e, .03, '^', color='0.25', ms=5, transform=ax.get_xaxis_transform(),
                     label='folded into the average' if i == 0 else None)
         ax.set(xlabel='epoch', ylabel=title.replace('_', ' '))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.grid(alpha=.25)
+        drawn = [v for line in ax.lines if len(line.get_xdata()) > 1 for v in line.get_ydata() if v == v]
+        if drawn and 0 < 5*min(drawn) < max(drawn): ax.set_yscale('log')    # else the start hides the end
+        ax.grid(alpha=.25, which='both')
         ax.legend(fontsize='small')
     return axs
 
