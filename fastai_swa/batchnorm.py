@@ -1,7 +1,7 @@
 """Batch-norm statistics for weights that were never trained with. Plain PyTorch."""
-import itertools, warnings
+import itertools, sys, warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -75,7 +75,7 @@ def batch_moments(model: nn.Module, layers: dict[str, _BatchNorm]):
             m._buffers.update({k: None if t is None else torch.zeros_like(t) for k, t in statistics.items()})
             m.running_var.fill_(1)
             handles.append(m.register_forward_pre_hook(moments.before_layer, with_kwargs=True))
-        with torch.no_grad(), torch.compiler.set_stance('force_eager'): yield moments
+        with torch.no_grad(), _eager(): yield moments
     finally:
         for handle in handles: handle.remove()
         for m, momentum, statistics in kept:
@@ -85,14 +85,19 @@ def batch_moments(model: nn.Module, layers: dict[str, _BatchNorm]):
     moments.write()
 
 
+def _eager():
+    "No compiled code within this context. Where there can be none yet, the compiler is not imported for it, which takes a second."
+    return torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else nullcontext()
+
+
 _STATISTICS = 'running_mean', 'running_var', 'num_batches_tracked'
 
 
 class Moments:
-    "The moments of what reached some batch-norm layers, pooled batch by batch (Chan et al. 1979)."
+    "The moments of what reached some batch-norm layers, pooled batch by batch."
     def __init__(self, layers: dict[str, _BatchNorm]):
         self.names = {m: name for name, m in layers.items()}
-        self.pooled, self.n_batches, self.n_skipped, self._too_small = {}, 0, 0, None
+        self.pools, self.n_batches, self.n_skipped, self._too_small = {}, 0, 0, None
         self._reset()
 
     def _reset(self): self._called, self._calls, self._cannot = {}, [], False
@@ -115,24 +120,15 @@ class Moments:
             for m in self._called: m.reset_running_stats()    # 0 * inf is nan: no trace of this batch may stay in the scratch
         elif self._called:
             for layer, n, mean, var in self._calls: self._pool([layer], [n], [mean], [var])
-            layers = list(self._called)
-            self._pool(layers, list(self._called.values()), [m.running_mean for m in layers], [m.running_var for m in layers])
+            by_device = {}
+            for m in self._called: by_device.setdefault(m.running_mean.device, []).append(m)
+            for layers in by_device.values():
+                self._pool(layers, [self._called[m] for m in layers], [m.running_mean for m in layers], [m.running_var for m in layers])
             self.n_batches += 1
         self._reset()
 
     def _pool(self, layers, ns, means, variances):
-        dtype = torch.promote_types(means[0].dtype, torch.float32)
-        means, variances = [t.to(dtype) for t in means], [t.to(dtype) for t in variances]
-        for m, mean in zip(layers, means):
-            if m not in self.pooled: self.pooled[m] = 0, torch.zeros_like(mean), torch.zeros_like(mean)
-        counts, totals, sq_devs = zip(*(self.pooled[m] for m in layers))
-        after = [N + n for N, n in zip(counts, ns)]
-        delta = torch._foreach_sub(means, totals)
-        torch._foreach_add_(totals, torch._foreach_mul(delta, [n / a for n, a in zip(ns, after)]))
-        torch._foreach_add_(sq_devs, torch._foreach_mul(variances, [float(n - 1) for n in ns]))
-        torch._foreach_mul_(delta, delta)
-        torch._foreach_add_(sq_devs, torch._foreach_mul(delta, [N * n / a for N, n, a in zip(counts, ns, after)]))
-        self.pooled.update(zip(layers, zip(after, totals, sq_devs)))
+        self.pools.setdefault(tuple(layers), _Pool(layers)).add(ns, means, variances)
 
     @property
     def skipped(self) -> str:
@@ -145,11 +141,52 @@ class Moments:
         if not self.n_batches:
             raise ValueError('the batch-norm statistics cannot be recomputed: ' +
                              (self.skipped + '; use larger batches' if self.n_skipped else 'the loader gave no batch'))
+        pooled = {}
+        for pool in self.pools.values():
+            for m, n, mean, var in pool.split(): pooled[m] = _merge(*pooled[m], n, mean, var) if m in pooled else (n, mean, var)
         with torch.no_grad():
-            for m, (n, mean, sq_dev) in self.pooled.items():
+            for m, (n, mean, var) in pooled.items():
                 m.running_mean.copy_(mean)
-                m.running_var.copy_(sq_dev / (n - 1))
+                m.running_var.copy_(var * (n / (n - 1)))
                 if m.num_batches_tracked is not None: m.num_batches_tracked.fill_(self.n_batches)
+
+
+def _merge(n, mean, var, n_new, mean_new, var_new):
+    """Count, mean and biased variance of two samples taken together, from theirs (Chan, Golub and LeVeque 1983).
+
+    In place in `mean` and `var`. Counts are numbers, or tensors of one count a channel.
+    """
+    total = n + n_new
+    share, delta = n_new / total, mean_new - mean
+    mean += share * delta
+    var += share * (var_new - var) + share * (1 - share) * delta.square_()
+    return total, mean, var
+
+
+class _Pool:
+    "The moments of layers that see batches together, end to end in one tensor: a few operations a batch, however many layers."
+    def __init__(self, layers): self.layers, self.counts, self.moments = layers, None, None
+
+    def add(self, ns, means, variances):
+        "Pool one batch: `ns` values a channel, their means and unbiased variances, for each layer."
+        dtype = torch.promote_types(means[0].dtype, torch.float32)
+        mean, var = torch.cat(means).to(dtype), torch.cat(variances).to(dtype)
+        var *= self._per_channel([(n - 1) / n for n in ns], mean)
+        if self.counts is None: self.counts, self.moments = list(ns), (mean, var)
+        else:
+            share = self._per_channel([n / (n + N) for n, N in zip(ns, self.counts)], mean)
+            _merge(1 - share, *self.moments, share, mean, var)
+            self.counts = [n + N for n, N in zip(ns, self.counts)]
+
+    def _per_channel(self, values, like):
+        "`values`, one a layer, as a number if they agree (as shares do, for images of one size), else as a tensor."
+        if len(set(values)) == 1: return values[0]
+        return torch.cat([like.new_full((m.num_features,), v) for v, m in zip(values, self.layers)])
+
+    def split(self):
+        "(layer, count, mean, biased variance) for each layer."
+        sizes = [m.num_features for m in self.layers]
+        return zip(self.layers, self.counts, *(t.split(sizes) for t in self.moments))
 
 
 def check_count(name: str, value, least: int = 1):
