@@ -160,7 +160,7 @@ class _Link:
         dst, src = self.params
         return (model is self.model and same and all(d[k] is t for d, k, t in self.single)
                 and list(map(_dtype, dst)) == list(map(_dtype, src)) and list(map(_device, dst)) == list(map(_device, src))
-                and self._low_ptrs() == self.low_ptrs)
+                and list(map(_numel, dst)) == list(map(_numel, src)) and self._low_ptrs() == self.low_ptrs)
 
     def fold(self, weight):
         for dst, src in self.lerped:
@@ -180,7 +180,9 @@ class _NO_LINK:
     def holds(model): return False
 
 
-_dtype, _device = attrgetter('dtype'), torch.Tensor.get_device
+_dtype, _device, _numel = attrgetter('dtype'), torch.Tensor.get_device, torch.Tensor.numel
+
+def _shape(o): return getattr(o, 'shape', None)    # a state dict may hold a module's extra state, which need not be a tensor
 
 def _slots(model): return [d for m in model.modules() for d in (m._parameters, m._buffers, m._modules)]
 
@@ -198,7 +200,7 @@ def _refuse_mismatch(what, src, dst):
     "Raise a `ValueError` that names how `src` and `dst`, both name -> tensor, differ in names or shapes."
     faults = [f'{_some(names)} {fault}' for names, fault in (
         (dst.keys() - src.keys(), 'missing'), (src.keys() - dst.keys(), 'not in the average'),
-        ({k for k in src.keys() & dst.keys() if src[k].shape != dst[k].shape}, 'of another shape')) if names]
+        ({k for k in src.keys() & dst.keys() if _shape(src[k]) != _shape(dst[k])}, 'of another shape')) if names]
     if faults: raise ValueError(f'{what} does not match the average: ' + '; '.join(faults))
 
 
@@ -287,11 +289,14 @@ def lent(source: nn.Module, model: nn.Module):
         for t, theirs in lent_pairs.values(): t.data = theirs.data
         yield
     finally:
-        for m, name, leaf, t in slots:
-            if m._buffers.get(leaf) is not t:     # rebound inside: the new tensor is the source's
-                if name in buffers: buffers[name].data = m._buffers[leaf].data
-                m._buffers[leaf] = t
-        for t, data in kept: t.data = data
+        try:
+            for m, name, leaf, t in slots:
+                now = getattr(m, leaf, None)
+                if now is not t and now is not None:    # rebound inside: the new tensor is the source's
+                    if name in buffers: buffers[name].data = now.data
+                    m._buffers[leaf] = t
+        finally:
+            for t, data in kept: t.data = data
 
 
 def all_finite(tensors) -> bool:

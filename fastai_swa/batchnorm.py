@@ -2,6 +2,7 @@
 import itertools, sys, warnings
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -26,11 +27,12 @@ def update_bn(loader, model: nn.Module, device=None, n_batches: int | None = Non
     - `n_batches`: stop after so many; `None` takes all.
     - `inputs`: function from a batch to a tuple of arguments or a dict of keyword arguments, for any other kind of batch.
 
-    A batch that a layer cannot normalise (a single value per channel) is skipped, with one warning for all of them.
+    A batch that a layer cannot normalise (a single value per channel) is skipped, with one warning for all of them; statistics that
+    are not finite are another.
     Raises `ValueError` if no batch is left, and `TypeError` or `ValueError` for an `n_batches` that is not a positive int.
     """
     if not isinstance(model, nn.Module): raise TypeError(f'model must be an nn.Module, not {type(model).__name__} (the loader comes first)')
-    check_count('n_batches', n_batches)
+    n_batches = check_count('n_batches', n_batches)
     layers = tracked_bn(unwrap(model))
     if not layers: return
     with batch_moments(unwrap(model), layers) as moments:
@@ -39,7 +41,7 @@ def update_bn(loader, model: nn.Module, device=None, n_batches: int | None = Non
             if device is not None: args = _to(args, device)
             unwrap(model)(**args) if isinstance(args, Mapping) else unwrap(model)(*args)
             moments.end_batch()
-    if moments.n_skipped: warnings.warn(moments.skipped)
+    for remark in moments.remarks: warnings.warn(remark)
 
 
 def tracked_bn(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -61,7 +63,7 @@ def batch_moments(model: nn.Module, layers: dict[str, _BatchNorm]):
 
     Inside, `layers` normalise by their batch and everything else is in eval mode, without gradients, and without compiled code,
     which would not see the hooks. The layers write to scratch tensors meanwhile: their own statistics stay as they are until the
-    end, and for good if the block raises.
+    end, and for good if the block raises. A layer that is not called as a module keeps its statistics, and normalises by them.
     """
     moments = Moments(layers)
     modes = [(m, m.training) for m in model.modules()]
@@ -69,11 +71,9 @@ def batch_moments(model: nn.Module, layers: dict[str, _BatchNorm]):
     handles = []
     try:
         for m, _ in modes: m.training = False
-        for m, _, statistics in kept:
+        for m, *_ in kept:
             # momentum 1 leaves the moments of one batch in the running ones, so they cost nothing beside the forward pass
             m.momentum = 1.
-            m._buffers.update({k: None if t is None else torch.zeros_like(t) for k, t in statistics.items()})
-            m.running_var.fill_(1)
             handles.append(m.register_forward_pre_hook(moments.before_layer, with_kwargs=True))
         with torch.no_grad(), _eager(): yield moments
     finally:
@@ -97,19 +97,26 @@ class Moments:
     "The moments of what reached some batch-norm layers, pooled batch by batch."
     def __init__(self, layers: dict[str, _BatchNorm]):
         self.names = {m: name for name, m in layers.items()}
-        self.pools, self.n_batches, self.n_skipped, self._too_small = {}, 0, 0, None
+        self.pools, self.n_batches, self.n_skipped, self._too_small, self._scratched = {}, 0, 0, None, set()
+        self.remarks = []    # sentences to warn about, once all is written
         self._reset()
 
     def _reset(self): self._called, self._calls, self._cannot = {}, [], False
 
     def before_layer(self, layer, args, kwargs):
         "Forward pre-hook: choose the mode of `layer`, note how many values a channel it is about to see."
+        if layer not in self._scratched: self._give_scratch(layer)
         n = (args[0] if args else kwargs['input']).numel() // layer.num_features
         layer.training = n > 1
         if n < 2: self._cannot, self._too_small = True, self.names[layer]    # the forward pass runs on, its moments are dropped
         else:
             if layer in self._called: self._keep_call(layer)                 # a layer used twice: its second call overwrites the first
             self._called[layer] = n
+
+    def _give_scratch(self, layer):
+        self._scratched.add(layer)
+        layer._buffers.update({k: torch.zeros_like(layer._buffers[k]) for k in _STATISTICS if layer._buffers.get(k) is not None})
+        layer.running_var.fill_(1)
 
     def _keep_call(self, layer): self._calls.append((layer, self._called[layer], layer.running_mean.clone(), layer.running_var.clone()))
 
@@ -139,8 +146,11 @@ class Moments:
     def write(self):
         "Put the moments in the layers; a layer that nothing reached keeps its own. Raises `ValueError` if there was no batch."
         if not self.n_batches:
-            raise ValueError('the batch-norm statistics cannot be recomputed: ' +
-                             (self.skipped + '; use larger batches' if self.n_skipped else 'the loader gave no batch'))
+            raise ValueError('the batch-norm statistics cannot be recomputed: ' + (self.skipped + '; use larger batches' if self.n_skipped
+                             else 'the loader gave no batch, or no batch reached a batch-norm layer'))
+        if self.n_skipped: self.remarks.append(self.skipped)
+        if not all(t.isfinite().all() for pool in self.pools.values() for t in pool.moments):
+            self.remarks.append('the batch-norm statistics are not finite: a batch, or what the model makes of it, holds a NaN or an infinity')
         pooled = {}
         for pool in self.pools.values():
             for m, n, mean, var in pool.split(): pooled[m] = _merge(*pooled[m], n, mean, var) if m in pooled else (n, mean, var)
@@ -169,7 +179,7 @@ class _Pool:
 
     def add(self, ns, means, variances):
         "Pool one batch: `ns` values a channel, their means and unbiased variances, for each layer."
-        dtype = torch.promote_types(means[0].dtype, torch.float32)
+        dtype = torch.float32 if means[0].device.type == 'mps' else torch.float64    # one rounding a batch adds up in float32
         mean, var = torch.cat(means).to(dtype), torch.cat(variances).to(dtype)
         var *= self._per_channel([(n - 1) / n for n in ns], mean)
         if self.counts is None: self.counts, self.moments = list(ns), (mean, var)
@@ -189,11 +199,13 @@ class _Pool:
         return zip(self.layers, self.counts, *(t.split(sizes) for t in self.moments))
 
 
-def check_count(name: str, value, least: int = 1):
-    "Raise `TypeError` or `ValueError`, naming the parameter, unless `value` is `None` or an int of at least `least`."
-    if value is None: return
-    if isinstance(value, bool) or not isinstance(value, int): raise TypeError(f'{name} must be an int or None, not {value!r}')
+def check_count(name: str, value, least: int = 1, optional: bool = True) -> int | None:
+    "`value` as an int; raises `TypeError` or `ValueError`, naming the parameter, unless it is one of at least `least`, or `None`."
+    if value is None and optional: return None
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f'{name} must be an int{" or None" if optional else ""}, not {value!r}')
     if value < least: raise ValueError(f'{name} must be at least {least}, not {value}')
+    return int(value)
 
 
 def split_inputs(batch):
@@ -204,7 +216,9 @@ def split_inputs(batch):
 
 
 def _to(o, device):
-    if isinstance(o, torch.Tensor): return o.to(device)
+    if hasattr(o, 'to'): return o.to(device)    # tensors, packed sequences, batches of other libraries
     if isinstance(o, Mapping): return {k: _to(v, device) for k, v in o.items()}
-    if isinstance(o, tuple | list): return [_to(v, device) for v in o]
+    if isinstance(o, tuple | list):
+        values = [_to(v, device) for v in o]
+        return type(o)(*values) if hasattr(o, '_fields') else type(o)(values)
     return o

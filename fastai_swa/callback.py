@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from fastai.callback.core import Callback
 from fastai.callback.schedule import LRFinder, ParamScheduler
-from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.learner import Learner, Recorder, save_model
 from fastai.torch_core import join_path_file, num_distrib
 from fastcore.foundation import L
@@ -14,7 +14,7 @@ from torch import nn
 
 from .averaging import WeightAverage, all_finite, check_match, equal
 from .batchnorm import check_count, tracked_bn
-from .modules import clean_copy, unwrap
+from .modules import check_copyable, clean_copy, unwrap
 from .passes import PassCancelled, no_fit, refresh_bn, validate_aside
 from .schedules import start_epoch
 
@@ -46,14 +46,12 @@ class SWACallback(Callback):
     ):
         self.swa_start = _check_swa_start(swa_start)
         if not isinstance(swa_model, nn.Module | None): raise TypeError(f'swa_model must be an nn.Module or None, not {type(swa_model).__name__}')
-        for name, value, least in (('cycle_len', cycle_len, 1), ('swa_eval_freq', swa_eval_freq, 0)):
-            if value is None: raise TypeError(f'{name} must be an int, not None')
-            check_count(name, value, least)
-        check_count('bn_batches', bn_batches)
+        self.cycle_len = check_count('cycle_len', cycle_len, optional=False)
+        self.swa_eval_freq = check_count('swa_eval_freq', swa_eval_freq, least=0, optional=False)
+        self.bn_batches = check_count('bn_batches', bn_batches)
         if not callable(weight): raise TypeError(f'weight must be a function such as equal or ema(0.99), not {weight!r}')
         if every is not None: raise NotImplementedError(f'every={every!r}: folding by optimizer steps is not available yet; leave it None')
-        self.cycle_len, self.swa_eval_freq, self.bn_batches, self.weight, self.every = cycle_len, swa_eval_freq, bn_batches, weight, every
-        self.enabled = True
+        self.weight, self.every, self.enabled = weight, every, True
         self._init_state()
         self._given = swa_model
 
@@ -140,7 +138,8 @@ class SWACallback(Callback):
         recorder.swa_epochs = []
 
     def before_epoch(self):
-        if self._fit: self._fit.trained = self._fit.folded = False
+        if not self._fit or self.learn.lock.locked(): return
+        self._fit.epoch, self._fit.trained, self._fit.folded = self.epoch, False, False    # `learn.epoch` is 0 after a validate within the fit
 
     def before_train(self):
         if not self._fit or self._fit.begun: return
@@ -148,16 +147,16 @@ class SWACallback(Callback):
         self._warn_ahead()
 
     def after_train(self):
-        if not self._fit or not self.enabled: return
+        if not self._fit: return
         self._fit.trained = True
-        since = self.epoch - self._fit.start
-        self._fit.folded = since >= 0 and since % self.cycle_len == 0 and self._fold()
+        since = self._fit.epoch - self._fit.start
+        self._fit.folded = self.enabled and since >= 0 and since % self.cycle_len == 0 and self._fold()
 
     def after_validate(self):
         if not self._fit or not self._fit.trained or self.learn.lock.locked() or self._recorder() is None: return
         fit = self._fit
         due = fit.folded and self.swa_eval_freq and (fit.n_folds - 1) % self.swa_eval_freq == 0
-        due = fit.n_folds and (due or self.epoch == self.n_epoch - 1)
+        due = fit.n_folds and (due or fit.epoch == self.n_epoch - 1)
         self._log(self._evaluate() if due else [])
 
     def after_cancel_epoch(self):
@@ -181,18 +180,20 @@ class SWACallback(Callback):
         "Fold the model in training; whether it was."
         learn, model, fit = self.learn, unwrap(self.learn.model), self._fit
         if not all_finite(model.parameters()):
-            self._say('finite', f'the weights at the end of epoch {self.epoch} are not finite; such epochs are left out of the average')
+            self._say('finite', f'the weights at the end of epoch {fit.epoch} are not finite; such epochs are left out of the average')
             return False
         if fit.n_folds == 0:    # the new average is complete before the old one goes
-            swa_model = clean_copy(model, shared=(learn, learn.dls, *learn.cbs)) if self._given is None else self._given
+            swa_model = clean_copy(model, self._shared()) if self._given is None else self._given
             self._average, self._epochs, self._learner = WeightAverage(model, self.weight, swa_model), [], weakref.ref(learn)
         self._average.update(model)
-        self._epochs.append(self.epoch)
+        self._epochs.append(fit.epoch)
         fit.n_folds += 1
         self._bn = list(tracked_bn(model))
         self._stale = bool(self._bn)
         if (recorder := self._recorder()) is not None: recorder.swa_epochs = self.averaged_epochs
         return True
+
+    def _shared(self): return self.learn, self.learn.dls, *self.learn.cbs    # never copied, should the model refer to them
 
     # validating the average
 
@@ -208,14 +209,14 @@ class SWACallback(Callback):
         "Refresh the batch norm of `learn.model`, which holds the average, if it needs it."
         if not self._stale: return
         moments = refresh_bn(learn, self._bn, self.bn_batches, in_fit)
-        if moments.n_skipped: self._say('skipped', moments.skipped)
+        for remark in moments.remarks: self._say(remark.split()[0], remark)
         self._stale = False
 
     def _log(self, values):
         "Complete the Recorder's row: what a cancelled part left out is `nan`, and so is an average that was not validated."
-        recorder, fit = self.learn.recorder, self._fit
-        recorder.log += [float('nan')] * (fit.own - len(recorder.log))
-        recorder.log += values or [float('nan')] * len(fit.columns)
+        log, fit, nan = self.learn.recorder.log, self._fit, float('nan')
+        if len(log) < fit.own + len(fit.columns):    # else it is complete: the epoch was cancelled after it
+            self.learn.recorder.log = log + [nan] * (fit.own - len(log)) + (values or [nan] * len(fit.columns))
 
     # small helpers
 
@@ -247,12 +248,15 @@ class SWACallback(Callback):
         "Say before a long fit what would only show at its end."
         fit = self._fit
         if fit.start >= self.n_epoch: return self._say('nothing', self._nothing_folded(fit))
+        if self._given is None: check_copyable(self.learn.model, self._shared())
         first = fit.start if self.swa_eval_freq else self.n_epoch - 1
-        for cb in self._grab(EarlyStoppingCallback):
-            if cb.monitor.startswith('swa_') and cb.patience <= first:
-                self._say('stops', f'EarlyStoppingCallback(monitor={cb.monitor!r}, patience={cb.patience}) stops this fit before '
-                                   f'epoch {first}, the first that validates the average (swa_start={self.swa_start}); use a patience '
-                                   f'above {first}')
+        pause = max(first, self.cycle_len * self.swa_eval_freq - 1)
+        for tracker, acts in ((EarlyStoppingCallback, 'stops this fit'), (ReduceLROnPlateau, 'cuts the learning rate')):
+            for cb in self._grab(tracker):
+                if cb.monitor.startswith('swa_') and cb.patience <= pause:
+                    self._say(acts, f'{type(cb).__name__}(monitor={cb.monitor!r}, patience={cb.patience}) {acts} for want of values: the '
+                                    f'average is validated first in epoch {first} (swa_start={self.swa_start}), and there can be {pause} '
+                                    f'epochs without; use a patience above {pause}')
         for cb in self._grab(SaveModelCallback):
             if cb.monitor.startswith('swa_') and not isinstance(cb, SaveSWAModelCallback):
                 self._say('saves', f'SaveModelCallback(monitor={cb.monitor!r}) saves the weights in training, not the average; '

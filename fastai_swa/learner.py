@@ -6,6 +6,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.foundation import L
 
+from .batchnorm import check_count
 from .callback import EpochScheduler, SWACallback
 from .schedules import start_epoch, swa_lr_factor
 
@@ -41,20 +42,19 @@ def fit_swa(self:Learner,
     (or, for a pair, goes through cycles). Momentum is left alone; with a slice all groups follow the same curve, and `swa_lr` is
     that of the last one. Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used.
     """
-    if isinstance(n_epoch, bool) or not isinstance(n_epoch, int): raise TypeError(f'n_epoch must be an int, not {n_epoch!r}')
-    if n_epoch < 1: raise ValueError(f'n_epoch must be at least 1, not {n_epoch}')
+    n_epoch = check_count('n_epoch', n_epoch, optional=False)
+    if self.opt is None: self.create_opt()    # which may set `self.lr`
     lr = self.lr if lr is None else lr
     for x in (lr.start, lr.stop) if isinstance(lr, slice) else (lr,):
         if x is not None: _check_lr('lr', x, lr)
     if swa_lr is not None: swa_lr = _check_swa_lr(swa_lr)
     swa = SWACallback(swa_start=swa_start, cycle_len=cycle_len, **swa_kwargs)
-    if self.opt is None: self.create_opt()
     self.opt.set_hyper('lr', lr)
     lrs = np.array([h['lr'] for h in self.opt.hypers])
     if swa_lr is None: factor = .1
     else: factor = tuple(x / lrs[-1] for x in swa_lr) if isinstance(swa_lr, tuple) else swa_lr / lrs[-1]
     start = start_epoch(swa.swa_start, n_epoch)
-    def schedule(epoch, step, n_steps): return lrs * swa_lr_factor(epoch, step, n_steps, start, factor, cycle_len)
+    def schedule(epoch, step, n_steps): return lrs * swa_lr_factor(epoch, step, n_steps, start, factor, swa.cycle_len)
     self.fit(n_epoch, lr, wd=wd, cbs=[EpochScheduler({'lr': schedule}), swa, *L(cbs)])
     return swa
 

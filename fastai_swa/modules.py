@@ -6,15 +6,18 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ['unwrap', 'plain_name', 'named_tensors', 'clean_copy']
+__all__ = ['unwrap', 'plain_name', 'named_tensors', 'clean_copy', 'check_copyable']
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     "The module inside `DataParallel`, `DistributedDataParallel` and `torch.compile`; any other module is returned as it is."
     while True:
         if isinstance(model, (DataParallel, DistributedDataParallel)): model = model.module
-        elif hasattr(model, '_orig_mod'): model = model._orig_mod
+        elif _is_compiled(model): model = model._orig_mod
         else: return model
+
+
+def _is_compiled(module): return type(module).__name__ == 'OptimizedModule'    # torch._dynamo's, which is slow to import
 
 
 def plain_name(name: str) -> str:
@@ -35,26 +38,37 @@ def clean_copy(model: nn.Module, shared=()) -> nn.Module:
     modules hold as an attribute (how a U-Net gets at its encoder's features). All other hooks are left out, so that what they
     point to (a callback, its `Learner`, its data) is never copied. `shared`: objects that the copy refers to instead of copying.
 
-    Raises `ValueError` for a lazy module that has not seen a batch yet.
+    Raises `ValueError` for a lazy module that has not seen a batch yet, and for a model that holds something that cannot be copied.
     """
-    model = unwrap(model)
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(t, nn.parameter.UninitializedTensorMixin):
             raise ValueError(f'cannot copy the model: {name!r} belongs to a lazy module that has not seen a batch yet; '
                              'run one batch through the model first')
+    return _copy(model, shared, _copy_tensor)
+
+
+def check_copyable(model: nn.Module, shared=()):
+    "Raise `ValueError` if `clean_copy` could not copy `model` for what it holds besides tensors. No tensor is copied."
+    _copy(model, shared, lambda tensor, is_attribute: tensor)
+
+
+def _copy(model, shared, copy_tensor):
+    model = unwrap(model)
     hooks = [[vars(m)[k] for k in _HOOK_DICTS if k in vars(m)] for m in model.modules()]
     held = _reachable(model, stop=[*(d for dicts in hooks for d in dicts), *shared])
     attributes = {id(o) for m in model.modules() for d in (vars(m), m._parameters, m._buffers) for o in d.values()}
     # deepcopy consults `memo` first: what stands in it is taken, not copied
     memo = {id(o): o for o in shared}
     memo |= {id(d): OrderedDict() for dicts in hooks for d in dicts}
-    memo |= {id(o): _copy_tensor(o, id(o) in attributes) for o in held.values() if isinstance(o, torch.Tensor)}
-    for m in model.modules():
-        if hasattr(m, '_orig_mod'): memo[id(m)] = copy.deepcopy(unwrap(m), memo)
-    res = copy.deepcopy(model, memo)
-    for dicts in hooks:
-        kept = {number for d in dicts for number, hook in d.items() if hook is not True and _belongs(hook, held)}
-        for d in dicts: memo[id(d)].update({k: copy.deepcopy(hook, memo) for k, hook in d.items() if k in kept})
+    memo |= {id(o): copy_tensor(o, id(o) in attributes) for o in held.values() if isinstance(o, torch.Tensor)}
+    try:
+        for m in reversed(list(model.modules())):    # the innermost first
+            if _is_compiled(m): memo[id(m)] = copy.deepcopy(unwrap(m), memo)
+        res = copy.deepcopy(model, memo)
+        for dicts in hooks:
+            kept = {number for d in dicts for number, hook in d.items() if hook is not True and _belongs(hook, held)}
+            for d in dicts: memo[id(d)].update({k: copy.deepcopy(hook, memo) for k, hook in d.items() if k in kept})
+    except Exception as e: raise ValueError(f'cannot copy the model ({e}); pass a swa_model of your own') from e
     return res
 
 
@@ -80,7 +94,10 @@ def _belongs(hook, held) -> bool:
 
 
 def _copy_tensor(t, is_attribute):
-    if t.grad_fn is None and type(t) not in (torch.Tensor, nn.Parameter): return copy.deepcopy(t)
+    if t.grad_fn is None and type(t) not in (torch.Tensor, nn.Parameter):
+        res = copy.deepcopy(t)
+        res.grad = None
+        return res
     if t.grad_fn is not None and not is_attribute: return None           # an activation that a training forward left in a hook
     res = t.detach().clone()                                             # deepcopy takes gradients along and refuses non-leaves
     return nn.Parameter(res, t.requires_grad) if isinstance(t, nn.Parameter) else res

@@ -3,7 +3,10 @@ import copy, sys
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
+from random import Random
+from types import ModuleType
 
+import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelTrainException
 from fastai.callback.hook import HookCallback
@@ -14,6 +17,9 @@ from fastai.callback.training import ShortEpochCallback
 from fastai.data.load import DataLoader
 from fastai.learner import AvgLoss, Learner, Recorder
 from fastai.torch_core import get_random_states, set_random_states
+
+from torch import nn
+from torch.utils.data import DataLoader as TorchDataLoader, IterableDataset
 
 from .batchnorm import Moments, batch_moments
 from .modules import unwrap
@@ -89,9 +95,13 @@ class _FirstBatches:
 
 
 def _fresh_loader(dl, **kwargs):
-    "A loader like `dl` that leaves the random state of `dl` alone; `kwargs` as for fastai's `DataLoader.new`."
-    if hasattr(dl, 'new'): return dl.new(**kwargs)
-    if type(dl) is torch.utils.data.DataLoader and dl.batch_size is not None and kwargs:
+    "A loader like `dl`, over the same data; `kwargs` as for fastai's `DataLoader.new`. `dl` itself where its class makes none."
+    if isinstance(dl, DataLoader):
+        try: new = dl.new(**kwargs)
+        except TypeError: return dl    # the constructor of a subclass asks for what `new` does not know
+        if dl.n is not None and new.dataset is dl.dataset: new.n = dl.n    # `new` forgets that the loader stops early
+        return new
+    if type(dl) is TorchDataLoader and dl.batch_size is not None and kwargs and not isinstance(dl.dataset, IterableDataset):
         names = 'dataset', 'batch_size', 'sampler', 'num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn', 'generator'
         return type(dl)(**{name: getattr(dl, name) for name in names}, **kwargs)
     return dl
@@ -120,22 +130,52 @@ def _aside(learn):
     runs = [(vars(cb), vars(cb).get('run')) for cb in muted]
     loop = {name: vars(learn)[name] for name in _LOOP if name in vars(learn)}
     bars = [(vars(cb), vars(cb)['pbar']) for cb in learn.cbs if 'pbar' in vars(cb)]
-    modes = [(m, m.training) for m in unwrap(learn.model).modules()]
-    samplers = [o for dl in getattr(learn.dls, 'loaders', []) for o in (dl, getattr(dl, 'sampler', None))]    # of plain PyTorch loaders
-    generators = [(o.generator, o.generator.get_state()) for o in samplers if isinstance(getattr(o, 'generator', None), torch.Generator)]
+    modules = [(vars(m), dict(vars(m))) for m in _modules(learn.model, learn.loss_func)]    # modes, and what a forward pass notes
+    buffers = [(b, b.clone()) for m in _modules(learn.loss_func) for b in m._buffers.values() if b is not None]
+    generators = [restore for dl in getattr(learn.dls, 'loaders', []) for restore in _generators(dl)]
+    rngs = [(vars(dl), dl.rng) for dl in getattr(learn.dls, 'loaders', []) if isinstance(dl, DataLoader)]
     states = get_random_states()
     try:
         for attrs, _ in runs: attrs['run'] = False
         yield
     finally:
         set_random_states(**states)
-        for g, state in generators: g.set_state(state)
-        for m, mode in modes: m.training = mode
+        for restore in generators: restore()
+        for attrs, rng in rngs: attrs['rng'] = rng
+        for attrs, old in modules:
+            attrs.clear()
+            attrs.update(old)
+        for b, old in buffers: b.copy_(old)
         for attrs, bar in bars: attrs['pbar'] = bar
         vars(learn).update(loop)
         for attrs, run in runs:
             if run is None: attrs.pop('run', None)
             else: attrs['run'] = run
+
+
+def _modules(*owners):
+    "The modules in `owners`: modules, or objects such as fastai's losses that hold some as attributes."
+    roots = [m for o in owners for m in ([unwrap(o)] if isinstance(o, nn.Module) else vars(o).values() if hasattr(o, '__dict__') else ())]
+    return [m for root in roots if isinstance(root, nn.Module) for m in root.modules()]
+
+
+def _generators(root, depth=5):
+    "For each random generator that a loader, its samplers, its data set or their transforms hold: a function that puts its state back."
+    seen, res, level = set(), [], [root]
+    for _ in range(depth):
+        found = []
+        for o in level:
+            if id(o) in seen: continue
+            seen.add(id(o))
+            if isinstance(o, torch.Generator): res.append(partial(o.set_state, o.get_state()))
+            elif isinstance(o, Random): res.append(partial(o.setstate, o.getstate()))
+            elif isinstance(o, np.random.Generator): res.append(partial(setattr, o.bit_generator, 'state', o.bit_generator.state))
+            elif isinstance(o, np.random.RandomState): res.append(partial(o.set_state, o.get_state()))
+            elif type(o) in (list, tuple, dict):    # not a subclass: to iterate a data set is to run its transforms
+                if len(o) <= 100: found += o.values() if type(o) is dict else o    # transforms and the like, not samples
+            elif not isinstance(o, nn.Module | type | ModuleType): found += getattr(o, '__dict__', {}).values()
+        level = found
+    return res
 
 
 def _fit_is_running(learn) -> bool:
@@ -147,21 +187,18 @@ def _fit_is_running(learn) -> bool:
     return False
 
 
-class _RefusedFit:
-    "Stands in for the learner's training methods within `averaged()`; pickles as the method itself, so that `export` works there."
-    def __init__(self, learn, name): self.learn, self.name = learn, name
-    def __call__(self, *args, **kwargs):
-        raise RuntimeError(f'{self.name} inside averaged() would train the average; leave that context first, or call apply()')
-    def __reduce__(self): return getattr, (self.learn, self.name)
-
-
 @contextmanager
 def no_fit(learn):
     "Within this context the methods of `learn` that train raise `RuntimeError` before they change anything."
     names = [n for n in dir(type(learn)) if n.startswith('fit') or n in ('fine_tune', 'lr_find')]
     kept = {n: vars(learn)[n] for n in names if n in vars(learn)}
-    vars(learn).update({n: _RefusedFit(learn, n) for n in names})
+    def refuse(name, *args, **kwargs):
+        raise RuntimeError(f'{name} inside averaged() would train the average; leave that context first, or call apply()')
+    def state():    # an export or a deepcopy made here is of the learner as it is outside
+        state = type(learn).__getstate__(learn)
+        return {k: v for k, v in state.items() if k not in (*names, '__getstate__')} | kept
+    vars(learn).update({n: partial(refuse, n) for n in names}, __getstate__=state)
     try: yield
     finally:
-        for n in names: vars(learn).pop(n, None)
+        for n in (*names, '__getstate__'): vars(learn).pop(n, None)
         vars(learn).update(kept)

@@ -417,3 +417,30 @@ def test_update_is_silent_and_allocates_nothing_on_the_way():
         average.update(model)
     with torch.profiler.profile(profile_memory=True) as prof: average.update(model)
     assert not [e for e in prof.events() if e.cpu_memory_usage > 64], 'a fold must not allocate'
+
+
+def test_a_shape_that_changed_behind_the_same_parameter_is_refused():
+    model = net()
+    average = WeightAverage(model)
+    average.update(model)
+    model[0].weight.data = torch.ones(1, 6)    # would broadcast
+    with pytest.raises(ValueError, match="'0.weight' of another shape"): average.update(model)
+    assert average.n_averaged == 1
+
+
+def test_modules_with_extra_state_are_saved_and_restored():
+    class Extra(nn.Linear):
+        def get_extra_state(self): return {'note': 1}
+        def set_extra_state(self, state): pass
+    a, b = WeightAverage(Extra(2, 2)), WeightAverage(Extra(2, 2))
+    b.load_state_dict(a.state_dict())
+    assert_close(parameters(a.swa_model), parameters(b.swa_model))
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_lending_gives_the_weights_back_even_where_buffers_cannot_be_looked_up():
+    model = torch.jit.script(conv_net())
+    source = conv_net()
+    raw = [t.clone() for t in parameters(model)]
+    with lent(source, model): torch.testing.assert_close(model.eval()(torch.ones(1, 3, 8, 8)), source.eval()(torch.ones(1, 3, 8, 8)))
+    for a, b in zip(parameters(model), raw): assert torch.equal(a, b)

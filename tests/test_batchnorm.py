@@ -256,3 +256,55 @@ def test_bad_arguments_are_named():
     for bad, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError), ('1', TypeError)):
         with pytest.raises(error, match='n_batches must be'): update_bn([torch.randn(4, 6)], net(), n_batches=bad)
     with pytest.raises(TypeError, match='model must be an nn.Module, not list'): update_bn(net(), [torch.randn(4, 6)])
+
+
+def test_a_layer_called_through_its_function_keeps_its_statistics_and_does_not_disturb_the_others():
+    class Functional(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+        def forward(self, x):
+            x = nn.functional.batch_norm(x, self.a.running_mean, self.a.running_var, self.a.weight, self.a.bias, False)
+            return self.b(x)
+    model, x = Functional(), torch.randn(50, 3)*2 + 1
+    model.a.running_mean.fill_(1), model.a.running_var.fill_(4)
+    update_bn(list(x.split(10)), model)
+    assert (model.a.running_mean == 1).all() and (model.a.running_var == 4).all()
+    torch.testing.assert_close(model.b.running_var, ((x - 1)/2).var(0), rtol=1e-3, atol=1e-3)
+
+
+def test_statistics_that_are_not_finite_are_said():
+    x = torch.randn(20, 6)
+    x[3, 2] = float('inf')
+    with pytest.warns(UserWarning, match='not finite'): update_bn(list(x.split(10)), net())
+
+
+def test_layers_that_see_different_batches_and_images_of_changing_size_are_pooled_right():
+    class Sometimes(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b, self.n = nn.BatchNorm2d(2), nn.BatchNorm2d(2), 0
+        def forward(self, x):
+            self.n += 1
+            return self.b(self.a(x)[:, :, ::2]) if self.n % 2 else self.a(x)
+    batches = [torch.randn(n, 2, h, w)*3 + 1 for n, h, w in ((4, 5, 6), (3, 7, 2), (9, 3, 3), (2, 8, 8))]
+    model = Sometimes()
+    before = copy.deepcopy(model)
+    update_bn(batches, model)
+    assert_exact(model, [(b,) for b in batches], before)
+
+
+def test_moments_do_not_drift_over_many_batches():
+    torch.manual_seed(0)
+    x = torch.randn(6000, 2) + 1000
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    update_bn(list(x.split(2)), model)
+    torch.testing.assert_close(model[0].running_mean, x.double().mean(0).float(), rtol=2e-7, atol=0)
+
+
+def test_nested_batches_keep_their_types_when_they_move():
+    from collections import namedtuple
+    Pair = namedtuple('Pair', 'a b')
+    class Kinds(nn.Module):
+        def __init__(self): super().__init__(); self.bn, self.kinds = nn.BatchNorm1d(2), []
+        def forward(self, pair, packed): self.kinds += [type(pair), type(packed)]; return self.bn(pair.a)
+    packed = nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)])
+    model = Kinds()
+    update_bn([(Pair(torch.randn(4, 2), (1, 2)), packed, 0)], model, 'cpu')
+    assert model.kinds == [Pair, type(packed)]

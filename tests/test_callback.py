@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException
-from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.learner import AvgMetric, Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
@@ -599,8 +599,10 @@ def test_two_callbacks_in_one_fit_are_refused():
 # trackers
 
 def test_early_stopping_that_cannot_reach_the_start_warns():
-    with pytest.warns(UserWarning, match='patience=2.*stops this fit before epoch 4'):
-        learner().fit(6, cbs=[SWACallback(swa_start=4), EarlyStoppingCallback('swa_valid_loss', patience=2)])
+    for cb, acts, kwargs, first, pause in ((EarlyStoppingCallback, 'stops this fit', dict(swa_start=4), 4, 4), (ReduceLROnPlateau, 'cuts the learning rate', dict(swa_start=3), 3, 3),
+                                    (EarlyStoppingCallback, 'stops this fit', dict(swa_start=0, cycle_len=2, swa_eval_freq=2), 0, 3)):
+        with pytest.warns(UserWarning, match=f'patience=2.* {acts} .* first in epoch {first} .* above {pause}$'):
+            learner().fit(6, cbs=[SWACallback(**kwargs), cb('swa_valid_loss', patience=2)])
     for patience, start in ((3, 2), (2, 0)):
         with warnings.catch_warnings():
             warnings.simplefilter('error', UserWarning)
@@ -660,3 +662,103 @@ def test_save_swa_model_stands_aside_or_says_what_it_lacks(tmp_path):
     learn.swa.enabled = True
     learn.fit(1), learn.validate()
     assert [p.name for p in (tmp_path/'models').iterdir()] == ['swa_model.pth']
+
+
+# what only unusual learners do
+
+def test_training_is_untouched_where_data_losses_and_models_keep_generators_and_state_of_their_own():
+    class Dataset:
+        def __init__(self, pairs): self.pairs, self.numpy, self.torch, self.python = pairs, np.random.default_rng(1), torch.Generator().manual_seed(1), random.Random(1)
+        def __len__(self): return len(self.pairs)
+        def __getitem__(self, i):
+            x, y = self.pairs[i]
+            return x + self.numpy.normal() + torch.rand(1, generator=self.torch) + self.python.random(), y
+    class Loss(nn.Module):
+        def __init__(self): super().__init__(); self.register_buffer('mean', torch.zeros(())); self.calls = 0
+        def forward(self, p, t):
+            loss = nn.functional.cross_entropy(p, t)
+            self.mean.lerp_(loss.detach(), .1); self.calls += 1
+            return loss * (1 + .01*self.mean + .01*self.calls)
+    class Counting(nn.Module):
+        def __init__(self): super().__init__(); self.net, self.n, self.last = net(), 0, torch.zeros(())
+        def forward(self, x):
+            self.n, self.last = self.n + 1, x.detach().mean()
+            return self.net(x * (1 + .01*self.n) + .1*self.last)
+    results = []
+    for cbs in ([], [SWACallback(swa_start=0)]):
+        dls = loaders()
+        dls.train.dataset = Dataset(dls.train.dataset)
+        learn = learner(Counting, dls=dls)
+        learn.loss_func = Loss()
+        learn.fit(3, cbs=cbs)
+        data = dls.train.dataset
+        results.append([*learn.model.state_dict().values(), learn.loss_func.mean, data.torch.get_state(), learn.model.last]
+                       + [torch.tensor(x) for x in (learn.model.n, learn.loss_func.calls, data.python.random(), data.numpy.random())])
+    for a, b in zip(*results, strict=True): assert torch.equal(a, b)
+
+
+def test_the_pass_and_the_columns_take_what_the_loaders_take():
+    from fastai.data.core import DataLoaders
+    from fastai.data.load import DataLoader
+    class Strict(DataLoader):    # a subclass whose constructor `new` does not know
+        def __init__(self, dataset, must, **kwargs): super().__init__(dataset, **kwargs); self.must = must
+    pairs = list(loaders().train.dataset)
+    def stream():
+        while True: yield from pairs
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self): return iter(pairs)
+        def __len__(self): return len(pairs)
+    for train, n_batches in ((DataLoader(pairs, bs=16, n=32, shuffle=True), 2), (Strict(pairs, 1, bs=16, shuffle=True), 6), (DataLoader(stream(), bs=16, n=48), 3),
+                             (torch.utils.data.DataLoader(Stream(), 16), 6)):
+        valid = DataLoader(pairs, bs=16, n=16)
+        learn, swa = learner(dls=DataLoaders(train, valid, device='cpu')), SWACallback(swa_start=0)
+        learn.fit(2, cbs=swa)
+        assert swa.swa_model[1].num_batches_tracked == n_batches
+        expected = twins.evaluate(copy.deepcopy(swa.swa_model), [next(iter(valid))], nn.functional.cross_entropy)
+        np.testing.assert_allclose(column(learn, 'swa_valid_loss')[-1], expected[0], rtol=1e-4)
+
+
+def test_a_validate_within_the_fit_moves_no_fold():
+    class Validates(Callback):
+        order = 80
+        def after_train(self):
+            if self.epoch == 1: self.learn.get_preds()
+    for start, folded in ((2, [2, 3]), (0, [0, 1, 2, 3])):
+        learn, swa = learner(), SWACallback(swa_start=start)
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', UserWarning)
+            learn.fit(4, cbs=[swa, Validates()])
+        assert swa.averaged_epochs == folded
+
+
+def test_rows_stay_complete_when_disabled_within_a_fit_or_cancelled_after_the_validation():
+    learn, swa = learner(), SWACallback(swa_start=0)
+    learn.fit(3, cbs=[swa, At('after_epoch', 0, lambda cb: setattr(swa, 'enabled', False))])
+    assert swa.averaged_epochs == [0] and [len(row) for row in learn.recorder.values] == [5]*3
+    learn, swa = learner(), SWACallback(swa_start=0)
+    def cancel(cb):
+        if cb.learn.dl is cb.learn.dls.valid: raise CancelEpochException    # not in the passes of the average
+    learn.fit(2, cbs=[swa, At('after_validate', 1, cancel)])
+    assert [len(row) for row in learn.recorder.values] == [5]*2 and not math.isnan(column(learn, 'swa_valid_loss')[1])
+
+
+def test_a_model_that_cannot_be_copied_is_one_clear_sentence_before_any_training():
+    import threading
+    model = net()
+    model.lock = threading.Lock()
+    learn = learner(model)
+    raw = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="cannot copy the model .*lock.*; pass a swa_model of your own"): learn.fit(2, cbs=SWACallback(swa_start=1))
+    for k, v in raw.items(): assert torch.equal(v, model.state_dict()[k])
+    learn.fit(2, cbs=SWACallback(swa_start=1, swa_model=net()))
+
+
+def test_integers_of_numpy_are_integers():
+    swa = SWACallback(np.int64(1), cycle_len=np.int32(1), swa_eval_freq=np.int64(1), bn_batches=np.int64(2))
+    learner().fit(2, cbs=swa)
+    assert swa.averaged_epochs == [1] and all(type(getattr(swa, k)) is int for k in ('swa_start', 'cycle_len', 'swa_eval_freq', 'bn_batches'))
+
+
+def test_several_processes_are_refused_with_a_sentence(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(NotImplementedError, match='does not support training in several processes yet'): learner().fit(1, cbs=SWACallback())

@@ -2,6 +2,8 @@
 import copy
 import gc
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -357,11 +359,22 @@ def test_an_export_holds_what_the_user_asked_for_and_no_more(tmp_path):
     learn.fit(1)
 
 
-def test_an_export_from_a_learner_without_the_callback_needs_no_fastai_swa(tmp_path):
-    learn, swa = digits_learner(tmp_path), SWACallback(swa_start=0)
+def test_an_export_made_inside_averaged_needs_no_fastai_swa_where_it_is_loaded(tmp_path):
+    from fastai.tabular.all import TabularDataLoaders, tabular_learner
+    df = pd.DataFrame({'a': np.arange(40.), 'y': np.arange(40.)})
+    learn = tabular_learner(TabularDataLoaders.from_df(df, cont_names=['a'], y_names='y', bs=16, device='cpu'), layers=[4], n_out=1, path=tmp_path)
+    swa = SWACallback(swa_start=0)
     learn.fit(1, cbs=swa)
-    with swa.averaged(): learn.export('average.pkl')
-    assert b'fastai_swa.callback' not in (tmp_path/'average.pkl').read_bytes()
+    with swa.averaged():
+        expected = learn.get_preds()[0]
+        learn.export('average.pkl')
+        twin = copy.deepcopy(learn)
+    assert 'fit' not in vars(twin) and 'fit' not in vars(learn) and '__getstate__' not in {**vars(learn), **vars(twin)}
+    code = ('import sys, torch; from fastai.tabular.all import *; learn = load_learner("average.pkl"); assert "fastai_swa" not in sys.modules; '
+            'df = pd.DataFrame({"a": np.arange(40.), "y": np.arange(40.)}); torch.save(learn.get_preds(dl=learn.dls.test_dl(df))[0], "preds.pth")')
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, check=True, capture_output=True)
+    all_preds = torch.load(tmp_path/'preds.pth')
+    torch.testing.assert_close(all_preds[learn.dls.valid_ds.items.index.tolist()], expected)
 
 
 def test_tta_show_results_predict_and_interpretation_inside_averaged(tmp_path):

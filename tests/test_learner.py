@@ -110,3 +110,12 @@ def test_fit_swa_says_when_its_start_is_never_reached():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         learner().fit_swa(1)
+
+
+def test_fit_swa_takes_the_rate_of_the_optimizer_function():
+    from functools import partial
+
+    from fastai.optimizer import SGD
+    learn, rates = learner(opt_func=partial(SGD, lr=.5)), Rates()
+    learn.fit_swa(2, cbs=rates)
+    assert rates.rates[0][1] == [.5]

@@ -179,3 +179,21 @@ def test_a_model_that_deepcopy_refuses_for_what_a_forward_left_in_it_is_copied()
     model.cache = {'last': model(torch.randn(4, 6))}
     with pytest.raises(RuntimeError): copy.deepcopy(model)
     assert clean_copy(model).cache == {'last': None}
+
+
+def test_a_wrapper_that_delegates_to_a_compiled_body_is_not_taken_for_one():
+    class Delegates(nn.Module):
+        def __init__(self): super().__init__(); self.body, self.head = torch.compile(nn.Linear(3, 3), backend='eager'), nn.Linear(3, 2)
+        def __getattr__(self, name):
+            try: return super().__getattr__(name)
+            except AttributeError: return getattr(super().__getattr__('body'), name)
+        def forward(self, x): return self.head(self.body(x))
+    model = Delegates()
+    assert unwrap(model) is model
+    assert list(clean_copy(model).state_dict()) == ['body.weight', 'body.bias', 'head.weight', 'head.bias']
+
+
+def test_modules_compiled_inside_compiled_modules_have_plain_keys():
+    inner = nn.Sequential(torch.compile(nn.Linear(3, 3), backend='eager'))
+    model = nn.Sequential(torch.compile(inner, backend='eager'))
+    assert list(clean_copy(model).state_dict()) == ['0.0.weight', '0.0.bias']
