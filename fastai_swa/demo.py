@@ -90,7 +90,7 @@ def summary(errors: np.ndarray, n_averaged: int) -> str:
     "What `errors`, in % and of shape (seeds, 3) as `demo` returns them, show: means, standard deviations, the paired difference."
     n = len(errors)
     def stats(x): return f'{x.mean():5.2f}' + (f' +- {x.std(ddof=1):.2f}' if n > 1 else '')
-    names = 'SGD, at its end', 'SWA run, its last single weights', f'SWA run, the average of {n_averaged} epochs'
+    names = 'SGD, at its end', 'SWA run, its last single weights', f'SWA run, the average of {n_averaged} epoch{"s" * (n_averaged > 1)}'
     lines = [f'validation error, %{"":16}{"mean +- std of " + str(n) + " seeds" if n > 1 else "one seed"}']
     lines += [f'{name:<34}{stats(column)}' for name, column in zip(names, errors.T)]
     gain = errors[:, 0] - errors[:, 2]
