@@ -41,7 +41,7 @@ def update_bn(loader, model: nn.Module, device=None, n_batches: int | None = Non
             if device is not None: args = _to(args, device)
             unwrap(model)(**args) if isinstance(args, Mapping) else unwrap(model)(*args)
             moments.end_batch()
-    for remark in moments.remarks: warnings.warn(remark)
+    for sentence in moments.remarks.values(): warnings.warn(sentence)
 
 
 def tracked_bn(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -98,7 +98,7 @@ class Moments:
     def __init__(self, layers: dict[str, _BatchNorm]):
         self.names = {m: name for name, m in layers.items()}
         self.pools, self.n_batches, self.n_skipped, self._too_small, self._scratched = {}, 0, 0, None, set()
-        self.remarks = []    # sentences to warn about, once all is written
+        self.remarks = {}    # kind -> sentence to warn with, once all is written
         self._reset()
 
     def _reset(self): self._called, self._calls, self._cannot = {}, [], False
@@ -148,9 +148,10 @@ class Moments:
         if not self.n_batches:
             raise ValueError('the batch-norm statistics cannot be recomputed: ' + (self.skipped + '; use larger batches' if self.n_skipped
                              else 'the loader gave no batch, or no batch reached a batch-norm layer'))
-        if self.n_skipped: self.remarks.append(self.skipped)
+        if self.n_skipped: self.remarks['skipped'] = self.skipped
         if not all(t.isfinite().all() for pool in self.pools.values() for t in pool.moments):
-            self.remarks.append('the batch-norm statistics are not finite: a batch, or what the model makes of it, holds a NaN or an infinity')
+            self.remarks['infinite'] = ('the batch-norm statistics are not finite: a batch, or what the model makes of it, holds a NaN '
+                                        'or an infinity')
         pooled = {}
         for pool in self.pools.values():
             for m, n, mean, var in pool.split(): pooled[m] = _merge(*pooled[m], n, mean, var) if m in pooled else (n, mean, var)
@@ -175,13 +176,14 @@ def _merge(n, mean, var, n_new, mean_new, var_new):
 
 class _Pool:
     "The moments of layers that see batches together, end to end in one tensor: a few operations a batch, however many layers."
-    def __init__(self, layers): self.layers, self.counts, self.moments = layers, None, None
+    def __init__(self, layers): self.layers, self.counts, self.moments, self.bias = layers, None, None, (None, None)
 
     def add(self, ns, means, variances):
         "Pool one batch: `ns` values a channel, their means and unbiased variances, for each layer."
         dtype = torch.float32 if means[0].device.type == 'mps' else torch.float64    # one rounding a batch adds up in float32
         mean, var = torch.cat(means).to(dtype), torch.cat(variances).to(dtype)
-        var *= self._per_channel([(n - 1) / n for n in ns], mean)
+        if self.bias[0] != ns: self.bias = ns, self._per_channel([(n - 1) / n for n in ns], mean)    # but for the last batch, the same
+        var *= self.bias[1]
         if self.counts is None: self.counts, self.moments = list(ns), (mean, var)
         else:
             share = self._per_channel([n / (n + N) for n, N in zip(ns, self.counts)], mean)

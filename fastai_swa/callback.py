@@ -209,7 +209,7 @@ class SWACallback(Callback):
         "Refresh the batch norm of `learn.model`, which holds the average, if it needs it."
         if not self._stale: return
         moments = refresh_bn(learn, self._bn, self.bn_batches, in_fit)
-        for remark in moments.remarks: self._say(remark.split()[0], remark)
+        for kind, sentence in moments.remarks.items(): self._say(kind, sentence)
         self._stale = False
 
     def _log(self, values):

@@ -2,7 +2,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 from fastai.learner import Recorder
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 __all__ = ['plot_swa']
 
@@ -37,8 +37,12 @@ def plot_swa(recorder: Recorder, axs=None):
         ax.set(xlabel='epoch', ylabel=title.replace('_', ' '))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         drawn = [v for line in ax.lines if len(line.get_xdata()) > 1 for v in line.get_ydata() if v == v]
-        if drawn and 0 < 5*min(drawn) < max(drawn): ax.set_yscale('log')    # else the start hides the end
-        ax.grid(alpha=.25, which='both')
+        if drawn and 0 < 5*min(drawn) < max(drawn):    # else the start hides the end
+            ax.set_yscale('log')
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter('{x:g}')
+            ax.yaxis.set_minor_formatter('')
+        ax.grid(alpha=.25)
         ax.legend(fontsize='small')
     return axs
 
