@@ -143,8 +143,8 @@ def _aside(learn):
         for restore in generators: restore()
         for attrs, rng in rngs: attrs['rng'] = rng
         for attrs, old in modules:
-            attrs.clear()
             attrs.update(old)
+            for name in attrs.keys() - old.keys(): del attrs[name]
         for b, old in buffers: b.copy_(old)
         for attrs, bar in bars: attrs['pbar'] = bar
         vars(learn).update(loop)

@@ -444,3 +444,14 @@ def test_lending_gives_the_weights_back_even_where_buffers_cannot_be_looked_up()
     raw = [t.clone() for t in parameters(model)]
     with lent(source, model): torch.testing.assert_close(model.eval()(torch.ones(1, 3, 8, 8)), source.eval()(torch.ones(1, 3, 8, 8)))
     for a, b in zip(parameters(model), raw): assert torch.equal(a, b)
+
+
+def test_a_conversion_is_noticed_where_no_buffer_shows_it():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    average, snapshots = WeightAverage(model), []
+    for convert in (lambda: None, model.half, model[0].float, model.double, model.bfloat16, model.float):
+        convert()
+        snapshots.append([t.double() for t in parameters(model)])
+        average.update(model)
+        assert [p.dtype for p in average.swa_model.parameters()] == [p.dtype for p in model.parameters()]
+    assert_close(parameters(average.swa_model), twins.mean(snapshots), 1e-2)

@@ -308,3 +308,12 @@ def test_nested_batches_keep_their_types_when_they_move():
     model = Kinds()
     update_bn([(Pair(torch.randn(4, 2), (1, 2)), packed, 0)], model, 'cpu')
     assert model.kinds == [Pair, type(packed)]
+
+
+def test_a_batch_left_out_leaves_no_trace_even_if_it_is_infinite():
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(2))
+    batches = [torch.full((1, 2, 3, 3), float('inf')), torch.randn(5, 2, 3, 3), torch.randn(4, 2, 3, 3)]
+    before = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match='1 of 3 batches were left out') as said: update_bn(batches, model)
+    assert len(said) == 1
+    assert_exact(model, [(b,) for b in batches[1:]], before)
