@@ -198,6 +198,7 @@ def test_the_columns_of_the_model_in_training_keep_its_own_values():    # metric
     b = learner()
     b.fit(3, cbs=SWACallback(swa_start=0))
     for name in ('train_loss', 'valid_loss', 'accuracy'): assert column(a, name) == column(b, name)
+    assert b.metrics[0].value == column(b, 'accuracy')[-1] and b.recorder.loss.value == column(b, 'valid_loss')[-1]
     assert column(b, 'accuracy') != column(b, 'swa_accuracy')
 
 
