@@ -44,7 +44,7 @@ def clean_copy(model: nn.Module, shared=()) -> nn.Module:
         if isinstance(t, nn.parameter.UninitializedTensorMixin):
             raise ValueError(f'cannot copy the model: {name!r} belongs to a lazy module that has not seen a batch yet; '
                              'run one batch through the model first')
-    return _copy(model, shared, _copy_tensor)
+    return _one_chunk(_copy(model, shared, _copy_tensor))
 
 
 def check_copyable(model: nn.Module, shared=()):
@@ -70,6 +70,13 @@ def _copy(model, shared, copy_tensor):
             for d in dicts: memo[id(d)].update({k: copy.deepcopy(hook, memo) for k, hook in d.items() if k in kept})
     except Exception as e: raise ValueError(f'cannot copy the model ({e}); pass a swa_model of your own') from e
     return res
+
+
+def _one_chunk(model):
+    "Lay the weights of each recurrent layer out in one piece again, which cuDNN asks for; no effect on other devices."
+    for m in model.modules():
+        if isinstance(m, nn.RNNBase): m.flatten_parameters()
+    return model
 
 
 _HOOK_DICTS = [name for name in vars(nn.Module()) if 'hooks' in name]    # hooks, and flags (True) under their hook's number
