@@ -2,6 +2,7 @@
 import argparse
 
 import matplotlib
+import torch
 
 
 def main(argv=None):
@@ -25,6 +26,7 @@ def main(argv=None):
     matplotlib.use('agg')
     from .demo import demo    # imports fastai, which takes seconds
     del args['command']
+    if args['data'] is None: torch.set_num_threads(1)    # the network is tiny: a second thread only waits
     try: demo(**args)
     except (ValueError, OSError) as e: p.error(' '.join(str(e).split()))
 

@@ -32,6 +32,19 @@ def ema(decay: float):
 def _ema_weight(decay, n_averaged): return 1. if n_averaged == 0 else 1. - decay
 
 
+def check_weight(weight):
+    "Raise `TypeError` or `ValueError` unless `weight` is a function from a number of points to a number in [0, 1]."
+    if not callable(weight): raise TypeError(f'weight must be a function such as equal or ema(0.99), not {weight!r}')
+    try: fits = 0 <= weight(1) <= 1
+    except Exception: fits = False
+    if not fits: raise ValueError(f'weight must give a number in [0, 1] for a number of points, as equal and ema(0.99) do, and {weight!r} does not')
+
+
+def check_swa_model(swa_model):
+    "Raise `TypeError` unless `swa_model` is a module or `None`."
+    if not isinstance(swa_model, nn.Module | None): raise TypeError(f'swa_model must be an nn.Module or None, not {type(swa_model).__name__}')
+
+
 class WeightAverage:
     """The running average of a model's weights: `swa_model <- swa_model + weight * (model - swa_model)` at each `update`.
 
@@ -48,10 +61,9 @@ class WeightAverage:
     """
     def __init__(self, model: nn.Module, weight=equal, swa_model: nn.Module | None = None):
         if not isinstance(model, nn.Module): raise TypeError(f'model must be an nn.Module, not {type(model).__name__}')
-        if not callable(weight): raise TypeError(f'weight must be a function such as equal or ema(0.99), not {weight!r}')
-        if not isinstance(swa_model, nn.Module | None):
-            raise TypeError(f'swa_model must be an nn.Module or None, not {type(swa_model).__name__}')
-        self.weight, self.n_averaged, self.master, self.is_lent = weight, 0, {}, False
+        check_weight(weight)
+        check_swa_model(swa_model)
+        self.weight, self.n_averaged, self.master, self.is_lent, self._linked = weight, 0, {}, False, None
         self.swa_model = clean_copy(model) if swa_model is None else swa_model
         self._link(model)
 
@@ -65,16 +77,18 @@ class WeightAverage:
         weight = 1. if self.n_averaged == 0 else self.weight(self.n_averaged)
         if not isinstance(weight, Real) or not 0 <= weight <= 1:
             raise ValueError(f'weight({self.n_averaged}) must be a number in [0, 1], not {weight!r}')
-        if not self._linked.holds(unwrap(model)): self._link(model)
-        with torch.no_grad(): self._linked.fold(float(weight))
+        link = self._link(model)
+        with torch.no_grad(): link.fold(float(weight))
         self.n_averaged += 1
 
     def _link(self, model):
-        self._linked = _Link(unwrap(model), unwrap(self.swa_model), self.master)
+        model = unwrap(model)
+        if self._linked is None or not self._linked.holds(model): self._linked = _Link(model, unwrap(self.swa_model), self.master)
+        return self._linked
 
     def release(self):
         "Forget the model folded last, so that the average alone does not keep it in memory; the next `update` links again."
-        self._linked = _NO_LINK
+        self._linked = None
 
     @contextmanager
     def lent_to(self, model: nn.Module):
@@ -83,7 +97,7 @@ class WeightAverage:
         Raises `ValueError` if `model` does not match the average, `RuntimeError` if the average is lent already.
         """
         if self.is_lent: raise RuntimeError('the average is lent to a model already; leave that context first')
-        if not self._linked.holds(unwrap(model)): self._link(model)
+        self._link(model)
         self.is_lent = True
         try:
             with lent(self.swa_model, model): yield self.swa_model
@@ -92,9 +106,9 @@ class WeightAverage:
     def copy_to(self, model: nn.Module):
         "Write the average into the parameters and buffers of `model`, in place. Raises like `lent_to`."
         if self.is_lent: raise RuntimeError('the average is lent to a model; leave that context first')
-        if not self._linked.holds(unwrap(model)): self._link(model)
+        link = self._link(model)
         with torch.no_grad():
-            for average, own in (self._linked.params, *self._linked.buffers): torch._foreach_copy_(own, average)
+            for average, own in (link.params, *link.buffers): torch._foreach_copy_(own, average)
 
     def state_dict(self) -> dict:
         """`{'swa_model': plain state dict, 'n_averaged': int, 'master': {name: float32 tensor}}`; tensors are live, as in PyTorch.
@@ -105,7 +119,8 @@ class WeightAverage:
         return {'swa_model': state, 'n_averaged': self.n_averaged, 'master': dict(self.master)}
 
     def load_state_dict(self, state: dict):
-        "Take over a `state_dict`. Raises `ValueError` before anything changes if it is none, or belongs to another model."
+        """Take over a `state_dict`. Raises `ValueError` before anything changes if it is none, or belongs to another model,
+        and `RuntimeError` while the average is lent."""
         if self.is_lent: raise RuntimeError('a state cannot be loaded while the average is lent to a model')
         if not isinstance(state, dict) or not {'swa_model', 'n_averaged', 'master'} <= set(state):
             raise ValueError('not the state of a WeightAverage: expected a dict with swa_model, n_averaged and master')
@@ -174,12 +189,6 @@ class _Link:
             torch._foreach_copy_(dst, master)
 
 
-class _NO_LINK:
-    "Stands for no link: holds no model."
-    @staticmethod
-    def holds(model): return False
-
-
 _dtype, _device, _numel = attrgetter('dtype'), torch.Tensor.get_device, torch.Tensor.numel
 
 def _shape(o): return getattr(o, 'shape', None)    # a state dict may hold a module's extra state, which need not be a tensor
@@ -214,6 +223,9 @@ def _pair_params(model, swa_model):
             raise ValueError(f'the model does not match the average: {name!r} is tied to {first[id(dst[name])][0]!r} in the average only')
         if p.numel() and p.data_ptr() == dst[name].data_ptr():
             raise ValueError(f'swa_model shares {name!r} with the model in training; pass a separate module')
+    for name, _ in model.named_buffers():
+        try: swa_model.get_submodule(plain_name(name).rpartition('.')[0])
+        except AttributeError: raise ValueError(f'the model does not match the average: its buffer {name!r} has no place there') from None
     return {name: (dst[name], p) for name, p in first.values()}
 
 
@@ -269,7 +281,7 @@ def _low_groups(triples):
 
 @contextmanager
 def lent(source: nn.Module, model: nn.Module):
-    """Within this context `model` holds the very tensors of `source`, a module of the same shape; afterwards its own again.
+    """Within this context `model` holds the very tensors of `source`, a module of the same shapes and dtypes; afterwards its own again.
 
     Parameters and buffers keep their identity, only their data is exchanged, so that optimizers, compiled code and wrappers go on
     referring to them; no tensor is copied. What the model does to its buffers inside happens to `source`.

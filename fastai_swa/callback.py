@@ -12,7 +12,7 @@ from fastai.torch_core import join_path_file, num_distrib
 from fastcore.foundation import L
 from torch import nn
 
-from .averaging import WeightAverage, all_finite, check_match, equal
+from .averaging import WeightAverage, all_finite, check_match, check_swa_model, check_weight, equal
 from .batchnorm import check_count, tracked_bn
 from .modules import check_copyable, clean_copy, unwrap
 from .passes import PassCancelled, no_fit, refresh_bn, validate_aside
@@ -45,11 +45,11 @@ class SWACallback(Callback):
         every:int=None,    # reserved for folding every so many optimizer steps; only None for now
     ):
         self.swa_start = _check_swa_start(swa_start)
-        if not isinstance(swa_model, nn.Module | None): raise TypeError(f'swa_model must be an nn.Module or None, not {type(swa_model).__name__}')
+        check_swa_model(swa_model)
         self.cycle_len = check_count('cycle_len', cycle_len, optional=False)
         self.swa_eval_freq = check_count('swa_eval_freq', swa_eval_freq, least=0, optional=False)
         self.bn_batches = check_count('bn_batches', bn_batches)
-        if not callable(weight): raise TypeError(f'weight must be a function such as equal or ema(0.99), not {weight!r}')
+        check_weight(weight)
         if every is not None: raise NotImplementedError(f'every={every!r}: folding by optimizer steps is not available yet; leave it None')
         self.weight, self.every, self.enabled = weight, every, True
         self._init_state()
@@ -90,7 +90,7 @@ class SWACallback(Callback):
 
         Nothing is copied: the learner's own model holds the average's tensors, and gets its own back at the end. Batch norm is
         refreshed first if it needs it. Raises `RuntimeError` if there is no average or the context is entered twice; a `fit` inside
-        is refused with one, too.
+        is refused with one, too. (`learn.load` inside would load into the average.)
         """
         learn = self._existing('averaged')
         with self._average.lent_to(learn.model), no_fit(learn):
@@ -126,9 +126,6 @@ class SWACallback(Callback):
         self._fit = None
         if not self.enabled or self._grab(LRFinder): return    # tta comes this far as well, so nothing is made or reset here
         if num_distrib() > 1: raise NotImplementedError('SWACallback does not support training in several processes yet; use one, or DataParallel')
-        if len([cb for cb in self._grab(SWACallback) if cb.enabled]) > 1:
-            raise ValueError('this fit has two SWACallbacks, whose columns would collide; pass one, or first call learn.remove_swa()')
-        if self._given is not None: check_match(self.learn.model, self._given)
         self._fit = SimpleNamespace(start=start_epoch(self.swa_start, self.n_epoch), n_folds=0, begun=False, said=set(), columns=[])
         recorder = self._recorder()
         if recorder is None: return
@@ -144,7 +141,7 @@ class SWACallback(Callback):
     def before_train(self):
         if not self._fit or self._fit.begun: return
         self._fit.begun = True
-        self._warn_ahead()
+        self._check_ahead()
 
     def after_train(self):
         if not self._fit: return
@@ -203,7 +200,9 @@ class SWACallback(Callback):
             with self._average.lent_to(self.learn.model):
                 self._refresh(self.learn, in_fit=True)
                 return validate_aside(self.learn)
-        except PassCancelled: return self._say_cancelled() or []
+        except PassCancelled:
+            self._say_cancelled()
+            return []
 
     def _refresh(self, learn, in_fit=False):
         "Refresh the batch norm of `learn.model`, which holds the average, if it needs it."
@@ -244,13 +243,17 @@ class SWACallback(Callback):
         return (f'swa_start={self.swa_start} was not reached: epoch {fit.start} (from 0) would be the first one folded, so this fit '
                 f'of {self.n_epoch} epochs averages nothing')
 
-    def _warn_ahead(self):
-        "Say before a long fit what would only show at its end."
+    def _check_ahead(self):
+        "Say before a long fit what would only show later in it. (Not in `before_fit`, which `tta` sends as well.)"
         fit = self._fit
-        if fit.start >= self.n_epoch: return self._say('nothing', self._nothing_folded(fit))
+        if len([cb for cb in self._grab(SWACallback) if cb.enabled]) > 1:
+            raise ValueError('this fit has two SWACallbacks, whose columns would collide; pass one, or first call learn.remove_swa()')
         if self._given is None: check_copyable(self.learn.model, self._shared())
-        first = fit.start if self.swa_eval_freq else self.n_epoch - 1
-        pause = max(first, self.cycle_len * self.swa_eval_freq - 1)
+        else:                   check_match(self.learn.model, self._given)
+        if fit.start >= self.n_epoch: return self._say('nothing', self._nothing_folded(fit))
+        folds = range(fit.start, self.n_epoch, self.cycle_len)
+        validated = sorted({*(folds[::self.swa_eval_freq] if self.swa_eval_freq else ()), self.n_epoch - 1})
+        first, pause = validated[0], max(b - a - 1 for a, b in zip([-1, *validated], validated))
         for tracker, acts in ((EarlyStoppingCallback, 'stops this fit'), (ReduceLROnPlateau, 'cuts the learning rate')):
             for cb in self._grab(tracker):
                 if cb.monitor.startswith('swa_') and cb.patience <= pause:

@@ -44,7 +44,6 @@ def demo(data=None, arch='resnet18', epochs=12, seeds=None, lr=.1, swa_lr=None, 
     Raises what `image_folder` and `fit_swa` raise, and `ValueError` for an `arch` that torchvision does not have.
     """
     if data is None:
-        torch.set_num_threads(1)    # the network is tiny: a second thread only waits
         dls, seeds, what = digits(n_train=500, bs=bs or 32), seeds or 5, 'scikit-learn digits, small batch-norm network'
     else:
         if arch not in torchvision.models.list_models(torchvision.models):

@@ -45,8 +45,7 @@ def fit_swa(self:Learner,
     n_epoch = check_count('n_epoch', n_epoch, optional=False)
     if self.opt is None: self.create_opt()    # which may set `self.lr`
     lr = self.lr if lr is None else lr
-    for x in (lr.start, lr.stop) if isinstance(lr, slice) else (lr,):
-        if x is not None: _check_lr('lr', x, lr)
+    for x in ((lr.stop,) if lr.start is None else (lr.start, lr.stop)) if isinstance(lr, slice) else (lr,): _check_lr('lr', x, lr)
     if swa_lr is not None: swa_lr = _check_swa_lr(swa_lr)
     swa = SWACallback(swa_start=swa_start, cycle_len=cycle_len, **swa_kwargs)
     self.opt.set_hyper('lr', lr)

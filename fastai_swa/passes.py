@@ -4,9 +4,10 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from random import Random
-from types import ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 
 import numpy as np
+import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelTrainException
 from fastai.callback.hook import HookCallback
@@ -70,13 +71,18 @@ class _Collector(Callback):
     "Loss and metrics of a validation, on objects of its own: the Recorder's keep the values of the model in training."
     order = Recorder.order
     def __init__(self, metrics):
-        self.measured = [AvgLoss(), *map(copy.copy, metrics)]
+        self.measured = [AvgLoss(), *map(_copy_metric, metrics)]
     def before_validate(self):
         for m in self.measured: m.reset()
     def after_batch(self):
         if len(self.yb):
             for m in self.measured: m.accumulate(self.learn)
-    def after_cancel_validate(self): raise PassCancelled('validation')
+    def after_cancel_validate(self): raise PassCancelled('validation')    # fastai trips over an exception without arguments
+
+
+def _copy_metric(metric):
+    try: return copy.deepcopy(metric)
+    except Exception: return copy.copy(metric)    # what `reset` sets anew is its own even so
 
 
 class _EndBatch(Callback):
@@ -159,27 +165,29 @@ def _modules(*owners):
     return [m for root in roots if isinstance(root, nn.Module) for m in root.modules()]
 
 
-def _generators(root, depth=5):
+def _generators(root):
     "For each random generator that a loader, its samplers, its data set or their transforms hold: a function that puts its state back."
-    seen, res, level = set(), [], [root]
-    for _ in range(depth):
-        found = []
-        for o in level:
-            if id(o) in seen: continue
-            seen.add(id(o))
-            if isinstance(o, torch.Generator): res.append(partial(o.set_state, o.get_state()))
-            elif isinstance(o, Random): res.append(partial(o.setstate, o.getstate()))
-            elif isinstance(o, np.random.Generator): res.append(partial(setattr, o.bit_generator, 'state', o.bit_generator.state))
-            elif isinstance(o, np.random.RandomState): res.append(partial(o.set_state, o.get_state()))
-            elif type(o) in (list, tuple, dict):    # not a subclass: to iterate a data set is to run its transforms
-                if len(o) <= 100: found += o.values() if type(o) is dict else o    # transforms and the like, not samples
-            elif not isinstance(o, nn.Module | type | ModuleType): found += getattr(o, '__dict__', {}).values()
-        level = found
+    seen, res, stack = set(), [], [root]
+    while stack:
+        o = stack.pop()
+        if id(o) in seen: continue
+        seen.add(id(o))
+        if isinstance(o, torch.Generator): res.append(partial(o.set_state, o.get_state()))
+        elif isinstance(o, Random): res.append(partial(o.setstate, o.getstate()))
+        elif isinstance(o, np.random.Generator): res.append(partial(setattr, o.bit_generator, 'state', o.bit_generator.state))
+        elif isinstance(o, np.random.RandomState): res.append(partial(o.set_state, o.get_state()))
+        elif type(o) in (list, tuple, dict):    # not a subclass: to iterate a data set is to run its transforms
+            if len(o) <= 100: stack += o.values() if type(o) is dict else o    # transforms and the like, not samples
+        elif isinstance(o, FunctionType): stack += [*(c.cell_contents for c in o.__closure__ or () if c != CellType()), *(o.__defaults__ or ())]
+        elif isinstance(o, MethodType): stack += [o.__self__, o.__func__]
+        elif isinstance(o, partial): stack += [o.func, o.args, o.keywords]
+        elif not isinstance(o, nn.Module | torch.Tensor | np.ndarray | pd.DataFrame | pd.Series | type | ModuleType | Learner):
+            stack += getattr(o, '__dict__', {}).values()
     return res
 
 
 def _fit_is_running(learn) -> bool:
-    "Is a fit of `learn` under way in this thread? (Its own state does not tell: Ctrl-C leaves no trace in it.)"
+    "Is an epoch of a fit of `learn` under way in this thread? (Its own state does not tell: Ctrl-C leaves no trace in it.)"
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code is Learner._do_fit.__code__ and frame.f_locals.get('self') is learn: return True
@@ -190,7 +198,7 @@ def _fit_is_running(learn) -> bool:
 @contextmanager
 def no_fit(learn):
     "Within this context the methods of `learn` that train raise `RuntimeError` before they change anything."
-    names = [n for n in dir(type(learn)) if n.startswith('fit') or n in ('fine_tune', 'lr_find')]
+    names = [n for n in dir(type(learn)) if n.startswith('fit') and callable(getattr(type(learn), n)) or n in ('fine_tune', 'lr_find')]
     kept = {n: vars(learn)[n] for n in names if n in vars(learn)}
     def refuse(name, *args, **kwargs):
         raise RuntimeError(f'{name} inside averaged() would train the average; leave that context first, or call apply()')

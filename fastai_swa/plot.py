@@ -13,12 +13,15 @@ def plot_swa(recorder: Recorder, axs=None):
     - `recorder`: a learner's `Recorder`, or the learner.
     - `axs`: one axes for the loss and one for each metric; made if `None`.
 
-    Returns the array of axes. Raises `ValueError` if the last fit had no `SWACallback`.
+    Returns the array of axes. Raises `ValueError` if the recorder holds no fit with a `SWACallback`; fastai's own `validate` and
+    `tta` clear it, as every new fit does.
     """
     recorder = getattr(recorder, 'recorder', recorder)
     names = list(getattr(recorder, 'metric_names', []))[1:]
     swa = [name for name in names if name.startswith('swa_')]
-    if 'swa_valid_loss' not in swa: raise ValueError('the last fit had no SWACallback (or it was not enabled): there is no average to plot')
+    if 'swa_valid_loss' not in swa:
+        raise ValueError('the recorder holds no fit with a SWACallback: there was none, it was not enabled, or validate, tta or '
+                         'another fit has cleared the recorder since; plot right after the fit')
     raws = [_raw_column(name, names) for name in swa]
     if axs is None: _, axs = plt.subplots(1, len(swa), figsize=(5.5*len(swa), 4), layout='constrained', squeeze=False)
     axs = np.ravel(axs)

@@ -62,7 +62,7 @@ def test_ema_weights():
     assert [ema(.9)(n) for n in (0, 1, 5)] == [1., pytest.approx(.1), pytest.approx(.1)]
 
 
-def test_a_hundred_thousand_points_in_float32_stay_within_a_fraction_of_their_standard_error():
+def test_twenty_thousand_points_in_float32_stay_within_a_fraction_of_their_standard_error():
     torch.manual_seed(0)
     model, n = nn.ParameterList([nn.Parameter(torch.zeros(64))]), 20_000
     average, total = WeightAverage(model), torch.zeros(64, dtype=torch.float64)
@@ -260,16 +260,27 @@ def test_a_model_whose_parameters_no_longer_match_is_refused_by_name_before_anyt
     for k, v in before['swa_model'].items(): assert torch.equal(v, after['swa_model'][k])
 
 
-@pytest.mark.parametrize('weight', [lambda n: 2., lambda n: -.1, lambda n: float('nan'), lambda n: None])
-def test_a_weight_outside_0_1_is_refused_before_anything_changes(weight):
+@pytest.mark.parametrize('weight', [lambda n: 2., lambda n: -.1, lambda n: float('nan'), lambda n: None, ema])
+def test_a_weight_outside_0_1_is_refused_at_construction(weight):
+    with pytest.raises(ValueError, match=r'weight must give a number in \[0, 1\]'): WeightAverage(net(), weight)
+
+
+def test_a_weight_that_leaves_0_1_later_is_refused_before_anything_changes():
     model = net()
-    average = WeightAverage(model, weight)
-    average.update(model)
+    average = WeightAverage(model, lambda n: n/2)
+    for _ in range(3): average.update(model)
     before = [t.clone() for t in parameters(average.swa_model)]
     step(model)
-    with pytest.raises(ValueError, match=r'weight\(1\) must be a number in \[0, 1\]'): average.update(model)
+    with pytest.raises(ValueError, match=r'weight\(3\) must be a number in \[0, 1\], not 1.5'): average.update(model)
     for a, b in zip(parameters(average.swa_model), before): assert torch.equal(a, b)
-    assert average.n_averaged == 1
+    assert average.n_averaged == 3
+
+
+def test_a_swa_model_without_a_place_for_a_buffer_is_refused_before_anything_changes():
+    model, own = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False)), nn.Sequential(nn.Linear(3, 3))
+    before = copy.deepcopy(own.state_dict())
+    with pytest.raises(ValueError, match="its buffer '1.running_mean' has no place there"): WeightAverage(model.double(), swa_model=own)
+    assert own[0].weight.dtype == torch.float32 and torch.equal(own[0].weight, before['0.weight'])
 
 
 def test_bad_arguments_are_named():

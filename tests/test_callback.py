@@ -11,9 +11,10 @@ import pytest
 import torch
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
-from fastai.learner import AvgMetric, Learner
+from fastai.learner import AvgMetric, Learner, Metric
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
+from fastai.optimizer import Adam
 from fastai_swa import SaveSWAModelCallback, SWACallback, ema, equal, update_bn
 from torch import nn
 
@@ -119,15 +120,10 @@ def test_training_is_untouched_bitwise(num_workers, kwargs):
         run_valid = False
     prints = []
     for cbs in ([], [SWACallback(**kwargs)]):
-        learn = learner(dls=loaders(num_workers=num_workers), opt_func=torch_adam)
+        learn = learner(dls=loaders(num_workers=num_workers), opt_func=Adam)
         learn.fit(3, cbs=[Noisy(), *cbs])
         prints.append(fingerprint(learn))
     assert_same(*prints)
-
-def torch_adam(*args, **kwargs):
-    from fastai.optimizer import Adam
-    return Adam(*args, **kwargs)
-
 
 def test_training_is_untouched_with_the_callback_attached_over_several_fits_and_validations():
     prints = []
@@ -179,7 +175,7 @@ def test_the_learner_is_left_as_it_was_between_the_events():
 def test_the_columns_are_true(kwargs):
     learn, swa, expected = learner(), SWACallback(swa_start=1, **kwargs), {}
     def evaluate(cb):
-        if swa.averaged_epochs and swa.averaged_epochs[-1] == cb.epoch: expected[cb.epoch] = evaluated(cb.learn, copy.deepcopy(swa.swa_model))
+        if not math.isnan(column(cb.learn, 'swa_valid_loss')[-1]): expected[cb.epoch] = evaluated(cb.learn, copy.deepcopy(swa.swa_model))
     class Judge(Callback):
         order = 80
         def after_epoch(self): evaluate(self)
@@ -188,8 +184,8 @@ def test_the_columns_are_true(kwargs):
     rows = list(zip(column(learn, 'swa_valid_loss'), column(learn, 'swa_accuracy')))
     for epoch, row in enumerate(rows):
         if epoch in expected: np.testing.assert_allclose(row, expected[epoch], rtol=1e-4)
-        else: assert all(map(math.isnan, row)) or epoch == 4
-    assert set(expected) == set(swa.averaged_epochs) and len(expected) >= 2
+        else: assert all(map(math.isnan, row))
+    assert set(expected) == {*swa.averaged_epochs, 4} and len(expected) >= 2
 
 
 def test_the_columns_of_the_model_in_training_keep_its_own_values():    # metric objects are shared with the Recorder
@@ -323,13 +319,13 @@ def test_a_batch_that_cannot_be_normalised_is_skipped_and_said_once_in_a_fit():
 
 # 5. whatever ends the fit, the average survives
 
-class BadMetric:
-    def __init__(self, calls): self.left = calls
-    def __call__(self, preds, targs):
-        self.left -= 1
-        if self.left < 0: raise ZeroDivisionError('in a metric')
+def bad_metric(calls):
+    left = [calls]
+    def bad(preds, targs):
+        left[0] -= 1
+        if left[0] < 0: raise ZeroDivisionError('in a metric')
         return (preds.argmax(1) == targs).float().mean()
-    __name__ = 'bad'
+    return bad
 
 
 @pytest.mark.parametrize('ending', ['last', 'stop', 'interrupt', 'interrupt_in_validation', 'interrupt_in_bn_pass', 'interrupt_in_swa_validation', 'metric', 'swa_metric'])
@@ -347,7 +343,7 @@ def test_whatever_ends_the_fit_the_average_survives(ending, attached):
     else: cbs.append(swa)
     if ending == 'stop': cbs.append(At('after_epoch', 2, raising(CancelFitException())))
     if ending == 'interrupt': cbs.append(At('after_batch', 3, raising(KeyboardInterrupt()), batch=1, training=True))
-    if 'metric' in ending: learn.metrics = [accuracy, AvgMetric(BadMetric(9 if ending == 'swa_metric' else 6))]
+    if 'metric' in ending: learn.metrics = [accuracy, AvgMetric(bad_metric(9 if ending == 'swa_metric' else 6))]
     try: learn.fit(5, cbs=cbs)
     except (KeyboardInterrupt, ZeroDivisionError): assert ending not in ('last', 'stop')
     else: assert ending in ('last', 'stop')
@@ -356,7 +352,7 @@ def test_whatever_ends_the_fit_the_average_survives(ending, attached):
         for a, b in zip(parameters(learn.model), snaps.weights[-1]): assert torch.equal(a, b), 'the learner must hold its own weights'
     assert not {p.data_ptr() for p in parameters(learn.model)} & {p.data_ptr() for p in parameters(swa.swa_model)}
     assert_close(parameters(swa.swa_model), twins.mean([w for e, w in zip(snaps.epochs, snaps.weights) if e in swa.averaged_epochs]))
-    assert swa.averaged_epochs == {'last': [1, 2, 3, 4], 'metric': [1, 2], 'swa_metric': [1, 2]}.get(ending, [1, 2])[:swa.n_averaged]
+    assert swa.averaged_epochs == ([1, 2, 3, 4] if ending == 'last' else [1, 2])
     learn.metrics = accuracy
     with swa.averaged(): preds = learn.get_preds()[0]
     assert_bn_exact(learn, swa)
@@ -441,7 +437,7 @@ def test_no_average_no_change_while_disabled():
     assert swa.averaged_epochs == [0] and swa.swa_model is kept
 
 
-@pytest.mark.parametrize('call', ['lr_find', 'validate', 'get_preds', 'tta', 'predict'])
+@pytest.mark.parametrize('call', ['lr_find', 'validate', 'get_preds', 'tta', 'predict', 'show_results'])
 def test_no_average_no_change_from_calls_that_only_look_like_fits(call):
     from fastai_swa.vision import digits
     learn = Learner(digits(n_train=60), nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10)), CrossEntropyLossFlat(), metrics=accuracy)
@@ -543,7 +539,7 @@ def test_repr_says_what_was_averaged_and_what_to_call():
     (dict(swa_start=-1), ValueError), (dict(swa_start=1.), ValueError), (dict(swa_start=-.1), ValueError), (dict(swa_start=float('nan')), ValueError),
     (dict(swa_start='3'), TypeError), (dict(swa_start=None), TypeError), (dict(swa_start=True), TypeError), (dict(cycle_len=0), ValueError),
     (dict(cycle_len=1.5), TypeError), (dict(cycle_len=None), TypeError), (dict(swa_eval_freq=-1), ValueError), (dict(swa_eval_freq='1'), TypeError),
-    (dict(bn_batches=0), ValueError), (dict(bn_batches=.5), TypeError), (dict(weight=.9), TypeError), (dict(swa_model='net'), TypeError),
+    (dict(bn_batches=0), ValueError), (dict(bn_batches=.5), TypeError), (dict(weight=.9), TypeError), (dict(weight=ema), ValueError), (dict(swa_model='net'), TypeError),
     (dict(every=0), NotImplementedError)])
 def test_bad_input_gets_one_clear_sentence_at_construction(kwargs, error):
     (name, value), = kwargs.items()
@@ -696,6 +692,64 @@ def test_training_is_untouched_where_data_losses_and_models_keep_generators_and_
         results.append([*learn.model.state_dict().values(), learn.loss_func.mean, data.torch.get_state(), learn.model.last]
                        + [torch.tensor(x) for x in (learn.model.n, learn.loss_func.calls, data.python.random(), data.numpy.random())])
     for a, b in zip(*results, strict=True): assert torch.equal(a, b)
+
+
+def noisy_function():
+    rng = np.random.default_rng(1)
+    return lambda x: x + rng.normal()
+
+class NoisyTransform:
+    def __init__(self): self.inner = [{'deep': [random.Random(1)]}]
+    def __call__(self, x): return x + self.inner[0]['deep'][0].random()
+
+@pytest.mark.parametrize('transform', [noisy_function, NoisyTransform])
+@pytest.mark.parametrize('where', ['dataset', 'item'])
+def test_training_is_untouched_by_generators_deep_in_fastais_transforms(transform, where):
+    from fastai.data.core import Datasets
+    from fastai_swa.vision.data import _Pick
+    pairs = list(loaders().train.dataset)
+    results = []
+    for cbs in ([], [SWACallback(swa_start=0)]):
+        noise = transform()
+        tfms = [_Pick([x for x, _ in pairs])] + [noise]*(where == 'dataset')
+        dsets = Datasets(range(90), [tfms, [_Pick([y for _, y in pairs])]], splits=[list(range(60)), list(range(60, 90))])
+        after = dict(after_item=[lambda o: noise(o) if o.dim() else o]) if where == 'item' else {}
+        dls = dsets.dataloaders(bs=16, num_workers=0, device='cpu', **after)
+        learn = learner(dls=dls)
+        learn.fit(2, cbs=cbs)
+        results.append(parameters(learn.model))
+    for a, b in zip(*results, strict=True): assert torch.equal(a, b)
+
+
+def test_tta_on_an_attached_callback_with_a_swa_model_of_ones_own_works_inside_averaged():
+    from fastai_swa.vision import digits
+    def model(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    learn = Learner(digits(n_train=60), model(), CrossEntropyLossFlat(), metrics=accuracy).to_swa(swa_start=0, swa_model=model())
+    learn.fit(1)
+    with learn.swa.averaged(): preds, _ = learn.tta(n=1)
+    assert len(preds) == 1737
+
+
+def test_a_metric_that_keeps_its_state_in_another_object_keeps_the_values_of_the_model_in_training():
+    class Inner:
+        def __init__(self): self.total, self.n = 0., 0
+    class Wrapped(Metric):
+        def __init__(self): self.inner = Inner()
+        def reset(self): self.inner.total, self.inner.n = 0., 0
+        def accumulate(self, learn): self.inner.total += learn.pred.detach().abs().sum().item(); self.inner.n += learn.pred.numel()
+        @property
+        def value(self): return self.inner.total/self.inner.n
+        @property
+        def name(self): return 'size'
+    learn = learner(metrics=Wrapped())
+    learn.fit(2, cbs=SWACallback(swa_start=0))
+    assert learn.metrics[0].value == column(learn, 'size')[-1] != column(learn, 'swa_size')[-1]
+
+
+def test_a_tracker_is_warned_about_by_the_epochs_that_the_fit_really_validates():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        learner().fit(6, cbs=[SWACallback(swa_start=0, swa_eval_freq=100), EarlyStoppingCallback('swa_valid_loss', patience=7)])
 
 
 def test_the_pass_and_the_columns_take_what_the_loaders_take():

@@ -35,4 +35,4 @@ def test_without_a_swa_callback_it_is_one_clear_sentence():
     learn = learner()
     for prepare in (lambda: None, lambda: learn.fit(1)):
         prepare()
-        with pytest.raises(ValueError, match='the last fit had no SWACallback'): learn.recorder.plot_swa()
+        with pytest.raises(ValueError, match='the recorder holds no fit with a SWACallback'): learn.recorder.plot_swa()

@@ -36,7 +36,7 @@ def digits(n_train: int = 900, bs: int = 32, seed: int = 0, num_workers: int = 0
     return dsets.dataloaders(bs=bs, val_bs=256, num_workers=num_workers, drop_last=False, device=device)
 
 
-def image_folder(path, size: int | None = None, bs: int = 64, seed: int = 0, num_workers: int | None = None, device=None) -> DataLoaders:
+def image_folder(path, size: int | None = None, bs: int = 64, num_workers: int | None = None, device=None) -> DataLoaders:
     """The user's own images: `path/train/<class>/*` for training, `path/valid/<class>/*` or `path/test/<class>/*` for validation.
 
     Images are resized to `size` pixels a side (`None`: the shorter side of the first one, at most 224), and flipped and cropped at
@@ -60,6 +60,7 @@ def image_folder(path, size: int | None = None, bs: int = 64, seed: int = 0, num
     if unknown: raise ValueError(f'{path/valid} has the class {min(unknown)!r}, which {path/"train"} lacks')
     broken = sorted(f for fs in files.values() for f in verify_images(fs))
     if broken: raise ValueError(f'{len(broken)} of {sum(map(len, files.values()))} files cannot be read as images, the first is {broken[0]}')
-    if size is None: size = min(224, *Image.open(files['train'][0]).size)
-    return ImageDataLoaders.from_folder(path, train='train', valid=valid, seed=seed, item_tfms=Resize(size), bs=bs, drop_last=False,
+    if size is None:
+        with Image.open(min(files['train'])) as image: size = min(224, *image.size)
+    return ImageDataLoaders.from_folder(path, train='train', valid=valid, item_tfms=Resize(size), bs=bs, drop_last=False,
         batch_tfms=aug_transforms(size=size, max_rotate=0, max_warp=0, max_zoom=1.15, max_lighting=0), num_workers=num_workers, device=device)
