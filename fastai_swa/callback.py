@@ -8,15 +8,16 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import LRFinder, ParamScheduler
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.learner import Learner, Recorder, save_model
-from fastai.torch_core import join_path_file, num_distrib
+from fastai.torch_core import join_path_file, rank_distrib
 from fastcore.foundation import L
 from torch import nn
 
 from .averaging import WeightAverage, all_finite, check_match, check_swa_model, check_weight, equal
 from .batchnorm import check_count, tracked_bn
-from .modules import check_copyable, clean_copy, unwrap
+from .modules import check_copyable, clean_copy, named_tensors, unwrap
 from .passes import PassCancelled, no_fit, refresh_bn, validate_aside
 from .schedules import start_epoch
+from .state import pack, unpack
 
 __all__ = ['SWACallback', 'SaveSWAModelCallback']
 
@@ -26,6 +27,7 @@ class SWACallback(Callback):
 
     Training itself is left exactly as it is. The columns `swa_valid_loss` and `swa_<metric>` are added to the learner's table, `nan`
     in epochs that did not validate the average. A later fit starts a new average at its first fold; until then the old one stays.
+    With `every=k` it is the weights after each k-th optimizer step that are folded, and `averaged_epochs` are the epochs with such steps.
     Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", Algorithm 1.
 
     Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used.
@@ -33,7 +35,7 @@ class SWACallback(Callback):
     order = Recorder.order + 5    # after the Recorder has logged the epoch, before trackers and the progress table read it
     remove_on_fetch = True    # as the Recorder has it: not for passes aside from training
     _name = 'swa'
-    _stateattrs = '_average', '_given', '_epochs', '_bn', '_stale', '_learner', '_fit'
+    _stateattrs = '_average', '_given', '_epochs', '_bn', '_stale', '_learner', '_fit', '_backup'
 
     def __init__(self,
         swa_start=0.75,    # int: index from 0 of the first epoch folded. float in [0, 1): that share of the fit
@@ -42,7 +44,7 @@ class SWACallback(Callback):
         swa_eval_freq:int=1,    # validate the average at its 1st, (1+f)th, (1+2f)th ... fold and in the last epoch; 0: last only
         bn_batches:int=None,    # training batches used to refresh batch norm; None: the whole training set
         weight=equal,    # function from `n_averaged` to the weight of the new point: `equal`, `ema(decay)` or another
-        every:int=None,    # reserved for folding every so many optimizer steps; only None for now
+        every:int=None,    # fold every so many optimizer steps, from the start of epoch `swa_start` on, instead of at the ends of epochs
     ):
         self.swa_start = _check_swa_start(swa_start)
         check_swa_model(swa_model)
@@ -50,14 +52,17 @@ class SWACallback(Callback):
         self.swa_eval_freq = check_count('swa_eval_freq', swa_eval_freq, least=0, optional=False)
         self.bn_batches = check_count('bn_batches', bn_batches)
         check_weight(weight)
-        if every is not None: raise NotImplementedError(f'every={every!r}: folding by optimizer steps is not available yet; leave it None')
-        self.weight, self.every, self.enabled = weight, every, True
+        self.every = check_count('every', every)
+        if self.every and self.cycle_len != 1:
+            raise ValueError(f'cycle_len={cycle_len} and every={every} exclude each other: one counts epochs, the other optimizer steps')
+        self.weight, self.enabled = weight, True
         self._init_state()
         self._given = swa_model
 
     def _init_state(self):    # also what an unpickled callback starts with: an export carries the settings, not the average
         super()._init_state()
         self._average = self._given = self._fit = None    # the WeightAverage; the user's own swa_model; the state of a fit under way
+        self._backup = None    # while steps are folded unseen: the state before this epoch's
         self._epochs, self._bn, self._stale = [], [], False    # folded; names of the layers to refresh; whether they need it
         self._learner = lambda: None    # weak reference to the learner whose weights were averaged
 
@@ -116,7 +121,8 @@ class SWACallback(Callback):
         if self._average is None:
             start = f'epoch {self.swa_start}' if isinstance(self.swa_start, int) else f'{self.swa_start:g} of the fit'
             return f'SWACallback: nothing averaged yet; folds from {start} on'
-        return (f'SWACallback: average of {self.n_averaged} epoch{"s" * (self.n_averaged != 1)} ({_ranges(self._epochs)}); '
+        points = f'{self.n_averaged} {"step" if self.every else "epoch"}{"s" * (self.n_averaged != 1)}'
+        return (f'SWACallback: average of {points} ({"epochs " * bool(self.every)}{_ranges(self._epochs)}); '
                 'use it within `averaged()`, or put it into the learner with `apply()`')
 
     # the events of a fit
@@ -125,8 +131,9 @@ class SWACallback(Callback):
         if self.learn.lock.locked(): return    # validate or get_preds; they may come from within a fit
         self._fit = None
         if not self.enabled or self._grab(LRFinder): return    # tta comes this far as well, so nothing is made or reset here
-        if num_distrib() > 1: raise NotImplementedError('SWACallback does not support training in several processes yet; use one, or DataParallel')
-        self._fit = SimpleNamespace(start=start_epoch(self.swa_start, self.n_epoch), n_folds=0, begun=False, said=set(), columns=[])
+        # counted in this fit: points folded, epochs with such, optimizer steps since `start`
+        self._fit = SimpleNamespace(start=start_epoch(self.swa_start, self.n_epoch), n_folds=0, n_epochs=0, n_steps=0,
+                                    begun=False, cancelled=False, said=set(), columns=[])
         recorder = self._recorder()
         if recorder is None: return
         names, at = list(recorder.metric_names), len(recorder.metric_names) - bool(recorder.add_time)
@@ -139,28 +146,51 @@ class SWACallback(Callback):
         self._fit.epoch, self._fit.trained, self._fit.folded = self.epoch, False, False    # `learn.epoch` is 0 after a validate within the fit
 
     def before_train(self):
-        if not self._fit or self._fit.begun: return
-        self._fit.begun = True
-        self._check_ahead()
+        if not self._fit: return
+        if not self._fit.begun:
+            self._fit.begun = True
+            self._check_ahead()
+        if self.every and self.enabled and self._fit.epoch >= self._fit.start: self._backup = self._on_host()
+
+    def after_cancel_step(self):
+        if self._fit: self._fit.cancelled = True    # the scaler of mixed precision skipped it
+
+    def after_step(self):
+        fit = self._fit
+        if not fit: return
+        cancelled, fit.cancelled = fit.cancelled, False
+        if not self.every or cancelled or not self.enabled or fit.epoch < fit.start: return
+        fit.n_steps += 1
+        if fit.n_steps % self.every == 0: self._fold()
 
     def after_train(self):
-        if not self._fit: return
-        self._fit.trained = True
-        since = self._fit.epoch - self._fit.start
-        self._fit.folded = self.enabled and since >= 0 and since % self.cycle_len == 0 and self._fold()
+        fit = self._fit
+        if not fit: return
+        fit.trained = True
+        since = fit.epoch - fit.start
+        if self.every: self._settle()
+        elif self.enabled and since >= 0 and since % self.cycle_len == 0:
+            if all_finite(unwrap(self.learn.model).parameters()): self._fold()
+            else: self._say_infinite()
+        if fit.folded: self._bn = list(tracked_bn(unwrap(self.learn.model)))    # frozen or not, as it ends
+        if (recorder := self._recorder()) is not None: recorder.swa_epochs = self.averaged_epochs
 
     def after_validate(self):
         if not self._fit or not self._fit.trained or self.learn.lock.locked() or self._recorder() is None: return
         fit = self._fit
-        due = fit.folded and self.swa_eval_freq and (fit.n_folds - 1) % self.swa_eval_freq == 0
+        due = fit.folded and self.swa_eval_freq and (fit.n_epochs - 1) % self.swa_eval_freq == 0
         due = fit.n_folds and (due or fit.epoch == self.n_epoch - 1)
         self._log(self._evaluate() if due else [])
 
     def after_cancel_epoch(self):
-        if self._fit and self._recorder() is not None: self._log([])
+        if not self._fit: return
+        self._settle()
+        if self._recorder() is not None: self._log([])
 
     def after_cancel_fit(self):
-        if not self._fit or not self._fit.n_folds or not self._stale: return
+        if not self._fit: return
+        self._settle()
+        if not self._fit.n_folds or not self._stale: return
         try:
             with self._average.lent_to(self.learn.model): self._refresh(self.learn, in_fit=True)
         except PassCancelled: self._say_cancelled()
@@ -173,22 +203,65 @@ class SWACallback(Callback):
 
     # folding
 
-    def _fold(self) -> bool:
-        "Fold the model in training; whether it was."
-        learn, model, fit = self.learn, unwrap(self.learn.model), self._fit
-        if not all_finite(model.parameters()):
-            self._say('finite', f'the weights at the end of epoch {fit.epoch} are not finite; such epochs are left out of the average')
-            return False
-        if fit.n_folds == 0:    # the new average is complete before the old one goes
-            swa_model = clean_copy(model, self._shared()) if self._given is None else self._given
-            self._average, self._epochs, self._learner = WeightAverage(model, self.weight, swa_model), [], weakref.ref(learn)
+    def _fold(self):
+        "Fold the model in training."
+        model, fit = unwrap(self.learn.model), self._fit
+        if fit.n_folds == 0: self._new_average(model)    # complete before the old one goes
         self._average.update(model)
-        self._epochs.append(fit.epoch)
         fit.n_folds += 1
-        self._bn = list(tracked_bn(model))
+        if not fit.folded:    # the first one in this epoch
+            fit.folded = True
+            fit.n_epochs += 1
+            self._epochs.append(fit.epoch)
+            self._bn = list(tracked_bn(model))
         self._stale = bool(self._bn)
-        if (recorder := self._recorder()) is not None: recorder.swa_epochs = self.averaged_epochs
-        return True
+
+    def _new_average(self, model):
+        swa_model = clean_copy(model, self._shared()) if self._given is None else self._given
+        self._average, self._epochs, self._learner = WeightAverage(model, self.weight, swa_model), [], weakref.ref(self.learn)
+
+    def _settle(self):
+        "Where steps were folded unseen: if the average is not finite, take all of this epoch's back."
+        backup, self._backup = self._backup, None
+        if backup is None or self._average is None or all_finite(self._average.swa_model.parameters()): return
+        self.load_state_dict(unpack(backup))
+        if self._fit: self._fit.folded = False
+        self._say_infinite()
+
+    def _on_host(self) -> dict:
+        "A copy of the state in the host's memory; of an average that goes with this fit's first fold there is none."
+        return pack(self.state_dict(of_fit=True))
+
+    # its state, for checkpoints
+
+    def settings(self) -> dict:
+        "What must not change between the parts of one fit."
+        return {k: getattr(self, k) for k in ('swa_start', 'cycle_len', 'every')}
+
+    def state_dict(self, of_fit=False) -> dict:
+        "Average, counters and where it stands in a fit, as plain data; tensors are live. `of_fit`: nothing of an earlier fit's average."
+        fit, average = self._fit, None
+        if self._average is not None and not (of_fit and fit and not fit.n_folds):
+            swa_model = unwrap(self._average.swa_model)
+            buffers = {k: v for k, v in named_tensors(swa_model.named_buffers).items() if k not in swa_model.state_dict()}
+            average = self._average.state_dict() | {'buffers': buffers, 'training': [m.training for m in swa_model.modules()]}
+        return {'average': average, 'epochs': list(self._epochs) if average else [], 'bn': list(self._bn), 'stale': self._stale,
+                'fit': {k: getattr(fit, k) for k in _COUNTS} if fit else {}}
+
+    def load_state_dict(self, state: dict):
+        "Take over a `state_dict`. Raises `ValueError` if its average is not one of the learner's model."
+        average = state['average']
+        if average is None: self._average = None
+        else:
+            if self._average is None: self._new_average(unwrap(self.learn.model))
+            self._average.load_state_dict(average)
+            swa_model = unwrap(self._average.swa_model)
+            own = named_tensors(swa_model.named_buffers)
+            for name, value in average['buffers'].items():
+                if name in own: own[name].data = value.to(own[name].device, copy=True)
+            for m, mode in zip(swa_model.modules(), average['training']): m.training = mode
+        self._epochs, self._bn, self._stale = list(state['epochs']), list(state['bn']), state['stale']
+        if self._fit: vars(self._fit).update(state['fit'])
 
     def _shared(self): return self.learn, self.learn.dls, *self.learn.cbs    # never copied, should the model refer to them
 
@@ -224,6 +297,7 @@ class SWACallback(Callback):
     def _recorder(self): return next(iter(self._grab(Recorder)), None)
 
     def _existing(self, call) -> Learner:
+        self._settle()    # an interrupted epoch did not
         if self._average is None:
             raise RuntimeError(f'{call}() needs an average and there is none yet: run a fit that reaches swa_start={self.swa_start}')
         learn = self._learner()
@@ -233,13 +307,21 @@ class SWACallback(Callback):
     def _say(self, what, sentence, fit=None):
         "Warn, once in a fit."
         fit = fit or self._fit
+        if rank_distrib(): return
         if fit is not None and what in fit.said: return
         if fit is not None: fit.said.add(what)
         warnings.warn(sentence, stacklevel=2)
 
+    def _say_infinite(self):
+        where = 'in' if self.every else 'at the end of'
+        self._say('finite', f'the weights {where} epoch {self._fit.epoch if self._fit else self._epochs[-1:]} are not finite; '
+                            'such epochs are left out of the average')
+
     def _say_cancelled(self): self._say('cancelled', 'a callback cancelled a pass over the average, which is not validated in that epoch')
 
     def _nothing_folded(self, fit):
+        if self.every and fit.start < self.n_epoch:
+            return f'every={self.every} was not reached: this fit took {fit.n_steps} optimizer steps from epoch {fit.start} on and averages nothing'
         return (f'swa_start={self.swa_start} was not reached: epoch {fit.start} (from 0) would be the first one folded, so this fit '
                 f'of {self.n_epoch} epochs averages nothing')
 
@@ -303,6 +385,9 @@ class SaveSWAModelCallback(SaveModelCallback):
 
     def after_fit(self):
         if self.at_end: self._save(self.fname)
+
+
+_COUNTS = 'n_folds', 'n_epochs', 'n_steps'
 
 
 class EpochScheduler(ParamScheduler):

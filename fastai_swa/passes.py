@@ -3,11 +3,7 @@ import copy, sys
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
-from random import Random
-from types import CellType, FunctionType, MethodType, ModuleType
 
-import numpy as np
-import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelTrainException
 from fastai.callback.hook import HookCallback
@@ -18,12 +14,11 @@ from fastai.callback.training import ShortEpochCallback
 from fastai.data.load import DataLoader
 from fastai.learner import AvgLoss, Learner, Recorder
 from fastai.torch_core import get_random_states, set_random_states
-
-from torch import nn
 from torch.utils.data import DataLoader as TorchDataLoader, IterableDataset
 
 from .batchnorm import Moments, batch_moments
 from .modules import unwrap
+from .state import generators, owned_modules
 
 __all__ = ['PassCancelled', 'validate_aside', 'refresh_bn', 'no_fit']
 
@@ -136,9 +131,10 @@ def _aside(learn):
     runs = [(vars(cb), vars(cb).get('run')) for cb in muted]
     loop = {name: vars(learn)[name] for name in _LOOP if name in vars(learn)}
     bars = [(vars(cb), vars(cb)['pbar']) for cb in learn.cbs if 'pbar' in vars(cb)]
-    modules = [(vars(m), dict(vars(m))) for m in _modules(learn.model, learn.loss_func)]    # modes, and what a forward pass notes
-    buffers = [(b, b.clone()) for m in _modules(learn.loss_func) for b in m._buffers.values() if b is not None]
-    generators = [restore for dl in getattr(learn.dls, 'loaders', []) for restore in _generators(dl)]
+    losses = [m for root in owned_modules(learn.loss_func) for m in root.modules()]
+    modules = [(vars(m), dict(vars(m))) for m in (*unwrap(learn.model).modules(), *losses)]    # modes, and what a forward pass notes
+    buffers = [(b, b.clone()) for m in losses for b in m._buffers.values() if b is not None]
+    kept = [(put, get()) for dl in getattr(learn.dls, 'loaders', []) for _, get, put in generators(dl)]
     rngs = [(vars(dl), dl.rng) for dl in getattr(learn.dls, 'loaders', []) if isinstance(dl, DataLoader)]
     states = get_random_states()
     try:
@@ -146,7 +142,7 @@ def _aside(learn):
         yield
     finally:
         set_random_states(**states)
-        for restore in generators: restore()
+        for put, state in kept: put(state)
         for attrs, rng in rngs: attrs['rng'] = rng
         for attrs, old in modules:
             attrs.update(old)
@@ -157,33 +153,6 @@ def _aside(learn):
         for attrs, run in runs:
             if run is None: attrs.pop('run', None)
             else: attrs['run'] = run
-
-
-def _modules(*owners):
-    "The modules in `owners`: modules, or objects such as fastai's losses that hold some as attributes."
-    roots = [m for o in owners for m in ([unwrap(o)] if isinstance(o, nn.Module) else vars(o).values() if hasattr(o, '__dict__') else ())]
-    return [m for root in roots if isinstance(root, nn.Module) for m in root.modules()]
-
-
-def _generators(root):
-    "For each random generator that a loader, its samplers, its data set or their transforms hold: a function that puts its state back."
-    seen, res, stack = set(), [], [root]
-    while stack:
-        o = stack.pop()
-        if id(o) in seen: continue
-        seen.add(id(o))
-        if isinstance(o, torch.Generator): res.append(partial(o.set_state, o.get_state()))
-        elif isinstance(o, Random): res.append(partial(o.setstate, o.getstate()))
-        elif isinstance(o, np.random.Generator): res.append(partial(setattr, o.bit_generator, 'state', o.bit_generator.state))
-        elif isinstance(o, np.random.RandomState): res.append(partial(o.set_state, o.get_state()))
-        elif type(o) in (list, tuple, dict):    # not a subclass: to iterate a data set is to run its transforms
-            if len(o) <= 100: stack += o.values() if type(o) is dict else o    # transforms and the like, not samples
-        elif isinstance(o, FunctionType): stack += [*(c.cell_contents for c in o.__closure__ or () if c != CellType()), *(o.__defaults__ or ())]
-        elif isinstance(o, MethodType): stack += [o.__self__, o.__func__]
-        elif isinstance(o, partial): stack += [o.func, o.args, o.keywords]
-        elif not isinstance(o, nn.Module | torch.Tensor | np.ndarray | pd.DataFrame | pd.Series | type | ModuleType | Learner):
-            stack += getattr(o, '__dict__', {}).values()
-    return res
 
 
 def _fit_is_running(learn) -> bool:

@@ -48,6 +48,21 @@ class Snapshots(Callback):
         self.epochs.append(self.epoch)
 
 
+class At(Callback):
+    "Call `f(self)` at `event` of the epoch `epoch`, in batch `batch` where the event is one of a batch."
+    order = 70
+    def __init__(self, event, epoch, f, batch=None, training=None):
+        self.on, self.at, self.f, self.batch, self.only = event, epoch, f, batch, training
+    def __call__(self, event_name):
+        if (event_name == self.on and self.learn.epoch == self.at and self.batch in (None, self.learn.iter)
+                and self.only in (None, self.learn.training)): self.f(self)
+
+
+def raising(e):
+    def f(cb): raise e
+    return f
+
+
 def parameters(model): return [p.detach() for p in model.parameters()]
 
 def assert_close(got, expected, tol=2e-6):

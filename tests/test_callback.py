@@ -18,23 +18,8 @@ from fastai.optimizer import Adam
 from fastai_swa import SaveSWAModelCallback, SWACallback, ema, equal, update_bn
 from torch import nn
 
-from .helpers import Snapshots, assert_close, assert_same, column, fingerprint, learner, loaders, net, parameters
+from .helpers import At, Snapshots, assert_close, assert_same, column, fingerprint, learner, loaders, net, parameters, raising
 from .reference import twins
-
-
-class At(Callback):
-    "Call `f(self)` at `event` of the epoch `epoch`, in batch `batch` where the event is one of a batch."
-    order = 70
-    def __init__(self, event, epoch, f, batch=None, training=None):
-        self.on, self.at, self.f, self.batch, self.only = event, epoch, f, batch, training
-    def __call__(self, event_name):
-        if (event_name == self.on and self.learn.epoch == self.at and self.batch in (None, self.learn.iter)
-                and self.only in (None, self.learn.training)): self.f(self)
-
-
-def raising(e):
-    def f(cb): raise e
-    return f
 
 
 def evaluated(learn, model):
@@ -540,7 +525,7 @@ def test_repr_says_what_was_averaged_and_what_to_call():
     (dict(swa_start='3'), TypeError), (dict(swa_start=None), TypeError), (dict(swa_start=True), TypeError), (dict(cycle_len=0), ValueError),
     (dict(cycle_len=1.5), TypeError), (dict(cycle_len=None), TypeError), (dict(swa_eval_freq=-1), ValueError), (dict(swa_eval_freq='1'), TypeError),
     (dict(bn_batches=0), ValueError), (dict(bn_batches=.5), TypeError), (dict(weight=.9), TypeError), (dict(weight=ema), ValueError), (dict(swa_model='net'), TypeError),
-    (dict(every=0), NotImplementedError)])
+    (dict(every=0), ValueError), (dict(every=2.), TypeError), (dict(every=True), TypeError)])
 def test_bad_input_gets_one_clear_sentence_at_construction(kwargs, error):
     (name, value), = kwargs.items()
     with pytest.raises(error) as e: SWACallback(**kwargs)

@@ -7,7 +7,7 @@ import fastai_swa
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = [{'modules', 'version'}, {'averaging', 'batchnorm', 'schedules'}, {'ensemble', 'landscape', 'connectivity', 'vision'},
+FLOORS = [{'modules', 'version'}, {'averaging', 'batchnorm', 'schedules'}, {'ensemble', 'landscape', 'connectivity', 'vision', 'state'},
           {'passes'}, {'callback', 'checkpoint', 'plot'}, {'learner'}, {'experiments', 'demo'}, {'__main__', '__init__'}]
 SOURCES = sorted((ROOT/'fastai_swa').rglob('*.py'))
 
