@@ -3,7 +3,8 @@ from . import learner    # noqa: F401  (patches Learner)
 from .averaging import WeightAverage, ema, equal
 from .batchnorm import update_bn
 from .callback import SaveSWAModelCallback, SWACallback
+from .checkpoint import CheckpointCallback
 from .plot import plot_swa
 from .version import __version__    # noqa: F401
 
-__all__ = ['SWACallback', 'SaveSWAModelCallback', 'WeightAverage', 'equal', 'ema', 'update_bn', 'plot_swa']
+__all__ = ['SWACallback', 'SaveSWAModelCallback', 'CheckpointCallback', 'WeightAverage', 'equal', 'ema', 'update_bn', 'plot_swa']

@@ -392,6 +392,7 @@ _COUNTS = 'n_folds', 'n_epochs', 'n_steps'
 
 class EpochScheduler(ParamScheduler):
     "A `ParamScheduler` whose functions get `(epoch, step, n_steps)`, counted from 0, instead of the share of training done."
+    by_epoch = True
     def before_batch(self):
         for name, f in self.scheds.items(): self.opt.set_hyper(name, f(self.epoch, self.iter, self.n_iter))
 

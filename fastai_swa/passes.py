@@ -12,7 +12,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.callback.training import ShortEpochCallback
 from fastai.data.load import DataLoader
-from fastai.learner import AvgLoss, Learner, Recorder
+from fastai.learner import AvgLoss, Recorder
 from fastai.torch_core import get_random_states, set_random_states
 from torch.utils.data import DataLoader as TorchDataLoader, IterableDataset
 
@@ -20,7 +20,7 @@ from .batchnorm import Moments, batch_moments
 from .modules import unwrap
 from .state import generators, owned_modules
 
-__all__ = ['PassCancelled', 'validate_aside', 'refresh_bn', 'no_fit']
+__all__ = ['PassCancelled', 'validate_aside', 'refresh_bn', 'no_fit', 'is_fitting']
 
 
 class PassCancelled(Exception):
@@ -47,7 +47,7 @@ def refresh_bn(learn, names, n_batches: int | None, in_fit: bool) -> Moments:
     """
     model = unwrap(learn.model)    # data-parallel replicas would each keep statistics of their own
     modules = dict(model.named_modules())
-    with _aside(learn), nullcontext() if in_fit or _fit_is_running(learn) else learn.validation_context():
+    with _aside(learn), nullcontext() if in_fit or is_fitting(learn, '_do_fit') else learn.validation_context():
         dl = _fresh_loader(learn.dls.train, drop_last=False)
         if hasattr(dl, 'wgts'): dl.get_idxs = partial(DataLoader.get_idxs, dl)    # fastai's weighted loaders repeat and omit samples
         if n_batches is not None: dl = _FirstBatches(dl, n_batches)
@@ -155,11 +155,12 @@ def _aside(learn):
             else: attrs['run'] = run
 
 
-def _fit_is_running(learn) -> bool:
-    "Is an epoch of a fit of `learn` under way in this thread? (Its own state does not tell: Ctrl-C leaves no trace in it.)"
+def is_fitting(learn, method='fit') -> bool:
+    """Is `learn.fit` under way in this thread, or with `_do_fit` an epoch of it? (Its own state does not tell: Ctrl-C leaves no trace in it,
+    and `tta` sends the events of a fit.)"""
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code is Learner._do_fit.__code__ and frame.f_locals.get('self') is learn: return True
+        if frame.f_code.co_name == method and frame.f_locals.get('self') is learn: return True
         frame = frame.f_back
     return False
 

@@ -54,7 +54,7 @@ class At(Callback):
     def __init__(self, event, epoch, f, batch=None, training=None):
         self.on, self.at, self.f, self.batch, self.only = event, epoch, f, batch, training
     def __call__(self, event_name):
-        if (event_name == self.on and self.learn.epoch == self.at and self.batch in (None, self.learn.iter)
+        if (event_name == self.on and self.learn.epoch == self.at and (self.batch is None or self.batch == self.learn.iter)
                 and self.only in (None, self.learn.training)): self.f(self)
 
 

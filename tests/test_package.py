@@ -7,7 +7,7 @@ import fastai_swa
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = [{'modules', 'version'}, {'averaging', 'batchnorm', 'schedules'}, {'ensemble', 'landscape', 'connectivity', 'vision', 'state'},
+FLOORS = [{'modules', 'processes', 'version'}, {'averaging', 'batchnorm', 'schedules'}, {'ensemble', 'landscape', 'connectivity', 'vision', 'state'},
           {'passes'}, {'callback', 'checkpoint', 'plot'}, {'learner'}, {'experiments', 'demo'}, {'__main__', '__init__'}]
 SOURCES = sorted((ROOT/'fastai_swa').rglob('*.py'))
 
@@ -25,7 +25,7 @@ def test_each_floor_imports_only_from_floors_below_it(path):
             for name in names: assert floor(name) < floor(place(path)), f'{path.name} imports {name}'
 
 
-@pytest.mark.parametrize('name', ['modules', 'averaging', 'batchnorm', 'schedules'])
+@pytest.mark.parametrize('name', ['modules', 'processes', 'averaging', 'batchnorm', 'schedules'])
 def test_the_lowest_floors_are_plain_pytorch(name):
     for node in ast.walk(ast.parse((ROOT/'fastai_swa'/f'{name}.py').read_text())):
         modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ''] if isinstance(node, ast.ImportFrom) else []
@@ -35,7 +35,7 @@ def test_the_lowest_floors_are_plain_pytorch(name):
 def test_a_star_import_brings_the_public_names_and_nothing_else():
     space = {}
     exec('from fastai_swa import *', space)
-    public = {'SWACallback', 'SaveSWAModelCallback', 'WeightAverage', 'equal', 'ema', 'update_bn', 'plot_swa'}
+    public = {'SWACallback', 'SaveSWAModelCallback', 'WeightAverage', 'equal', 'ema', 'update_bn', 'plot_swa', 'CheckpointCallback'}
     assert set(space) - {'__builtins__'} == public == set(fastai_swa.__all__)
 
 

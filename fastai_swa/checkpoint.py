@@ -1,0 +1,312 @@
+"""`CheckpointCallback`: a fit that is killed goes on where it was, bit for bit."""
+import os, warnings, zipfile
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from fastai.callback.core import Callback, CancelEpochException, CancelFitException
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import LRFinder, ParamScheduler
+from fastai.callback.tracker import TrackerCallback
+from fastai.learner import Learner, Recorder
+from fastcore.foundation import L
+
+from .batchnorm import check_count
+from .modules import named_tensors, unwrap
+from .passes import is_fitting
+from .processes import Processes
+from .state import pack, plain_attributes, restore, take
+
+try: import fcntl
+except ImportError: import msvcrt    # Windows
+
+__all__ = ['CheckpointCallback']
+
+
+class CheckpointCallback(Callback):
+    """Keep the whole state of a fit in one file, so that the same call, made again after a crash, goes on and ends bitwise as without it.
+
+    The state is written before the first epoch and before each `every`-th one after it, in one step: the file is always complete. It
+    is removed when the fit completes. Weights, optimizer, averages, the Recorder's history and table, trackers, the gradient scaler
+    and all random generators are in it (`state.take`); it loads with `torch.load(weights_only=True)`. Fits of one learner on one path
+    are numbered: those before the interrupted one are skipped, such as the first stage of `fine_tune`. A fit that is stopped within an
+    epoch (Ctrl-C, an exception, a NaN) leaves the file of the last epoch boundary written.
+
+    Raises, before anything of the fit has changed: `ValueError` if the file is damaged, foreign or newer, none of which is ever
+    overwritten, or if the model, the data's size, the schedule or the like is another one than in the file; `RuntimeError` if another
+    run is using the path; `OSError` if it cannot be written. A later epoch that cannot be written is a warning: training goes on.
+    """
+    order = _FIRST = -1000    # sees an epoch before all others. At the end of the fit it comes last: when all is done, the file can go
+    _stateattrs = '_fit', '_lock', '_unchanged', '_rows'
+
+    def __init__(self,
+        path,    # the file; a relative path is one from the current directory. Two fits that run at once need two
+        every:int=1,    # write it every so many epochs
+        resume=True,    # False: start anew, whatever the file holds (but what is no checkpoint is not overwritten)
+    ):
+        self.file = Path(path).absolute()
+        if self.file.is_dir(): raise ValueError(f'path must be a file, and {self.file} is a folder')
+        self.every = check_count('every', every, optional=False)
+        if not isinstance(resume, bool): raise TypeError(f'resume must be True or False, not {resume!r}')
+        self.resume = resume
+        self._init_state()
+
+    def _init_state(self):
+        super()._init_state()
+        self._fit = self._lock = None    # the fit under way; the lock on the path, held meanwhile
+        self._unchanged, self._rows = {}, []    # callbacks' attributes as first seen: settings; rows of the table so far
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == 'learn' and value is None: self._release()    # taken from the learner: the fit is over, however it ended
+
+    def _release(self):
+        if self._lock is not None: self._lock.release()
+        self._lock, self.order = None, self._FIRST
+
+    # the events of a fit
+
+    def before_fit(self):
+        learn = self.learn
+        if learn.lock.locked() or is_fitting(learn, '_do_fit'): return    # validate and the like, perhaps from within a fit
+        self._release()    # what an interrupted fit has left, should this callback be attached for good
+        self._fit, self._rows = None, []
+        if not is_fitting(learn) or any(isinstance(cb, LRFinder) for cb in learn.cbs): return    # tta; not a fit to keep
+        processes = Processes(learn)
+        done, settings = _completed.setdefault(learn, {}).setdefault(self.file, []), _settings(learn, processes)
+        saved = processes.first(self._open)
+        place = _place(saved['fits'], settings, len(done), self.file) if saved else None
+        if place is not None: done[:] = saved['fits'][:place]
+        self._fit = _Fit(processes, [*done, settings], saved, saved is not None and place < len(saved['fits']) - 1)
+
+    def _open(self):
+        "Lock the path; what the file there holds, if anything."
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = _Lock(self.file)
+        try:
+            saved = read(self.file) if self.file.exists() else None
+            return saved if self.resume else None
+        except BaseException:
+            self._release()
+            raise
+
+    def before_epoch(self):
+        fit, learn = self._fit, self.learn
+        if fit is None or learn.lock.locked() or learn.epoch <= fit.epoch: return    # the latter: tta within a fit
+        fit.epoch, fit.within = learn.epoch, True
+        if learn.epoch == 0:
+            for name, attrs in plain_attributes(learn).items(): self._unchanged.setdefault(name, attrs)
+        if fit.saved is None: return self._write()
+        if fit.is_past:
+            print(f'{self.file.name}: fit {len(fit.fits)} was completed before; it is skipped')
+            for cb in learn.cbs:
+                if isinstance(cb, TrackerCallback): cb.run = False    # would load or save its best weights at the end
+            fit.within = False
+            raise CancelFitException
+        if learn.epoch < fit.saved['state']['epoch']:
+            fit.mute(learn, self)
+            raise CancelEpochException
+        fit.unmute()
+        self._go_on()
+
+    def after_epoch(self):
+        if self._fit is None or self.learn.lock.locked(): return
+        self._fit.within = False
+        if self._fit.epoch == self.learn.n_epoch - 1: self.order = -self._FIRST
+
+    def after_cancel_fit(self):
+        if self._fit is not None: self.order = -self._FIRST
+
+    def after_fit(self):
+        fit = self._fit
+        if fit is None or self.learn.lock.locked() or is_fitting(self.learn, '_do_fit'): return
+        self._fit = None
+        if fit.is_past or not fit.within: _completed[self.learn][self.file].append(fit.fits[-1])
+        if fit.within: print(f'{self.file.name}: the fit was stopped within epoch {fit.epoch}; the file is kept')
+        elif not fit.is_past: fit.processes.first(self.file.unlink, True)
+        self._release()
+
+    # writing and going on
+
+    def state_dict(self) -> dict: return {'rows': self._rows}
+
+    def load_state_dict(self, state: dict): self._rows = state['rows']
+
+    def _write(self):
+        fit, learn = self._fit, self.learn
+        recorder = next((cb for cb in learn.cbs if isinstance(cb, Recorder)), None)
+        if learn.epoch > 0 and recorder is not None: self._rows.append(list(recorder.log))
+        if learn.epoch % self.every: return
+        state = take(learn, self._unchanged)
+        state['random'] = fit.processes.gather(state['random'])
+        try: fit.processes.first(write, self.file, {'fits': fit.fits, 'state': state})
+        except OSError as e:
+            if learn.epoch == 0: raise
+            if fit.processes.rank == 0: warnings.warn(f'{e}; training goes on, and the file keeps an earlier epoch')
+
+    def _go_on(self):
+        fit, learn = self._fit, self.learn
+        state, fit.saved = fit.saved['state'], None
+        restore(learn, {**state, 'random': state['random'][fit.processes.rank]})
+        if fit.processes.rank: return
+        print(f'{self.file.name}: going on with epoch {learn.epoch} (from 0) of {learn.n_epoch}')
+        for cb in learn.cbs:
+            if isinstance(cb, ProgressCallback) and getattr(cb, 'mbar', None): cb.mbar.update(0)    # its bar must begin there
+        for row in self._rows: learn.logger(L(row))
+
+
+class _Fit:
+    "A fit under way."
+    def __init__(self, processes, fits, saved, is_past):
+        self.processes, self.fits = processes, fits    # settings of the completed fits and of this one
+        self.saved, self.is_past = saved, is_past    # what the file held, until this fit has gone on from it; whether it was completed before
+        self.epoch, self.within, self._muted = -1, False, []    # the epoch begun last; whether it is not over
+
+    def mute(self, learn, but):
+        "Let no callback but `but` see the events of an epoch that was trained before."
+        if self._muted: return
+        self._muted = [(vars(cb), vars(cb).get('run', True)) for cb in learn.cbs if cb is not but]
+        for attrs, _ in self._muted: attrs['run'] = False
+
+    def unmute(self):
+        for attrs, run in self._muted: attrs['run'] = run
+        self._muted = []
+
+
+_completed = WeakKeyDictionary()    # learner -> file -> settings of the fits that it has completed there
+
+
+def _settings(learn: Learner, processes: Processes) -> dict:
+    "What must be the same where a fit goes on, under the name that it has for a user."
+    model, opt = unwrap(learn.model), learn.opt
+    def size(dl): return [_len(getattr(dl, 'dataset', None)), getattr(dl, 'bs', getattr(dl, 'batch_size', None)), _len(dl)]
+    res = {
+        'the number of epochs': learn.n_epoch,
+        'the model': {name: list(p.shape) for name, p in named_tensors(model.named_parameters).items()},
+        'the parameters to train': [name for name, p in model.named_parameters() if p.requires_grad],
+        'the optimizer': [[len(group) for group in opt.param_lists], sorted(opt.hypers[0])],
+        'lr': [float(h['lr']) for h in opt.hypers],
+        'wd': [float(h['wd']) for h in opt.hypers if h.get('wd') is not None],
+        'the schedule': [_sampled(cb, learn.n_epoch, _len(learn.dls.train) or 1) for cb in learn.cbs if isinstance(cb, ParamScheduler)],
+        'the training set (samples, batch size, batches)': size(learn.dls.train),
+        'the validation set (samples, batch size, batches)': size(learn.dls.valid),
+        'the metrics': [str(m.name) for m in learn.metrics],
+        'the number of processes': processes.size,
+    }
+    return res | {type(cb).__name__: pack(cb.settings()) for cb in learn.cbs if hasattr(type(cb), 'settings')}
+
+
+def _len(o):
+    try: return len(o)
+    except TypeError: return None    # a stream
+
+
+def _sampled(scheduler, n_epoch, n_steps) -> dict:
+    "The values of a schedule at the starts of the epochs."
+    def value(f, e):
+        v = f(e, 0, n_steps) if getattr(scheduler, 'by_epoch', False) else f(e / n_epoch)
+        return list(map(float, v)) if hasattr(v, '__len__') else float(v)
+    return {name: [value(f, e) for e in range(n_epoch)] for name, f in scheduler.scheds.items()}
+
+
+def _place(fits: list, settings: dict, n_done: int, file: Path) -> int:
+    """Which of the `fits` that a file knows (the last one is unfinished) has these `settings`, after `n_done` completed fits here.
+
+    Raises `ValueError` with what differs if it is none of those that could come next.
+    """
+    last = len(fits) - 1
+    # the next in order; the unfinished one, called alone; the first, where the whole sequence is called again after Ctrl-C
+    for place in (min(n_done, last), last, 0):
+        if fits[place] == settings: return place
+    faults = list(_differences(fits[min(n_done, last)], settings))
+    raise ValueError(f'{file} is of another fit: {"; ".join(faults[:3])}{" ..." * (len(faults) > 3)}. It is left as it is: call the same fit '
+                     'again, move the file away, or pass resume=False to start anew')
+
+
+def _differences(was, now, name=''):
+    if was == now: return
+    if isinstance(was, dict) and isinstance(now, dict):
+        for k in was.keys() | now.keys():
+            inner = f'{name}: {k}' if name else k
+            if k not in now: yield f'{inner} is gone'
+            elif k not in was: yield f'{inner} is new'
+            else: yield from _differences(was[k], now[k], inner)
+    elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now) > 3:
+        i = next(i for i, (a, b) in enumerate(zip(was, now)) if a != b)
+        yield from _differences(was[i], now[i], f'{name}[{i}]')
+    elif isinstance(was, list) and len(was) == 1 and isinstance(now, list) and len(now) == 1: yield from _differences(was[0], now[0], name)
+    else: yield f'{name} is {_short(now)} and was {_short(was)}'
+
+
+def _short(o): return s if len(s := repr(o)) < 80 else s[:77] + '...'
+
+
+# the file
+
+_FORMAT, _VERSION = 'fastai_swa checkpoint', 1
+
+
+def write(file: Path, content: dict):
+    "Replace `file` by `content` in one step: whatever happens, there is the old one or the new. Raises `OSError` if it cannot be done."
+    new = file.with_name(file.name + '.tmp')
+    try:
+        with open(new, 'wb') as f:
+            torch.save({'format': _FORMAT, 'version': _VERSION, **content}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(new, file)
+        if os.name == 'posix':    # the renaming itself
+            folder = os.open(file.parent, os.O_RDONLY)
+            try: os.fsync(folder)
+            finally: os.close(folder)
+    except BaseException as e:
+        new.unlink(missing_ok=True)
+        # torch.save may make a RuntimeError of what the system says
+        if isinstance(e, OSError | RuntimeError): raise OSError(f'{file} cannot be written: {_first_line(e)}') from e
+        raise
+
+
+def read(file: Path) -> dict:
+    "What `write` wrote. Raises `ValueError` if `file` is damaged, something else or of a newer version; it is only read."
+    try:
+        with zipfile.ZipFile(file) as z: damaged = z.testzip()    # torch.load does not look at the checksums
+        saved = None if damaged else torch.load(file, map_location='cpu', weights_only=True)
+    except (PermissionError, FileNotFoundError): raise
+    except Exception: saved = None
+    advice = 'It is left as it is: move it away, or give another path'
+    if not isinstance(saved, dict) or saved.get('format') != _FORMAT:
+        raise ValueError(f'{file} is damaged, or it is no checkpoint of fastai_swa. {advice}')
+    if saved['version'] > _VERSION:
+        raise ValueError(f'{file} was written by a newer fastai_swa (format {saved["version"]}, this one reads {_VERSION}). {advice}, or update')
+    return saved
+
+
+def _first_line(e): return str(e.__context__ if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError) else e).split('\n')[0]
+
+
+class _Lock:
+    "A lock on a path, beside it in a file of its own; the system takes it back when the process ends, however it does."
+    held = set()    # by this process, whose own fits the system's lock does not keep apart
+
+    def __init__(self, file: Path):
+        self.path = file.with_name(file.name + '.lock')
+        refused = f'another run is using {file}; wait for it, or give each run a path of its own'
+        if self.path in self.held: raise RuntimeError(refused + ' (it is in this process)')
+        while True:
+            self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                if os.name == 'posix': fcntl.lockf(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)    # unlike flock, no loader's worker inherits it
+                else: msvcrt.locking(self.handle, msvcrt.LK_NBLCK, 1)
+            except (BlockingIOError, PermissionError):
+                os.close(self.handle)
+                raise RuntimeError(refused) from None
+            try: current = os.path.samestat(os.fstat(self.handle), os.stat(self.path))
+            except FileNotFoundError: current = False
+            if current: break
+            os.close(self.handle)    # its last holder removed it in between
+        self.held.add(self.path)
+
+    def release(self):
+        self.held.discard(self.path)
+        if os.name == 'posix': self.path.unlink(missing_ok=True)    # before the lock goes, or it could be another's by then
+        os.close(self.handle)
