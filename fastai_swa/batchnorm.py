@@ -3,6 +3,7 @@ import itertools, sys, warnings
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from numbers import Integral
+from types import MethodType
 
 import torch
 from torch import nn
@@ -57,13 +58,16 @@ def tracked_bn(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 @contextmanager
-def batch_moments(model: nn.Module, layers: dict[str, _BatchNorm]):
+def batch_moments(model: nn.Module, layers: dict[str, _BatchNorm], gather=None):
     """Within this context run batches through `model`, each followed by `end_batch()` of the `Moments` given; at its end the
     statistics of `layers` become the moments of what reached them.
 
     Inside, `layers` normalise by their batch and everything else is in eval mode, without gradients, and without compiled code,
     which would not see the hooks. The layers write to scratch tensors meanwhile: their own statistics stay as they are until the
     end, and for good if the block raises. A layer that is not called as a module keeps its statistics, and normalises by them.
+
+    - `gather`: where several processes each run a share of the batches, the function that gives an object of each, as a list; the
+      statistics become the moments over all shares. Each process normalises by its own batches, `SyncBatchNorm` layers as well.
     """
     moments = Moments(layers)
     modes = [(m, m.training) for m in model.modules()]
@@ -75,14 +79,16 @@ def batch_moments(model: nn.Module, layers: dict[str, _BatchNorm]):
             # momentum 1 leaves the moments of one batch in the running ones, so they cost nothing beside the forward pass
             m.momentum = 1.
             handles.append(m.register_forward_pre_hook(moments.before_layer, with_kwargs=True))
+            if isinstance(m, nn.SyncBatchNorm): m.forward = MethodType(_BatchNorm.forward, m)    # waits for no other process
         with torch.no_grad(), _eager(): yield moments
     finally:
         for handle in handles: handle.remove()
         for m, momentum, statistics in kept:
             m.momentum = momentum
             m._buffers.update(statistics)
+            if isinstance(m, nn.SyncBatchNorm): vars(m).pop('forward', None)
         for m, mode in modes: m.training = mode
-    moments.write()
+    moments.write(gather)
 
 
 def _eager():
@@ -143,23 +149,36 @@ class Moments:
         return (f'{self.n_skipped} of {self.n_skipped + self.n_batches} batches were left out of the batch-norm statistics: '
                 f'layer {self._too_small!r} got a single value per channel, which it cannot normalise')
 
-    def write(self):
+    def write(self, gather):
         "Put the moments in the layers; a layer that nothing reached keeps its own. Raises `ValueError` if there was no batch."
+        pooled = self._over_processes(gather)
         if not self.n_batches:
             raise ValueError('the batch-norm statistics cannot be recomputed: ' + (self.skipped + '; use larger batches' if self.n_skipped
                              else 'the loader gave no batch, or no batch reached a batch-norm layer'))
         if self.n_skipped: self.remarks['skipped'] = self.skipped
-        if not all(t.isfinite().all() for pool in self.pools.values() for t in pool.moments):
+        if not all(t.isfinite().all() for _, *moments in pooled.values() for t in moments):
             self.remarks['infinite'] = ('the batch-norm statistics are not finite: a batch, or what the model makes of it, holds a NaN '
                                         'or an infinity')
-        pooled = {}
-        for pool in self.pools.values():
-            for m, n, mean, var in pool.split(): pooled[m] = _merge(*pooled[m], n, mean, var) if m in pooled else (n, mean, var)
         with torch.no_grad():
             for m, (n, mean, var) in pooled.items():
                 m.running_mean.copy_(mean)
                 m.running_var.copy_(var * (n / (n - 1)))
                 if m.num_batches_tracked is not None: m.num_batches_tracked.fill_(self.n_batches)
+
+
+    def _over_processes(self, gather) -> dict:
+        "Layer -> count, mean and biased variance of what reached it in all processes; the numbers of batches are added up."
+        pooled = {}
+        def pool(m, n, mean, var): pooled[m] = _merge(*pooled[m], n, mean, var) if m in pooled else (n, mean, var)
+        for own in self.pools.values():
+            for moments in own.split(): pool(*moments)
+        if gather is None: return pooled
+        mine = [(i, n, mean.cpu(), var.cpu()) for i, m in enumerate(self.names) if m in pooled for n, mean, var in [pooled[m]]]
+        n_batches, n_skipped, too_small, everyones = zip(*gather((self.n_batches, self.n_skipped, self._too_small, mine)))
+        self.n_batches, self.n_skipped, self._too_small = sum(n_batches), sum(n_skipped), next(filter(None, too_small), None)
+        layers, pooled = list(self.names), {}
+        for i, *moments in itertools.chain(*everyones): pool(layers[i], *moments)
+        return pooled
 
 
 def _merge(n, mean, var, n_new, mean_new, var_new):

@@ -15,7 +15,7 @@ from torch import nn
 from .averaging import WeightAverage, all_finite, check_match, check_swa_model, check_weight, equal
 from .batchnorm import check_count, tracked_bn
 from .modules import check_copyable, clean_copy, named_tensors, unwrap
-from .passes import PassCancelled, no_fit, refresh_bn, validate_aside
+from .passes import PassCancelled, check_engine, no_fit, refresh_bn, validate_aside
 from .schedules import start_epoch
 from .state import pack, unpack
 
@@ -328,6 +328,7 @@ class SWACallback(Callback):
     def _check_ahead(self):
         "Say before a long fit what would only show later in it. (Not in `before_fit`, which `tta` sends as well.)"
         fit = self._fit
+        check_engine(self.learn)
         if len([cb for cb in self._grab(SWACallback) if cb.enabled]) > 1:
             raise ValueError('this fit has two SWACallbacks, whose columns would collide; pass one, or first call learn.remove_swa()')
         if self._given is None: check_copyable(self.learn.model, self._shared())

@@ -226,7 +226,7 @@ def _place(fits: list, settings: dict, n_done: int, file: Path) -> int:
 def _differences(was, now, name=''):
     if was == now: return
     if isinstance(was, dict) and isinstance(now, dict):
-        for k in was.keys() | now.keys():
+        for k in {**was, **now}:
             inner = f'{name}: {k}' if name else k
             if k not in now: yield f'{inner} is gone'
             elif k not in was: yield f'{inner} is new'
@@ -234,7 +234,6 @@ def _differences(was, now, name=''):
     elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now) > 3:
         i = next(i for i, (a, b) in enumerate(zip(was, now)) if a != b)
         yield from _differences(was[i], now[i], f'{name}[{i}]')
-    elif isinstance(was, list) and len(was) == 1 and isinstance(now, list) and len(now) == 1: yield from _differences(was[0], now[0], name)
     else: yield f'{name} is {_short(now)} and was {_short(was)}'
 
 

@@ -1,5 +1,5 @@
 """Passes through a learner's own loop, aside from its training: to validate other weights, to refresh batch norm."""
-import copy, sys
+import copy, math, sys
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
@@ -13,14 +13,16 @@ from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.callback.training import ShortEpochCallback
 from fastai.data.load import DataLoader
 from fastai.learner import AvgLoss, Recorder
-from fastai.torch_core import get_random_states, set_random_states
+from fastai.torch_core import num_distrib, get_random_states, set_random_states, to_detach
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader as TorchDataLoader, IterableDataset
 
 from .batchnorm import Moments, batch_moments
 from .modules import unwrap
+from .processes import Processes
 from .state import generators, owned_modules
 
-__all__ = ['PassCancelled', 'validate_aside', 'refresh_bn', 'no_fit', 'is_fitting']
+__all__ = ['PassCancelled', 'validate_aside', 'refresh_bn', 'no_fit', 'is_fitting', 'check_engine']
 
 
 class PassCancelled(Exception):
@@ -32,7 +34,7 @@ def validate_aside(learn) -> list:
 
     Raises `PassCancelled` if a callback cancels it.
     """
-    collector = _Collector(learn.metrics)
+    collector = _Collector(learn.metrics, Processes(learn))
     with _aside(learn), learn.added_cbs(collector): _run(learn, _fresh_loader(learn.dls[1]))
     values = [m.value for m in collector.measured]
     values = [v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for v in values]
@@ -42,16 +44,18 @@ def validate_aside(learn) -> list:
 def refresh_bn(learn, names, n_batches: int | None, in_fit: bool) -> Moments:
     """Refresh the batch-norm layers `names` of `learn.model` on the training set, or `n_batches` of it, each sample once.
 
-    Outside a fit the events around a validation are sent as well: they set mixed precision and the like up and tear them down.
+    Outside a fit the events around a validation are sent as well: they set mixed precision and the like up and tear them down. Of
+    several processes each takes a share of the samples, or `n_batches` of its own.
     Raises `PassCancelled` if a callback cancels the pass; like any error that leaves the statistics as they were.
     """
-    model = unwrap(learn.model)    # data-parallel replicas would each keep statistics of their own
-    modules = dict(model.named_modules())
     with _aside(learn), nullcontext() if in_fit or is_fitting(learn, '_do_fit') else learn.validation_context():
-        dl = _fresh_loader(learn.dls.train, drop_last=False)
-        if hasattr(dl, 'wgts'): dl.get_idxs = partial(DataLoader.get_idxs, dl)    # fastai's weighted loaders repeat and omit samples
-        if n_batches is not None: dl = _FirstBatches(dl, n_batches)
-        with batch_moments(model, {name: modules[name] for name in names}) as moments, \
+        model = unwrap(learn.model)    # data-parallel replicas would each keep statistics of their own
+        modules, processes = dict(model.named_modules()), Processes(learn)
+        if processes.size > 1: dl = _share(learn.dls.train, processes, n_batches)
+        else:
+            dl = _each_once(_fresh_loader(learn.dls.train, drop_last=False))
+            if n_batches is not None: dl = _FirstBatches(dl, n_batches)
+        with batch_moments(model, {name: modules[name] for name in names}, processes.gather if processes.size > 1 else None) as moments, \
              _replaced(learn, 'model', model), learn.added_cbs(_EndBatch(moments)):
             _run(learn, dl)
     return moments
@@ -63,15 +67,30 @@ def _run(learn, dl):
 
 
 class _Collector(Callback):
-    "Loss and metrics of a validation, on objects of its own: the Recorder's keep the values of the model in training."
+    """Loss and metrics of a validation, on objects of its own: the Recorder's keep the values of the model in training.
+
+    Several processes first exchange their predictions, without the samples that fill up the last batches, so that each measures the
+    whole set: what fastai's metrics do there, averaging the processes' values, counts these samples twice.
+    """
     order = Recorder.order
-    def __init__(self, metrics):
-        self.measured = [AvgLoss(), *map(_copy_metric, metrics)]
+    def __init__(self, metrics, processes):
+        self.measured, self.processes = [AvgLoss(), *map(_copy_metric, metrics)], processes
     def before_validate(self):
         for m in self.measured: m.reset()
     def after_batch(self):
-        if len(self.yb):
+        if not len(self.yb): return
+        with self._whole_batch() if self.processes.size > 1 else nullcontext():
             for m in self.measured: m.accumulate(self.learn)
+    @contextmanager
+    def _whole_batch(self):
+        learn = self.learn
+        own = {k: vars(learn)[k] for k in ('pred', 'yb', 'loss')}
+        pred, yb = learn.to_detach((learn.pred, learn.yb), cpu=False)
+        vars(learn).update(pred=pred, yb=yb, loss=learn.loss_func(pred, *yb), to_detach=partial(to_detach, gather=False))
+        try: yield
+        finally:
+            vars(learn).update(own)
+            del vars(learn)['to_detach']
     def after_cancel_validate(self): raise PassCancelled('validation')    # fastai trips over an exception without arguments
 
 
@@ -95,8 +114,27 @@ class _FirstBatches:
     def __getattr__(self, name): return getattr(self.dl, name)
 
 
+def _each_once(dl):
+    if hasattr(dl, 'wgts'): dl.get_idxs = partial(DataLoader.get_idxs, dl)    # fastai's weighted loaders repeat and omit samples
+    return dl
+
+
+def _share(dl, processes, n_batches):
+    "Of the samples of `dl`, fastai's loader for several processes, those of this one: each sample once, where `dl` itself repeats some."
+    inner = _each_once(_fresh_loader(dl.dl, drop_last=False))
+    idxs = processes.first(lambda: list(inner.get_idxs()))    # shuffled, in one order for all
+    low, high = (len(idxs) * r // processes.size for r in (processes.rank, processes.rank + 1))
+    mine = idxs[low:high][:None if n_batches is None else n_batches * dl.bs]
+    class Share(type(dl)):    # the learner would distribute any other loader once more
+        def get_idxs(self): return mine
+        def __len__(self): return math.ceil(len(mine) / self.bs)
+    return Share(inner, dl.rank, dl.world_size, dl.device)
+
+
 def _fresh_loader(dl, **kwargs):
     "A loader like `dl`, over the same data; `kwargs` as for fastai's `DataLoader.new`. `dl` itself where its class makes none."
+    if isinstance(dl, DataLoader) and hasattr(dl, 'world_size'):    # fastai's DistributedDL, which has no `new`
+        return type(dl)(_fresh_loader(dl.dl, **kwargs), dl.rank, dl.world_size, dl.device)
     if isinstance(dl, DataLoader):
         try: new = dl.new(**kwargs)
         except TypeError: return dl    # the constructor of a subclass asks for what `new` does not know
@@ -135,7 +173,7 @@ def _aside(learn):
     modules = [(vars(m), dict(vars(m))) for m in (*unwrap(learn.model).modules(), *losses)]    # modes, and what a forward pass notes
     buffers = [(b, b.clone()) for m in losses for b in m._buffers.values() if b is not None]
     kept = [(put, get()) for dl in getattr(learn.dls, 'loaders', []) for _, get, put in generators(dl)]
-    rngs = [(vars(dl), dl.rng) for dl in getattr(learn.dls, 'loaders', []) if isinstance(dl, DataLoader)]
+    rngs = [(vars(dl), vars(dl)['rng']) for dl in getattr(learn.dls, 'loaders', []) if 'rng' in getattr(dl, '__dict__', {})]
     states = get_random_states()
     try:
         for attrs, _ in runs: attrs['run'] = False
@@ -153,6 +191,19 @@ def _aside(learn):
         for attrs, run in runs:
             if run is None: attrs.pop('run', None)
             else: attrs['run'] = run
+
+
+def check_engine(learn):
+    "Raise `NotImplementedError` if the model is trained in a way in which it cannot be averaged and validated as a whole."
+    processes, model = Processes(learn), unwrap(learn.model)
+    kinds = {type(o).__name__ for o in (*learn.model.modules(), *model.parameters())}
+    sharded = sorted(kinds & {'FullyShardedDataParallel', 'FSDPModule', 'DTensor', 'DeepSpeedEngine'})
+    if sharded: raise NotImplementedError(f'SWACallback cannot average weights that are spread over processes ({sharded[0]}); use plain DDP')
+    if processes.size == 1 and num_distrib() > 1:
+        raise NotImplementedError(f'this is one of {num_distrib()} processes (WORLD_SIZE), and the learner trains alone in it: call the fit within '
+                                  '`with learn.distrib_ctx():`')
+    if processes.size > 1 and not isinstance(learn.model, DistributedDataParallel):
+        raise NotImplementedError(f'SWACallback knows several processes with DistributedDataParallel only, not {type(learn.model).__name__}')
 
 
 def is_fitting(learn, method='fit') -> bool:

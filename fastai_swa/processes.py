@@ -1,4 +1,6 @@
 """What the processes of one training have to tell each other. Plain PyTorch."""
+import io
+
 import torch
 from torch import distributed
 
@@ -13,23 +15,27 @@ class Processes:
         self.size, self.rank = (distributed.get_world_size(), distributed.get_rank()) if together else (1, 0)
 
     def gather(self, o) -> list:
-        "`o` of each process, in the order of their ranks; tensors of one shape, or any objects."
+        "`o` of each process, numbers, strings, tensors and what holds them, in the order of their ranks."
         if self.size == 1: return [o]
-        if not isinstance(o, torch.Tensor):
-            res = [None] * self.size
-            distributed.all_gather_object(res, o)
-            return res
-        res = [torch.empty_like(o) for _ in range(self.size)]
-        distributed.all_gather(res, o.contiguous())
-        return res
+        res = [None] * self.size
+        distributed.all_gather_object(res, _encoded(o))
+        return list(map(_decoded, res))
 
     def first(self, f, *args):
         "What `f(*args)` gives in the first process, or the error it raises there, in all."
         if self.size == 1: return f(*args)
         outcome = [None, None]
         if self.rank == 0:
-            try: outcome[0] = f(*args)
+            try: outcome[0] = _encoded(f(*args))
             except Exception as e: outcome[1] = e
         distributed.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None: raise outcome[1]
-        return outcome[0]
+        return _decoded(outcome[0])
+
+
+def _encoded(o) -> bytes:
+    "As torch itself writes it; pickled, tensors of some dtypes do not come back."
+    torch.save(o, f := io.BytesIO())
+    return f.getvalue()
+
+def _decoded(data): return torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)

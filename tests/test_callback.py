@@ -797,8 +797,3 @@ def test_integers_of_numpy_are_integers():
     swa = SWACallback(np.int64(1), cycle_len=np.int32(1), swa_eval_freq=np.int64(1), bn_batches=np.int64(2))
     learner().fit(2, cbs=swa)
     assert swa.averaged_epochs == [1] and all(type(getattr(swa, k)) is int for k in ('swa_start', 'cycle_len', 'swa_eval_freq', 'bn_batches'))
-
-
-def test_several_processes_are_refused_with_a_sentence(monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    with pytest.raises(NotImplementedError, match='does not support training in several processes yet'): learner().fit(1, cbs=SWACallback())
