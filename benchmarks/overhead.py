@@ -4,19 +4,24 @@ A small residual network with batch norm is fitted to random 3x32x32 images, by 
 timed where they happen: the learner's loop over the validation set, the learner's loop over the training set for batch norm, and the
 fold. The rest is what else the callback's events take: copying the model, finite checks, lending tensors, putting all back. Rest and
 fold together are the overhead; beside the timed one stands the difference of the two fits, which is right as well but much noisier.
+In the same way: what folding optimizer steps adds, and what `CheckpointCallback` does; and the state of a ResNet-50 with Adam and an
+average, taken and written, beside a bare `torch.save` of the same bytes.
 
     python benchmarks/overhead.py [--epochs N] [--repeats N] [--threads N] [--device cpu|cuda] [--json FILE]
 """
-import argparse, json, random, statistics, time, warnings
+import argparse, json, os, random, statistics, tempfile, time, warnings
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from fastai.basics import DataLoaders, Learner, accuracy
-from fastai.optimizer import SGD
+from fastai.optimizer import Adam, SGD
 from torch import nn
 from torch.utils.data import TensorDataset
+from torchvision.models import resnet50
 
-from fastai_swa import SWACallback, WeightAverage, update_bn
+from fastai_swa import CheckpointCallback, SWACallback, WeightAverage, checkpoint, update_bn
+from fastai_swa.state import take
 
 N_TRAIN, N_VALID, BATCH = 1024, 256, 64
 
@@ -82,6 +87,14 @@ class TimedSWACallback(SWACallback):
         finally: self.part = None
 
 
+class TimedCheckpointCallback(CheckpointCallback):
+    "`CheckpointCallback` with a clock on its events."
+    clock, part = None, None
+
+    def __call__(self, event):
+        with self.clock('events'): return super().__call__(event)
+
+
 def fit(n_epoch, device, callback=None):
     "Seconds of a fit; with a `callback`, the seconds of its parts are on its clock."
     learn, clock = learner(device), Clock(device)
@@ -115,6 +128,46 @@ def measure_fits(n_epoch, repeats, device):
                      'the same, as difference of the fits': parts['fit'] - fits['plain']['fit'] - passes})
     first = first['events'] - first['validation'] - first['batch norm']
     return {part: [row[part] for row in rows] for part in rows[0]}, first
+
+
+def measure_steps_and_checkpoints(n_epoch, repeats, device):
+    "Part -> seconds, one for each repeat: what the callbacks' events take, beside passes over the average."
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)/'run.ckpt'
+        kinds = {'plain fit': lambda: None, 'folding every step': lambda: TimedSWACallback(1, every=1, swa_eval_freq=0),
+                 'folding every 10th step': lambda: TimedSWACallback(1, every=10, swa_eval_freq=0),
+                 'checkpoint of every epoch': lambda: TimedCheckpointCallback(path)}
+        for _ in range(repeats):
+            row, order = {}, list(kinds)
+            random.shuffle(order)
+            for kind in order:
+                callback = kinds[kind]()
+                parts = fit(n_epoch, device, callback)
+                row[kind] = parts['fit'] if callback is None else parts['events'] - parts.get('validation', 0.) - parts.get('batch norm', 0.)
+            rows.append(row)
+    return {kind: [row[kind] for row in rows] for kind in kinds}
+
+
+def measure_writing(repeats, device):
+    "Way -> seconds, one for each repeat, for the state of a ResNet-50 with Adam and an average; and its size in MB."
+    learn, swa = learner(device), SWACallback(swa_start=0)
+    learn.model, learn.opt_func = resnet50(num_classes=10).to(device), Adam
+    learn.dls.train.n = 2 * BATCH
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=swa)
+    learn.epoch = 1
+    learn.add_cb(swa)
+    seconds = {'bare `torch.save` of the state': [], 'state taken': [], 'state written, synced, renamed': []}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)/'run.ckpt'
+        for _ in range(repeats):
+            clock = Clock(device)
+            with clock('take'): state = take(learn)
+            with clock('write'): checkpoint.write(path, {'state': state})
+            with clock('save'):
+                with open(Path(folder)/'bare', 'wb') as f: torch.save(state, f)
+            for name, part in zip(seconds, ('save', 'take', 'write')): seconds[name].append(clock.seconds[part])
+        return seconds, os.path.getsize(path) / 1e6
 
 
 def measure_bn(repeats, device):
@@ -172,18 +225,25 @@ def main():
     warnings.filterwarnings('ignore')
 
     fits, first = measure_fits(args.epochs, args.repeats, args.device)
+    more = measure_steps_and_checkpoints(args.epochs, args.repeats, args.device)
+    writing, size = measure_writing(args.repeats, args.device)
     passes, n_batches = measure_bn(2 * args.repeats, args.device)
     device = torch.cuda.get_device_name() if args.device == 'cuda' else 'cpu'
     print(f'torch {torch.__version__}, {device}, {torch.get_num_threads()} threads. {args.epochs} epochs of {N_TRAIN} images, '
           f'validated on {N_VALID}, {args.epochs - 1} of them folded; {args.repeats} repeats.\n')
     print(table('part of the fit', fits, 'plain fit'))
     print(f'\nThe first such fit of a process, not counted above: {first:.2f} seconds beside its passes.')
+    print(f'\n{args.epochs} epochs of {N_TRAIN // BATCH} steps, all but the first folded; a checkpoint of the same network before each epoch.\n')
+    print(table('events of the callback, without passes', more, 'plain fit'))
+    print(f'\nResNet-50, Adam, one average: {size:.0f} MB.\n')
+    print(table('checkpoint', writing, 'bare `torch.save` of the state'))
     print(f'\n{n_batches} batches of {BATCH}, {2 * args.repeats} repeats.\n')
     print(table('batch-norm pass', passes, 'torch `update_bn`'))
     if args.json:
         with open(args.json, 'w') as f:
             json.dump({'torch': torch.__version__, 'device': device, 'threads': torch.get_num_threads(), 'epochs': args.epochs,
-                       'fits': fits, 'first': first, 'passes': passes}, f, indent=1)
+                       'fits': fits, 'first': first, 'steps and checkpoints': more,
+                       'writing': writing, 'MB': size, 'passes': passes}, f, indent=1)
 
 
 if __name__ == '__main__': main()

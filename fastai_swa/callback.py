@@ -236,7 +236,7 @@ class SWACallback(Callback):
 
     def settings(self) -> dict:
         "What must not change between the parts of one fit."
-        return {k: getattr(self, k) for k in ('swa_start', 'cycle_len', 'every')}
+        return {k: getattr(self, k) for k in ('swa_start', 'cycle_len', 'every', 'enabled')}
 
     def state_dict(self, of_fit=False) -> dict:
         "Average, counters and where it stands in a fit, as plain data; tensors are live. `of_fit`: nothing of an earlier fit's average."

@@ -123,8 +123,12 @@ class CheckpointCallback(Callback):
         self._fit = None
         if fit.is_past or not fit.within: _completed[self.learn][self.file].append(fit.fits[-1])
         if fit.within: print(f'{self.file.name}: the fit was stopped within epoch {fit.epoch}; the file is kept')
-        elif not fit.is_past: fit.processes.first(self.file.unlink, True)
+        elif not fit.is_past: fit.processes.first(self._remove)
         self._release()
+
+    def _remove(self):
+        try: self.file.unlink(missing_ok=True)
+        except OSError as e: warnings.warn(f'{self.file} could not be removed ({e}): remove it, or the same fit called again goes on from it')
 
     # writing and going on
 
@@ -307,5 +311,6 @@ class _Lock:
 
     def release(self):
         self.held.discard(self.path)
-        if os.name == 'posix': self.path.unlink(missing_ok=True)    # before the lock goes, or it could be another's by then
+        try: self.path.unlink()    # before the lock goes, or it could be another's by then
+        except OSError: pass    # it may stay: the lock is the system's, not the file
         os.close(self.handle)
