@@ -219,8 +219,8 @@ def _place(fits: list, settings: dict, n_done: int, file: Path) -> int:
     Raises `ValueError` with what differs if it is none of those that could come next.
     """
     last = len(fits) - 1
-    # the next in order; the unfinished one, called alone; the first, where the whole sequence is called again after Ctrl-C
-    for place in (min(n_done, last), last, 0):
+    # the next in order; else the latest one, where only some are called again, as fine_tune's two after Ctrl-C
+    for place in (min(n_done, last), *range(last, -1, -1)):
         if fits[place] == settings: return place
     faults = list(_differences(fits[min(n_done, last)], settings))
     raise ValueError(f'{file} is of another fit: {"; ".join(faults[:3])}{" ..." * (len(faults) > 3)}. It is left as it is: call the same fit '
