@@ -21,8 +21,7 @@ from fastai.learner import AvgMetric, Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
-from fastai_swa import CheckpointCallback, SWACallback
-from fastai_swa.checkpoint import read
+from fastai_swa import CheckpointCallback, SWACallback, files
 from torch import nn
 
 EPOCHS = 6
@@ -103,9 +102,12 @@ def run(folder, seed, cbs=(), **kwargs):
     (folder/'done').write_text(digest(learn, swa))
 
 
+def read(folder): return files.read(folder/'run.ckpt', 'checkpoint', 1)
+
+
 def half_written(folder) -> bool:
     "Is there a checkpoint that cannot be read?"
-    try: return (folder/'run.ckpt').exists() and not read(folder/'run.ckpt')
+    try: return (folder/'run.ckpt').exists() and not read(folder)
     except ValueError: return True
 
 
@@ -217,7 +219,7 @@ def nan_loss(folder, rng):
         if not (swa.averaged_epochs == list(range(2, epoch)) and loss < 5): raise RuntimeError('the average is lost')
         (folder/'model').write_text('average kept')
     if ended(child(start, folder, 0)) != 0: return False
-    state = read(folder/'run.ckpt')['state']
+    state = read(folder)['state']
     return state['epoch'] == epoch and all(t.isfinite().all() for t in state['model'].values()) and finish(folder)
 
 

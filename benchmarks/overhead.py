@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.models import resnet50
 
-from fastai_swa import CheckpointCallback, SWACallback, WeightAverage, checkpoint, update_bn
+from fastai_swa import CheckpointCallback, SWACallback, WeightAverage, files, update_bn
 from fastai_swa.state import take
 
 N_TRAIN, N_VALID, BATCH = 1024, 256, 64
@@ -163,7 +163,7 @@ def measure_writing(repeats, device):
         for _ in range(repeats):
             clock = Clock(device)
             with clock('take'): state = take(learn)
-            with clock('write'): checkpoint.write(path, {'state': state})
+            with clock('write'): files.write(path, 'checkpoint', 1, {'state': state})
             with clock('save'):
                 with open(Path(folder)/'bare', 'wb') as f: torch.save(state, f)
             for name, part in zip(seconds, ('save', 'take', 'write')): seconds[name].append(clock.seconds[part])

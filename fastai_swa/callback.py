@@ -5,7 +5,7 @@ from numbers import Integral, Real
 from types import SimpleNamespace
 
 from fastai.callback.core import Callback
-from fastai.callback.schedule import LRFinder, ParamScheduler
+from fastai.callback.schedule import LRFinder
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.learner import Learner, Recorder, save_model
 from fastai.torch_core import join_path_file, rank_distrib
@@ -388,14 +388,7 @@ class SaveSWAModelCallback(SaveModelCallback):
         if self.at_end: self._save(self.fname)
 
 
-_COUNTS = 'n_folds', 'n_epochs', 'n_steps'
-
-
-class EpochScheduler(ParamScheduler):
-    "A `ParamScheduler` whose functions get `(epoch, step, n_steps)`, counted from 0, instead of the share of training done."
-    by_epoch = True
-    def before_batch(self):
-        for name, f in self.scheds.items(): self.opt.set_hyper(name, f(self.epoch, self.iter, self.n_iter))
+_COUNTS = 'n_folds', 'n_epochs', 'n_steps'    # of a fit, and of its state
 
 
 def _check_swa_start(swa_start):

@@ -1,9 +1,8 @@
 """`CheckpointCallback`: a fit that is killed goes on where it was, bit for bit."""
-import os, warnings, zipfile
+import warnings
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-import torch
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import LRFinder, ParamScheduler
@@ -12,13 +11,11 @@ from fastai.learner import Learner, Recorder
 from fastcore.foundation import L
 
 from .batchnorm import check_count
+from .files import Lock, read, write
 from .modules import named_tensors, unwrap
 from .passes import is_fitting
 from .processes import Processes
 from .state import pack, plain_attributes, restore, take
-
-try: import fcntl
-except ImportError: import msvcrt    # Windows
 
 __all__ = ['CheckpointCallback']
 
@@ -82,9 +79,9 @@ class CheckpointCallback(Callback):
     def _open(self):
         "Lock the path; what the file there holds, if anything."
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = _Lock(self.file)
+        self._lock = Lock(self.file)
         try:
-            saved = read(self.file) if self.file.exists() else None
+            saved = read(self.file, _KIND, _VERSION) if self.file.exists() else None
             return saved if self.resume else None
         except BaseException:
             self._release()
@@ -143,7 +140,7 @@ class CheckpointCallback(Callback):
         if learn.epoch % self.every: return
         state = take(learn, self._unchanged)
         state['random'] = fit.processes.gather(state['random'])
-        try: fit.processes.first(write, self.file, {'fits': fit.fits, 'state': state})
+        try: fit.processes.first(write, self.file, _KIND, _VERSION, {'fits': fit.fits, 'state': state})
         except OSError as e:
             if learn.epoch == 0: raise
             if fit.processes.rank == 0: warnings.warn(f'{e}; training goes on, and the file keeps an earlier epoch')
@@ -157,6 +154,9 @@ class CheckpointCallback(Callback):
         for cb in learn.cbs:
             if isinstance(cb, ProgressCallback) and getattr(cb, 'mbar', None): cb.mbar.update(0)    # its bar must begin there
         for row in self._rows: learn.logger(L(row))
+
+
+_KIND, _VERSION = 'checkpoint', 1    # of the file's format
 
 
 class _Fit:
@@ -242,75 +242,3 @@ def _differences(was, now, name=''):
 
 
 def _short(o): return s if len(s := repr(o)) < 80 else s[:77] + '...'
-
-
-# the file
-
-_FORMAT, _VERSION = 'fastai_swa checkpoint', 1
-
-
-def write(file: Path, content: dict):
-    "Replace `file` by `content` in one step: whatever happens, there is the old one or the new. Raises `OSError` if it cannot be done."
-    new = file.with_name(file.name + '.tmp')
-    try:
-        with open(new, 'wb') as f:
-            torch.save({'format': _FORMAT, 'version': _VERSION, **content}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(new, file)
-        if os.name == 'posix':    # the renaming itself
-            folder = os.open(file.parent, os.O_RDONLY)
-            try: os.fsync(folder)
-            finally: os.close(folder)
-    except BaseException as e:
-        new.unlink(missing_ok=True)
-        # torch.save may make a RuntimeError of what the system says
-        if isinstance(e, OSError | RuntimeError): raise OSError(f'{file} cannot be written: {_first_line(e)}') from e
-        raise
-
-
-def read(file: Path) -> dict:
-    "What `write` wrote. Raises `ValueError` if `file` is damaged, something else or of a newer version; it is only read."
-    try:
-        with zipfile.ZipFile(file) as z: damaged = z.testzip()    # torch.load does not look at the checksums
-        saved = None if damaged else torch.load(file, map_location='cpu', weights_only=True)
-    except (PermissionError, FileNotFoundError): raise
-    except Exception: saved = None
-    advice = 'It is left as it is: move it away, or give another path'
-    if not isinstance(saved, dict) or saved.get('format') != _FORMAT:
-        raise ValueError(f'{file} is damaged, or it is no checkpoint of fastai_swa. {advice}')
-    if saved['version'] > _VERSION:
-        raise ValueError(f'{file} was written by a newer fastai_swa (format {saved["version"]}, this one reads {_VERSION}). {advice}, or update')
-    return saved
-
-
-def _first_line(e): return str(e.__context__ if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError) else e).split('\n')[0]
-
-
-class _Lock:
-    "A lock on a path, beside it in a file of its own; the system takes it back when the process ends, however it does."
-    held = set()    # by this process, whose own fits the system's lock does not keep apart
-
-    def __init__(self, file: Path):
-        self.path = file.with_name(file.name + '.lock')
-        refused = f'another run is using {file}; wait for it, or give each run a path of its own'
-        if self.path in self.held: raise RuntimeError(refused + ' (it is in this process)')
-        while True:
-            self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                if os.name == 'posix': fcntl.lockf(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)    # unlike flock, no loader's worker inherits it
-                else: msvcrt.locking(self.handle, msvcrt.LK_NBLCK, 1)
-            except (BlockingIOError, PermissionError):
-                os.close(self.handle)
-                raise RuntimeError(refused) from None
-            try: current = os.path.samestat(os.fstat(self.handle), os.stat(self.path))
-            except FileNotFoundError: current = False
-            if current: break
-            os.close(self.handle)    # its last holder removed it in between
-        self.held.add(self.path)
-
-    def release(self):
-        self.held.discard(self.path)
-        try: self.path.unlink()    # before the lock goes, or it could be another's by then
-        except OSError: pass    # it may stay: the lock is the system's, not the file
-        os.close(self.handle)

@@ -19,8 +19,7 @@ from fastai.vision.learner import vision_learner
 from fastprogress import fastprogress
 from scipy.stats import t
 
-from . import learner    # noqa: F401  (fit_swa)
-from .callback import EpochScheduler
+from .learner import EpochScheduler    # brings fit_swa along
 from .plot import plot_swa
 from .schedules import swa_lr_factor
 from .vision import digits, digits_net, image_folder

@@ -2,15 +2,16 @@
 from numbers import Real
 
 import numpy as np
+from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.foundation import L
 
 from .batchnorm import check_count
-from .callback import EpochScheduler, SWACallback
+from .callback import SWACallback
 from .schedules import start_epoch, swa_lr_factor
 
-__all__ = []
+__all__ = ['EpochScheduler']
 
 
 @patch
@@ -56,6 +57,13 @@ def fit_swa(self:Learner,
     def schedule(epoch, step, n_steps): return lrs * swa_lr_factor(epoch, step, n_steps, start, factor, swa.cycle_len)
     self.fit(n_epoch, lr, wd=wd, cbs=[EpochScheduler({'lr': schedule}), swa, *L(cbs)])
     return swa
+
+
+class EpochScheduler(ParamScheduler):
+    "A `ParamScheduler` whose functions get `(epoch, step, n_steps)`, counted from 0, instead of the share of training done."
+    by_epoch = True
+    def before_batch(self):
+        for name, f in self.scheds.items(): self.opt.set_hyper(name, f(self.epoch, self.iter, self.n_iter))
 
 
 def _check_swa_lr(swa_lr):

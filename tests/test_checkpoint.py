@@ -445,7 +445,7 @@ def test_a_second_run_on_the_path_of_a_live_one_is_refused_and_harms_nothing(tmp
 
 
 def test_a_disk_that_fills_up_later_is_a_warning_and_training_goes_on(tmp_path, monkeypatch):
-    from fastai_swa import checkpoint
+    from fastai_swa import files
     real, n = torch.save, [0]
     def save(obj, f):
         n[0] += 1
@@ -453,7 +453,7 @@ def test_a_disk_that_fills_up_later_is_a_warning_and_training_goes_on(tmp_path, 
             f.write(b'half')
             raise OSError(28, 'No space left on device')
         real(obj, f)
-    monkeypatch.setattr(checkpoint.torch, 'save', save)
+    monkeypatch.setattr(files.torch, 'save', save)
     run = Run(tmp_path)
     with pytest.raises(Killed), pytest.warns(UserWarning, match='No space left on device; training goes on'): run.start(killer=kill(3))
     assert torch.load(tmp_path/'run.ckpt', weights_only=True)['state']['epoch'] == 1 and not (tmp_path/'run.ckpt.tmp').exists()

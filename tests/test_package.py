@@ -7,7 +7,7 @@ import fastai_swa
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = [{'modules', 'processes', 'version'}, {'averaging', 'batchnorm', 'schedules'}, {'ensemble', 'landscape', 'connectivity', 'vision', 'state'},
+FLOORS = [{'modules', 'files', 'processes', 'version'}, {'averaging', 'batchnorm', 'schedules'}, {'ensemble', 'landscape', 'connectivity', 'vision', 'state'},
           {'passes'}, {'callback', 'checkpoint', 'plot'}, {'learner'}, {'experiments', 'demo'}, {'__main__', '__init__'}]
 SOURCES = sorted((ROOT/'fastai_swa').rglob('*.py'))
 
@@ -25,7 +25,7 @@ def test_each_floor_imports_only_from_floors_below_it(path):
             for name in names: assert floor(name) < floor(place(path)), f'{path.name} imports {name}'
 
 
-@pytest.mark.parametrize('name', ['modules', 'processes', 'averaging', 'batchnorm', 'schedules'])
+@pytest.mark.parametrize('name', ['modules', 'files', 'processes', 'averaging', 'batchnorm', 'schedules'])
 def test_the_lowest_floors_are_plain_pytorch(name):
     for node in ast.walk(ast.parse((ROOT/'fastai_swa'/f'{name}.py').read_text())):
         modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ''] if isinstance(node, ast.ImportFrom) else []
@@ -58,10 +58,10 @@ def test_signatures_are_the_contract():
 def test_the_readmes_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r'```python\n(.*?)```', (ROOT/'README.md').read_text(), re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     space = {}
     for block in blocks: exec(block, space)
-    assert space['swa'].n_averaged == 3 and sorted(p.name for p in (tmp_path/'models').iterdir()) == ['average.pth', 'best.pth']
+    assert space['swa'].n_averaged == 1 and sorted(p.name for p in (tmp_path/'models').iterdir()) == ['average.pth', 'best.pth']
     assert space['fresh'].validate()[1] < .2
 
 
