@@ -15,7 +15,7 @@ from torch import nn
 from .averaging import WeightAverage, all_finite, check_match, check_swa_model, check_weight, equal
 from .batchnorm import check_count, tracked_bn
 from .modules import check_copyable, clean_copy, named_tensors, unwrap
-from .passes import PassCancelled, check_engine, no_fit, refresh_bn, validate_aside
+from .passes import PassCancelled, check_engine, is_fitting, no_fit, refresh_bn, validate_aside
 from .schedules import start_epoch
 from .state import pack, unpack
 
@@ -128,8 +128,8 @@ class SWACallback(Callback):
     # the events of a fit
 
     def before_fit(self):
-        if self.learn.lock.locked(): return    # validate or get_preds; they may come from within a fit
-        self._fit = None
+        if self.learn.lock.locked() or is_fitting(self.learn, '_do_fit'): return    # validate and the like, perhaps from within a fit
+        self._fit = self._backup = None
         if not self.enabled or self._grab(LRFinder): return    # tta comes this far as well, so nothing is made or reset here
         # counted in this fit: points folded, epochs with such, optimizer steps since `start`
         self._fit = SimpleNamespace(start=start_epoch(self.swa_start, self.n_epoch), n_folds=0, n_epochs=0, n_steps=0,
@@ -168,7 +168,7 @@ class SWACallback(Callback):
         if not fit: return
         fit.trained = True
         since = fit.epoch - fit.start
-        if self.every: self._settle()
+        if self.every: self._end_steps()
         elif self.enabled and since >= 0 and since % self.cycle_len == 0:
             if all_finite(unwrap(self.learn.model).parameters()): self._fold()
             else: self._say_infinite()
@@ -184,19 +184,19 @@ class SWACallback(Callback):
 
     def after_cancel_epoch(self):
         if not self._fit: return
-        self._settle()
+        self._end_steps()
         if self._recorder() is not None: self._log([])
 
     def after_cancel_fit(self):
         if not self._fit: return
-        self._settle()
+        self._end_steps()
         if not self._fit.n_folds or not self._stale: return
         try:
             with self._average.lent_to(self.learn.model): self._refresh(self.learn, in_fit=True)
         except PassCancelled: self._say_cancelled()
 
     def after_fit(self):
-        if not self._fit or self.learn.lock.locked(): return
+        if not self._fit or self.learn.lock.locked() or is_fitting(self.learn, '_do_fit'): return
         fit, self._fit = self._fit, None
         if self._average is not None: self._average.release()
         if fit.begun and not fit.n_folds and 'finite' not in fit.said: self._say('nothing', self._nothing_folded(fit), fit)
@@ -221,12 +221,16 @@ class SWACallback(Callback):
         self._average, self._epochs, self._learner = WeightAverage(model, self.weight, swa_model), [], weakref.ref(self.learn)
 
     def _settle(self):
-        "Where steps were folded unseen: if the average is not finite, take all of this epoch's back."
-        backup, self._backup = self._backup, None
+        "The steps of this epoch were folded unseen: if the average is not finite, take them all back."
+        backup = self._backup
         if backup is None or self._average is None or all_finite(self._average.swa_model.parameters()): return
         self.load_state_dict(unpack(backup))
         if self._fit: self._fit.folded = False
         self._say_infinite()
+
+    def _end_steps(self):
+        self._settle()
+        self._backup = None
 
     def _on_host(self) -> dict:
         "A copy of the state in the host's memory; of an average that goes with this fit's first fold there is none."
@@ -307,10 +311,9 @@ class SWACallback(Callback):
     def _say(self, what, sentence, fit=None):
         "Warn, once in a fit."
         fit = fit or self._fit
-        if rank_distrib(): return
         if fit is not None and what in fit.said: return
         if fit is not None: fit.said.add(what)
-        warnings.warn(sentence, stacklevel=2)
+        if not rank_distrib(): warnings.warn(sentence, stacklevel=2)    # once for all processes
 
     def _say_infinite(self):
         where = 'in' if self.every else 'at the end of'

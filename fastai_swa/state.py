@@ -241,12 +241,13 @@ def _reorder(o, idxs): o.idxs[:] = idxs    # in place: a language model's loader
 # plain data
 
 class _Packer:
-    """Turns objects into what `torch.load(weights_only=True)` reads: numbers, strings, bytes, tensors, lists and dicts as they are, all
+    """Turns objects into what `torch.load(weights_only=True)` reads: numbers, strings, tensors, lists and dicts as they are, all
     else as a tuple of a tag and its content. Tensors become copies on the CPU, one for all that are the same."""
     def __init__(self): self.copies = {}
 
     def __call__(self, o, what='it'):
-        if o is None or type(o) in (bool, int, float, str, bytes): return o
+        if o is None or type(o) in (bool, int, float, str): return o
+        if type(o) is bytes: return 'bytes', torch.from_numpy(np.frombuffer(o, np.uint8).copy())
         if isinstance(o, torch.Tensor): return self._tensor(o)
         if type(o) is dict or type(o) is defaultdict: return {self._key(k): self(v, what) for k, v in o.items()}
         if type(o) in (list, L):
@@ -294,6 +295,7 @@ def unpack(o):
     if tag == 'tuple': return tuple(unpack(v))
     if tag == 'array': return v.clone().numpy()
     if tag == 'number': return v.numpy()[()]
+    if tag == 'bytes': return v.numpy().tobytes()
     if tag == 'path': return Path(v)
     if tag == 'size': return torch.Size(v)
     raise ValueError(f'unknown kind of data: {tag!r}')

@@ -121,6 +121,41 @@ def test_nan_weights_at_the_end_of_a_stopped_fit_are_taken_back_too():
     assert swa.averaged_epochs == [1, 2] and all(p.isfinite().all() for p in swa.swa_model.parameters())
 
 
+def test_a_look_at_the_average_within_the_epoch_does_not_end_the_watch():
+    learn, swa = learner(), SWACallback(1, every=1)
+    poison = At('after_batch', 3, lambda cb: [p.data.fill_(float('nan')) for p in cb.learn.model.parameters()], batch=3, training=True)
+    with pytest.warns(UserWarning, match='not finite'): learn.fit(5, cbs=[swa, At('after_batch', 3, lambda cb: swa.refresh(), batch=2, training=True), poison])
+    assert swa.averaged_epochs == [1, 2] and swa.n_averaged == 12
+
+
+def test_nan_weights_after_ctrl_c_are_taken_back_when_the_average_is_used():
+    learn, swa = learner(), SWACallback(1, every=1)
+    def f(cb):
+        for p in cb.learn.model.parameters(): p.data.fill_(float('nan'))
+        swa._fold()
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): learn.fit(5, cbs=[swa, At('after_batch', 3, f, batch=3, training=True)])
+    assert swa.n_averaged == 17
+    with pytest.warns(UserWarning, match='not finite'): swa.refresh()
+    assert swa.n_averaged == 12 and all(p.isfinite().all() for p in swa.swa_model.parameters())
+
+
+@pytest.mark.parametrize('every', [None, 1])
+def test_a_bf16_model_is_averaged_in_float32_and_measured_in_its_own_precision(every):
+    class Cast(Callback):
+        def before_batch(self): self.learn.xb = (self.xb[0].bfloat16(),)
+        def after_pred(self): self.learn.pred = self.pred.float()
+    learn, steps, swa = learner(lambda: net(dropout=0).bfloat16(), lr=1e-3), Steps(), SWACallback(1, every=every)
+    learn.fit(6, cbs=[Cast(), steps, swa])
+    points = folded(steps, 1, 1) if every else [[w for w, e in zip(steps.weights, steps.epochs) if e == epoch][-1] for epoch in range(1, 6)]
+    masters = [swa._average.master[name] for name, _ in swa.swa_model.named_parameters()]
+    assert all(m.dtype == torch.float32 for m in masters) and {p.dtype for p in swa.swa_model.parameters()} == {torch.bfloat16}
+    assert_close(masters, twins.mean(points), tol=1e-6)
+    assert_close(parameters(swa.swa_model), [m.bfloat16() for m in masters])
+    loss = twins.evaluate(swa.swa_model, [(x.bfloat16(), y) for x, y in learn.dls.valid], lambda p, t: nn.functional.cross_entropy(p.float(), t))[0]
+    assert column(learn, 'swa_valid_loss')[-1] == pytest.approx(loss, rel=1e-5)
+
+
 def test_nan_in_the_very_first_epoch_of_steps_leaves_no_average_and_says_so():
     learn, swa = learner(), SWACallback(1, every=1)
     poison = At('before_batch', 1, lambda cb: [p.data.fill_(float('nan')) for p in cb.learn.model.parameters()], batch=2, training=True)
