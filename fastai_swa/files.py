@@ -1,5 +1,6 @@
 """Files that are replaced in one step, checked when they are read, and locked while they are in use. Plain PyTorch."""
-import os, zipfile
+import os, warnings, zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,15 +20,18 @@ def write(file: Path, kind: str, version: int, content: dict):
             f.flush()
             os.fsync(f.fileno())
         os.replace(new, file)
-        if os.name == 'posix':    # the renaming itself
-            folder = os.open(file.parent, os.O_RDONLY)
-            try: os.fsync(folder)
-            finally: os.close(folder)
+        with suppress(OSError): _sync_folder(file.parent)    # the renaming itself; not every file system can
     except BaseException as e:
         new.unlink(missing_ok=True)
         # torch.save may make a RuntimeError of what the system says
         if isinstance(e, OSError | RuntimeError): raise OSError(f'{file} cannot be written: {_first_line(e)}') from e
         raise
+
+
+def _sync_folder(folder):
+    handle = os.open(folder, os.O_RDONLY)
+    try: os.fsync(handle)
+    finally: os.close(handle)
 
 
 def read(file: Path, kind: str, version: int) -> dict:
@@ -64,6 +68,7 @@ class Lock:
             except (BlockingIOError, PermissionError):
                 os.close(self.handle)
                 raise RuntimeError(refused) from None
+            except OSError as e: warnings.warn(f'{file.parent} cannot lock files ({e}): take care that no other run uses {file.name}')
             try: current = os.path.samestat(os.fstat(self.handle), os.stat(self.path))
             except FileNotFoundError: current = False
             if current: break

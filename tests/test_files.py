@@ -54,6 +54,20 @@ def test_no_code_runs_from_a_file(tmp_path):
     assert not (tmp_path/'evil').exists()
 
 
+def test_file_systems_that_cannot_sync_a_folder_or_lock_are_used_as_they_are(tmp_path, monkeypatch):
+    real = os.fsync
+    def fsync(handle):
+        if os.path.isdir(f'/proc/self/fd/{handle}'): raise OSError(22, 'Invalid argument')
+        real(handle)
+    def lockf(*args): raise OSError(95, 'Operation not supported')
+    monkeypatch.setattr(os, 'fsync', fsync)
+    monkeypatch.setattr('fcntl.lockf', lockf)
+    write(tmp_path/'x', 'kind', 1, {'n': 1})
+    with pytest.warns(UserWarning, match='cannot lock files .*Operation not supported.*no other run uses x'): lock = Lock(tmp_path/'x')
+    lock.release()
+    assert read(tmp_path/'x', 'kind', 1)['n'] == 1 and list(tmp_path.iterdir()) == [tmp_path/'x']
+
+
 @pytest.mark.parametrize('step', ['save', 'fsync', 'replace'])
 @pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), KeyboardInterrupt()])
 def test_an_error_at_any_step_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, step, error):
