@@ -127,10 +127,10 @@ WHOLE = {}    # the digest and the seconds of the run that nothing happens to
 def killed(folder, rng, signal=signal.SIGKILL, most=4, counts=None):
     "Kill at random moments, every other one while a checkpoint is being written, up to `most` times in a row; then let it end."
     for i in range(rng.randint(1, most)):
-        pid, end = child(run, folder, i), time.time() + rng.uniform(0, 1.2 * WHOLE['seconds'])
-        at_write = rng.random() < .5
-        while time.time() < end or at_write and not (folder/'run.ckpt.tmp').exists() and time.time() < end + WHOLE['seconds']: time.sleep(.0001)
-        writing = (folder/'run.ckpt.tmp').exists()
+        pid, end, new = child(run, folder, i), time.time() + rng.uniform(0, 1.2 * WHOLE['seconds']), folder/'run.ckpt.fastai_swa.tmp'
+        late = end + WHOLE['seconds'] * (rng.random() < .5)
+        while time.time() < end or time.time() < late and not new.exists(): time.sleep(.0001)
+        writing = new.exists()
         os.kill(pid, signal)
         code = ended(pid)
         if counts is not None and code != 0:
@@ -164,7 +164,7 @@ def disk_full(folder, rng):
         learn = learner(folder, seed)
         learn.save = lambda *args, **kwargs: None
         fit(learn, cbs)
-    return ended(child(unsaved, folder, 0)) == -signal.SIGKILL and not (folder/'run.ckpt.tmp').exists() and finish(folder)
+    return ended(child(unsaved, folder, 0)) == -signal.SIGKILL and not (folder/'run.ckpt.fastai_swa.tmp').exists() and finish(folder)
 
 
 def read_only(folder, rng):

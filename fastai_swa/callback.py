@@ -150,7 +150,7 @@ class SWACallback(Callback):
         if not self._fit.begun:
             self._fit.begun = True
             self._check_ahead()
-        if self.every and self.enabled and self._fit.epoch >= self._fit.start: self._backup = self._on_host()
+        if self.every and self.enabled and self._fit.epoch >= self._fit.start: self._backup = pack(self.state_dict())    # in the host's memory
 
     def after_cancel_step(self):
         if self._fit: self._fit.cancelled = True    # the scaler of mixed precision skipped it
@@ -232,24 +232,20 @@ class SWACallback(Callback):
         self._settle()
         self._backup = None
 
-    def _on_host(self) -> dict:
-        "A copy of the state in the host's memory; of an average that goes with this fit's first fold there is none."
-        return pack(self.state_dict(of_fit=True))
-
     # its state, for checkpoints
 
-    def settings(self) -> dict:
+    def fit_settings(self) -> dict:
         "What must not change between the parts of one fit."
         return {k: getattr(self, k) for k in ('swa_start', 'cycle_len', 'every', 'enabled')}
 
-    def state_dict(self, of_fit=False) -> dict:
-        "Average, counters and where it stands in a fit, as plain data; tensors are live. `of_fit`: nothing of an earlier fit's average."
+    def state_dict(self) -> dict:
+        "Average, counters and where it stands in a fit, as plain data; tensors are live."
         fit, average = self._fit, None
-        if self._average is not None and not (of_fit and fit and not fit.n_folds):
+        if self._average is not None:
             swa_model = unwrap(self._average.swa_model)
             buffers = {k: v for k, v in named_tensors(swa_model.named_buffers).items() if k not in swa_model.state_dict()}
             average = self._average.state_dict() | {'buffers': buffers, 'training': [m.training for m in swa_model.modules()]}
-        return {'average': average, 'epochs': list(self._epochs) if average else [], 'bn': list(self._bn), 'stale': self._stale,
+        return {'average': average, 'epochs': list(self._epochs), 'bn': list(self._bn), 'stale': self._stale,
                 'fit': {k: getattr(fit, k) for k in _COUNTS} if fit else {}}
 
     def load_state_dict(self, state: dict):

@@ -1,21 +1,21 @@
 """`CheckpointCallback`: a fit that is killed goes on where it was, bit for bit."""
-import warnings
+import warnings, weakref
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
-from fastai.callback.core import Callback, CancelEpochException, CancelFitException
+from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import LRFinder, ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner, Recorder
 from fastcore.foundation import L
+from torch import nn
 
 from .batchnorm import check_count
 from .files import Lock, read, write
 from .modules import named_tensors, unwrap
 from .passes import is_fitting
 from .processes import Processes
-from .state import pack, plain_attributes, restore, take
+from .state import keeps_state, loaders, named_callbacks, pack, plain_attributes, restore, take, unpack
 
 __all__ = ['CheckpointCallback']
 
@@ -26,22 +26,23 @@ class CheckpointCallback(Callback):
     The state is written before the first epoch and before each `every`-th one after it, in one step: the file is always complete. It
     is removed when the fit completes. Weights, optimizer, averages, the Recorder's history and table, trackers, the gradient scaler
     and all random generators are in it (`state.take`); it loads with `torch.load(weights_only=True)`. Fits of one learner on one path
-    are numbered: those before the interrupted one are skipped, such as the first stage of `fine_tune`. A fit that is stopped within an
-    epoch (Ctrl-C, an exception, a NaN) leaves the file of the last epoch boundary written.
+    are numbered: those before the interrupted one, such as the first stage of `fine_tune`, are skipped and leave the learner as it was
+    before the latter; for that the file of a second fit holds this state too. A fit that is stopped within an epoch (Ctrl-C, an
+    exception, a NaN) leaves the file of the last epoch boundary written.
 
     Raises, before anything of the fit has changed: `ValueError` if the file is damaged, foreign or newer, none of which is ever
     overwritten, or if the model, the data's size, the schedule or the like is another one than in the file; `RuntimeError` if another
     run is using the path; `OSError` if it cannot be written. A later epoch that cannot be written is a warning: training goes on.
     """
     order = _FIRST = -1000    # sees an epoch before all others. At the end of the fit it comes last: when all is done, the file can go
-    _stateattrs = '_fit', '_lock', '_unchanged', '_rows'
+    _stateattrs = '_fit', '_lock', '_rows', 'order'
 
     def __init__(self,
         path,    # the file; a relative path is one from the current directory. Two fits that run at once need two
         every:int=1,    # write it every so many epochs
         resume=True,    # False: start anew, whatever the file holds (but what is no checkpoint is not overwritten)
     ):
-        self.file = Path(path).absolute()
+        self.file = Path(path).resolve()
         if self.file.is_dir(): raise ValueError(f'path must be a file, and {self.file} is a folder')
         self.every = check_count('every', every, optional=False)
         if not isinstance(resume, bool): raise TypeError(f'resume must be True or False, not {resume!r}')
@@ -51,7 +52,7 @@ class CheckpointCallback(Callback):
     def _init_state(self):
         super()._init_state()
         self._fit = self._lock = None    # the fit under way; the lock on the path, held meanwhile
-        self._unchanged, self._rows = {}, []    # callbacks' attributes as first seen: settings; rows of the table so far
+        self._rows, self.order = [], self._FIRST    # rows of the table so far
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
@@ -69,58 +70,60 @@ class CheckpointCallback(Callback):
         self._release()    # what an interrupted fit has left, should this callback be attached for good
         self._fit, self._rows = None, []
         if not is_fitting(learn) or any(isinstance(cb, LRFinder) for cb in learn.cbs): return    # tta; not a fit to keep
-        processes = Processes(learn)
-        done, settings = _completed.setdefault(learn, {}).setdefault(self.file, []), _settings(learn, processes)
-        saved = processes.first(self._open)
-        place = _place(saved['fits'], settings, len(done), self.file) if saved else None
-        if place is not None: done[:] = saved['fits'][:place]
-        self._fit = _Fit(processes, [*done, settings], saved, saved is not None and place < len(saved['fits']) - 1)
+        if sum(isinstance(cb, CheckpointCallback) for cb in learn.cbs) > 1: raise ValueError('this fit has two CheckpointCallbacks; pass one')
+        processes, past = Processes(learn), _pasts.setdefault(learn, {}).setdefault(self.file, _Past())
+        try:
+            saved, settings = processes.first(self._open), _settings(learn, processes)
+            if saved: place = _place(saved['fits'], [settings, {**settings, **past.changing}], len(past.fits), self.file)
+        except BaseException:
+            self._release()
+            raise
+        if saved: past.fits, past.end, past.callbacks, settings = saved['fits'][:place], saved['end'], [], saved['fits'][place]
+        elif past.fits: past.end = past.end_of_last(learn, processes)
+        past.changing = {k: settings[k] for k in _CHANGING}
+        attributes = plain_attributes(learn)
+        for name, cb in named_callbacks(learn): _first_seen.setdefault(cb, attributes.get(name, {}))
+        self._fit = _Fit(processes, past, settings, saved, is_past=bool(saved) and place < len(saved['fits']) - 1)
 
     def _open(self):
         "Lock the path; what the file there holds, if anything."
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        owner = _owners.get(self.file)
+        if owner not in (None, self) and not is_fitting(owner.learn, in_all_threads=True): owner._release()    # left from an interruption
         self._lock = Lock(self.file)
-        try:
-            saved = read(self.file, _KIND, _VERSION) if self.file.exists() else None
-            return saved if self.resume else None
-        except BaseException:
-            self._release()
-            raise
+        _owners[self.file] = self
+        saved = read(self.file, _KIND, _VERSION) if self.file.exists() else None
+        return saved if self.resume else None
 
     def before_epoch(self):
         fit, learn = self._fit, self.learn
         if fit is None or learn.lock.locked() or learn.epoch <= fit.epoch: return    # the latter: tta within a fit
         fit.epoch, fit.within = learn.epoch, True
-        if learn.epoch == 0:
-            for name, attrs in plain_attributes(learn).items(): self._unchanged.setdefault(name, attrs)
         if fit.saved is None: return self._write()
-        if fit.is_past:
-            print(f'{self.file.name}: fit {len(fit.fits)} was completed before; it is skipped')
-            for cb in learn.cbs:
-                if isinstance(cb, TrackerCallback): cb.run = False    # would load or save its best weights at the end
-            fit.within = False
-            raise CancelFitException
-        if learn.epoch < fit.saved['state']['epoch']:
+        if fit.is_past or learn.epoch < fit.saved['state']['epoch']:
             fit.mute(learn, self)
             raise CancelEpochException
         fit.unmute()
         self._go_on()
 
     def after_epoch(self):
-        if self._fit is None or self.learn.lock.locked(): return
-        self._fit.within = False
-        if self._fit.epoch == self.learn.n_epoch - 1: self.order = -self._FIRST
+        fit = self._fit
+        if fit is None or self.learn.lock.locked(): return
+        fit.within = False
+        if fit.epoch == self.learn.n_epoch - 1 and not fit.is_past: self.order = -self._FIRST
 
     def after_cancel_fit(self):
         if self._fit is not None: self.order = -self._FIRST
 
     def after_fit(self):
-        fit = self._fit
-        if fit is None or self.learn.lock.locked() or is_fitting(self.learn, '_do_fit'): return
+        fit, learn = self._fit, self.learn
+        if fit is None or learn.lock.locked() or is_fitting(learn, '_do_fit'): return
         self._fit = None
-        if fit.is_past or not fit.within: _completed[self.learn][self.file].append(fit.fits[-1])
-        if fit.within: print(f'{self.file.name}: the fit was stopped within epoch {fit.epoch}; the file is kept')
-        elif not fit.is_past: fit.processes.first(self._remove)
+        if fit.is_past: self._pass_by(fit)
+        elif fit.within: print(f'{self.file.name}: the fit was stopped within epoch {fit.epoch}; the file is kept')
+        elif fit.epoch >= 0 and fit.saved is None:    # else a callback cancelled it before it began
+            fit.processes.first(self._remove)
+            fit.past.completed(fit.settings, learn)
         self._release()
 
     def _remove(self):
@@ -129,7 +132,7 @@ class CheckpointCallback(Callback):
 
     # writing and going on
 
-    def state_dict(self) -> dict: return {'rows': self._rows}
+    def state_dict(self) -> dict: return {'rows': [[_plain(cell) for cell in row] for row in self._rows]}
 
     def load_state_dict(self, state: dict): self._rows = state['rows']
 
@@ -138,9 +141,10 @@ class CheckpointCallback(Callback):
         recorder = next((cb for cb in learn.cbs if isinstance(cb, Recorder)), None)
         if learn.epoch > 0 and recorder is not None: self._rows.append(list(recorder.log))
         if learn.epoch % self.every: return
-        state = take(learn, self._unchanged)
-        state['random'] = fit.processes.gather(state['random'])
-        try: fit.processes.first(write, self.file, _KIND, _VERSION, {'fits': fit.fits, 'state': state})
+        state = take(learn, {name: _first_seen[cb] for name, cb in named_callbacks(learn) if cb in _first_seen})
+        state['random'], state['data'] = fit.processes.gather(state['random']), _sizes(learn)
+        content = {'fits': [*fit.past.fits, fit.settings], 'end': fit.past.end, 'state': state}
+        try: fit.processes.first(write, self.file, _KIND, _VERSION, content)
         except OSError as e:
             if learn.epoch == 0: raise
             if fit.processes.rank == 0: warnings.warn(f'{e}; training goes on, and the file keeps an earlier epoch')
@@ -148,12 +152,29 @@ class CheckpointCallback(Callback):
     def _go_on(self):
         fit, learn = self._fit, self.learn
         state, fit.saved = fit.saved['state'], None
+        if state['data'] != _sizes(learn):
+            raise ValueError(f'{self.file} is of a fit whose data were exchanged on the way ({_sizes(learn)}, then {state["data"]}: samples, batch '
+                             'size, batches): it cannot go on')
+        for name, cb in named_callbacks(learn):    # what a callback has kept from an interruption in this process
+            kept = state['callbacks'].get(name, {})
+            vars(cb).update({k: unpack(v) for k, v in _first_seen.get(cb, {}).items() if k not in kept})
         restore(learn, {**state, 'random': state['random'][fit.processes.rank]})
         if fit.processes.rank: return
-        print(f'{self.file.name}: going on with epoch {learn.epoch} (from 0) of {learn.n_epoch}')
+        number = f'fit {len(fit.past.fits) + 1}, ' * bool(fit.past.fits)
+        print(f'{self.file.name}: going on with {number}epoch {learn.epoch} (from 0) of {learn.n_epoch}')
         for cb in learn.cbs:
             if isinstance(cb, ProgressCallback) and getattr(cb, 'mbar', None): cb.mbar.update(0)    # its bar must begin there
         for row in self._rows: learn.logger(L(row))
+
+    def _pass_by(self, fit):
+        "End a fit that was completed before: the learner is as it was after that."
+        fit.unmute()
+        end = fit.past.end
+        restore(self.learn, {**end, 'random': end['random'][fit.processes.rank]})
+        for cb in self.learn.cbs:
+            if isinstance(cb, TrackerCallback): cb.run = False    # would load or save its best weights now
+        fit.past.fits = [*fit.past.fits, fit.settings]
+        if fit.processes.rank == 0: print(f'{self.file.name}: fit {len(fit.past.fits)} was completed before; it is skipped')
 
 
 _KIND, _VERSION = 'checkpoint', 1    # of the file's format
@@ -161,8 +182,8 @@ _KIND, _VERSION = 'checkpoint', 1    # of the file's format
 
 class _Fit:
     "A fit under way."
-    def __init__(self, processes, fits, saved, is_past):
-        self.processes, self.fits = processes, fits    # settings of the completed fits and of this one
+    def __init__(self, processes, past, settings, saved, is_past):
+        self.processes, self.past, self.settings = processes, past, settings
         self.saved, self.is_past = saved, is_past    # what the file held, until this fit has gone on from it; whether it was completed before
         self.epoch, self.within, self._muted = -1, False, []    # the epoch begun last; whether it is not over
 
@@ -177,27 +198,60 @@ class _Fit:
         self._muted = []
 
 
-_completed = WeakKeyDictionary()    # learner -> file -> settings of the fits that it has completed there
+class _Past:
+    "What a learner has done on one path so far."
+    def __init__(self):
+        self.fits, self.end = [], None    # the settings of the completed fits; the state after the last one, once another begins
+        self.callbacks = []    # of the last one: names, and weak references to those with a state of their own
+        self.changing = {}    # settings that a fit may change by itself, as they were before the one begun last
+
+    def completed(self, settings, learn):
+        self.fits, self.changing = [*self.fits, settings], {}
+        kept = [(name, cb) for name, cb in named_callbacks(learn) if keeps_state(cb) and not isinstance(cb, CheckpointCallback)]
+        self.callbacks = [(name, weakref.ref(cb)) for name, cb in kept]
+
+    def end_of_last(self, learn, processes) -> dict:
+        "The state now, before another fit; with what the callbacks passed to the last one still keep, such as its average."
+        state = take(learn)
+        state['states'].update({name: pack(cb.state_dict()) for name, ref in self.callbacks if (cb := ref()) is not None})
+        return state | {'random': processes.gather(state['random'])}
+
+
+_pasts = weakref.WeakKeyDictionary()    # learner -> file -> _Past
+_owners = weakref.WeakValueDictionary()    # file -> the callback that locked it last
+_first_seen = weakref.WeakKeyDictionary()    # callback -> its plain attributes before its first fit: settings, unless the fit changes them
+_CHANGING = 'the parameters to train', 'wd'
+
+
+def _plain(cell):
+    try: pack(cell)
+    except TypeError: return str(cell)
+    return cell
 
 
 def _settings(learn: Learner, processes: Processes) -> dict:
     "What must be the same where a fit goes on, under the name that it has for a user."
     model, opt = unwrap(learn.model), learn.opt
-    def size(dl): return [_len(getattr(dl, 'dataset', None)), getattr(dl, 'bs', getattr(dl, 'batch_size', None)), _len(dl)]
+    if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in model.parameters()):
+        raise ValueError('the model has a lazy module that has not seen a batch yet; run one batch through the model first')
     res = {
         'the number of epochs': learn.n_epoch,
-        'the model': {name: list(p.shape) for name, p in named_tensors(model.named_parameters).items()},
+        'the model': {name: [*p.shape, str(p.dtype).removeprefix('torch.')] for name, p in named_tensors(model.named_parameters).items()},
         'the parameters to train': [name for name, p in model.named_parameters() if p.requires_grad],
         'the optimizer': [[len(group) for group in opt.param_lists], sorted(opt.hypers[0])],
         'lr': [float(h['lr']) for h in opt.hypers],
         'wd': [float(h['wd']) for h in opt.hypers if h.get('wd') is not None],
         'the schedule': [_sampled(cb, learn.n_epoch, _len(learn.dls.train) or 1) for cb in learn.cbs if isinstance(cb, ParamScheduler)],
-        'the training set (samples, batch size, batches)': size(learn.dls.train),
-        'the validation set (samples, batch size, batches)': size(learn.dls.valid),
+        'the data (samples, batch size, batches)': _sizes(learn),
         'the metrics': [str(m.name) for m in learn.metrics],
         'the number of processes': processes.size,
     }
-    return res | {type(cb).__name__: pack(cb.settings()) for cb in learn.cbs if hasattr(type(cb), 'settings')}
+    return res | {type(cb).__name__: pack(cb.fit_settings()) for cb in learn.cbs if hasattr(type(cb), 'fit_settings')}
+
+
+def _sizes(learn) -> list:
+    def size(dl): return [_len(getattr(dl, 'dataset', None)), getattr(dl, 'bs', getattr(dl, 'batch_size', None)), _len(dl)]
+    return [size(dl) for dl in loaders(learn)]
 
 
 def _len(o):
@@ -213,16 +267,15 @@ def _sampled(scheduler, n_epoch, n_steps) -> dict:
     return {name: [value(f, e) for e in range(n_epoch)] for name, f in scheduler.scheds.items()}
 
 
-def _place(fits: list, settings: dict, n_done: int, file: Path) -> int:
-    """Which of the `fits` that a file knows (the last one is unfinished) has these `settings`, after `n_done` completed fits here.
-
-    Raises `ValueError` with what differs if it is none of those that could come next.
-    """
+def _place(fits: list, candidates: list, n_done: int, file: Path) -> int:
+    """Which of the `fits` that a file knows (the last one is unfinished) has the settings of one of the `candidates`, after `n_done`
+    completed fits here. Raises `ValueError` with what differs if none has."""
     last = len(fits) - 1
-    # the next in order; else the latest one, where only some are called again, as fine_tune's two after Ctrl-C
-    for place in (min(n_done, last), *range(last, -1, -1)):
-        if fits[place] == settings: return place
-    faults = list(_differences(fits[min(n_done, last)], settings))
+    for settings in candidates:
+        # the next in order; else the latest one, where only some are called again, as fine_tune's two after Ctrl-C
+        for place in (min(n_done, last), *range(last, -1, -1)):
+            if fits[place] == settings: return place
+    faults = list(_differences(fits[min(n_done, last)], candidates[0]))
     raise ValueError(f'{file} is of another fit: {"; ".join(faults[:3])}{" ..." * (len(faults) > 3)}. It is left as it is: call the same fit '
                      'again, move the file away, or pass resume=False to start anew')
 

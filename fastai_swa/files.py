@@ -13,7 +13,7 @@ __all__ = ['write', 'read', 'Lock']
 
 def write(file: Path, kind: str, version: int, content: dict):
     "Replace `file` by `content` in one step: whatever happens, there is the old one or the new. Raises `OSError` if it cannot be done."
-    new = file.with_name(file.name + '.tmp')
+    new = file.with_name(file.name + '.fastai_swa.tmp')
     try:
         with open(new, 'wb') as f:
             torch.save({'format': f'fastai_swa {kind}', 'version': version, **content}, f)
@@ -53,30 +53,44 @@ def _first_line(e): return str(e.__context__ if isinstance(e, RuntimeError) and 
 
 
 class Lock:
-    "A lock on a path, beside it in a file of its own; the system takes it back when the process ends, however it does."
-    held = set()    # by this process, whose own fits the system's lock does not keep apart
+    """A lock on a path, beside it in a file of its own; the system takes it back when the process ends, however it does.
+
+    Raises `RuntimeError` if it is held, by another process or by this one.
+    """
+    held = {}    # path -> handle, of this process
 
     def __init__(self, file: Path):
-        self.path = file.with_name(file.name + '.lock')
+        self.path, self.handle = file.with_name(file.name + '.fastai_swa.lock'), None
         refused = f'another run is using {file}; wait for it, or give each run a path of its own'
         if self.path in self.held: raise RuntimeError(refused + ' (it is in this process)')
         while True:
-            self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                if os.name == 'posix': fcntl.lockf(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)    # unlike flock, no loader's worker inherits it
-                else: msvcrt.locking(self.handle, msvcrt.LK_NBLCK, 1)
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:    # flock, unlike lockf, outlives a look into the file, as a copy of the folder takes one
+                if os.name == 'posix': fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                else: msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
             except (BlockingIOError, PermissionError):
-                os.close(self.handle)
+                os.close(handle)
                 raise RuntimeError(refused) from None
             except OSError as e: warnings.warn(f'{file.parent} cannot lock files ({e}): take care that no other run uses {file.name}')
-            try: current = os.path.samestat(os.fstat(self.handle), os.stat(self.path))
+            try: current = os.path.samestat(os.fstat(handle), os.stat(self.path))
             except FileNotFoundError: current = False
             if current: break
-            os.close(self.handle)    # its last holder removed it in between
-        self.held.add(self.path)
+            os.close(handle)    # its last holder removed it in between
+        self.handle = self.held[self.path] = handle
 
     def release(self):
-        self.held.discard(self.path)
-        try: self.path.unlink()    # before the lock goes, or it could be another's by then
-        except OSError: pass    # it may stay: the lock is the system's, not the file
+        if self.held.get(self.path) != self.handle: return    # released before, or by another process that forked from this one
+        del self.held[self.path]
+        with suppress(OSError): self.path.unlink()    # before the lock goes, or it could be another's by then
         os.close(self.handle)
+
+    __del__ = release
+
+    @classmethod
+    def leave_to_parent(cls):
+        "In a forked process, such as a loader's worker: close the handles, through which it would hold the locks after the parent's end."
+        for handle in cls.held.values(): os.close(handle)
+        cls.held.clear()
+
+
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=Lock.leave_to_parent)

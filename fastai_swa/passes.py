@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader as TorchDataLoader, IterableDataset
 from .batchnorm import Moments, batch_moments
 from .modules import unwrap
 from .processes import Processes
-from .state import generators, owned_modules
+from .state import loaders, own_generators, owned_modules
 
 __all__ = ['PassCancelled', 'validate_aside', 'refresh_bn', 'no_fit', 'is_fitting', 'check_engine']
 
@@ -172,8 +172,8 @@ def _aside(learn):
     losses = [m for root in owned_modules(learn.loss_func) for m in root.modules()]
     modules = [(vars(m), dict(vars(m))) for m in (*unwrap(learn.model).modules(), *losses)]    # modes, and what a forward pass notes
     buffers = [(b, b.clone()) for m in losses for b in m._buffers.values() if b is not None]
-    kept = [(put, get()) for dl in getattr(learn.dls, 'loaders', []) for _, get, put in generators(dl)]
-    rngs = [(vars(dl), vars(dl)['rng']) for dl in getattr(learn.dls, 'loaders', []) if 'rng' in getattr(dl, '__dict__', {})]
+    kept = [(put, get()) for _, get, put in own_generators(learn)]
+    rngs = [(vars(dl), vars(dl)['rng']) for dl in loaders(learn) if 'rng' in getattr(dl, '__dict__', {})]
     states = get_random_states()
     try:
         for attrs, _ in runs: attrs['run'] = False
@@ -206,13 +206,13 @@ def check_engine(learn):
         raise NotImplementedError(f'SWACallback knows several processes with DistributedDataParallel only, not {type(learn.model).__name__}')
 
 
-def is_fitting(learn, method='fit') -> bool:
+def is_fitting(learn, method='fit', in_all_threads=False) -> bool:
     """Is `learn.fit` under way in this thread, or with `_do_fit` an epoch of it? (Its own state does not tell: Ctrl-C leaves no trace in it,
     and `tta` sends the events of a fit.)"""
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == method and frame.f_locals.get('self') is learn: return True
-        frame = frame.f_back
+    for frame in sys._current_frames().values() if in_all_threads else [sys._getframe()]:
+        while frame is not None:
+            if frame.f_code.co_name == method and frame.f_locals.get('self') is learn: return True
+            frame = frame.f_back
     return False
 
 

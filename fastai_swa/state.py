@@ -1,6 +1,6 @@
 """The whole state of a fit as plain data: taken from a learner between two epochs, put back into that or another one."""
 import random, warnings
-from collections import defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
 from functools import partial
 from pathlib import Path
 from types import CellType, FunctionType, MethodType, ModuleType
@@ -8,25 +8,27 @@ from types import CellType, FunctionType, MethodType, ModuleType
 import numpy as np
 import pandas as pd
 import torch
+from fastai.data.load import DataLoader
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import Optimizer
 from fastai.torch_core import get_random_states, set_random_states
 from fastcore.foundation import L
 from fastcore.xtras import ReindexCollection
 from torch import nn
+from torch.utils.data import DataLoader as TorchDataLoader
 
 from .modules import named_tensors, plain_name, unwrap
 
-__all__ = ['take', 'restore', 'plain_attributes', 'generators', 'owned_modules', 'pack', 'unpack']
+__all__ = ['take', 'restore', 'plain_attributes', 'named_callbacks', 'keeps_state', 'own_generators', 'loaders', 'owned_modules', 'pack', 'unpack']
 
 
 def take(learn: Learner, unchanged: dict | None = None) -> dict:
     """The state of `learn` before an epoch of a fit, as numbers, strings, tensors on the CPU, and lists, tuples and dicts of these.
 
     It holds copies of the weights, buffers and gradients, the optimizer with its hyperparameters, the gradient scaler, all random
-    generators (of Python, NumPy, torch, each GPU, and those found in the loaders), the counters of the learner and what callbacks
-    keep: their `state_dict()` if they have one, else their attributes that are plain data. `torch.save` writes it and
-    `torch.load(weights_only=True)` reads it.
+    generators (of Python, NumPy, torch, each GPU, and those found in loaders, callbacks, model and loss), the counters of the learner
+    and what callbacks keep: their `state_dict()` if they have one, else their attributes that are plain data, but for tensors of the
+    model. `torch.save` writes it and `torch.load(weights_only=True)` reads it.
 
     - `unchanged`: an earlier `plain_attributes(learn)`; attributes of callbacks that still equal it are settings, and left out.
 
@@ -36,7 +38,7 @@ def take(learn: Learner, unchanged: dict | None = None) -> dict:
     model, opt = unwrap(learn.model), learn.opt
     own = {id(p) for p in model.parameters()}
     params = [p for group in opt.param_lists for p in group]
-    callbacks, unchanged = plain_attributes(learn, pack), unchanged or {}
+    callbacks, unchanged = plain_attributes(learn), unchanged or {}
     for key, attrs in callbacks.items():
         same = unchanged.get(key, {})
         callbacks[key] = {k: v for k, v in attrs.items() if not (k in same and _equal(v, same[k]))}
@@ -52,9 +54,9 @@ def take(learn: Learner, unchanged: dict | None = None) -> dict:
         'gradients': pack(_gradients(params)),
         'scaler': pack(learn.scaler.state_dict() if getattr(learn, 'scaler', None) is not None else {}),
         'random': pack(_random_states(learn)),
-        'learner': {k: pack(vars(learn)[k]) for k in _COUNTERS if k in vars(learn)},
+        'learner': _Packer(lenient=True)({k: vars(learn)[k] for k in _COUNTERS if k in vars(learn)}),
         'callbacks': callbacks,
-        'states': {key: pack(cb.state_dict(), key) for key, cb in _named_callbacks(learn) if _keeps_state(cb)},
+        'states': {key: pack(cb.state_dict(), key) for key, cb in named_callbacks(learn) if keeps_state(cb)},
     }
 
 
@@ -82,8 +84,8 @@ def restore(learn: Learner, state: dict):
     opt.frozen_idx = state['frozen_idx']
     if state['scaler'] and getattr(learn, 'scaler', None) is not None: learn.scaler.load_state_dict(unpack(state['scaler']))
     for k, v in state['learner'].items(): setattr(learn, k, unpack(v))
-    for key, cb in _named_callbacks(learn):
-        if _keeps_state(cb) and key in state['states']: cb.load_state_dict(unpack(state['states'][key]))
+    for key, cb in named_callbacks(learn):
+        if keeps_state(cb) and key in state['states']: cb.load_state_dict(unpack(state['states'][key]))
         vars(cb).update({k: unpack(v) for k, v in state['callbacks'].get(key, {}).items() if not k.startswith(_SMOOTH)})
         if isinstance(cb, Recorder) and _SMOOTH in state['callbacks'].get(key, {}):
             cb.smooth_loss.count, cb.smooth_loss.val = unpack(state['callbacks'][key][_SMOOTH])
@@ -107,8 +109,9 @@ def _extra_state(module):
 def check_tensors(model, tensors: dict):
     "Raise `ValueError`, naming them, unless `model` has parameters of the names and shapes of those in `tensors`."
     own = named_tensors(model.named_parameters)
-    faults = [f'{name!r} is {tuple(p.shape)}, {tuple(tensors[name].shape)} in the state' if name in tensors else f'{name!r} is not in the state'
-              for name, p in own.items() if name not in tensors or tensors[name].shape != p.shape]
+    def kind(t): return f'{tuple(t.shape)} {str(t.dtype).removeprefix("torch.")}'
+    faults = [f'{name!r} is {kind(p)}, {kind(tensors[name])} in the state' if name in tensors else f'{name!r} is not in the state'
+              for name, p in own.items() if name not in tensors or kind(tensors[name]) != kind(p)]
     buffers = named_tensors(model.named_buffers)
     faults += [f'{name!r} is in the state only' for name in tensors.keys() - own.keys() - buffers.keys()
                if not _module_of(model, name) or tensors[name].requires_grad]
@@ -125,10 +128,9 @@ def _set_tensors(module, tensors):
     for name, value in tensors.items():
         t = own.get(name)
         if t is not None and t.shape == value.shape and t.dtype == value.dtype: t.copy_(value)
-        elif (m := _module_of(module, name)) is not None and name.rpartition('.')[2] in m._buffers:
+        else:    # a buffer that came, or changed, since the module was made
             device = next((p.device for p in module.parameters()), value.device)
-            m._buffers[name.rpartition('.')[2]] = value.to(device)
-        else: t.data = value.to(t.device)    # a parameter of another dtype
+            _module_of(module, name)._buffers[name.rpartition('.')[2]] = value.to(device)
 
 
 def _gradients(params) -> list:
@@ -162,7 +164,7 @@ def owned_modules(owner) -> list:
 
 # callbacks
 
-def _named_callbacks(learn):
+def named_callbacks(learn):
     "(name, callback) pairs; callbacks of one class are counted."
     seen = {}
     for cb in learn.cbs:
@@ -170,17 +172,20 @@ def _named_callbacks(learn):
         seen[cls] = seen.get(cls, -1) + 1
         yield f'{cls}.{seen[cls]}', cb
 
-def _keeps_state(cb): return hasattr(type(cb), 'state_dict') and hasattr(type(cb), 'load_state_dict')
+def keeps_state(cb): return hasattr(type(cb), 'state_dict') and hasattr(type(cb), 'load_state_dict')
 
 
-def plain_attributes(learn, pack=None) -> dict:
+def plain_attributes(learn) -> dict:
     "Name -> attribute -> packed value of what the callbacks of `learn` without a `state_dict` keep as plain data."
-    pack, res = pack or _Packer(), {}
-    for key, cb in _named_callbacks(learn):
-        if _keeps_state(cb): continue
+    params = [p for group in learn.opt.param_lists for p in group]
+    own = {t.data_ptr() for t in (*_tensors(unwrap(learn.model)).values(), *params, *(p.grad for p in params if p.grad is not None))}
+    pack, res = _Packer(refused=own - {0}, keep_devices=True), {}
+    for key, cb in named_callbacks(learn):
+        if keeps_state(cb): continue
         attrs = res[key] = {}
         for k, v in vars(cb).items():
-            if k in ('learn', 'run') or k in _KEPT: continue
+            if k == 'learn' or k in _KEPT: continue
+            pack.lenient = isinstance(cb, Recorder) and k in ('values', 'log')    # a metric may give anything
             try: attrs[k] = pack(v)
             except (TypeError, RecursionError): pass    # a function, a file, a module, a progress bar: belongs to the process, not to the fit
         if isinstance(cb, Recorder): attrs[_SMOOTH] = pack((cb.smooth_loss.count, cb.smooth_loss.val))
@@ -193,31 +198,41 @@ _KEPT = 'start_epoch',    # when the Recorder's clock started
 
 def _random_states(learn) -> dict:
     libraries = {k: v for k, v in get_random_states().items() if k in _LIBRARIES}    # not the settings of cuDNN
-    return {'libraries': libraries, 'loaders': {path: get() for path, get, _ in _loaders_generators(learn)}}
+    return {'libraries': libraries, 'own': {path: get() for path, get, _ in own_generators(learn)}}
 
 _LIBRARIES = 'random_state', 'numpy_state', 'torch_state', 'torch_cuda_state'
 
 
 def _set_random_states(learn, states):
-    now, libraries, kept = get_random_states(), states['libraries'], states['loaders']
+    now, libraries, kept = get_random_states(), states['libraries'], states['own']
     if len(libraries['torch_cuda_state']) != len(now['torch_cuda_state']): del libraries['torch_cuda_state']    # another machine
     set_random_states(**{**now, **libraries})
-    for path, _, put in _loaders_generators(learn):
+    for path, _, put in own_generators(learn):
         if path in kept: put(kept.pop(path))
-    if kept: warnings.warn(f'random generators of the data are not there any more, or not yet: {", ".join(sorted(kept)[:3])}')
+    if kept: warnings.warn(f'random generators are not there any more, or not yet: {", ".join(sorted(kept)[:3])}')
 
 
-def _loaders_generators(learn):
-    for i, dl in enumerate(getattr(learn.dls, 'loaders', [])): yield from generators(dl, f'loaders.{i}')
+def own_generators(learn):
+    "What `generators` finds in the loaders, callbacks, model and loss of `learn`."
+    seen = set()
+    for i, dl in enumerate(loaders(learn)): yield from generators(dl, f'loaders.{i}', seen)
+    # callbacks come last: one may refer to the model, and a progress bar to the loader that it went through last
+    for name, root in (('model', unwrap(learn.model)), ('loss', learn.loss_func), *named_callbacks(learn)):
+        yield from generators(root, name, seen, but=(DataLoader, TorchDataLoader))
 
 
-def generators(root, name=''):
+def loaders(learn) -> list:
+    "The loaders of `learn`, also where its `dls` is no `DataLoaders` but an object with `train` and `valid`."
+    return getattr(learn.dls, 'loaders', None) or [dl for name in ('train', 'valid') if (dl := getattr(learn.dls, name, None)) is not None]
+
+
+def generators(root, name='', seen=None, but=()):
     """(path, getter, setter of the state) for each random generator, and each order shuffled in place, that `root` holds: a loader, with
-    its samplers, its data set and their transforms."""
-    seen, stack = set(), [(name, root)]
+    its samplers, its data set and their transforms; a callback; a module. Objects whose ids are in `seen`, or of the types `but`, are passed by."""
+    seen, stack = set() if seen is None else seen, [(name, root)]
     while stack:
         path, o = stack.pop()
-        if id(o) in seen: continue
+        if id(o) in seen or isinstance(o, but): continue
         seen.add(id(o))
         if isinstance(o, torch.Generator): yield path, o.get_state, o.set_state
         elif isinstance(o, random.Random): yield path, o.getstate, o.setstate
@@ -231,7 +246,7 @@ def generators(root, name=''):
             stack.append((f'{path}.defaults', o.__defaults__ or ()))
         elif isinstance(o, MethodType): stack += [(f'{path}.self', o.__self__), (f'{path}.func', o.__func__)]
         elif isinstance(o, partial): stack += [(f'{path}.func', o.func), (f'{path}.args', o.args), (f'{path}.keywords', o.keywords)]
-        elif not isinstance(o, nn.Module | torch.Tensor | np.ndarray | pd.DataFrame | pd.Series | type | ModuleType | Learner):
+        elif not isinstance(o, torch.Tensor | np.ndarray | pd.DataFrame | pd.Series | type | ModuleType | Learner):
             stack += [(f'{path}.{k}', v) for k, v in getattr(o, '__dict__', {}).items()]
 
 
@@ -243,12 +258,17 @@ def _reorder(o, idxs): o.idxs[:] = idxs    # in place: a language model's loader
 class _Packer:
     """Turns objects into what `torch.load(weights_only=True)` reads: numbers, strings, tensors, lists and dicts as they are, all
     else as a tuple of a tag and its content. Tensors become copies on the CPU, one for all that are the same."""
-    def __init__(self): self.copies = {}
+    def __init__(self, refused=(), keep_devices=False, lenient=False):
+        self.copies = {}
+        self.refused, self.keep_devices = refused, keep_devices    # data pointers; whether tensors go back to the devices they are on
+        self.lenient = lenient    # strings for what is not plain data
 
     def __call__(self, o, what='it'):
         if o is None or type(o) in (bool, int, float, str): return o
         if type(o) is bytes: return 'bytes', torch.from_numpy(np.frombuffer(o, np.uint8).copy())
-        if isinstance(o, torch.Tensor): return self._tensor(o)
+        if isinstance(o, torch.Tensor):
+            copy = self._tensor(o)
+            return ('on', [str(o.device), copy]) if self.keep_devices and o.device.type != 'cpu' else copy
         if type(o) is dict or type(o) is defaultdict: return {self._key(k): self(v, what) for k, v in o.items()}
         if type(o) in (list, L):
             if len(o) > 1 and all(isinstance(v, torch.Tensor) and v.dim() == 0 for v in o) and len({(v.dtype, v.device) for v in o}) == 1:
@@ -262,6 +282,11 @@ class _Packer:
             return 'array' if isinstance(o, np.ndarray) else 'number', torch.from_numpy(np.array(o))
         if isinstance(o, Path): return 'path', str(o)
         if isinstance(o, torch.Size): return 'size', list(o)
+        if type(o) is deque: return 'deque', [[self(v, what) for v in o], o.maxlen]
+        if type(o) in (set, frozenset): return type(o).__name__, [self(v, what) for v in o]
+        if type(o) in (OrderedDict, Counter): return type(o).__name__, [[self(k, what), self(v, what)] for k, v in o.items()]
+        if type(o) is range: return 'range', [o.start, o.stop, o.step]
+        if self.lenient: return str(o)
         raise TypeError(f'{what} keeps a {type(o).__module__}.{type(o).__qualname__}, which a checkpoint cannot hold')
 
     def _key(self, k):
@@ -270,6 +295,7 @@ class _Packer:
 
     def _tensor(self, t):
         if id(t) not in self.copies:    # the tensor is kept beside its copy, so that its id stays taken
+            if t.data_ptr() in self.refused: raise TypeError('a tensor of the model cannot be in a checkpoint on its own')
             if t.is_sparse or t.is_quantized or t.is_meta or isinstance(t, nn.parameter.UninitializedTensorMixin):
                 raise TypeError(f'a {t.layout} tensor cannot be in a checkpoint')
             plain = t.detach().as_subclass(torch.Tensor)
@@ -298,6 +324,11 @@ def unpack(o):
     if tag == 'bytes': return v.numpy().tobytes()
     if tag == 'path': return Path(v)
     if tag == 'size': return torch.Size(v)
+    if tag == 'on': return v[1].to(v[0]) if torch.device(v[0]).type != 'cuda' or torch.cuda.is_available() else v[1].clone()
+    if tag == 'deque': return deque(unpack(v[0]), v[1])
+    if tag in ('set', 'frozenset'): return (set if tag == 'set' else frozenset)(unpack(v))
+    if tag in ('OrderedDict', 'Counter'): return (OrderedDict if tag == 'OrderedDict' else Counter)({unpack(k): unpack(x) for k, x in v})
+    if tag == 'range': return range(*v)
     raise ValueError(f'unknown kind of data: {tag!r}')
 
 

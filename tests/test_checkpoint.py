@@ -1,5 +1,6 @@
 """`CheckpointCallback`: what is killed goes on bitwise; what cannot go on says why and loses nothing."""
 import random
+from collections import deque
 from functools import partial
 
 import numpy as np
@@ -11,7 +12,10 @@ from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
 from fastai.callback.training import GradientAccumulation
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam, OptimWrapper, ranger
+from fastai.torch_core import set_seed
 from fastai_swa import CheckpointCallback, SaveSWAModelCallback, SWACallback, ema
 from torch import nn
 
@@ -28,7 +32,10 @@ def kill(epoch, batch=1, event='after_batch', training=True):
 
 def swa_print(swa):
     if swa is None: return {}
-    return {'swa.epochs': swa.averaged_epochs, 'swa.n': swa.n_averaged} | {f'swa.{k}': v for k, v in (swa.swa_model.state_dict() if swa.swa_model else {}).items()}
+    res = {'swa.epochs': swa.averaged_epochs, 'swa.n': swa.n_averaged}
+    if swa.swa_model is None: return res
+    tensors = {**swa.swa_model.state_dict(), **dict(swa.swa_model.named_buffers())}    # those that a state dict leaves out too
+    return res | {f'swa.{k}': v for k, v in tensors.items()} | {'swa.modes': [m.training for m in swa.swa_model.modules()]}
 
 
 def split(m): return [list(m[:4].parameters()), list(m[4:].parameters())]
@@ -109,7 +116,38 @@ def test_the_second_stage_of_fine_tune_is_not_taken_for_its_first(tmp_path, caps
     run = dict(method='fine_tune', swa=lambda: SWACallback(0), others=others)
     assert_same(killed_and_resumed(tmp_path, kill_in_fit(2, epoch), **run), expected(tmp_path, **run))
     said = [line for line in capsys.readouterr().out.splitlines() if 'run.ckpt' in line]
-    assert said == ['run.ckpt: fit 1 was completed before; it is skipped', f'run.ckpt: going on with epoch {epoch} (from 0) of 2']
+    assert said == ['run.ckpt: fit 1 was completed before; it is skipped', f'run.ckpt: going on with fit 2, epoch {epoch} (from 0) of 2']
+
+
+def test_a_skipped_fit_saves_and_loads_nothing(tmp_path):
+    run = Run(tmp_path, method='fine_tune', others=(lambda: SaveModelCallback('accuracy', at_end=True, fname='end'),))
+    with pytest.raises(Killed): run.start(killer=kill_in_fit(2, 1))
+    before = (tmp_path/'models'/'end.pth').read_bytes()
+    with pytest.raises(Killed): run.start(seed=9, killer=kill_in_fit(2, 1))
+    assert (tmp_path/'models'/'end.pth').read_bytes() == before
+
+
+class Texts(list):
+    "Token numbers of texts, for a language model."
+
+def language_learner(seed):
+    from fastai.data.core import DataLoaders
+    from fastai.text.data import LMDataLoader
+    g = torch.Generator().manual_seed(0)
+    texts = Texts(torch.randint(20, (n,), generator=g) for n in (30, 50, 40, 60, 20))
+    set_seed(seed, reproducible=True)
+    dls = DataLoaders(LMDataLoader(texts, bs=4, seq_len=6, shuffle=True, num_workers=0), LMDataLoader(texts, bs=4, seq_len=6, num_workers=0), device='cpu')
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 20))
+    return Learner(dls, model, CrossEntropyLossFlat(), lr=.05, metrics=[])
+
+def test_resume_is_exact_where_the_texts_of_a_language_model_are_shuffled_on_and_on(tmp_path):
+    def fit(seed, killer=None, cbs=()):
+        learn = language_learner(seed)
+        learn.fit(4, cbs=[*cbs] + [killer]*bool(killer))
+        return fingerprint(learn) | {'texts': list(learn.dls.train.items.idxs)}
+    whole = fit(0)
+    with pytest.raises(Killed): fit(0, kill(2), [CheckpointCallback(tmp_path/'run.ckpt')])
+    assert_same(fit(9, None, [CheckpointCallback(tmp_path/'run.ckpt')]), whole)
 
 
 SWAS = {'none': None, 'swa': lambda: SWACallback(1), 'cycles': lambda: SWACallback(0, cycle_len=2, swa_eval_freq=0, bn_batches=2),
@@ -213,10 +251,12 @@ class Hidden(nn.Module):
 
 @pytest.mark.parametrize('what', ['callback', 'noise', 'loss', 'buffers', 'accumulation', 'unfreezing', 'torch_optimizer', 'lookahead', 'momentum_schedule', 'metrics'])
 def test_resume_is_exact_for_all_that_a_fit_depends_on(tmp_path, monkeypatch, what):
+    frozen = []
     class Thaw(Callback):
         def before_epoch(self):
             if self.epoch == 0: self.learn.freeze()
             if self.epoch == 2: self.learn.unfreeze()
+        def after_epoch(self): frozen.append((self.learn.opt.frozen_idx, [p.requires_grad for p in self.learn.model.parameters()]))
     run = dict(swa=lambda: SWACallback(1)) | {
         'callback': dict(others=(Counter,)), 'noise': dict(others=(Noise,)), 'loss': {}, 'buffers': dict(model=Hidden),
         'accumulation': dict(others=(lambda: GradientAccumulation(64),)), 'unfreezing': dict(others=(Thaw,)),
@@ -226,6 +266,7 @@ def test_resume_is_exact_for_all_that_a_fit_depends_on(tmp_path, monkeypatch, wh
     if what == 'buffers': run['model'] = Hidden
     if what == 'buffers': monkeypatch.setattr('tests.test_checkpoint.split', lambda m: [list(m.net[:4].parameters()), list(m.net[4:].parameters())])
     assert_same(killed_and_resumed(tmp_path, kill(1 if what == 'unfreezing' else 3), **run), expected(tmp_path, **run))
+    if what == 'unfreezing': assert frozen[:4] == frozen[4:] and [i for i, _ in frozen[:4]] == [1, 1, 0, 0]
 
 
 def test_resume_is_exact_for_generators_deep_in_the_data(tmp_path, monkeypatch):
@@ -411,14 +452,14 @@ def test_a_file_that_is_no_readable_checkpoint_is_one_sentence_and_never_overwri
     with pytest.raises(ValueError, match='newer fastai_swa' if kind == 'newer' else 'damaged, or it is no checkpoint') as e: run.start(resume=resume)
     assert str(tmp_path/'run.ckpt') in str(e.value) and 'left as it is' in str(e.value)
     assert (tmp_path/'run.ckpt').read_bytes() == before and (tmp_path/'history.csv').read_text() == history
-    assert not (tmp_path/'run.ckpt.lock').exists() and not (tmp_path/'run.ckpt.tmp').exists()
+    assert not (tmp_path/'run.ckpt.fastai_swa.lock').exists() and not (tmp_path/'run.ckpt.fastai_swa.tmp').exists()
 
 
 @pytest.mark.parametrize('change, match', [
-    (dict(model=lambda: net(width=9)), r"the model: 0.weight is \[9, 6\] and was \[8, 6\]; the model: 0.bias is \[9\] and was \[8\]; .*\.\.\."),
+    (dict(model=lambda: net(width=9)), r"the model: 0.weight is \[9, 6, 'float32'\] and was \[8, 6, 'float32'\]; the model: 0.bias is \[9, 'float32'\] and was \[8, 'float32'\]; .*\.\.\."),
     (dict(model=lambda: nn.Sequential(*net(), nn.Linear(3, 3))), 'the model: 8.(weight|bias) is new'),
     (dict(lr=.2), r'lr is \[0.2\] and was \[0.05\]'), (dict(n_epoch=5), 'the number of epochs is 5 and was 4'), (dict(wd=.3), r'wd is \[0.3\] and was \[0.01\]'),
-    (dict(n=100), r'the training set \(samples, batch size, batches\)'), (dict(bs=8), 'batch size'), (dict(metrics=[]), 'the metrics'),
+    (dict(n=100), r'the data \(samples, batch size, batches\)'), (dict(bs=8), 'batch size'), (dict(metrics=[]), 'the metrics'),
     (dict(method='fit_one_cycle'), 'the schedule'), (dict(swa=2), 'SWACallback: swa_start is 2 and was 1'), (dict(swa=None), 'SWACallback is gone')])
 def test_what_changed_is_named_and_the_file_left_alone(tmp_path, change, match):
     def start(killer=None, n_epoch=4, lr=.05, wd=.01, n=90, bs=16, swa=1, method='fit', model=None, metrics=None, resume=True):
@@ -429,7 +470,7 @@ def test_what_changed_is_named_and_the_file_left_alone(tmp_path, change, match):
     with pytest.raises(Killed): start(kill(2))
     before = (tmp_path/'run.ckpt').read_bytes()
     with pytest.raises(ValueError, match=match) as e: start(**change)
-    assert 'resume=False' in str(e.value) and (tmp_path/'run.ckpt').read_bytes() == before and not (tmp_path/'run.ckpt.lock').exists()
+    assert 'resume=False' in str(e.value) and (tmp_path/'run.ckpt').read_bytes() == before and not (tmp_path/'run.ckpt.fastai_swa.lock').exists()
     start(**change, resume=False)
     assert not (tmp_path/'run.ckpt').exists()
 
@@ -456,7 +497,7 @@ def test_a_disk_that_fills_up_later_is_a_warning_and_training_goes_on(tmp_path, 
     monkeypatch.setattr(files.torch, 'save', save)
     run = Run(tmp_path)
     with pytest.raises(Killed), pytest.warns(UserWarning, match='No space left on device; training goes on'): run.start(killer=kill(3))
-    assert torch.load(tmp_path/'run.ckpt', weights_only=True)['state']['epoch'] == 1 and not (tmp_path/'run.ckpt.tmp').exists()
+    assert torch.load(tmp_path/'run.ckpt', weights_only=True)['state']['epoch'] == 1 and not (tmp_path/'run.ckpt.fastai_swa.tmp').exists()
     monkeypatch.undo()
     run.start(seed=9)
     assert_same(run.fingerprint(), expected(tmp_path/'whole'))
@@ -480,3 +521,182 @@ def test_an_optimizer_that_keeps_what_no_checkpoint_can_hold_is_named(tmp_path):
     class Odd(Callback):
         def before_fit(self): self.learn.opt.state[next(self.learn.model.parameters())]['odd'] = Counter
     with pytest.raises(TypeError, match='the optimizer keeps a builtins.type'): learner(path=tmp_path).fit(1, cbs=[Odd(), CheckpointCallback(tmp_path/'run.ckpt')])
+
+
+# what callbacks keep, and what they only refer to
+
+class Clamp(Callback):
+    "Refers to the model's own parameters, as NonNativeMixedPrecision and many a callback for clipping do."
+    def before_fit(self): self.params = list(self.learn.model.parameters())
+    def after_step(self):
+        for p in self.params: p.data.clamp_(-.2, .2)
+
+
+class Anchor(Callback):
+    "Draws and copies at the start of the fit what it never changes."
+    def before_fit(self): self.anchor, self.scale = [p.detach().clone() for p in self.learn.model.parameters()], random.random()
+    def after_loss(self):
+        if self.training: self.learn.loss_grad = self.learn.loss_grad + self.scale*sum(((p - a)**2).sum() for p, a in zip(self.learn.model.parameters(), self.anchor))
+
+
+class Leaves(Callback):
+    def after_epoch(self):
+        if self.epoch == 1: self.run = False
+    def after_step(self):
+        for p in self.learn.model.parameters(): p.data.mul_(.99)
+
+
+class Draws(Callback):
+    "Generators and containers of its own."
+    def __init__(self): self.rng, self.last, self.seen = np.random.default_rng(5), deque(maxlen=3), {1}
+    def before_batch(self):
+        self.last.append(float(self.rng.random()))
+        self.seen.add(len(self.last))
+        if self.training: self.learn.xb = (self.xb[0] + sum(self.last) + len(self.seen),)
+
+
+class OwnDropout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(1)
+    def forward(self, x): return x*(torch.rand(x.shape, generator=self.generator) > .2) if self.training else x
+
+
+@pytest.mark.parametrize('what', [Clamp, Anchor, Leaves, Draws, OwnDropout])
+def test_resume_is_exact_for_what_callbacks_refer_to_draw_and_keep(tmp_path, recwarn, what):
+    run = dict(swa=lambda: SWACallback(1)) | (dict(model=lambda: nn.Sequential(*net(), OwnDropout())) if what is OwnDropout else dict(others=(what,)))
+    assert_same(killed_and_resumed(tmp_path, kill(3), **run), expected(tmp_path, **run))
+    assert not [w for w in recwarn if 'generators' in str(w.message)]
+
+
+class Window(Callback):
+    "A count that is back at its first value at the end of each epoch, but not within."
+    n = 0
+    def __init__(self): self.n = 0
+    def after_step(self):
+        self.n += 1
+        for p in self.learn.model.parameters(): p.data.mul_(1 - .001*self.n)
+    def after_epoch(self): self.n = 0
+
+def test_ctrl_c_and_the_same_callback_again_goes_on_with_what_it_kept_at_the_boundary(tmp_path):
+    learn, window = learner(path=tmp_path), Window()
+    with pytest.raises(Killed): learn.fit(4, cbs=[window, CheckpointCallback(tmp_path/'run.ckpt'), kill(2, 3)])
+    learn.fit(4, cbs=[window, CheckpointCallback(tmp_path/'run.ckpt')])
+    whole = learner(path=tmp_path/'whole')
+    whole.fit(4, cbs=Window())
+    assert_same(fingerprint(learn), fingerprint(whole))
+
+
+# fits skipped, refused, given up
+
+def test_a_script_that_uses_the_learner_between_its_fits_finds_it_as_it_was(tmp_path):
+    def script(seed, killer=None):
+        learn = learner(seed=seed, path=tmp_path, splitter=split)
+        learn.freeze()
+        swa = learn.fit_swa(3, .1, swa_start=1, cbs=CheckpointCallback(tmp_path/'run.ckpt'))
+        between = [list(learn.recorder.values[-1]), swa.averaged_epochs, [p.clone() for p in swa.swa_model.parameters()]]
+        learn.save('before'), swa.apply(), learn.save('stage-1')
+        learn.unfreeze()
+        learn.fit_one_cycle(3, .05, cbs=[CheckpointCallback(tmp_path/'run.ckpt')] + [killer]*bool(killer))
+        return learn, between
+    with pytest.raises(Killed): script(0, kill(1))
+    saved = torch.load(tmp_path/'models'/'stage-1.pth', weights_only=False)
+    learn, between = script(9)
+    again = torch.load(tmp_path/'models'/'stage-1.pth', weights_only=False)
+    assert_same(again['model'], saved['model'])
+    whole, expected_between = script(0)
+    assert_same(fingerprint(learn), fingerprint(whole))
+    assert repr(between[:2]) == repr(expected_between[:2]) and all(map(torch.equal, between[2], expected_between[2]))
+
+
+def test_callbacks_that_only_live_in_training_stand_a_skipped_fit(tmp_path):
+    from fastai.callback.mixup import MixUp
+    run = dict(method='fine_tune', others=(MixUp,))
+    assert_same(killed_and_resumed(tmp_path, kill_in_fit(2, 1), **run), expected(tmp_path, **run))
+
+
+def test_a_fit_cancelled_before_it_begins_leaves_the_file_of_an_interrupted_one(tmp_path):
+    class Guard(Callback):
+        def before_fit(self): raise CancelFitException
+    run = Run(tmp_path)
+    with pytest.raises(Killed): run.start(killer=kill(2))
+    run.start(killer=Guard())
+    assert (tmp_path/'run.ckpt').exists()
+    run.start(seed=9)
+    assert_same(run.fingerprint(), expected(tmp_path/'whole'))
+
+
+def test_two_checkpoints_in_one_fit_are_refused(tmp_path):
+    with pytest.raises(ValueError, match='two CheckpointCallbacks'): learner().fit(1, cbs=[CheckpointCallback(tmp_path/'a'), CheckpointCallback(tmp_path/'b')])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_is_free_for_another_learner_once_an_attached_one_was_interrupted_or_refused(tmp_path):
+    first = learner(path=tmp_path, cbs=CheckpointCallback(tmp_path/'run.ckpt'))
+    with pytest.raises(Killed): first.fit(3, .1, cbs=kill(1))
+    second = learner(seed=4, path=tmp_path, cbs=CheckpointCallback(tmp_path/'run.ckpt'))
+    with pytest.raises(ValueError, match='lr is'): second.fit(3, .2)
+    third = learner(seed=5, path=tmp_path, cbs=CheckpointCallback(tmp_path/'run.ckpt'))
+    third.fit(3, .1)
+    whole = learner(path=tmp_path)
+    whole.fit(3, .1)
+    assert_same(fingerprint(third) | {'cbs': 0}, fingerprint(whole) | {'cbs': 0})
+
+
+@pytest.mark.parametrize('what', ['freezing', 'wd'])
+def test_ctrl_c_in_a_fit_that_changes_its_own_settings_and_the_same_call_again_goes_on(tmp_path, what):
+    class Melt(Callback):
+        def before_epoch(self):
+            if self.epoch == 0: self.learn.freeze()
+            if self.epoch == 3: self.learn.unfreeze()
+    def other(): return Melt() if what == 'freezing' else ParamScheduler({'wd': SchedCos(.01, .3)})
+    learn = learner(path=tmp_path, splitter=split, opt_func=partial(Adam, wd=.02))
+    with pytest.raises(Killed): learn.fit(4, cbs=[other(), CheckpointCallback(tmp_path/'run.ckpt'), kill(2)])
+    learn.fit(4, cbs=[other(), CheckpointCallback(tmp_path/'run.ckpt')])
+    whole = learner(path=tmp_path/'whole', splitter=split, opt_func=partial(Adam, wd=.02))
+    whole.fit(4, cbs=other())
+    assert_same(fingerprint(learn), fingerprint(whole))
+
+
+def test_a_metric_that_gives_anything_and_a_callback_with_settings_of_its_own_are_no_hindrance(tmp_path):
+    from fractions import Fraction
+    from fastai.learner import Metric
+    class Odd(Metric):
+        def reset(self): pass
+        def accumulate(self, learn): pass
+        @property
+        def value(self): return Fraction(1, 3)
+    class Other(Callback): settings = {'a': 1}
+    run = Run(tmp_path, metrics=[Odd()], others=(Other,))
+    with pytest.raises(Killed): run.start(killer=kill(2))
+    run.start(seed=9)
+    assert [str(row[2]) for row in run.learn.recorder.values] == ['1/3']*4
+
+
+def test_data_exchanged_within_the_fit_are_refused_at_the_resume(tmp_path):
+    class Exchange(Callback):
+        def before_epoch(self):
+            if self.epoch == 1: self.learn.dls = loaders(n=60)
+    run = Run(tmp_path, others=(Exchange,))
+    with pytest.raises(Killed): run.start(killer=kill(2))
+    with pytest.raises(ValueError, match='exchanged on the way'): run.start(seed=9)
+    assert (tmp_path/'run.ckpt').exists()
+
+
+def test_a_lazy_module_and_another_dtype_are_named(tmp_path):
+    lazy = learner(lambda: nn.Sequential(nn.LazyLinear(3)))
+    with pytest.raises(ValueError, match='lazy module that has not seen a batch yet'): lazy.fit(1, cbs=CheckpointCallback(tmp_path/'run.ckpt'))
+    run = Run(tmp_path)
+    with pytest.raises(Killed): run.start(killer=kill(2))
+    run.kwargs = dict(model=lambda: net().double())
+    with pytest.raises(ValueError, match="0.weight is .8, 6, 'float64'. and was .8, 6, 'float32'."): run.start()
+
+
+def test_a_link_to_another_disk_stays_a_link_and_leads_to_the_same_lock(tmp_path):
+    (tmp_path/'disk').mkdir()
+    (tmp_path/'link').symlink_to(tmp_path/'disk')
+    run = Run(tmp_path/'link')
+    def second(cb):
+        with pytest.raises(RuntimeError, match='another run'): learner(seed=1).fit(4, cbs=CheckpointCallback(tmp_path/'disk'/'run.ckpt'))
+    run.start(killer=At('after_batch', 2, second, batch=1, training=True))
+    assert (tmp_path/'link').is_symlink()

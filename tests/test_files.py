@@ -1,5 +1,6 @@
 """Files replaced in one step, checked and locked."""
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def test_file_systems_that_cannot_sync_a_folder_or_lock_are_used_as_they_are(tmp
         real(handle)
     def lockf(*args): raise OSError(95, 'Operation not supported')
     monkeypatch.setattr(os, 'fsync', fsync)
-    monkeypatch.setattr('fcntl.lockf', lockf)
+    monkeypatch.setattr('fcntl.flock', lockf)
     write(tmp_path/'x', 'kind', 1, {'n': 1})
     with pytest.warns(UserWarning, match='cannot lock files .*Operation not supported.*no other run uses x'): lock = Lock(tmp_path/'x')
     lock.release()
@@ -122,8 +123,17 @@ def test_a_lock_keeps_another_fit_of_this_process_out(tmp_path):
     Lock(tmp_path/'x').release()
 
 
+def test_a_lock_outlives_a_copy_of_its_folder_and_an_error_that_forgets_it(tmp_path):
+    lock = Lock(tmp_path/'x')
+    shutil.copytree(tmp_path, tmp_path.with_name('backup'))
+    code = 'import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)'
+    assert subprocess.run([sys.executable, '-c', code, str(lock.path)], stderr=subprocess.PIPE).returncode == 1
+    del lock
+    Lock(tmp_path/'x').release()
+
+
 def test_a_lock_whose_file_was_replaced_while_it_was_taken_is_taken_again(tmp_path, monkeypatch):
-    path, real, n = tmp_path/'x.lock', os.open, [0]
+    path, real, n = tmp_path/'x.fastai_swa.lock', os.open, [0]
     def opened(*args, **kwargs):
         handle = real(*args, **kwargs)
         n[0] += 1
