@@ -217,7 +217,8 @@ def own_generators(learn):
     seen = set()
     for i, dl in enumerate(loaders(learn)): yield from generators(dl, f'loaders.{i}', seen)
     # callbacks come last: one may refer to the model, and a progress bar to the loader that it went through last
-    for name, root in (('model', unwrap(learn.model)), ('loss', learn.loss_func), *named_callbacks(learn)):
+    others = [(name, cb) for name, cb in named_callbacks(learn) if not keeps_state(cb)]
+    for name, root in (('model', unwrap(learn.model)), ('loss', learn.loss_func), *others):
         yield from generators(root, name, seen, but=(DataLoader, TorchDataLoader))
 
 
@@ -230,6 +231,7 @@ def generators(root, name='', seen=None, but=()):
     """(path, getter, setter of the state) for each random generator, and each order shuffled in place, that `root` holds: a loader, with
     its samplers, its data set and their transforms; a callback; a module. Objects whose ids are in `seen`, or of the types `but`, are passed by."""
     seen, stack = set() if seen is None else seen, [(name, root)]
+    def push(path, items): stack.extend((f'{path}.{k}', v) for k, v in items if type(v) not in _NO_HOLDERS)
     while stack:
         path, o = stack.pop()
         if id(o) in seen or isinstance(o, but): continue
@@ -240,14 +242,20 @@ def generators(root, name='', seen=None, but=()):
         elif isinstance(o, np.random.RandomState): yield path, o.get_state, o.set_state
         elif isinstance(o, ReindexCollection): yield path, partial(list, o.idxs), partial(_reorder, o)
         elif type(o) in (list, tuple, dict):    # not a subclass: to iterate a data set is to run its transforms
-            if len(o) <= 100: stack += [(f'{path}.{k}', v) for k, v in (o.items() if type(o) is dict else enumerate(o))]    # transforms, not samples
+            if len(o) <= 100: push(path, o.items() if type(o) is dict else enumerate(o))    # transforms and the like, not samples
+        elif isinstance(o, nn.Module):
+            push(path, ((k, v) for k, v in vars(o).items() if k not in _MODULES_OWN))
+            push(path, o._modules.items())
         elif isinstance(o, FunctionType):
-            stack += [(f'{path}.{i}', c.cell_contents) for i, c in enumerate(o.__closure__ or ()) if c != CellType()]
-            stack.append((f'{path}.defaults', o.__defaults__ or ()))
-        elif isinstance(o, MethodType): stack += [(f'{path}.self', o.__self__), (f'{path}.func', o.__func__)]
-        elif isinstance(o, partial): stack += [(f'{path}.func', o.func), (f'{path}.args', o.args), (f'{path}.keywords', o.keywords)]
+            push(path, enumerate(c.cell_contents for c in o.__closure__ or () if c != CellType()))
+            push(path, [('defaults', o.__defaults__)])
+        elif isinstance(o, MethodType): push(path, [('self', o.__self__), ('func', o.__func__)])
+        elif isinstance(o, partial): push(path, [('func', o.func), ('args', o.args), ('keywords', o.keywords)])
         elif not isinstance(o, torch.Tensor | np.ndarray | pd.DataFrame | pd.Series | type | ModuleType | Learner):
-            stack += [(f'{path}.{k}', v) for k, v in getattr(o, '__dict__', {}).items()]
+            push(path, getattr(o, '__dict__', {}).items())
+
+_NO_HOLDERS = {type(None), bool, int, float, str, bytes, torch.Tensor, nn.Parameter, torch.Size, torch.dtype, torch.device}
+_MODULES_OWN = set(vars(nn.Module()))    # parameters, buffers, submodules, hooks, flags
 
 
 def _reorder(o, idxs): o.idxs[:] = idxs    # in place: a language model's loader shares it between its texts and their lengths
