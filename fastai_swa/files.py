@@ -79,7 +79,7 @@ class Lock:
         self.handle = self.held[self.path] = handle
 
     def release(self):
-        if self.held.get(self.path) != self.handle: return    # released before, or by another process that forked from this one
+        if self.handle is None or self.held.get(self.path) != self.handle: return    # never held, released before, or in a fork
         del self.held[self.path]
         with suppress(OSError): self.path.unlink()    # before the lock goes, or it could be another's by then
         os.close(self.handle)

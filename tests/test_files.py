@@ -1,4 +1,5 @@
 """Files replaced in one step, checked and locked."""
+import gc
 import os
 import shutil
 import signal
@@ -107,6 +108,7 @@ def test_a_lock_keeps_another_process_out_until_a_kill(tmp_path, args):
     try:
         for _ in range(2):
             with pytest.raises(RuntimeError, match='another run is using .*x; wait for it, or give each run a path of its own'): Lock(tmp_path/'x')
+            gc.collect()
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
         lock = Lock(tmp_path/'x')
