@@ -81,6 +81,8 @@ class CheckpointCallback(Callback):
         if saved: past.fits, past.end, past.callbacks, settings = saved['fits'][:place], saved['end'], [], saved['fits'][place]
         elif past.fits: past.end = past.end_of_last(learn, processes)
         past.changing = {k: settings[k] for k in _CHANGING}
+        if any(getattr(dl, 'persistent_workers', False) for dl in loaders(learn)):
+            warnings.warn('a loader has persistent_workers, whose random state is not in the checkpoint: a resumed fit draws other augmentations')
         attributes = plain_attributes(learn)
         for name, cb in named_callbacks(learn): _first_seen.setdefault(cb, attributes.get(name, {}))
         self._fit = _Fit(processes, past, settings, saved, is_past=bool(saved) and place < len(saved['fits']) - 1)

@@ -700,3 +700,10 @@ def test_a_link_to_another_disk_stays_a_link_and_leads_to_the_same_lock(tmp_path
         with pytest.raises(RuntimeError, match='another run'): learner(seed=1).fit(4, cbs=CheckpointCallback(tmp_path/'disk'/'run.ckpt'))
     run.start(killer=At('after_batch', 2, second, batch=1, training=True))
     assert (tmp_path/'link').is_symlink()
+
+
+def test_workers_that_keep_a_random_state_of_their_own_are_warned_about(tmp_path):
+    dls = loaders()
+    train = torch.utils.data.DataLoader(dls.train.dataset, batch_size=16, num_workers=1, persistent_workers=True)
+    learn = learner(dls=type(dls)(train, dls.valid, device='cpu'))
+    with pytest.warns(UserWarning, match='persistent_workers'): learn.fit(1, cbs=CheckpointCallback(tmp_path/'run.ckpt'))
