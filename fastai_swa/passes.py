@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader as TorchDataLoader, IterableDataset
 from .batchnorm import Moments, batch_moments
 from .modules import unwrap
 from .processes import Processes
-from .state import loaders, own_generators, owned_modules
+from .state import generators, loaders, own_generators, owned_modules
 
 __all__ = ['PassCancelled', 'validate_aside', 'refresh_bn', 'no_fit', 'is_fitting', 'check_engine']
 
@@ -136,8 +136,13 @@ def _fresh_loader(dl, **kwargs):
     if isinstance(dl, DataLoader) and hasattr(dl, 'world_size'):    # fastai's DistributedDL, which has no `new`
         return type(dl)(_fresh_loader(dl.dl, **kwargs), dl.rank, dl.world_size, dl.device)
     if isinstance(dl, DataLoader):
+        # at its first `new` a loader may send a sample through its transforms: what they draw must not depend on whether it is the first
+        states, kept = get_random_states(), [(put, get()) for _, get, put in generators(dl)]
         try: new = dl.new(**kwargs)
         except TypeError: return dl    # the constructor of a subclass asks for what `new` does not know
+        finally:
+            set_random_states(**states)
+            for put, state in kept: put(state)
         if dl.n is not None and new.dataset is dl.dataset: new.n = dl.n    # `new` forgets that the loader stops early
         return new
     if type(dl) is TorchDataLoader and dl.batch_size is not None and kwargs and not isinstance(dl.dataset, IterableDataset):

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader as TorchDataLoader
 
 from .modules import named_tensors, plain_name, unwrap
 
-__all__ = ['take', 'restore', 'plain_attributes', 'named_callbacks', 'keeps_state', 'own_generators', 'loaders', 'owned_modules', 'pack', 'unpack']
+__all__ = ['take', 'restore', 'plain_attributes', 'named_callbacks', 'keeps_state', 'generators', 'own_generators', 'loaders', 'owned_modules',
+           'pack', 'unpack']
 
 
 def take(learn: Learner, unchanged: dict | None = None) -> dict:

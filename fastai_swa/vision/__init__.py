@@ -1,5 +1,5 @@
 """Networks and data of the experiments."""
-from .data import digits, image_folder
+from .data import CIFAR_STATS, IMAGENET_STATS, cifar, digits, image_folder
 from .models import VGG16, PreResNet, WideResNet, digits_net
 
-__all__ = ['digits', 'image_folder', 'digits_net', 'VGG16', 'PreResNet', 'WideResNet']
+__all__ = ['cifar', 'digits', 'image_folder', 'CIFAR_STATS', 'IMAGENET_STATS', 'digits_net', 'VGG16', 'PreResNet', 'WideResNet']

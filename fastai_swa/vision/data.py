@@ -1,4 +1,6 @@
 """Data of the experiments, as fastai `DataLoaders`."""
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,11 @@ from fastai.vision.core import TensorImageBW
 from fastai.vision.data import ImageDataLoaders
 from fastai.vision.utils import verify_images
 from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
 
-__all__ = ['digits', 'image_folder']
+from .tensors import tensor_loaders
+
+__all__ = ['cifar', 'digits', 'image_folder', 'IMAGENET_STATS', 'CIFAR_STATS']
 
 
 class _Pick:
@@ -64,3 +69,77 @@ def image_folder(path, size: int | None = None, bs: int = 64, num_workers: int |
         with Image.open(min(files['train'])) as image: size = min(224, *image.size)
     return ImageDataLoaders.from_folder(path, train='train', valid=valid, item_tfms=Resize(size), bs=bs, drop_last=False,
         batch_tfms=aug_transforms(size=size, max_rotate=0, max_warp=0, max_zoom=1.15, max_lighting=0), num_workers=num_workers, device=device)
+
+
+IMAGENET_STATS = (.485, .456, .406), (.229, .224, .225)    # which the SWA paper's VGG16 is fed with on CIFAR
+CIFAR_STATS = (.4914, .4822, .4465), (.2023, .1994, .2010)    # its other networks
+
+
+def cifar(n_classes: int = 10, source=None, stats=CIFAR_STATS, padding: str | None = 'constant', bs: int = 128, seed: int = 0,
+          n_images: int | None = None, device=None) -> DataLoaders:
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009) in memory: 3x32x32 images as uint8 on `device`, augmented and normalised there, a batch at once.
+
+    - `source`: a folder with `train/<class>/*` and `test/<class>/*` (images in any format), or one with torchvision's files, downloaded there
+      and checked if they are missing; 'digits' for scikit-learn's digits in the same shape, to try things; `None`: the folder that the
+      environment names as `CIFAR10_DIR` or `CIFAR100_DIR`, else `~/.fastai/data`.
+    - `stats`: mean and standard deviation of each channel to normalise by; `padding`: 'constant' (the papers' zeros), 'reflect', or
+      `None` for no augmentation; `seed`: of the augmentation.
+    - `n_images`: take only so many training images, and a fifth as many test images, the same number of each class.
+
+    Raises `FileNotFoundError` for a missing folder, `ValueError` for a wrong number of classes, files that are no images of 32x32 pixels, or
+    too few of them, and `RuntimeError` for a download that fails or is damaged; the sentence names what it is about.
+    """
+    if n_classes not in (10, 100): raise ValueError(f'n_classes must be 10 or 100, not {n_classes!r}')
+    if source is None: source = os.environ.get(f'CIFAR{n_classes}_DIR', Path.home()/'.fastai'/'data')
+    if source == 'digits': train, valid, vocab = _digits_as_cifar()
+    elif (Path(source)/'train').is_dir() and not (Path(source)/'meta').exists(): train, valid, vocab = _from_folder(Path(source), n_classes, n_images)
+    else: train, valid, vocab = _from_torchvision(Path(source), n_classes)
+    if n_images is not None: train, valid = _first(train, n_images, len(vocab)), _first(valid, max(n_images // 5, len(vocab)), len(vocab))
+    return tensor_loaders(train, valid, vocab, stats, bs=bs, padding=padding, seed=seed, device=device)
+
+
+def _from_folder(path, n_classes, n_images):
+    if not (path/'test').is_dir(): raise FileNotFoundError(f'{path} must contain the folders train and test, each with a folder for each class')
+    vocab, parts = sorted(f.name for f in (path/'train').iterdir() if f.is_dir()), []
+    if len(vocab) != n_classes: raise ValueError(f'{path/"train"} has {len(vocab)} class folders, CIFAR-{n_classes} has {n_classes}')
+    for name, n in (('train', n_images), ('test', n_images and max(n_images // 5, n_classes))):
+        files = [sorted((path/name/c).iterdir())[:n and -(-n // n_classes)] if (path/name/c).is_dir() else [] for c in vocab]
+        empty = [c for c, fs in zip(vocab, files) if not fs]
+        if empty: raise ValueError(f'{path/name} has no images of the class {empty[0]!r}')
+        with ThreadPoolExecutor() as pool: images = list(pool.map(_read, [f for fs in files for f in fs]))
+        parts.append((torch.from_numpy(np.stack(images)), torch.tensor([i for i, fs in enumerate(files) for _ in fs])))
+    return *parts, vocab
+
+
+def _read(file):
+    try:
+        with Image.open(file) as image: pixels = np.asarray(image.convert('RGB')).transpose(2, 0, 1)
+    except OSError as e: raise ValueError(f'{file} cannot be read as an image ({e})') from None
+    if pixels.shape != (3, 32, 32): raise ValueError(f'{file} has {pixels.shape[2]} x {pixels.shape[1]} pixels, expected 32 x 32')
+    return pixels
+
+
+def _from_torchvision(path, n_classes):
+    if not path.is_dir(): raise FileNotFoundError(f'{path} is no folder; CIFAR-{n_classes} should be there, or room to download it to')
+    kind = {10: CIFAR10, 100: CIFAR100}[n_classes]
+    try: sets = [kind(path, train=is_train, download=True) for is_train in (True, False)]
+    except Exception as e: raise RuntimeError(f'CIFAR-{n_classes} is not complete in {path} and could not be downloaded there: {e}') from e
+    return *((torch.from_numpy(np.ascontiguousarray(s.data.transpose(0, 3, 1, 2))), torch.tensor(s.targets)) for s in sets), sets[0].classes
+
+
+def _digits_as_cifar():
+    from sklearn.datasets import load_digits
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images * (255 / 16)).to(torch.uint8)[:, None]
+    images = images.repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
+    order = torch.from_numpy(np.random.RandomState(0).permutation(len(images)))
+    images, labels = images[order].contiguous(), torch.from_numpy(bunch.target)[order]
+    return (images[:1400], labels[:1400]), (images[1400:], labels[1400:]), list('0123456789')
+
+
+def _first(part, n, n_classes):
+    "The first images of each class, `n` in all, in the order they have."
+    images, labels = part
+    kept = torch.cat([(labels == c).nonzero()[:n // n_classes + (c < n % n_classes), 0] for c in range(n_classes)]).sort().values
+    if len(kept) < n: raise ValueError(f'n_images asks for {n} images in equal parts, and there are {len(images)}')
+    return images[kept], labels[kept]
