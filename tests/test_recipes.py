@@ -1,0 +1,83 @@
+"""The published recipes: schedules, folds, optimizer."""
+import pytest
+import torch
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai_swa import SWACallback
+from fastai_swa.experiments.recipes import RECIPES, optimizer, sgd_lr, swa_lr
+from torch import nn
+
+from .helpers import learner, loaders, net
+from .reference import twins
+
+FAMILIES = {'vgg16': (200, .05, {10: .01, 100: .01}, 161, 5e-4, (40, 90, 140), 81), 'preresnet110': (150, .1, {10: .01, 100: .05}, 126, 3e-4, (25, 62, 100), 64),
+            'preresnet164': (150, .1, {10: .01, 100: .05}, 126, 3e-4, (25, 62, 100), 64), 'wrn28-10': (200, .1, {10: .05, 100: .05}, 161, 5e-4, (40, 90, 140), 81)}
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_the_learning_rate_of_every_epoch_is_the_published_one(name):
+    recipe = RECIPES[name]
+    budget, lr, swa, start, wd, _, common = FAMILIES[name.partition('-cifar')[0]]
+    rate = swa[recipe.n_classes]
+    assert recipe.epochs == 3*budget//2 and recipe.wd == wd and recipe.bs == 128
+    for e in range(recipe.epochs): assert swa_lr(recipe, e) == pytest.approx(twins.papers_lr(e, start, lr, rate), rel=1e-12)
+    for n in (budget, recipe.epochs):
+        for e in range(n): assert sgd_lr(recipe, e, n) == pytest.approx(twins.papers_lr(e, n, lr, .01*lr), rel=1e-12)
+    assert recipe.common == common
+    assert sum(sgd_lr(recipe, e, budget) == sgd_lr(recipe, e, recipe.epochs) for e in range(budget//2 + 1)) == budget//2 + 1
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_the_folds_number_as_published_at_1_and_a_quarter_and_a_half_budgets_more(name):
+    recipe, folds = RECIPES[name], FAMILIES[name.partition('-cifar')[0]][5]
+    for budgets, n in zip((1, 1.25, 1.5), folds): assert len(twins.folded_epochs(recipe.swa_start, 1, recipe.epochs_at(budgets))) == n
+
+
+def test_a_fit_folds_the_epochs_that_the_recipe_says():
+    "At a twenty-fifth of the length: 12 epochs for 300, the first fold in the 7th."
+    learn, swa = learner(), SWACallback(160//25)
+    learn.fit(12, cbs=swa)
+    assert swa.averaged_epochs == [6, 7, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize('name', ['vgg16-cifar10', 'preresnet110-cifar10'])
+def test_optimizer_steps_equal_torchs_sgd_with_coupled_decay_on_every_parameter(name):
+    recipe = RECIPES[name]
+    torch.manual_seed(0)
+    learn = Learner(loaders(), net(dropout=0), CrossEntropyLossFlat(), opt_func=optimizer(recipe), lr=recipe.lr, wd=recipe.wd, wd_bn_bias=True)
+    twin = net(dropout=0)
+    twin.load_state_dict(learn.model.state_dict())
+    batches = []
+    from fastai.callback.core import Callback
+    class Keep(Callback):
+        def before_batch(self):
+            if self.training: batches.append((self.xb[0].clone(), self.yb[0].clone()))
+    learn.fit(2, cbs=Keep())
+    opt = torch.optim.SGD(twin.parameters(), lr=recipe.lr, momentum=.9, weight_decay=recipe.wd)
+    for x, y in batches:
+        opt.zero_grad()
+        nn.functional.cross_entropy(twin.train()(x), y).backward()
+        opt.step()
+    for a, b in zip(learn.model.parameters(), twin.parameters()): assert torch.equal(a, b)
+    assert [h['wd'] for h in learn.opt.hypers] == [recipe.wd] and len(learn.opt.opt.param_groups[0]['params']) == len(list(twin.parameters()))
+
+
+def test_weight_decay_moves_every_parameter_that_gets_no_gradient():
+    model = net(dropout=0)
+    opt = optimizer(RECIPES['vgg16-cifar10'])([list(model.parameters())], lr=.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters(): p.grad = torch.zeros_like(p)
+    opt.step()
+    for p, b in zip(model.parameters(), before): assert torch.allclose(p, b*(1 - .1*5e-4), rtol=5e-7, atol=0)
+
+
+def test_reflection_differs_from_its_twin_in_the_padding_alone():
+    for name in ('vgg16-cifar10', 'preresnet110-cifar10'):
+        a, b = vars(RECIPES[name]), vars(RECIPES[f'{name}-reflection'])
+        assert {k for k in a if a[k] is not b[k] and a[k] != b[k]} == {'name', 'padding', 'published'} and b['padding'] == 'reflect'
+
+
+def test_networks_of_the_recipes_have_the_classes_of_their_data():
+    for recipe in RECIPES.values():
+        with torch.device('meta'): model = recipe.network(recipe.n_classes)
+        assert [m for m in model.modules() if isinstance(m, nn.Linear)][-1].out_features == recipe.n_classes
