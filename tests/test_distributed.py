@@ -271,3 +271,21 @@ def test_synchronised_batch_norm_is_refreshed_without_waiting_for_other_processe
     for name, (mean, var) in twins.bn_statistics(model, [(x,) for share in (x[:50], x[50:]) for x in share.split(16)]).items():
         assert_close([model.get_submodule(name).running_mean, model.get_submodule(name).running_var], [mean, var], tol=1e-5)
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def tuned(rank, folder, stop, seed):
+    learn = learner(net, dls=loaders(n=90, n_valid=41), opt_func=partial(SGD, mom=.9), lr=.05, seed=seed + rank*bool(seed), splitter=lambda m: [list(m[:4].parameters()), list(m[4:].parameters())])
+    class Stops(Callback):
+        order, n = 70, 0
+        def before_fit(self): self.n += not self.learn.lock.locked()
+        def after_batch(self):
+            if stop and self.training and (self.n, self.epoch, self.iter) == (2, 1, 1): raise Stop
+    try:
+        with context(learn): learn.fine_tune(2, 1e-2, freeze_epochs=1, cbs=[SWACallback(0), CheckpointCallback(folder/'run.ckpt'), Stops()])
+    except Stop: return None
+    return {k: v for k, v in fingerprint(learn).items() if k != 'cbs'}
+
+def test_the_second_stage_of_fine_tune_goes_on_in_two_processes(tmp_path):
+    from .helpers import assert_same
+    run(tmp_path/'a', tuned, tmp_path, True, 0)
+    for a, b in zip(run(tmp_path/'b', tuned, tmp_path, False, 7), run(tmp_path/'c', tuned, tmp_path/'whole', False, 0)): assert_same(a, b)
