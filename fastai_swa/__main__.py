@@ -1,12 +1,17 @@
-"""`python -m fastai_swa demo`."""
-import argparse
+"""`python -m fastai_swa demo`, `reproduce` and `report`."""
+import argparse, re, sys
+from time import time
 
 import matplotlib
 import torch
 
 
 def main(argv=None):
-    "Run the command line `argv`; a mistake in it, or in the data it names, is one sentence and exit status 2."
+    """Run the command line `argv`; a mistake in it, or in the data it names, is one sentence and exit status 2.
+
+    Exit status 1 if `reproduce` could not complete a seed for another reason than the time given.
+    """
+    start = time()
     parser = argparse.ArgumentParser(prog='python -m fastai_swa', description='Weight averaging for fastai.')
     commands = parser.add_subparsers(dest='command', required=True)
     p = commands.add_parser('demo', help='SGD and SWA side by side, on digits or on your images',
@@ -22,18 +27,68 @@ def main(argv=None):
     p.add_argument('--size', type=_positive, help="side of the images in pixels (default: the first image's, at most 224)")
     p.add_argument('--pretrained', action='store_true', help="start from torchvision's weights (downloads them)")
     p.add_argument('--out', default='swa-demo', help='name of the files written, without an ending')
+    p = commands.add_parser('reproduce', help="train one of the papers' recipes, seed by seed; the same command goes on with an interrupted one",
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument('name', help='the recipe, such as vgg16-cifar10; a wrong one prints them all')
+    p.add_argument('--seeds', type=_positive, default=1, help='the seeds 0 to SEEDS - 1; those that are complete stay')
+    p.add_argument('--out', help='folder for what is found and kept (default: results/NAME)')
+    p.add_argument('--data', metavar='FOLDER', help="images as train/<class>/* and test/<class>/*, or torchvision's files (downloaded if they are "
+                   'missing); "digits" to try things (default: the environment\'s CIFAR10_DIR or CIFAR100_DIR, else ~/.fastai/data)')
+    p.add_argument('--scale', type=float, default=1., help='multiply all lengths by this')
+    p.add_argument('--images', type=_positive, help='so many training images, and a fifth as many test images (default: all)')
+    p.add_argument('--jobs', type=_positive, default=1, help='so many seeds at a time, on one GPU or on shares of the CPU')
+    p.add_argument('--threads', type=_positive, help="of the CPU for each seed (default: an equal share); results depend on it in the last bits")
+    p.add_argument('--until', type=_seconds, metavar='TIME', help='stop in time, such as 8m: 90s, 8m, 1.5h')
+    p.add_argument('--device', help='default: cuda if there is one, else cpu')
+    p.add_argument('--precision', choices=('fp32', 'bf16'), help='bf16: autocast, weights in float32 (default: bf16 on a GPU, fp32 on a CPU)')
+    p.add_argument('--compile', choices=('default', 'reduce-overhead', 'max-autotune'), help='torch.compile; reduce-overhead captures steps')
+    p.add_argument('--deterministic', action='store_true', help='use only GPU kernels that always give the same: slower, and an interrupted run '
+                   'ends bitwise as the whole one')
+    p = commands.add_parser('report', help='tables and figures of what reproduce has found')
+    p.add_argument('folders', nargs='+', metavar='FOLDER', help='what reproduce was given as --out')
     args = vars(parser.parse_args(argv))
     matplotlib.use('agg')
-    from .demo import demo    # imports fastai, which takes seconds
-    del args['command']
-    if args['data'] is None: torch.set_num_threads(1)    # the network is tiny: a second thread only waits
-    try: demo(**args)
+    p = commands.choices[args.pop('command')]
+    try: p.exit({'demo': _demo, 'reproduce': _reproduce, 'report': _report}[p.prog.split()[-1]](args, start))
     except (ValueError, OSError) as e: p.error(' '.join(str(e).split()))
+    except KeyboardInterrupt: p.exit(130, 'interrupted\n')
+
+
+# each imports fastai, which takes seconds
+
+def _demo(args, start):
+    from .demo import demo
+    if args['data'] is None: torch.set_num_threads(1)    # the network is tiny: a second thread only waits
+    demo(**args)
+
+
+def _reproduce(args, start):
+    from .experiments import Settings, reproduce
+    device = args['device'] or ('cuda' if torch.cuda.is_available() else 'cpu')
+    settings = Settings(args['scale'], args['images'], device, args['precision'] or ('bf16' if device.startswith('cuda') else 'fp32'),
+                        args['compile'], args['deterministic'])
+    until = start + (args['until'] or float('inf'))
+    missing = reproduce(args['name'], args['seeds'], args['out'], args['data'], settings, args['jobs'], args['threads'], until)
+    for sentence in dict.fromkeys(missing.values()):
+        seeds = [str(seed) for seed, s in missing.items() if s == sentence]
+        print(f'seed{"s" * (len(seeds) > 1)} {", ".join(seeds)}: {sentence}', file=sys.stderr)
+    return int(any('in time' not in s for s in missing.values()))
+
+
+def _report(args, start):
+    from .experiments import report
+    for folder in args['folders']: print(report(folder))
 
 
 def _positive(text):
     if not text.isdigit() or int(text) < 1: raise argparse.ArgumentTypeError(f'expected a positive whole number, not {text!r}')
     return int(text)
+
+
+def _seconds(text):
+    match = re.fullmatch(r'([0-9.]+)([smh])', text)
+    if not match: raise argparse.ArgumentTypeError(f'expected a time such as 90s, 8m or 1.5h, not {text!r}')
+    return float(match[1]) * {'s': 1, 'm': 60, 'h': 3600}[match[2]]
 
 
 def _int_or_float(text):

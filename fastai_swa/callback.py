@@ -286,9 +286,10 @@ class SWACallback(Callback):
 
     def _log(self, values):
         "Complete the Recorder's row: what a cancelled part left out is `nan`, and so is an average that was not validated."
-        log, fit, nan = self.learn.recorder.log, self._fit, float('nan')
+        recorder, fit, nan = self._recorder(), self._fit, float('nan')
+        log = recorder.log
         if len(log) < fit.own + len(fit.columns):    # else it is complete: the epoch was cancelled after it
-            self.learn.recorder.log = log + [nan] * (fit.own - len(log)) + (values or [nan] * len(fit.columns))
+            recorder.log = log + [nan] * (fit.own - len(log)) + (values or [nan] * len(fit.columns))
 
     # small helpers
 

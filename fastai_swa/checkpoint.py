@@ -122,7 +122,7 @@ class CheckpointCallback(Callback):
         if fit is None or learn.lock.locked() or is_fitting(learn, '_do_fit'): return
         self._fit = None
         if fit.is_past: self._pass_by(fit)
-        elif fit.within: print(f'{self.file.name}: the fit was stopped within epoch {fit.epoch}; the file is kept')
+        elif fit.within: self._tell(f'the fit was stopped within epoch {fit.epoch}; the file is kept')
         elif fit.epoch >= 0 and fit.saved is None:    # else a callback cancelled it before it began
             fit.processes.first(self._remove)
             fit.past.completed(fit.settings, learn)
@@ -132,17 +132,21 @@ class CheckpointCallback(Callback):
         try: self.file.unlink(missing_ok=True)
         except OSError as e: warnings.warn(f'{self.file} could not be removed ({e}): remove it, or the same fit called again goes on from it')
 
+    def _tell(self, text): print(f'{self.file.name}: {text}')
+
     # writing and going on
 
     def state_dict(self) -> dict: return {'rows': [[_plain(cell) for cell in row] for row in self._rows]}
 
     def load_state_dict(self, state: dict): self._rows = state['rows']
 
+    def _due(self) -> bool: return self.learn.epoch % self.every == 0
+
     def _write(self):
         fit, learn = self._fit, self.learn
         recorder = next((cb for cb in learn.cbs if isinstance(cb, Recorder)), None)
         if learn.epoch > 0 and recorder is not None: self._rows.append(list(recorder.log))
-        if learn.epoch % self.every: return
+        if not self._due(): return
         state = take(learn, {name: _first_seen[cb] for name, cb in named_callbacks(learn) if cb in _first_seen})
         state['random'], state['data'] = fit.processes.gather(state['random']), _sizes(learn)
         content = {'fits': [*fit.past.fits, fit.settings], 'end': fit.past.end, 'state': state}
@@ -163,7 +167,7 @@ class CheckpointCallback(Callback):
         restore(learn, {**state, 'random': state['random'][fit.processes.rank]})
         if fit.processes.rank: return
         number = f'fit {len(fit.past.fits) + 1}, ' * bool(fit.past.fits)
-        print(f'{self.file.name}: going on with {number}epoch {learn.epoch} (from 0) of {learn.n_epoch}')
+        self._tell(f'going on with {number}epoch {learn.epoch} (from 0) of {learn.n_epoch}')
         for cb in learn.cbs:
             if isinstance(cb, ProgressCallback) and getattr(cb, 'mbar', None): cb.mbar.update(0)    # its bar must begin there
         for row in self._rows: learn.logger(L(row))
@@ -176,7 +180,7 @@ class CheckpointCallback(Callback):
         for cb in self.learn.cbs:
             if isinstance(cb, TrackerCallback): cb.run = False    # would load or save its best weights now
         fit.past.fits = [*fit.past.fits, fit.settings]
-        if fit.processes.rank == 0: print(f'{self.file.name}: fit {len(fit.past.fits)} was completed before; it is skipped')
+        if fit.processes.rank == 0: self._tell(f'fit {len(fit.past.fits)} was completed before; it is skipped')
 
 
 _KIND, _VERSION = 'checkpoint', 1    # of the file's format

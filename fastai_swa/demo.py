@@ -17,8 +17,8 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from fastai.vision.learner import vision_learner
 from fastprogress import fastprogress
-from scipy.stats import t
 
+from .experiments.report import mean_and_half
 from .learner import EpochScheduler    # brings fit_swa along
 from .plot import plot_swa
 from .schedules import swa_lr_factor
@@ -93,9 +93,9 @@ def summary(errors: np.ndarray, n_averaged: int) -> str:
     lines += [f'{name:<34}{stats(column)}' for name, column in zip(names, errors.T)]
     gain = errors[:, 0] - errors[:, 2]
     if n == 1: return '\n'.join([*lines, f'SWA {_verb(gain[0])}; one seed cannot tell that from chance'])
-    half = t.ppf(.975, n - 1) * gain.std(ddof=1) / n**.5
-    lines.append(f'SWA {_verb(gain.mean())} (seed by seed; 95 % confidence interval {gain.mean() - half:.2f} to {gain.mean() + half:.2f}; '
-                 f'better in {(gain > 0).sum()} of {n})' + ('; that may be chance' if half >= abs(gain.mean()) else ''))
+    mean, half = mean_and_half(gain)
+    lines.append(f'SWA {_verb(mean)} (seed by seed; 95 % confidence interval {mean - half:.2f} to {mean + half:.2f}; '
+                 f'better in {(gain > 0).sum()} of {n})' + ('; that may be chance' if half >= abs(mean) else ''))
     return '\n'.join(lines)
 
 

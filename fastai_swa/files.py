@@ -1,6 +1,6 @@
 """Files that are replaced in one step, checked when they are read, and locked while they are in use. Plain PyTorch."""
 import os, warnings, zipfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -8,24 +8,30 @@ import torch
 try: import fcntl
 except ImportError: import msvcrt    # Windows
 
-__all__ = ['write', 'read', 'Lock']
+__all__ = ['replacing', 'write', 'read', 'Lock', 'InUse']
 
 
-def write(file: Path, kind: str, version: int, content: dict):
-    "Replace `file` by `content` in one step: whatever happens, there is the old one or the new. Raises `OSError` if it cannot be done."
+@contextmanager
+def replacing(file: Path):
+    "A binary handle; what is written to it replaces `file` in one step at the end. Raises `OSError` if that fails; `file` is then as before."
     new = file.with_name(file.name + '.fastai_swa.tmp')
     try:
         with open(new, 'wb') as f:
-            torch.save({'format': f'fastai_swa {kind}', 'version': version, **content}, f)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(new, file)
         with suppress(OSError): _sync_folder(file.parent)    # the renaming itself; not every file system can
     except BaseException as e:
-        new.unlink(missing_ok=True)
+        with suppress(OSError): new.unlink(missing_ok=True)
         # torch.save may make a RuntimeError of what the system says
         if isinstance(e, OSError | RuntimeError): raise OSError(f'{file} cannot be written: {_first_line(e)}') from e
         raise
+
+
+def write(file: Path, kind: str, version: int, content: dict):
+    "Replace `file` by `content` in one step: whatever happens, there is the old one or the new. Raises `OSError` if it cannot be done."
+    with replacing(file) as f: torch.save({'format': f'fastai_swa {kind}', 'version': version, **content}, f)
 
 
 def _sync_folder(folder):
@@ -52,17 +58,21 @@ def read(file: Path, kind: str, version: int) -> dict:
 def _first_line(e): return str(e.__context__ if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError) else e).split('\n')[0]
 
 
+class InUse(RuntimeError):
+    "Another run holds the lock."
+
+
 class Lock:
     """A lock on a path, beside it in a file of its own; the system takes it back when the process ends, however it does.
 
-    Raises `RuntimeError` if it is held, by another process or by this one.
+    Raises `InUse` if it is held, by another process or by this one.
     """
     held = {}    # path -> handle, of this process
 
     def __init__(self, file: Path):
         self.path, self.handle = file.with_name(file.name + '.fastai_swa.lock'), None
         refused = f'another run is using {file}; wait for it, or give each run a path of its own'
-        if self.path in self.held: raise RuntimeError(refused + ' (it is in this process)')
+        if self.path in self.held: raise InUse(refused + ' (it is in this process)')
         while True:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             try:    # flock, unlike lockf, outlives a look into the file, as a copy of the folder takes one
@@ -70,7 +80,7 @@ class Lock:
                 else: msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
             except (BlockingIOError, PermissionError):
                 os.close(handle)
-                raise RuntimeError(refused) from None
+                raise InUse(refused) from None
             except OSError as e: warnings.warn(f'{file.parent} cannot lock files ({e}): take care that no other run uses {file.name}')
             try: current = os.path.samestat(os.fstat(handle), os.stat(self.path))
             except FileNotFoundError: current = False

@@ -4,7 +4,7 @@ import numpy as np
 from fastai.learner import Recorder
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-__all__ = ['plot_swa']
+__all__ = ['plot_swa', 'plot_runs']
 
 
 def plot_swa(recorder: Recorder, axs=None):
@@ -54,6 +54,29 @@ def _raw_column(name, names):
     "The column of the model in training beside `name`, if the Recorder keeps it."
     name = name.removeprefix('swa_')
     return next((c for c in (name, f'valid_{name}') if c in names), None)
+
+
+def plot_runs(curves: dict, ax=None, ylabel: str = ''):
+    """A quantity over the epochs of several runs: the mean over their seeds, in a band from the least to the greatest.
+
+    `curves`: name -> epochs (n) and values (seeds, n). Drawn from the back to the front: singles in thin lines, the last one, the average, in
+    a thick one. The axis shows what the runs' second halves need. Returns the axes.
+    """
+    if ax is None: _, ax = plt.subplots(figsize=(6, 4.2), layout='constrained')
+    styles = dict(color='0.55', ls='--'), dict(color='0.2', ls=':'), dict(color='C0'), dict(color='C3', lw=2.5)
+    for (name, (epochs, values)), style in zip(curves.items(), styles[-len(curves):], strict=True):
+        if len(epochs) == 0: continue
+        ax.plot(epochs, values.mean(0), label=name, **{'lw': 1, 'marker': '.' * (len(epochs) < 2)} | style)
+        if len(values) > 1: ax.fill_between(epochs, values.min(0), values.max(0), color=style['color'], alpha=.2, lw=0)
+    last = max(epochs[-1] for epochs, _ in curves.values() if len(epochs))
+    late = np.concatenate([values[:, epochs > last / 2].ravel() for epochs, values in curves.values()])
+    late = late[np.isfinite(late)]
+    if len(late): ax.set_ylim(late.min() - .05 * np.ptp(late) - 1e-9, late.max() + .05 * np.ptp(late) + 1e-9)
+    ax.set(xlabel='epochs', ylabel=ylabel)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(alpha=.25)
+    ax.legend(fontsize='small')
+    return ax
 
 
 Recorder.plot_swa = plot_swa

@@ -1,6 +1,6 @@
 """One record for each published row: what is trained on what, how long, at which learning rate, and what came out there."""
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from fastai.optimizer import OptimWrapper
@@ -9,7 +9,7 @@ from torch import nn, optim
 from ..schedules import swa_lr_factor
 from ..vision import CIFAR_STATS, IMAGENET_STATS, VGG16, PreResNet, WideResNet
 
-__all__ = ['Recipe', 'RECIPES', 'sgd_lr', 'swa_lr', 'optimizer']
+__all__ = ['Recipe', 'RECIPES', 'Run', 'Part', 'sgd_lr', 'swa_lr', 'scaled', 'runs', 'parts', 'optimizer']
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,9 @@ class Recipe:
     wd: float
     stats: tuple = CIFAR_STATS    # mean and standard deviation that the images are normalised by
     padding: str = 'constant'
-    published: dict = field(default_factory=dict)    # row -> (mean, standard deviation of 3 runs)
+    published: dict = field(default_factory=dict)    # row -> (mean, standard deviation of 3 runs; None where only one was)
     bs: int = 128
+    fixed_lr: bool = False    # the SWA run has `swa_lr` from its first epoch on
 
     @property
     def epochs(self) -> int: return self.budget * 3 // 2
@@ -40,11 +41,6 @@ class Recipe:
         "Epochs of a run of so many budgets: 1, 1.25 or 1.5."
         return int(self.budget * budgets)
 
-    @property
-    def common(self) -> int:
-        "The number of epochs in which the SGD and the SWA run have the same learning rate, from the first on."
-        return next(e for e in range(self.epochs) if sgd_lr(self, e, self.budget) != swa_lr(self, e))
-
 
 def sgd_lr(recipe: Recipe, epoch: int, n_epoch: int) -> float:
     "The SGD run's learning rate in `epoch` of `n_epoch`: constant for half of them, linear down to a hundredth at 0.9, constant."
@@ -52,8 +48,63 @@ def sgd_lr(recipe: Recipe, epoch: int, n_epoch: int) -> float:
 
 
 def swa_lr(recipe: Recipe, epoch: int) -> float:
-    "The SWA run's learning rate in `epoch`: the same curve over the epochs before the first fold, down to `recipe.swa_lr`."
+    "The SWA run's learning rate in `epoch`: the same curve over the epochs before the first fold, down to `recipe.swa_lr`; or that all along."
+    if recipe.fixed_lr: return recipe.swa_lr
     return recipe.lr * swa_lr_factor(epoch, 0, 1, recipe.swa_start, recipe.swa_lr / recipe.lr)
+
+
+def scaled(recipe: Recipe, scale: float) -> Recipe:
+    "`recipe` with all its lengths times `scale`. Raises `ValueError` if that leaves fewer than 4 epochs to the budget."
+    budget = round(recipe.budget * scale)
+    if budget < 4: raise ValueError(f'scale={scale:g} leaves {budget} of {recipe.budget} epochs, and 4 are the least: scale {4 / recipe.budget:g}')
+    return replace(recipe, budget=budget, swa_start=min(round(recipe.swa_start * scale), budget - 1))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fit of a recipe: the learning rate of each of its epochs, and the first epoch folded, from 0.
+
+    An SGD run folds its last epoch alone: this "average" of one point is its end with the batch norm refreshed, a control.
+    """
+    name: str
+    lrs: tuple[float, ...]
+    swa_start: int
+
+
+def runs(recipe: Recipe) -> list[Run]:
+    "The SGD runs of 1 and of 1.5 budgets, and the SWA run of 1.5, of which 1 and 1.25 are read off."
+    def sgd(name, n): return Run(name, tuple(sgd_lr(recipe, e, n) for e in range(n)), n - 1)
+    return [sgd('SGD 1B', recipe.budget), sgd('SGD 1.5B', recipe.epochs),
+            Run('SWA', tuple(swa_lr(recipe, e) for e in range(recipe.epochs)), recipe.swa_start)]
+
+
+@dataclass(frozen=True)
+class Part:
+    "The epochs `begin` to `end` (not included), in which `runs` are the same training; it goes on from the end of part number `parent`."
+    runs: tuple[Run, ...]
+    begin: int
+    end: int
+    parent: int | None
+
+    @property
+    def is_last(self) -> bool: return len(self.runs) == 1
+
+
+def parts(runs: list[Run]) -> list[Part]:
+    "What has to be trained so that all `runs` of a seed share the epochs before they part; each part stands behind its parent."
+    res = []
+    def split(group, begin, parent):
+        if len(group) == 1: return res.append(Part(group, begin, len(group[0].lrs), parent))
+        latest = min(run.swa_start for run in group)    # a fold is of one run alone
+        end = next((e for e in range(begin, latest) if len({run.lrs[e] for run in group}) > 1), latest)
+        if end > begin:
+            res.append(Part(group, begin, end, parent))
+            parent = len(res) - 1
+        by_lr = {}
+        for run in group: by_lr.setdefault(run.lrs[end] if end < latest else run.name, []).append(run)
+        for members in by_lr.values(): split(tuple(members), end, parent)
+    split(tuple(runs), 0, None)
+    return res
 
 
 def optimizer(recipe: Recipe, fused: bool | None = None):
@@ -81,8 +132,10 @@ RECIPES = {r.name: r for r in (
            published=_rows((78.49, .36), (79.77, .17), (80.18, .23), (80.35, .16))),
     Recipe('wrn28-10-cifar10', _wrn_28_10, 10, **_wrn, published=_rows((96.18, .11), (96.45, .11), (96.64, .08), (96.79, .05))),
     Recipe('wrn28-10-cifar100', _wrn_28_10, 100, **_wrn, published=_rows((80.82, .23), (81.46, .23), (81.91, .27), (82.15, .27))),
+    # a fixed learning rate from scratch: the paper's, where SGD has its own usual one, and one for an hour on one core of a CPU
+    Recipe('wrn28-10-cifar100-fixed', _wrn_28_10, 100, **{**_wrn, 'swa_start': 140}, fixed_lr=True, published={'SWA 1.5B': (81.7, None)}),
+    Recipe('wrn16-1-cifar10-fixed', partial(WideResNet, 16, 1), 10, **{**_wrn, 'budget': 10, 'swa_start': 7}, fixed_lr=True),
 )}
 # the question that the 2018 replication left open: does padding by reflection, its library's default, explain its higher accuracy?
 for _name in ('vgg16-cifar10', 'preresnet110-cifar10'):
-    _recipe = RECIPES[_name]
-    RECIPES[f'{_name}-reflection'] = Recipe(**{**vars(_recipe), 'name': f'{_name}-reflection', 'padding': 'reflect', 'published': {}})
+    RECIPES[f'{_name}-reflection'] = replace(RECIPES[_name], name=f'{_name}-reflection', padding='reflect', published={})

@@ -86,44 +86,53 @@ def cifar(n_classes: int = 10, source=None, stats=CIFAR_STATS, padding: str | No
       `None` for no augmentation; `seed`: of the augmentation.
     - `n_images`: take only so many training images, and a fifth as many test images, the same number of each class.
 
+    The `kind` of what it returns is 'digits', 'CIFAR-10' (or 100) for torchvision's files, or, for a folder, that with the formats of the
+    images in it, as in 'CIFAR-10, JPEG'.
+
     Raises `FileNotFoundError` for a missing folder, `ValueError` for a wrong number of classes, files that are no images of 32x32 pixels, or
-    too few of them, and `RuntimeError` for a download that fails or is damaged; the sentence names what it is about.
+    too few of them, and `OSError` for a download that fails or is damaged; the sentence names what it is about.
     """
     if n_classes not in (10, 100): raise ValueError(f'n_classes must be 10 or 100, not {n_classes!r}')
     if source is None: source = os.environ.get(f'CIFAR{n_classes}_DIR', Path.home()/'.fastai'/'data')
-    if source == 'digits': train, valid, vocab = _digits_as_cifar()
-    elif (Path(source)/'train').is_dir() and not (Path(source)/'meta').exists(): train, valid, vocab = _from_folder(Path(source), n_classes, n_images)
+    kind = f'CIFAR-{n_classes}'
+    if source == 'digits': train, valid, vocab, kind = *_digits_as_cifar(), 'digits'
+    elif (Path(source)/'train').is_dir() and not (Path(source)/'meta').exists():
+        train, valid, vocab, formats = _from_folder(Path(source), n_classes, n_images)
+        kind = f'{kind}, {formats}'
     else: train, valid, vocab = _from_torchvision(Path(source), n_classes)
     if n_images is not None: train, valid = _first(train, n_images, len(vocab)), _first(valid, max(n_images // 5, len(vocab)), len(vocab))
-    return tensor_loaders(train, valid, vocab, stats, bs=bs, padding=padding, seed=seed, device=device)
+    dls = tensor_loaders(train, valid, vocab, stats, bs=bs, padding=padding, seed=seed, device=device)
+    dls.kind = kind
+    return dls
 
 
 def _from_folder(path, n_classes, n_images):
     if not (path/'test').is_dir(): raise FileNotFoundError(f'{path} must contain the folders train and test, each with a folder for each class')
-    vocab, parts = sorted(f.name for f in (path/'train').iterdir() if f.is_dir()), []
+    vocab, parts, formats = sorted(f.name for f in (path/'train').iterdir() if f.is_dir()), [], set()
     if len(vocab) != n_classes: raise ValueError(f'{path/"train"} has {len(vocab)} class folders, CIFAR-{n_classes} has {n_classes}')
     for name, n in (('train', n_images), ('test', n_images and max(n_images // 5, n_classes))):
         files = [sorted((path/name/c).iterdir())[:n and -(-n // n_classes)] if (path/name/c).is_dir() else [] for c in vocab]
         empty = [c for c, fs in zip(vocab, files) if not fs]
         if empty: raise ValueError(f'{path/name} has no images of the class {empty[0]!r}')
-        with ThreadPoolExecutor() as pool: images = list(pool.map(_read, [f for fs in files for f in fs]))
-        parts.append((torch.from_numpy(np.stack(images)), torch.tensor([i for i, fs in enumerate(files) for _ in fs])))
-    return *parts, vocab
+        with ThreadPoolExecutor() as pool: images, kinds = zip(*pool.map(_read, [f for fs in files for f in fs]))
+        formats.update(kinds)
+        parts.append((torch.from_numpy(np.ascontiguousarray(np.stack(images))), torch.tensor([i for i, fs in enumerate(files) for _ in fs])))
+    return *parts, vocab, ' and '.join(sorted(formats))
 
 
 def _read(file):
     try:
-        with Image.open(file) as image: pixels = np.asarray(image.convert('RGB')).transpose(2, 0, 1)
+        with Image.open(file) as image: pixels, kind = np.asarray(image.convert('RGB')).transpose(2, 0, 1), image.format
     except OSError as e: raise ValueError(f'{file} cannot be read as an image ({e})') from None
     if pixels.shape != (3, 32, 32): raise ValueError(f'{file} has {pixels.shape[2]} x {pixels.shape[1]} pixels, expected 32 x 32')
-    return pixels
+    return pixels, kind
 
 
 def _from_torchvision(path, n_classes):
     if not path.is_dir(): raise FileNotFoundError(f'{path} is no folder; CIFAR-{n_classes} should be there, or room to download it to')
     kind = {10: CIFAR10, 100: CIFAR100}[n_classes]
     try: sets = [kind(path, train=is_train, download=True) for is_train in (True, False)]
-    except Exception as e: raise RuntimeError(f'CIFAR-{n_classes} is not complete in {path} and could not be downloaded there: {e}') from e
+    except Exception as e: raise OSError(f'CIFAR-{n_classes} is not complete in {path} and could not be downloaded there: {e}') from e
     return *((torch.from_numpy(np.ascontiguousarray(s.data.transpose(0, 3, 1, 2))), torch.tensor(s.targets)) for s in sets), sets[0].classes
 
 

@@ -1,0 +1,162 @@
+"""What is kept of a seed: its record as JSON, the states at its forks, its weights."""
+import json, os, platform, re
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from time import gmtime, monotonic, strftime
+
+import torch
+from fastai.learner import Learner
+
+from ..files import read, replacing, write
+from ..modules import unwrap
+from ..state import restore, take
+from ..version import __version__
+from .recipes import parts, runs
+
+__all__ = ['Settings', 'Record']
+
+
+@dataclass(frozen=True)
+class Settings:
+    "What the numbers of a run depend on, besides recipe, data and seed. A seed goes on with the same settings only."
+    scale: float = 1.    # multiplies all lengths
+    images: int | None = None    # training images; None: all
+    device: str = 'cpu'
+    precision: str = 'fp32'    # or 'bf16': autocast on a GPU, with float32 weights
+    compile: str | None = None    # a mode of torch.compile: 'default', 'reduce-overhead' (captured steps), 'max-autotune'
+    deterministic: bool = False    # only GPU kernels that give the same result each time
+
+
+class Record:
+    """A seed's record, as `data` in memory and in seed-<seed>.json: what was run, on what, and each epoch of each part.
+
+    Raises `ValueError` if the file is damaged, or was run with other settings or data.
+    """
+    def __init__(self, recipe, seed: int, out: Path, settings: Settings, images: dict, threads: int):
+        self.recipe, self.seed, self.out, self.settings = recipe, seed, out, settings
+        self.parts, self.number = parts(runs(recipe)), 0    # the number of the part in training
+        fixed = {'recipe': recipe.name, 'seed': seed, 'budget': recipe.budget, 'swa_start': recipe.swa_start, 'settings': asdict(settings),
+                 'images': images}
+        self.data = self._read(fixed) if self.file('json').exists() else fixed | {
+            'threads': threads, 'versions': _versions(), 'hardware': _hardware(settings.device), 'started': _now(), 'finished': None,
+            'parts': [{'runs': [r.name for r in p.runs], 'begin': p.begin, 'end': p.end, 'done': False, 'epochs': []} for p in self.parts]}
+        self.clock = _Clock(self)
+
+    def file(self, ending) -> Path: return self.out/f'seed-{self.seed}.{ending}'
+
+    def _read(self, fixed):
+        try: data = json.loads(self.file('json').read_text())
+        except ValueError: raise ValueError(f'{self.file("json")} is damaged: move it away') from None
+        for k, v in fixed.items():
+            if data.get(k) == v: continue
+            raise ValueError(f'{self.file("json")} was run with {_difference(data.get(k), v, k)}: give the same, or another folder')
+        return data
+
+    def _save(self):
+        with replacing(self.file('json')) as f: f.write(_as_json(self.data).encode())
+
+    def is_done(self, number) -> bool: return self.data['parts'][number]['done']
+
+    def begin(self, number, learn: Learner):
+        "Part `number` begins: in the state in which its parent ended."
+        self.number, parent = number, self.parts[number].parent
+        if parent is not None: restore(learn, read(self.file(f'fork{parent}'), 'fork', 1)['state'])
+
+    def epoch_is_over(self, rows):
+        self.data['parts'][self.number]['epochs'] = list(map(_cells, rows))
+        with suppress(OSError): self._save()    # a full disk stops nothing here; the checkpoint has the rows too
+
+    def part_is_over(self, rows, learn, swa_model):
+        "Everything that other parts and later questions need is written before the part counts as done."
+        part, data = self.parts[self.number], self.data['parts'][self.number]
+        if part.is_last:
+            self._save_weights(learn.model, part.runs[0].name)
+            if part.runs[0].name == 'SWA': self._save_weights(swa_model, 'SWA average')
+        else: write(self.file(f'fork{self.number}'), 'fork', 1, {'state': take(learn)})
+        data['epochs'], data['done'] = list(map(_cells, rows)), True
+        if all(p['done'] for p in self.data['parts']): self.data['finished'] = _now()
+        self._save()
+
+    def clean_up(self):
+        "Remove what no part still to be trained needs."
+        for i, part in enumerate(self.parts):
+            if self.is_done(i): self.file(f'part{i}.ckpt').unlink(missing_ok=True)    # there, if it was killed in that moment
+            children = [j for j, p in enumerate(self.parts) if p.parent == i]
+            if children and all(map(self.is_done, children)): self.file(f'fork{i}').unlink(missing_ok=True)
+
+    def _save_weights(self, model, name):
+        file = self.out/f'seed-{self.seed}-{re.sub(r"[^a-z0-9.]+", "-", name.lower())}.pth'
+        with replacing(file) as f: torch.save({k: v.cpu() for k, v in unwrap(model).state_dict().items()}, f)
+
+    def line(self) -> str:
+        "Where the part in training stands, for a progress display."
+        part, rows = self.parts[self.number], self.data['parts'][self.number]['epochs']
+        average = rows[-1].get('swa_accuracy')
+        average = f' (average {100 * average:.2f} %)' if average is not None else ''
+        return (f'seed {self.seed}  {", ".join(r.name for r in part.runs)}  epoch {part.begin + len(rows)} of {part.end}  '
+                f'accuracy {100 * rows[-1]["accuracy"]:.2f} %{average}  {rows[-1]["seconds"]:.2g} s an epoch  {_duration(self.clock.left())} left')
+
+
+class _Clock:
+    "Times the epochs of a record's seed, and says how long those left will take."
+    def __init__(self, record): self.record, self.seconds, self.started = record, {False: [], True: []}, None
+
+    def start(self): self.started = monotonic()
+
+    def stop(self, epoch) -> float:
+        "Seconds since `start`, for an epoch of the part in training."
+        seconds = monotonic() - self.started
+        self.seconds[self._folds(self.record.number, epoch)].append(seconds)
+        return seconds
+
+    def next_epoch(self) -> float:
+        "What the next epoch can be expected to take at most."
+        number = self.record.number
+        return 1.2 * self._expected(self._folds(number, len(self.record.data['parts'][number]['epochs'])))
+
+    def left(self) -> float:
+        "Expected seconds to the end of the seed's last part."
+        return sum(self._expected(self._folds(i, e)) for i, (p, data) in enumerate(zip(self.record.parts, self.record.data['parts']))
+                   for e in range(len(data['epochs']), p.end - p.begin))
+
+    def _folds(self, number, epoch) -> bool:
+        "Is the average validated in this epoch of a part?"
+        part = self.record.parts[number]
+        return part.is_last and part.begin + epoch >= part.runs[0].swa_start
+
+    def _expected(self, folds) -> float:
+        if self.seconds[folds]: return median(self.seconds[folds][-9:])
+        if self.seconds[not folds]: return median(self.seconds[not folds][-9:]) * (1.5 if folds else 1)    # a forward pass more, and a validation
+        return 0.
+
+
+def _cells(row) -> dict: return {k: _cell(float(v)) for k, v in row.items()}
+
+def _cell(v): return v if abs(v) < float('inf') else None    # JSON knows neither nan nor infinity
+
+def _as_json(data) -> str:
+    "Indented, but an epoch a line."
+    text = json.dumps(data | {'parts': [p | {'epochs': f'@{i}'} for i, p in enumerate(data['parts'])]}, indent=1)
+    for i, p in enumerate(data['parts']): text = text.replace(f'"@{i}"', '[' + ',\n   '.join(map(json.dumps, p['epochs'])) + ']', 1)
+    return text + '\n'
+
+def _difference(was, now, name) -> str:
+    if not isinstance(was, dict) or not isinstance(now, dict): return f'{name}={was!r}, not {now!r}'
+    name = next(k for k in {**was, **now} if was.get(k) != now.get(k))
+    return f'{name}={was.get(name)!r}, not {now.get(name)!r}'
+
+def _duration(seconds) -> str:
+    minutes = seconds / 60
+    return f'{seconds:.0f} s' if seconds < 90 else f'{minutes:.0f} min' if minutes < 90 else f'{minutes / 60:.1f} h'
+
+def _now(): return strftime('%Y-%m-%dT%H:%M:%SZ', gmtime())
+
+def _versions() -> dict:
+    return {'python': platform.python_version()} | {name: version(name) for name in ('torch', 'torchvision', 'fastai')} | {'fastai_swa': __version__}
+
+def _hardware(device) -> dict:
+    gpu = {'gpu': torch.cuda.get_device_name(device), 'cuda': torch.version.cuda} if device.startswith('cuda') else {}
+    return gpu | {'machine': platform.machine(), 'cores': os.cpu_count()}

@@ -1,0 +1,154 @@
+"""What the seeds of a recipe have found: tables beside the published numbers, and training curves."""
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy.stats import t
+
+from ..files import replacing
+from ..plot import plot_runs
+from .recipes import RECIPES
+
+__all__ = ['report', 'load', 'curves', 'ends', 'mean_and_half']
+
+
+_REFRESHED = ', batch norm refreshed'
+
+
+def report(folder) -> str:
+    """The report on the seeds that `reproduce` has left in `folder`, as Markdown; also written there as report.md, with its figure, curves.png.
+
+    Only complete seeds count. Raises `ValueError` if `folder` has none, if a file in it is damaged, or if its seeds are of different settings.
+    """
+    folder = Path(folder)
+    records, unfinished = load(folder)
+    text = '\n\n'.join(_sections(records, unfinished)) + '\n'
+    fig, axs = plt.subplots(1, 2, figsize=(12, 4.2), layout='constrained')
+    plot_runs({name: (epochs, 100 * (1 - values)) for name, (epochs, values) in curves(records, 'accuracy').items()}, axs[0], 'test error, %')
+    plot_runs(curves(records, 'valid_loss'), axs[1], 'test loss')
+    fig.suptitle(f'{records[0]["recipe"]}, {_seeds(len(records))}: mean, and from the least to the greatest')
+    with replacing(folder/'curves.png') as f: fig.savefig(f, format='png', dpi=110)
+    plt.close(fig)
+    with replacing(folder/'report.md') as f: f.write(text.encode())
+    return text
+
+
+def load(folder: Path) -> tuple[list[dict], list[dict]]:
+    "The records of the complete seeds in `folder`, and those of the others, in the order of the seeds. Raises as `report` does."
+    records = []
+    for file in sorted(folder.glob('seed-*.json'), key=lambda f: int(f.stem.removeprefix('seed-'))):
+        try: records.append(json.loads(file.read_text()))
+        except ValueError: raise ValueError(f'{file} is damaged') from None
+    complete = [r for r in records if r['finished']]
+    if not complete: raise ValueError(f'{folder} has no complete seed' + (f', and {len(records)} begun' if records else ''))
+    for r in complete[1:]:
+        for k in ('recipe', 'settings', 'images'):
+            if r[k] == complete[0][k]: continue
+            raise ValueError(f'{folder} mixes runs: seed {r["seed"]} has {k} {r[k]}, seed {complete[0]["seed"]} {complete[0][k]}')
+    return complete, [r for r in records if not r['finished']]
+
+
+def column(record: dict, run: str, name: str) -> list:
+    "Column `name` over the epochs of `run`, those included that it shares with others; `None` where it has no value."
+    parts = [p for p in record['parts'] if run in p['runs']]
+    return [row.get(name) for p in sorted(parts, key=lambda p: p['begin']) for row in p['epochs']]
+
+
+def ends(records: list[dict], name: str) -> dict[str, tuple[int, np.ndarray]]:
+    "Row of the table -> its number of epochs, and `name` ('accuracy' or 'valid_loss') at its end for each seed."
+    budget = records[0]['budget']
+    lengths = {'1B': budget, '1.25B': int(budget * 1.25), '1.5B': budget * 3 // 2}
+    def at(run, column_name, epochs): return epochs, np.array([_float(column(r, run, column_name)[epochs - 1]) for r in records])
+    rows = {}
+    for b in ('1B', '1.5B'):
+        rows[f'SGD {b}'] = at(f'SGD {b}', name, lengths[b])
+        rows[f'SGD {b}{_REFRESHED}'] = at(f'SGD {b}', f'swa_{name}', lengths[b])
+    for b in lengths: rows[f'SWA run at {b}, single weights'] = at('SWA', name, lengths[b])
+    for b in lengths: rows[f'SWA {b}'] = at('SWA', f'swa_{name}', lengths[b])
+    return rows
+
+
+def curves(records: list[dict], name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    "Curve -> its epochs (counted from 1: after so many), and `name` at each for each seed, shape (seeds, epochs)."
+    res = {}
+    for label, run, key in (('SGD 1B', 'SGD 1B', name), ('SGD 1.5B', 'SGD 1.5B', name), ('SWA run, single weights', 'SWA', name),
+                            ('SWA run, average', 'SWA', f'swa_{name}')):
+        values = np.array([[_float(v) for v in column(r, run, key)] for r in records])
+        shown = ~np.isnan(values).all(0)
+        res[label] = np.flatnonzero(shown) + 1, values[:, shown]
+    return res
+
+
+def mean_and_half(x: np.ndarray) -> tuple[float, float]:
+    "Mean of the sample `x`, and half the width of its 95 % confidence interval by Student's t; infinite for one value."
+    return float(x.mean()), float(t.ppf(.975, len(x) - 1) * x.std(ddof=1) / len(x)**.5) if len(x) > 1 else float('inf')
+
+
+def _sections(records, unfinished):
+    first = records[0]
+    recipe, settings, images = RECIPES[first['recipe']], first['settings'], first['images']
+    is_whole = settings['scale'] == 1 and settings['images'] is None and images['kind'].startswith('CIFAR')
+    yield f'# {recipe.name}'
+    said = [f'{_seeds(len(records))} ({", ".join(str(r["seed"]) for r in records)}); {images["kind"]}, {images["train"]:,} training and '
+            f'{images["valid"]:,} test images (SHA-256 {images["sha256"]}...)']
+    if not is_whole:
+        said.append(f'**scaled down: lengths times {settings["scale"]:g}, {images["train"]:,} training images: the published row is not reproduced**')
+    if 'JPEG' in images['kind']: said.append("the images are JPEG-compressed: absolute accuracies are not comparable with the papers'")
+    said += [f'{_hardware(records)}; {settings["precision"]}' + f', torch.compile {settings["compile"]}' * bool(settings['compile'])
+             + '; ' + ', '.join(f'{k} {v}' for k, v in first['versions'].items()),
+             f'{_mean_seconds(records, False):.3g} s an epoch, {_mean_seconds(records, True):.3g} s where the average is validated; '
+             f'{np.mean([_seconds(r) for r in records]) / 60:.3g} min a seed']
+    said += [f'seed {r["seed"]} is not complete and not counted' for r in unfinished]
+    yield '\n'.join(f'- {s}' for s in said)
+
+    accuracies, losses = ends(records, 'accuracy'), ends(records, 'valid_loss')
+    for b in ('1B', '1.5B'):    # without batch norm there is nothing to refresh
+        if np.array_equal(losses[f'SGD {b}'][1], losses[f'SGD {b}{_REFRESHED}'][1]): del accuracies[f'SGD {b}{_REFRESHED}']
+    published = recipe.published
+    rows = [['', 'epochs', f'test accuracy, % (n = {len(records)})', 'test loss', 'published, % (n = 3)']]
+    for name, (epochs, values) in accuracies.items():
+        rows.append([name, str(epochs), _spread(100 * values, 2), _spread(losses[name][1], 4), _published(published.get(name))])
+    yield _table(rows)
+
+    yield ('Paired differences, seed by seed, in points of accuracy:' if len(records) > 1 else
+           'Differences in points of accuracy; one seed cannot tell them from chance:')
+    rows = [['', 'difference', '95 % interval', 'better in', 'published']]
+    for a, b in (('SWA 1B', 'SGD 1B'), ('SWA 1.25B', 'SGD 1B'), ('SWA 1.5B', 'SGD 1B'), ('SWA 1.5B', 'SGD 1.5B'),
+                 ('SWA 1.5B', f'SGD 1.5B{_REFRESHED}'), ('SWA 1.5B', 'SWA run at 1.5B, single weights'), ('SGD 1.5B', 'SGD 1B')):
+        if b not in accuracies: continue
+        gain = 100 * (accuracies[a][1] - accuracies[b][1])
+        mean, half = mean_and_half(gain)
+        known = f'{published[a][0] - published[b][0]:+.2f}' if a in published and b in published else ''
+        rows.append([f'{a} - {b}', f'{mean:+.2f}', f'{mean - half:+.2f} to {mean + half:+.2f}' if half < float('inf') else '',
+                     f'{(gain > 0).sum()} of {len(gain)}', known])
+    yield _table(rows)
+    yield '![test error and loss over the epochs](curves.png)'
+
+
+def _table(rows) -> str:
+    head, *body = ('| ' + ' | '.join(row) + ' |' for row in rows)
+    return '\n'.join([head, '|---' * len(rows[0]) + '|', *body])
+
+def _spread(x, digits): return f'{x.mean():.{digits}f}' + (f' +- {x.std(ddof=1):.{digits}f}' if len(x) > 1 else '')
+
+def _published(pair):
+    if pair is None: return ''
+    return f'{pair[0]:.2f}' + ('' if pair[1] is None else f' +- {pair[1]:.2f}')
+
+def _float(v): return float('nan') if v is None else v
+
+def _seeds(n): return f'{n} seed{"s" * (n > 1)}'
+
+def _hardware(records): return '; '.join(dict.fromkeys(_machine(r) for r in records))
+
+def _machine(r):
+    h = r['hardware']
+    return h['gpu'] if 'gpu' in h else f'CPU, {h["machine"]}, {r["threads"]} thread{"s" * (r["threads"] > 1)}'
+
+def _rows(record): return [row for p in record['parts'] for row in p['epochs']]
+
+def _seconds(record): return sum(row['seconds'] for row in _rows(record))
+
+def _mean_seconds(records, folds):
+    return np.mean([row['seconds'] for r in records for row in _rows(r) if (row.get('swa_accuracy') is not None) == folds])
