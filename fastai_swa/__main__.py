@@ -67,7 +67,7 @@ def _reproduce(args, start):
     device = args['device'] or ('cuda' if torch.cuda.is_available() else 'cpu')
     settings = Settings(args['scale'], args['images'], device, args['precision'] or ('bf16' if device.startswith('cuda') else 'fp32'),
                         args['compile'], args['deterministic'])
-    until = start + (args['until'] or float('inf'))
+    until = start + (float('inf') if args['until'] is None else args['until'])
     missing = reproduce(args['name'], args['seeds'], args['out'], args['data'], settings, args['jobs'], args['threads'], until)
     for sentence in dict.fromkeys(missing.values()):
         seeds = [str(seed) for seed, s in missing.items() if s == sentence]

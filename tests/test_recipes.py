@@ -4,7 +4,9 @@ import torch
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai_swa import SWACallback
-from fastai_swa.experiments.recipes import RECIPES, optimizer, sgd_lr, swa_lr
+from fastai_swa.experiments.recipes import RECIPES, Run, optimizer, parts, runs, scaled, sgd_lr, swa_lr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from .helpers import learner, loaders, net
@@ -14,7 +16,11 @@ FAMILIES = {'vgg16': (200, .05, {10: .01, 100: .01}, 161, 5e-4, (40, 90, 140), 8
             'preresnet164': (150, .1, {10: .01, 100: .05}, 126, 3e-4, (25, 62, 100), 64), 'wrn28-10': (200, .1, {10: .05, 100: .05}, 161, 5e-4, (40, 90, 140), 81)}
 
 
-@pytest.mark.parametrize('name', RECIPES)
+PUBLISHED = [name for name, recipe in RECIPES.items() if not recipe.fixed_lr]
+each_published = pytest.mark.parametrize('name', PUBLISHED)
+
+
+@each_published
 def test_the_learning_rate_of_every_epoch_is_the_published_one(name):
     recipe = RECIPES[name]
     budget, lr, swa, start, wd, _, common = FAMILIES[name.partition('-cifar')[0]]
@@ -23,14 +29,58 @@ def test_the_learning_rate_of_every_epoch_is_the_published_one(name):
     for e in range(recipe.epochs): assert swa_lr(recipe, e) == pytest.approx(twins.papers_lr(e, start, lr, rate), rel=1e-12)
     for n in (budget, recipe.epochs):
         for e in range(n): assert sgd_lr(recipe, e, n) == pytest.approx(twins.papers_lr(e, n, lr, .01*lr), rel=1e-12)
-    assert recipe.common == common
-    assert sum(sgd_lr(recipe, e, budget) == sgd_lr(recipe, e, recipe.epochs) for e in range(budget//2 + 1)) == budget//2 + 1
+    sgd, longer_sgd, swa_run = runs(recipe)
+    assert sgd.lrs == tuple(sgd_lr(recipe, e, budget) for e in range(budget)) and longer_sgd.lrs == tuple(sgd_lr(recipe, e, 3*budget//2) for e in range(3*budget//2))
+    assert swa_run.lrs == tuple(swa_lr(recipe, e) for e in range(3*budget//2)) and [r.swa_start for r in runs(recipe)] == [budget - 1, 3*budget//2 - 1, start - 1]
+    shared = parts(runs(recipe))
+    assert [(p.begin, p.end, p.parent) for p in shared] == [(0, common, None), (common, budget//2 + 1, 0), (budget//2 + 1, budget, 1),
+                                                            (budget//2 + 1, 3*budget//2, 1), (common, 3*budget//2, 0)]
+    # 419 and 311 epochs for the published rows (RECIPES: 200 + 300 - 81, 150 + 225 - 64), and the control of 1.5 budgets
+    assert sum(p.end - p.begin for p in shared) == (419 if budget == 200 else 311) + 3*budget//2 - (budget//2 + 1)
 
 
-@pytest.mark.parametrize('name', RECIPES)
+@each_published
 def test_the_folds_number_as_published_at_1_and_a_quarter_and_a_half_budgets_more(name):
     recipe, folds = RECIPES[name], FAMILIES[name.partition('-cifar')[0]][5]
     for budgets, n in zip((1, 1.25, 1.5), folds): assert len(twins.folded_epochs(recipe.swa_start, 1, recipe.epochs_at(budgets))) == n
+
+
+def test_a_fixed_learning_rate_is_that_from_the_first_epoch_on():
+    wrn = RECIPES['wrn28-10-cifar100-fixed']
+    sgd, _, swa = runs(wrn)
+    assert set(swa.lrs) == {.05} and len(swa.lrs) == 300 and swa.swa_start == 140
+    assert sgd.lrs == runs(RECIPES['wrn28-10-cifar100'])[0].lrs    # beside its usual schedule, with which it shares no epoch
+    assert [(p.begin, p.end, p.parent) for p in parts(runs(wrn))] == [(0, 101, None), (101, 200, 0), (101, 300, 0), (0, 300, None)]
+    with torch.device('meta'): assert sum(p.numel() for p in RECIPES['wrn16-1-cifar10-fixed'].network(10).parameters()) < 200_000
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.tuples(st.lists(st.sampled_from([.1, .05]), min_size=1, max_size=9), st.integers(0, 9)), min_size=1, max_size=4))
+def test_any_runs_are_put_together_again_from_the_parts_that_they_share(specs):
+    many = [Run(str(i), tuple(lrs), min(start, len(lrs) - 1)) for i, (lrs, start) in enumerate(specs)]
+    tree = parts(many)
+    for run in many:
+        chain = [p for p in tree if run in p.runs]
+        assert [e for p in chain for e in range(p.begin, p.end)] == list(range(len(run.lrs)))    # each epoch once, in order
+        assert [p.parent for p in chain] == [None, *(tree.index(p) for p in chain[:-1])]
+        assert [p.is_last for p in chain] == [False]*(len(chain) - 1) + [True] and chain[-1].begin <= run.swa_start    # all folds are in its own part
+    for i, p in enumerate(tree):
+        assert p.parent is None or p.parent < i
+        assert len({r.lrs[p.begin:p.end] for r in p.runs}) == 1 and p.begin < p.end    # what is shared is the same, and is something
+
+
+@pytest.mark.parametrize('name', RECIPES)
+@pytest.mark.parametrize('scale', [.02, .05, .1, .37, 2])
+def test_a_scaled_recipe_has_all_rows_of_the_whole_one(name, scale):
+    recipe = RECIPES[name]
+    if round(scale*recipe.budget) < 4:
+        with pytest.raises(ValueError, match=f'scale={scale}.* 4 are the least'): scaled(recipe, scale)
+        return
+    small = scaled(recipe, scale)
+    assert small.swa_start < small.budget < small.epochs_at(1.25) < small.epochs == small.epochs_at(1.5)
+    assert abs(small.swa_start/small.budget - recipe.swa_start/recipe.budget) <= 1/small.budget
+    assert {k for k in vars(small) if vars(small)[k] != vars(recipe)[k]} <= {'budget', 'swa_start'} and len(parts(runs(small))) >= 3
+    assert scaled(recipe, 1) == recipe
 
 
 def test_a_fit_folds_the_epochs_that_the_recipe_says():

@@ -33,17 +33,19 @@ class Settings:
 class Record:
     """A seed's record, as `data` in memory and in seed-<seed>.json: what was run, on what, and each epoch of each part.
 
-    Raises `ValueError` if the file is damaged, or was run with other settings or data.
+    Raises `ValueError` if the file is damaged, or was run with other settings or data; `OSError` if it cannot be written.
     """
     def __init__(self, recipe, seed: int, out: Path, settings: Settings, images: dict, threads: int):
         self.recipe, self.seed, self.out, self.settings = recipe, seed, out, settings
         self.parts, self.number = parts(runs(recipe)), 0    # the number of the part in training
         fixed = {'recipe': recipe.name, 'seed': seed, 'budget': recipe.budget, 'swa_start': recipe.swa_start, 'settings': asdict(settings),
                  'images': images}
-        self.data = self._read(fixed) if self.file('json').exists() else fixed | {
+        exists = self.file('json').exists()
+        self.data = self._read(fixed) if exists else fixed | {
             'threads': threads, 'versions': _versions(), 'hardware': _hardware(settings.device), 'started': _now(), 'finished': None,
             'parts': [{'runs': [r.name for r in p.runs], 'begin': p.begin, 'end': p.end, 'done': False, 'epochs': []} for p in self.parts]}
         self.clock = _Clock(self)
+        if not exists: self._save()
 
     def file(self, ending) -> Path: return self.out/f'seed-{self.seed}.{ending}'
 

@@ -154,8 +154,11 @@ class EpochRecorder(Recorder):
         else: super().after_batch()
 
 
+_SECONDS = 30    # between two checkpoints
+
+
 class _Checkpoint(CheckpointCallback):
-    "Written twice a minute, and when there is no time for another epoch, before which it then ends the fit."
+    "Written every `_SECONDS`, and when there is no time for another epoch, before which it then ends the fit."
     def __init__(self, record, until):
         super().__init__(record.file(f'part{record.number}.ckpt'))
         self.timer = _Timer(record.clock, until)
@@ -168,7 +171,7 @@ class _Checkpoint(CheckpointCallback):
         if self.timer.is_up: raise CancelFitException
 
     def _due(self):
-        due = self.learn.epoch == 0 or self.timer.is_up or monotonic() - self.timer.written > 30
+        due = self.learn.epoch == 0 or self.timer.is_up or monotonic() - self.timer.written >= _SECONDS
         if due: self.timer.written = monotonic()
         return due
 

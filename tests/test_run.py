@@ -1,0 +1,470 @@
+"""The runner of the experiments: what it trains, what it keeps, what it survives."""
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import fastai_swa.experiments.run as run_module
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from fastai.optimizer import OptimWrapper
+from fastai.torch_core import set_seed
+from fastai_swa import __main__
+from fastai_swa.experiments import RECIPES, Recipe, Settings, reproduce
+from fastai_swa.experiments.record import Record, _Clock
+from fastai_swa.experiments.recipes import sgd_lr, swa_lr
+from fastai_swa.experiments.run import EpochRecorder, TimeIsUp, run_seed
+from fastai_swa.vision import cifar
+from PIL import Image
+from torch import nn
+
+from .helpers import learner, loaders, net
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = Settings(images=200)    # 160 would divide evenly: the last batch is short
+
+
+def small_net(n): return nn.Sequential(nn.Conv2d(3, 6, 3, 4), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Dropout(.2), nn.Linear(6*64, n))
+
+def plain_net(n): return nn.Sequential(nn.Conv2d(3, 6, 4, 4), nn.ReLU(), nn.Flatten(), nn.Dropout(.2), nn.Linear(6*64, n))
+
+TINY = Recipe('tiny', small_net, 10, budget=6, lr=.1, swa_lr=.05, swa_start=4, wd=5e-4, bs=64)
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+def seed_0(folder, recipe=TINY, settings=IMAGES, **kwargs): return run_seed(recipe, 0, folder, settings, 'digits', 1, **kwargs)
+
+def without_times(data):
+    data = json.loads(json.dumps(data))
+    for k in ('started', 'finished'): data[k] = data[k] is not None
+    for part in data['parts']:
+        for row in part['epochs']: del row['seconds']
+    return data
+
+def assert_same_seed(a, b, seed=0):
+    "Two folders hold bitwise the same of a seed, and nothing else than that."
+    files = sorted(f.name for f in a.glob(f'seed-{seed}*'))
+    assert files == sorted(f.name for f in b.glob(f'seed-{seed}*')) == sorted(
+        [f'seed-{seed}.json', *(f'seed-{seed}-{n}.pth' for n in ('sgd-1b', 'sgd-1.5b', 'swa', 'swa-average'))])
+    assert without_times(json.loads((a/f'seed-{seed}.json').read_text())) == without_times(json.loads((b/f'seed-{seed}.json').read_text()))
+    for name in files[:-1]:
+        x, y = torch.load(a/name), torch.load(b/name)
+        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('whole')
+    torch.set_num_threads(1)
+    seed_0(folder)
+    return folder
+
+
+def by_hand(recipe, lr, n_epoch, settings=IMAGES):
+    "A run from its first epoch to its last, without forks: (learner, weights at the end of each epoch, table)."
+    torch.set_num_threads(1)
+    set_seed(0)
+    model = recipe.network(10).to(memory_format=torch.channels_last)
+    dls = cifar(10, 'digits', recipe.stats, bs=recipe.bs, seed=0, n_images=settings.images, device='cpu')
+    dls.train.rng = Random(0)
+    weights = []
+    class Schedule(Callback):
+        def before_train(self): self.opt.set_hyper('lr', lr(self.epoch))
+        def after_train(self): weights.append([p.detach().clone().double() for p in self.model.parameters()])
+    learn = Learner(dls, model, CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, weight_decay=recipe.wd)),
+                    wd=recipe.wd, wd_bn_bias=True, metrics=accuracy)
+    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, lr(0), cbs=Schedule())
+    return learn, weights, learn.recorder.values
+
+
+# what is trained
+
+@pytest.mark.parametrize('recipe', [TINY, Recipe('plain', plain_net, 10, 6, .05, .02, 4, 5e-4, bs=64)], ids=lambda r: r.name)
+def test_runs_that_share_their_first_epochs_end_as_each_would_by_itself(tmp_path, recipe):
+    data = seed_0(tmp_path, recipe)
+    for name, lr, n in (('SGD 1B', lambda e: sgd_lr(recipe, e, 6), 6), ('SGD 1.5B', lambda e: sgd_lr(recipe, e, 9), 9), ('SWA', lambda e: swa_lr(recipe, e), 9)):
+        learn, weights, table = by_hand(recipe, lr, n)
+        saved = torch.load(tmp_path/f'seed-0-{name.lower().replace(" ", "-")}.pth')
+        assert all(torch.equal(v, saved[k]) for k, v in learn.model.state_dict().items())
+        rows = [row for p in data['parts'] if name in p['runs'] for row in p['epochs']]
+        assert [row['lr'] for row in rows] == pytest.approx([lr(e) for e in range(n)], rel=1e-12)
+        assert [(row['valid_loss'], row['accuracy']) for row in rows] == [tuple(r[1:]) for r in table]
+        folded = range(4, 9) if name == 'SWA' else [n - 1]
+        assert [i for i, row in enumerate(rows) if row.get('swa_accuracy') is not None] == list(folded)
+    average = torch.load(tmp_path/'seed-0-swa-average.pth')
+    for (k, p), *ws in zip(learn.model.named_parameters(), *weights[4:]): torch.testing.assert_close(average[k], sum(ws).div(5).float(), rtol=1e-6, atol=1e-7)
+
+
+def test_the_columns_of_sgd_runs_are_their_ends_with_batch_norm_refreshed(whole):
+    from fastai_swa import update_bn
+    last = next(p for p in json.loads((whole/'seed-0.json').read_text())['parts'] if p['runs'] == ['SGD 1.5B'])
+    model = small_net(10)
+    model.load_state_dict(torch.load(whole/'seed-0-sgd-1.5b.pth'))
+    dls = cifar(10, 'digits', TINY.stats, padding=None, bs=64, n_images=200, device='cpu')
+    assert last['epochs'][-1]['swa_accuracy'] != last['epochs'][-1]['accuracy'] or last['epochs'][-1]['swa_valid_loss'] != last['epochs'][-1]['valid_loss']
+    update_bn([x.as_subclass(torch.Tensor) for x, _ in dls.train], model)    # without augmentation: near, not equal
+    model.eval()
+    xs, ys = zip(*dls.valid)
+    loss = nn.functional.cross_entropy(torch.cat([model(x) for x in xs]), torch.cat(ys))
+    assert abs(loss - last['epochs'][-1]['swa_valid_loss']) < .2
+
+
+def test_train_loss_is_the_mean_over_the_samples_of_the_epoch_and_nothing_else_changes():
+    plain, seen = learner(), []
+    plain.fit(2)
+    learn = learner()
+    learn.remove_cb(learn.recorder)
+    learn.add_cb(EpochRecorder())
+    class Keep(Callback):
+        def after_batch(self):
+            if self.training and self.epoch == 1: seen.append((float(self.loss), len(self.yb[0])))
+    learn.fit(2, cbs=Keep())
+    assert [list(row)[1:] for row in learn.recorder.values] == [list(row)[1:] for row in plain.recorder.values]    # of the validation
+    assert learn.recorder.values[1][0] == pytest.approx(sum(loss*n for loss, n in seen)/sum(n for _, n in seen), rel=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(learn.model.parameters(), plain.model.parameters()))
+
+
+def meta_step(recorder):
+    "A step whose tensors have no values: whatever reads one fails."
+    dls = loaders()
+    learn = Learner(dls, net(dropout=0).to('meta'), CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=.1)
+    learn.remove_cb(learn.recorder)
+    learn.add_cb(recorder)
+    learn.create_opt()
+    learn.epoch = learn.n_iter = learn.n_epoch = learn.train_iter = 1
+    learn.pct_train, learn.dl = 0., dls.train
+    learn('before_epoch')
+    learn('before_train')
+    learn.model.to('meta')
+    learn._set_device = lambda b: [t.to('meta') for t in b]
+    learn.one_batch(0, dls.train.one_batch())
+
+def test_a_step_reads_nothing_from_the_device():
+    from fastai.learner import Recorder
+    class Losses(Recorder): name = 'recorder'
+    fails = Losses()
+    fails.lrs, fails.losses = [], []
+    fails.smooth_loss.reset()
+    with pytest.raises((NotImplementedError, RuntimeError), match='[Mm]eta'): meta_step(fails)    # the probe sees fastai's own read
+    meta_step(EpochRecorder())
+
+
+def test_a_network_can_be_compiled(tmp_path, monkeypatch, whole):
+    modes, compile_ = [], torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda model, mode: modes.append(mode) or compile_(model, backend='eager'))
+    settings = Settings(images=200, compile='reduce-overhead')
+    data, plain = seed_0(tmp_path, settings=settings), json.loads((whole/'seed-0.json').read_text())
+    assert set(modes) == {'reduce-overhead'} and data['settings']['compile'] == 'reduce-overhead'
+    for p, q in zip(data['parts'], plain['parts']):
+        for a, b in zip(p['epochs'], q['epochs']): assert a['valid_loss'] == pytest.approx(b['valid_loss'], rel=1e-4)
+    assert not any(k.startswith('_orig_mod') for k in torch.load(tmp_path/'seed-0-swa-average.pth'))
+
+
+# never lose a run
+
+def epochs_of_all_parts(folder): return sum(len(p['epochs']) for p in json.loads((folder/'seed-0.json').read_text())['parts'])
+
+
+class Stop(BaseException): "As a kill: nothing catches it."
+
+
+@pytest.mark.parametrize('seconds', [0, 30])    # between checkpoints: each epoch has one; or only the first of each part
+def test_a_seed_interrupted_again_and_again_ends_bitwise_as_the_whole_one(tmp_path, whole, monkeypatch, seconds):
+    monkeypatch.setattr(run_module, '_SECONDS', seconds)
+    starts = []
+    for n_before in (1, 2, 1, 3, 5, 2, 4, 6, 99):    # epochs until the next interruption
+        shown = []
+        def show(seed, line, n_before=n_before, shown=shown):
+            shown.append(line)
+            if len(shown) == n_before: raise Stop
+        starts.append(epochs_of_all_parts(tmp_path) if (tmp_path/'seed-0.json').exists() else 0)
+        try: seed_0(tmp_path, show=show)
+        except Stop: continue
+        break
+    assert len(set(starts)) > 3
+    assert_same_seed(tmp_path, whole)
+
+
+@pytest.mark.parametrize('call', range(1, 6))
+@pytest.mark.parametrize('method', ['_save', 'clean_up', '_save_weights'])
+def test_a_seed_killed_while_it_writes_what_it_keeps_ends_bitwise_as_the_whole_one(tmp_path, whole, monkeypatch, method, call):
+    calls, write = [], getattr(Record, method)
+    def killed(self, *args):
+        if method != '_save' or self.data['parts'][self.number]['done']: calls.append(1)
+        if len(calls) == call:
+            calls.append(1)
+            raise Stop
+        return write(self, *args)
+    monkeypatch.setattr(Record, method, killed)
+    try: seed_0(tmp_path)
+    except Stop: seed_0(tmp_path)
+    assert len(calls) >= call or method == '_save_weights'    # of which there are four
+    assert_same_seed(tmp_path, whole)
+
+
+SCRIPT = '''
+import sys
+from pathlib import Path
+from tests.test_run import TINY, IMAGES, RECIPES, reproduce
+RECIPES['tiny'] = TINY
+if __name__ == '__main__':
+    print(reproduce('tiny', int(sys.argv[2]), sys.argv[1], 'digits', IMAGES, jobs=int(sys.argv[3]), threads=1))
+'''
+
+def script(folder, *args):
+    (folder/'go.py').write_text(SCRIPT)
+    return subprocess.Popen([sys.executable, '-W', 'ignore', str(folder/'go.py'), str(folder/'out'), *args], env=os.environ | {'PYTHONPATH': str(ROOT)},
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
+
+
+def test_a_killed_process_goes_on_and_two_seeds_side_by_side_are_the_same_as_one_after_the_other(tmp_path, whole):
+    (tmp_path/'killed').mkdir()
+    first = script(tmp_path/'killed', '2', '2')
+    file = tmp_path/'killed'/'out'/'seed-0.json'
+    while first.poll() is None and not (file.exists() and epochs_of_all_parts(file.parent) > 4): time.sleep(.02)
+    children = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(first.pid)], capture_output=True, text=True).stdout.split()
+    for pid in (first.pid, *map(int, children)):
+        try: os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError: pass
+    first.communicate()
+    output = script(tmp_path/'killed', '2', '2').communicate()[0]
+    assert output.endswith('{}\n') and 'seed 0  complete' in output and 'seed 1  complete' in output
+    assert_same_seed(tmp_path/'killed'/'out', whole)
+    run_seed(TINY, 1, tmp_path/'one', IMAGES, 'digits', 1)
+    assert_same_seed(tmp_path/'killed'/'out', tmp_path/'one', seed=1)
+    a, b = (torch.load(tmp_path/'killed'/'out'/f'seed-{i}-swa.pth') for i in (0, 1))
+    assert not torch.equal(a['0.weight'], b['0.weight'])
+
+
+def test_time_that_does_not_suffice_stops_it_between_epochs_and_it_goes_on(tmp_path, whole, monkeypatch):
+    now = [1000.]
+    monkeypatch.setattr(run_module, 'time', lambda: now[0])
+    def show(seed, line): now[0] += 10
+    monkeypatch.setattr(_Clock, 'next_epoch', lambda self: 10.)
+    with pytest.raises(TimeIsUp): seed_0(tmp_path, show=show, until=1035.)
+    assert epochs_of_all_parts(tmp_path) == 3 and now[0] == 1030    # a fourth would have ended at 1040
+    with pytest.raises(TimeIsUp): seed_0(tmp_path, show=show, until=1035.)
+    assert epochs_of_all_parts(tmp_path) == 3
+    seed_0(tmp_path)
+    assert_same_seed(tmp_path, whole)
+
+
+def test_a_seed_goes_on_with_its_own_number_of_threads(tmp_path, whole):
+    with pytest.raises(TimeIsUp): seed_0(tmp_path, until=0.)
+    run_seed(TINY, 0, tmp_path, IMAGES, 'digits', threads=2)
+    assert torch.get_num_threads() == 1
+    assert_same_seed(tmp_path, whole)
+
+
+def test_more_seeds_join_those_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, 'tiny', TINY)
+    def run(n): return reproduce('tiny', n, tmp_path, 'digits', IMAGES, threads=1, stream=io.StringIO())
+    assert run(1) == {}
+    before = (tmp_path/'seed-0.json').stat().st_mtime_ns
+    assert run(2) == {} and (tmp_path/'seed-0.json').stat().st_mtime_ns == before and (tmp_path/'seed-1.json').exists()
+
+
+# the file
+
+def test_the_record_says_what_was_run_on_what_and_is_standard_json(whole):
+    def refuse(name): raise AssertionError(name)
+    text = (whole/'seed-0.json').read_text()
+    data = json.loads(text, parse_constant=refuse)
+    assert data['recipe'] == 'tiny' and data['seed'] == 0 and data['threads'] == 1 and data['finished'] >= data['started'] > '2026'
+    assert data['images'] == {'kind': 'digits', 'train': 200, 'valid': 40, 'sha256': data['images']['sha256']} and len(data['images']['sha256']) == 16
+    assert data['versions']['torch'] == torch.__version__.partition('+')[0] and data['hardware']['cores'] == os.cpu_count()
+    assert data['settings'] == {'scale': 1., 'images': 200, 'device': 'cpu', 'precision': 'fp32', 'compile': None, 'deterministic': False}
+    assert list(data['parts'][-1]['epochs'][0]) == ['lr', 'train_loss', 'valid_loss', 'accuracy', 'swa_valid_loss', 'swa_accuracy', 'seconds']
+    assert len(text.splitlines()) < 120    # an epoch a line
+
+
+def test_the_fingerprint_is_of_the_images_and_labels():
+    from fastai_swa.experiments.run import _images
+    prints = {_images(10, 'digits', n)[1]['sha256'] for n in (100, 200, None)}
+    dls, images = _images(10, 'digits', 100)
+    dls.train_ds.images[0, 0, 0, 0] += 1
+    _images.cache_clear()
+    assert len(prints) == 3 and images['sha256'] in prints
+
+
+def fake_record(seconds, **kwargs):
+    "A record of TINY at the start, with epochs of so many seconds timed: those without and those with a validation of the average."
+    record = Record.__new__(Record)
+    record.recipe, record.seed, record.number = TINY, 3, 0
+    from fastai_swa.experiments.recipes import parts, runs
+    record.parts = parts(runs(TINY))
+    record.data = {'parts': [{'epochs': []} for _ in record.parts]}
+    record.clock = _Clock(record)
+    record.clock.seconds = {False: list(seconds[0]), True: list(seconds[1])}
+    return record
+
+def test_the_time_left_counts_the_epochs_that_validate_the_average_as_dearer():
+    n_all, n_folds = sum(p.end - p.begin for p in fake_record([[], []]).parts), 1 + 1 + 5
+    assert fake_record([[], []]).clock.left() == 0    # nothing is known yet
+    assert fake_record([[10.], []]).clock.left() == pytest.approx(10*(n_all - n_folds) + 15*n_folds)    # guessed: a half more
+    assert fake_record([[10.], [30., 30.]]).clock.left() == pytest.approx(10*(n_all - n_folds) + 30*n_folds)
+    slow_start = fake_record([[100., 1., 1., 1.], []])
+    assert slow_start.clock.left() == pytest.approx(n_all - n_folds + 1.5*n_folds)    # an outlier, as the first epoch on a GPU is, counts for nothing
+    slow_start.data['parts'][0]['epochs'] = [{}]*2
+    assert slow_start.clock.left() == pytest.approx(n_all - n_folds - 2 + 1.5*n_folds)
+    assert slow_start.clock.next_epoch() == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize('is_terminal', [True, False])
+def test_each_seed_has_one_line_of_progress(is_terminal, monkeypatch):
+    stream, now = io.StringIO(), [0.]
+    stream.isatty = lambda: is_terminal
+    monkeypatch.setattr(run_module, 'monotonic', lambda: now[0])
+    lines = run_module._Lines(stream)
+    for key, text, now[0] in (0, 'a1', 0), (1, 'b1', 1), (0, 'a2', 30), (0, 'a3', 61): lines.show(key, text)
+    lines.end()
+    if is_terminal: assert stream.getvalue().endswith('\033[2A\033[2Ka3\n\033[2Kb1\n')    # up two lines, both written over
+    else: assert stream.getvalue() == 'a1\nb1\na3\na3\nb1\n'    # at most one a minute, and the last ones
+
+
+def test_a_line_says_where_a_run_stands(tmp_path):
+    lines = []
+    seed_0(tmp_path, show=lambda seed, line: lines.append(line))
+    import re
+    assert re.fullmatch(r'seed 0  SGD 1B, SGD 1.5B, SWA  epoch 1 of 3  accuracy [\d.]+ %  [\d.e-]+ s an epoch  \d+ s left', lines[0])
+    assert re.fullmatch(r'seed 0  SWA  epoch 9 of 9  accuracy [\d.]+ % \(average [\d.]+ %\)  [\d.e-]+ s an epoch  0 s left', lines[-1])
+
+
+# what goes wrong
+
+def command(monkeypatch, capsys, *args):
+    "(exit status, what it says)"
+    monkeypatch.setitem(RECIPES, 'tiny', TINY)
+    with pytest.raises(SystemExit) as e: __main__.main(['reproduce', *map(str, args)])
+    return e.value.code, capsys.readouterr()
+
+
+@pytest.fixture
+def tiny_command(monkeypatch, capsys, tmp_path):
+    def run(*args): return command(monkeypatch, capsys, 'tiny', '--data', 'digits', '--images', 200, '--threads', 1, '--out', tmp_path, *args)
+    return run
+
+
+def test_a_command_runs_and_says_when_it_is_complete(tiny_command, tmp_path, whole):
+    code, said = tiny_command()
+    assert code == 0 and said.out.endswith('seed 0  complete\n') and not said.err
+    assert_same_seed(tmp_path, whole)
+
+
+def test_a_time_given_stops_the_command_cleanly(tiny_command, tmp_path, whole):
+    code, said = tiny_command('--until', '0s')
+    assert code == 0 and said.err == 'seed 0: stopped in time; the same command goes on from there\n'
+    assert tiny_command()[0] == 0
+    assert_same_seed(tmp_path, whole)
+
+
+@pytest.mark.parametrize('text', ['8', 'm', '8 m', 'soon', '8d'])
+def test_a_time_that_cannot_be_read_is_one_sentence(tiny_command, text):
+    code, said = tiny_command('--until', text)
+    assert code == 2 and f'expected a time such as 90s, 8m or 1.5h, not {text!r}' in said.err
+
+
+def test_other_settings_for_a_seed_are_refused_and_it_stays_as_it_is(tiny_command, tmp_path, monkeypatch, capsys):
+    assert tiny_command('--until', '0s')[0] == 0
+    before = (tmp_path/'seed-0.json').read_bytes()
+    for args, what in ((['--scale', 2], 'budget=6, not 12'), (['--images', 300], 'images=200, not 300'), (['--compile', 'default'], "compile=None, not 'default'")):
+        code, said = tiny_command(*args)
+        assert code == 1 and what in said.err and 'give the same, or another folder' in said.err and len(said.err.splitlines()) == 1
+    assert (tmp_path/'seed-0.json').read_bytes() == before
+    (tmp_path/'seed-0.json').write_text('{')
+    code, said = tiny_command()
+    assert code == 1 and 'seed-0.json is damaged: move it away' in said.err and (tmp_path/'seed-0.json').read_text() == '{'
+
+
+def test_a_second_process_at_a_seed_is_refused(tiny_command, tmp_path):
+    from fastai_swa.files import Lock
+    lock = Lock(tmp_path/'seed-0.json')
+    code, said = tiny_command()
+    lock.release()
+    assert code == 1 and 'another run is using' in said.err and len(said.err.splitlines()) == 1
+
+
+def images(folder, n_classes=10, size=32):
+    for part, n in (('train', 4), ('test', 2)):
+        for c in range(n_classes):
+            (folder/part/f'c{c}').mkdir(parents=True)
+            for i in range(n): Image.new('RGB', (size, size), (c*20, i, 0)).save(folder/part/f'c{c}'/f'{i}.jpg')
+
+
+def test_data_that_cannot_be_used_is_one_sentence(monkeypatch, capsys, tmp_path):
+    def run(folder): return command(monkeypatch, capsys, 'tiny', '--data', folder, '--out', tmp_path/'out')
+    code, said = run(tmp_path/'nowhere')
+    assert code == 1 and 'nowhere is no folder' in said.err and len(said.err.splitlines()) == 1
+    images(tmp_path/'nine', 9)
+    code, said = run(tmp_path/'nine')
+    assert code == 1 and '9 class folders, CIFAR-10 has 10' in said.err and len(said.err.splitlines()) == 1
+    images(tmp_path/'big', size=33)
+    code, said = run(tmp_path/'big')
+    assert code == 1 and 'has 33 x 33 pixels, expected 32 x 32' in said.err and len(said.err.splitlines()) == 1
+    def fail(*args, **kwargs): raise RuntimeError('File not found or corrupted.')
+    monkeypatch.setattr('torchvision.datasets.CIFAR10.download', fail)
+    (tmp_path/'truncated').mkdir()
+    (tmp_path/'truncated'/'cifar-10-python.tar.gz').write_bytes(b'half')
+    code, said = run(tmp_path/'truncated')
+    assert code == 1 and 'CIFAR-10 is not complete in' in said.err and 'corrupted' in said.err and len(said.err.splitlines()) == 1
+    assert not list((tmp_path/'out').iterdir())
+
+
+def test_a_folder_of_jpeg_files_is_said_to_be_one(monkeypatch, capsys, tmp_path):
+    images(tmp_path/'data')
+    assert command(monkeypatch, capsys, 'tiny', '--data', tmp_path/'data', '--out', tmp_path/'out')[0] == 0
+    assert json.loads((tmp_path/'out'/'seed-0.json').read_text())['images']['kind'] == 'CIFAR-10, JPEG'
+
+
+def test_an_unknown_recipe_names_those_that_are_known(monkeypatch, capsys):
+    code, said = command(monkeypatch, capsys, 'vgg17')
+    assert code == 2 and 'vgg16-cifar10, ' in said.err and "not 'vgg17'" in said.err
+
+
+def test_a_gpu_out_of_memory_is_one_sentence_and_the_same_command_goes_on(tiny_command, tmp_path, whole, monkeypatch):
+    n, forward = [0], nn.Conv2d.forward
+    def hungry(self, x):
+        n[0] += 1
+        if n[0] == 21: raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...')
+        return forward(self, x)
+    monkeypatch.setattr(nn.Conv2d, 'forward', hungry)
+    code, said = tiny_command()
+    assert code == 1 and len(said.err.splitlines()) == 1
+    assert 'the GPU is out of memory (CUDA out of memory); the same command goes on from there: with fewer --jobs, perhaps' in said.err
+    assert 0 < epochs_of_all_parts(tmp_path) < 22
+    assert tiny_command()[0] == 0
+    assert_same_seed(tmp_path, whole)
+
+
+@pytest.mark.parametrize('name', ['fork0', 'seed-0-sgd-1b.pth', 'seed-0.json', 'part1.ckpt'])
+def test_a_full_disk_is_one_sentence_and_nothing_is_lost(tiny_command, tmp_path, whole, monkeypatch, name):
+    replace, full = os.replace, [True]
+    def no_room(a, b):
+        if full[0] and name in str(b) and (name != 'seed-0.json' or epochs_of_all_parts_or_0(tmp_path) > 8): raise OSError(28, 'No space left on device')
+        return replace(a, b)
+    monkeypatch.setattr(os, 'replace', no_room)
+    code, said = tiny_command()
+    assert code == 1 and 'cannot be written: [Errno 28] No space left on device' in said.err and len(said.err.splitlines()) == 1
+    assert not list(tmp_path.glob('*.tmp'))
+    full[0] = False
+    assert tiny_command()[0] == 0
+    assert_same_seed(tmp_path, whole)
+
+def epochs_of_all_parts_or_0(folder): return epochs_of_all_parts(folder) if (folder/'seed-0.json').exists() else 0
