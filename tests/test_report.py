@@ -1,0 +1,137 @@
+"""The report on what the runner has found."""
+import json
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from fastai_swa import __main__
+from fastai_swa.experiments import RECIPES, report
+from fastai_swa.experiments.recipes import parts, runs, scaled
+from fastai_swa.experiments.report import curves, ends, load, mean_and_half
+from fastai_swa.plot import plot_runs
+from scipy import stats
+
+NAME, SCALE = 'preresnet110-cifar10', .04    # budget 6, from epoch 5 on, 9 epochs
+RECIPE = scaled(RECIPES[NAME], SCALE)
+
+
+def accuracy(run, epoch, seed, average=False):
+    "A value for each that no other has."
+    return {'SGD 1B': .1, 'SGD 1.5B': .2, 'SWA': .3}[run] + .01*epoch + .001*seed*(1 + epoch % 3) + (.5 if average else 0)
+
+
+def record(seed, done=True, **changes):
+    tree = parts(runs(RECIPE))
+    def row(part, e):
+        run, folds = part.runs[0].name, part.is_last and e >= part.runs[0].swa_start
+        res = {'lr': .1, 'train_loss': 1., 'valid_loss': 2 - accuracy(run, e, seed), 'accuracy': accuracy(run, e, seed)}
+        if part.is_last: res |= {f'swa_{k}': v if folds else None for k, v in (('valid_loss', 2 - accuracy(run, e, seed, True)), ('accuracy', accuracy(run, e, seed, True)))}
+        return res | {'seconds': 2. if folds else 1.}
+    return {'recipe': NAME, 'seed': seed, 'budget': RECIPE.budget, 'swa_start': RECIPE.swa_start, 'settings': {'scale': SCALE, 'images': None, 'device': 'cpu', 'precision': 'fp32', 'compile': None},
+            'images': {'kind': 'CIFAR-10, JPEG', 'train': 50000, 'valid': 10000, 'sha256': 'abc'}, 'threads': 1, 'versions': {'torch': '2.15.0'},
+            'hardware': {'machine': 'x86_64', 'cores': 2}, 'started': '', 'finished': 'now' if done else None,
+            'parts': [{'runs': [r.name for r in p.runs], 'begin': p.begin, 'end': p.end, 'done': done, 'epochs': [row(p, e) for e in range(p.begin, p.end)]} for p in tree]} | changes
+
+
+def write(folder, *records):
+    for r in records: (folder/f'seed-{r["seed"]}.json').write_text(json.dumps(r))
+    return folder
+
+
+def cells(text, name): return next([c.strip() for c in line.split('|')[1:-1]] for line in text.splitlines() if line.startswith(f'| {name} |'))
+
+
+def test_each_row_of_the_table_is_the_mean_over_the_seeds_at_its_epoch(tmp_path):
+    text = report(write(tmp_path, *(record(s) for s in (0, 1, 2))))
+    for name, (run, epochs, average) in {'SGD 1B': ('SGD 1B', 6, False), 'SGD 1B, batch norm refreshed': ('SGD 1B', 6, True), 'SGD 1.5B': ('SGD 1.5B', 9, False),
+                                         'SGD 1.5B, batch norm refreshed': ('SGD 1.5B', 9, True), 'SWA 1B': ('SWA', 6, True), 'SWA 1.25B': ('SWA', 7, True),
+                                         'SWA 1.5B': ('SWA', 9, True), 'SWA run at 1.5B, single weights': ('SWA', 9, False)}.items():
+        values = [100*accuracy(run, epochs - 1, s, average) for s in (0, 1, 2)]
+        mean, std = sum(values)/3, math.sqrt(sum((v - sum(values)/3)**2 for v in values)/2)
+        assert cells(text, name)[1:3] == [str(epochs), f'{mean:.2f} +- {std:.2f}'], name
+    assert cells(text, 'SWA 1.5B')[4] == '95.82 +- 0.03' and cells(text, 'SGD 1.5B')[4] == ''
+    assert (tmp_path/'report.md').read_text() == text and (tmp_path/'curves.png').stat().st_size > 5000
+
+
+def test_differences_are_paired_with_their_confidence_interval(tmp_path):
+    text = report(write(tmp_path, *(record(s) for s in (0, 1, 2))))
+    gains = [100*(accuracy('SWA', 8, s, True) - accuracy('SGD 1B', 5, s)) for s in (0, 1, 2)]
+    low, high = stats.ttest_1samp(gains, 0).confidence_interval()
+    assert cells(text, 'SWA 1.5B - SGD 1B')[1:] == [f'{np.mean(gains):+.2f}', f'{low:+.2f} to {high:+.2f}', '3 of 3', '+0.79']
+
+
+def test_one_seed_has_no_interval_and_is_said_to_tell_nothing_from_chance(tmp_path):
+    text = report(write(tmp_path, record(4)))
+    assert 'one seed cannot tell them from chance' in text and cells(text, 'SWA 1B - SGD 1B')[2] == '' and cells(text, 'SGD 1B')[2] == '16.20' and 'nan' not in text
+
+
+@pytest.mark.parametrize('x', [[1., 2., 4.], [0., 0.], [-3., 5., 1., 1.]])
+def test_the_interval_is_students(x):
+    mean, half = mean_and_half(np.array(x))
+    interval = stats.t.interval(.95, len(x) - 1, loc=np.mean(x), scale=stats.sem(x)) if np.ptp(x) else (0, 0)
+    assert (mean - half, mean + half) == pytest.approx(interval)
+    assert mean_and_half(np.array([2.])) == (2., math.inf)
+
+
+def test_a_network_without_batch_norm_has_no_control_that_refreshes_it(tmp_path):
+    r = record(0)
+    for p in r['parts']:
+        if p['runs'][0].startswith('SGD') and len(p['runs']) == 1: p['epochs'][-1] |= {'swa_valid_loss': p['epochs'][-1]['valid_loss'], 'swa_accuracy': p['epochs'][-1]['accuracy']}
+    assert 'refreshed' in report(write(tmp_path, record(0))) and 'refreshed' not in report(write(tmp_path, r))
+
+
+def test_what_was_scaled_down_or_compressed_is_said(tmp_path):
+    text = report(write(tmp_path, record(0)))
+    assert 'JPEG-compressed: absolute accuracies are not comparable' in text and 'scaled down: lengths times 0.04' in text
+    whole = record(0, images={'kind': 'CIFAR-10', 'train': 50000, 'valid': 10000, 'sha256': 'abc'})
+    whole['settings']['scale'] = 1
+    text = report(write(tmp_path, whole))
+    assert 'JPEG' not in text and 'scaled' not in text
+
+
+def test_a_seed_that_is_not_complete_is_named_and_not_counted(tmp_path):
+    text = report(write(tmp_path, record(0), record(10), record(2, done=False)))
+    assert '2 seeds (0, 10)' in text and 'seed 2 is not complete and not counted' in text
+
+
+def test_curves_go_through_the_parts_that_runs_share():
+    records = [record(s) for s in (0, 1)]
+    found = curves(records, 'accuracy')
+    assert list(found) == ['SGD 1B', 'SGD 1.5B', 'SWA run, single weights', 'SWA run, average']
+    epochs, values = found['SWA run, average']
+    assert epochs.tolist() == [6, 7, 8, 9] and values[1].tolist() == [accuracy('SWA', e, 1, True) for e in (5, 6, 7, 8)]
+    epochs, values = found['SGD 1.5B']
+    assert epochs.tolist() == list(range(1, 10)) and values.shape == (2, 9) and values[0, 8] == accuracy('SGD 1.5B', 8, 0)
+    assert values[0, 0] == accuracy('SGD 1B', 0, 0)    # of the part that all share
+    assert ends(records, 'accuracy')['SWA 1.25B'][0] == 7
+
+
+def test_folders_that_cannot_be_reported_are_one_sentence(tmp_path, capsys):
+    def said(folder):
+        with pytest.raises(SystemExit) as e: __main__.main(['report', str(folder)])
+        assert e.value.code == 2
+        return capsys.readouterr().err
+    assert 'has no complete seed' in said(tmp_path)
+    assert 'has no complete seed, and 1 begun' in said(write(tmp_path, record(3, done=False)))
+    other = record(1)
+    other['settings']['precision'] = 'bf16'
+    assert "mixes runs: seed 1 has settings {'scale'" in said(write(tmp_path, record(0), other))
+    (tmp_path/'seed-1.json').write_text('{')
+    assert 'seed-1.json is damaged' in said(tmp_path)
+
+
+def test_the_command_prints_the_report(tmp_path, capsys):
+    with pytest.raises(SystemExit) as e: __main__.main(['report', str(write(tmp_path, record(0)))])
+    assert not e.value.code and '| SWA 1.5B |' in capsys.readouterr().out
+
+
+def test_the_figure_shows_means_bands_and_the_late_epochs():
+    records = [record(s) for s in (0, 1, 2)]
+    ax = plot_runs(curves(records, 'accuracy'), ylabel='accuracy')
+    lines = {line.get_label(): line for line in ax.lines}
+    assert lines['SWA run, average'].get_ydata().tolist() == pytest.approx([np.mean([accuracy('SWA', e, s, True) for s in range(3)]) for e in range(5, 9)])
+    assert len(ax.collections) == 4 and ax.get_xlabel() == 'epochs' and ax.get_ylabel() == 'accuracy' and ax.get_legend()
+    low, high = ax.get_ylim()
+    assert high >= accuracy('SWA', 8, 2, True) and low <= accuracy('SGD 1B', 5, 0) and low > accuracy('SGD 1B', 0, 0) - .03
+    plt.close('all')
