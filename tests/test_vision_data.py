@@ -169,4 +169,30 @@ def test_a_download_cut_short_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path/'cifar-10-python.tar.gz').write_bytes(b'half')
     def fail(*args, **kwargs): raise RuntimeError('File not found or corrupted.')
     monkeypatch.setattr('torchvision.datasets.cifar.download_and_extract_archive', fail)
-    with pytest.raises(RuntimeError, match='CIFAR-10 is not complete in .* and could not be downloaded there: File not found or corrupted.'): cifar(10, tmp_path)
+    with pytest.raises(OSError, match='CIFAR-10 is not complete in .* and could not be downloaded there: File not found or corrupted.'): cifar(10, tmp_path)
+
+
+def test_a_loader_that_transforms_several_batches_at_once_gives_the_same_batches():
+    plain, chunked = in_memory(padding=None), in_memory(padding=None, chunk=3)    # 4 batches: a whole chunk and a part of one
+    for dls in plain, chunked: dls.train.rng = random.Random(0)
+    for _ in range(2):
+        a, b = list(plain.train), list(chunked.train)
+        assert [len(y) for _, y in b] == [16, 16, 16, 2] and len(chunked.train) == 4
+        for (x, y), (z, w) in zip(a, b, strict=True): assert type(x) is type(z) and type(y) is type(w) and torch.equal(x, z) and torch.equal(y, w)
+    new = chunked.train.new(shuffle=False, drop_last=True)
+    assert new.chunk == 3 and [len(y) for _, y in new] == [16]*3 and torch.equal(torch.cat([y for _, y in new]), images()[1][:48])
+    assert len(chunked.one_batch()[1]) == 16 and chunked.valid.chunk == 1
+
+
+def test_images_of_a_chunk_each_have_draws_of_their_own():
+    dls = in_memory(chunk=4, seed=5)
+    dls.train.rng = random.Random(0)
+    x = torch.cat([x for x, _ in dls.train]).as_subclass(torch.Tensor)
+    plain = in_memory(padding=None)
+    plain.train.rng = random.Random(0)
+    mean, std = (torch.tensor(s).view(3, 1, 1) for s in CIFAR_STATS)
+    originals = torch.cat([x for x, _ in plain.train]).as_subclass(torch.Tensor)*std + mean
+    top, left, flip = PadCropFlip(4, seed=5).draws(50)
+    for i in range(50):
+        expected = TF.crop(TF.pad(originals[i], [4]*4), int(top[i]), int(left[i]), 32, 32)
+        torch.testing.assert_close(x[i]*std + mean, TF.hflip(expected) if flip[i] else expected, rtol=0, atol=1e-5)

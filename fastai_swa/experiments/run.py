@@ -103,7 +103,7 @@ def _learner(recipe, seed, settings, dls) -> Learner:
     model = recipe.network(recipe.n_classes).to(device, memory_format=torch.channels_last)
     if settings.compile: model = torch.compile(model, mode=settings.compile)
     dls = tensor_loaders(*((ds.images, ds.labels) for ds in (dls.train_ds, dls.valid_ds)), dls.vocab, recipe.stats, bs=recipe.bs,
-                         padding=recipe.padding, seed=seed, device=device)
+                         padding=recipe.padding, seed=seed, chunk=16, device=device)
     dls.train.rng = Random(seed)
     learn = Learner(dls, model, CrossEntropyLossFlat(), opt_func=optimizer(recipe, fused=device.type == 'cuda' or None), lr=recipe.lr, wd=recipe.wd,
                     wd_bn_bias=True, metrics=accuracy)

@@ -27,13 +27,22 @@ class TensorDL(TfmdDL):
     """A fastai loader of `TensorImages`: a batch is one indexing on their device, where the batch transforms run as well.
 
     Moving the loader moves its images, once. As all fastai loaders it shuffles by its own `rng`; it has no worker processes.
+    `chunk`: so many batches go through the batch transforms at once, as transforms that treat each image by itself allow; on a GPU, and with
+    small networks, most of the time that a loader takes is in calling them.
     """
-    def __init__(self, dataset, bs=128, num_workers=0, **kwargs): super().__init__(dataset, bs=bs, num_workers=0, **kwargs)
+    def __init__(self, dataset, bs=128, num_workers=0, chunk=1, **kwargs):
+        self.chunk = chunk
+        super().__init__(dataset, bs=bs, num_workers=0, **kwargs)
 
     def create_batches(self, samps):
         idxs = torch.tensor(list(samps), dtype=torch.long, device=self.dataset.images.device)    # one transfer an epoch
         n = len(idxs) // self.bs * self.bs if self.drop_last else len(idxs)
-        for i in idxs[:n].split(self.bs): yield TensorImage(self.dataset.images[i]), TensorCategory(self.dataset.labels[i])
+        for i in idxs[:n].split(self.bs * self.chunk): yield TensorImage(self.dataset.images[i]), TensorCategory(self.dataset.labels[i])
+
+    def __iter__(self):
+        for batches in super().__iter__(): yield from zip(*(t.split(self.bs) for t in batches))
+
+    def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls, **{'chunk': self.chunk} | kwargs)
 
     def to(self, device):
         super().to(device)
@@ -77,18 +86,18 @@ def pad_crop_flip(x, pad: int, mode: str, top, left, flip):
     return x[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
-def tensor_loaders(train, valid, vocab, stats, bs=128, val_bs=512, padding='constant', pad=4, seed=0, device=None) -> DataLoaders:
+def tensor_loaders(train, valid, vocab, stats, bs=128, val_bs=512, padding='constant', pad=4, seed=0, chunk=1, device=None) -> DataLoaders:
     """`DataLoaders` of images in memory.
 
     - `train`, `valid`: pairs of images (n, c, h, w) uint8 and labels (n) int64; `vocab`: the names of the classes.
     - `stats`: mean and standard deviation of each channel, of values in [0, 1], to normalise by.
-    - `padding`: 'constant' or 'reflect', as in `PadCropFlip`; `None` for no augmentation.
+    - `padding`: 'constant' or 'reflect', as in `PadCropFlip`; `None` for no augmentation. `chunk`: as in `TensorDL`, for training.
 
     The last short training batch is kept.
     """
     sets = [TensorImages(*pair, vocab, i) for i, pair in enumerate((train, valid))]
     tfms = [IntToFloatTensor(), Normalize.from_stats(*stats, cuda=False)]
     augment = [] if padding is None else [PadCropFlip(pad, padding, seed)]
-    dls = DataLoaders(TensorDL(sets[0], bs=bs, shuffle=True, after_batch=[*augment, *tfms]), TensorDL(sets[1], bs=val_bs, after_batch=tfms))
+    dls = DataLoaders(TensorDL(sets[0], bs=bs, shuffle=True, chunk=chunk, after_batch=[*augment, *tfms]), TensorDL(sets[1], bs=val_bs, after_batch=tfms))
     dls.vocab, dls.c = L(vocab), len(vocab)
     return dls if device is None else dls.to(device)
