@@ -9,6 +9,7 @@ per step: what a GPU waits for if it is faster.
 The recipe `host` has a network of one layer: all that it costs is the loop, the loader and the optimizer.
 """
 import argparse, statistics, time
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -35,8 +36,8 @@ def learners(recipe, settings, dls, modes):
     res["fastai's SGD"] = learn = _learner(recipe, 0, settings, dls)
     learn.opt_func = partial(SGD, mom=.9, decouple_wd=False)
     learn.create_opt()
-    if settings.precision == 'bf16': res['fp32'] = _learner(recipe, 0, Settings(device=settings.device), dls)
-    for mode in modes: res[f'compiled, {mode}'] = _learner(recipe, 0, Settings(device=settings.device, precision=settings.precision, compile=mode), dls)
+    if settings.precision == 'bf16': res['fp32'] = _learner(recipe, 0, replace(settings, precision='fp32'), dls)
+    for mode in modes: res[f'compiled, {mode}'] = _learner(recipe, 0, replace(settings, compile=mode), dls)
     return res
 
 

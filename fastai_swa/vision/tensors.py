@@ -64,14 +64,15 @@ class PadCropFlip(Transform):
         super().__init__()
         self.pad, self.mode, self.generator = pad, mode, torch.Generator().manual_seed(seed)
 
-    def draws(self, n: int):
-        "For `n` images: top and left corner of the crop, each from 0 to 2 `pad`, and whether to flip; (n) each."
-        top, left = torch.randint(2 * self.pad + 1, (2, n), generator=self.generator)
-        return top, left, torch.rand(n, generator=self.generator) < .5
+    def draws(self, n: int, device='cpu'):
+        """For `n` images: top and left corner of the crop, each from 0 to 2 `pad`, and whether to flip; (n) each. One draw for each image, so that
+        images get the same ones however they are put into batches."""
+        side = 2 * self.pad + 1
+        places = torch.randint(2 * side * side, (n,), generator=self.generator).to(device, non_blocking=True)
+        return places // 2 // side, places // 2 % side, places % 2 == 1
 
     def encodes(self, x: TensorImage):
-        draws = (d.to(x.device, non_blocking=True) for d in self.draws(len(x)))
-        return TensorImage(pad_crop_flip(x.as_subclass(torch.Tensor), self.pad, self.mode, *draws))
+        return TensorImage(pad_crop_flip(x.as_subclass(torch.Tensor), self.pad, self.mode, *self.draws(len(x), x.device)))
 
 
 def pad_crop_flip(x, pad: int, mode: str, top, left, flip):
@@ -98,6 +99,7 @@ def tensor_loaders(train, valid, vocab, stats, bs=128, val_bs=512, padding='cons
     sets = [TensorImages(*pair, vocab, i) for i, pair in enumerate((train, valid))]
     tfms = [IntToFloatTensor(), Normalize.from_stats(*stats, cuda=False)]
     augment = [] if padding is None else [PadCropFlip(pad, padding, seed)]
-    dls = DataLoaders(TensorDL(sets[0], bs=bs, shuffle=True, chunk=chunk, after_batch=[*augment, *tfms]), TensorDL(sets[1], bs=val_bs, after_batch=tfms))
+    train = TensorDL(sets[0], bs=bs, shuffle=True, chunk=chunk, after_batch=[*augment, *tfms])
+    dls = DataLoaders(train, TensorDL(sets[1], bs=val_bs, after_batch=tfms))
     dls.vocab, dls.c = L(vocab), len(vocab)
     return dls if device is None else dls.to(device)
