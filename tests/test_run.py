@@ -164,10 +164,10 @@ def test_a_step_reads_nothing_from_the_device():
 
 def test_a_network_can_be_compiled(tmp_path, monkeypatch, whole):
     modes, compile_ = [], torch.compile
-    monkeypatch.setattr(torch, 'compile', lambda model, mode: modes.append(mode) or compile_(model, backend='eager'))
+    monkeypatch.setattr(torch, 'compile', lambda model, mode, dynamic: modes.append((mode, dynamic)) or compile_(model, backend='eager'))
     settings = Settings(images=200, compile='reduce-overhead')
     data, plain = seed_0(tmp_path, settings=settings), json.loads((whole/'seed-0.json').read_text())
-    assert set(modes) == {'reduce-overhead'} and data['settings']['compile'] == 'reduce-overhead'
+    assert set(modes) == {('reduce-overhead', False)} and data['settings']['compile'] == 'reduce-overhead'
     for p, q in zip(data['parts'], plain['parts']):
         for a, b in zip(p['epochs'], q['epochs']): assert a['valid_loss'] == pytest.approx(b['valid_loss'], rel=1e-4)
     assert not any(k.startswith('_orig_mod') for k in torch.load(tmp_path/'seed-0-swa-average.pth'))

@@ -1,5 +1,5 @@
 """Runs a recipe: seed by seed, resumable, on `Learner` with `SWACallback` and `CheckpointCallback`."""
-import hashlib, sys
+import hashlib, os, sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache, partial
@@ -99,9 +99,10 @@ def _learner(recipe, seed, settings, dls) -> Learner:
     set_seed(seed)
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not settings.deterministic, settings.deterministic
     torch.use_deterministic_algorithms(settings.deterministic)
+    if settings.deterministic: os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')    # or cuBLAS refuses
     device = torch.device(settings.device)
     model = recipe.network(recipe.n_classes).to(device, memory_format=torch.channels_last)
-    if settings.compile: model = torch.compile(model, mode=settings.compile)
+    if settings.compile: model = torch.compile(model, mode=settings.compile, dynamic=False)    # a graph for each size of batch
     dls = tensor_loaders(*((ds.images, ds.labels) for ds in (dls.train_ds, dls.valid_ds)), dls.vocab, recipe.stats, bs=recipe.bs,
                          padding=recipe.padding, seed=seed, chunk=16, device=device)
     dls.train.rng = Random(seed)
