@@ -1,7 +1,7 @@
 """Learning-rate schedules as pure functions of the position in training. Plain Python."""
 import math
 
-__all__ = ['start_epoch', 'swa_lr_factor']
+__all__ = ['start_epoch', 'swa_lr_factor', 'snapshot_lr_factor', 'fge_lr_factor', 'fge_epochs']
 
 
 def start_epoch(swa_start, n_epoch: int) -> int:
@@ -35,3 +35,28 @@ def swa_lr_factor(epoch: int, step: int, n_steps: int, swa_start: int, swa_lr, c
     if t <= .5: return 1.
     if t <= .9: return 1 - (1 - hi) * (t - .5) / .4
     return hi
+
+
+def snapshot_lr_factor(step: int, n_steps: int, n_cycles: int) -> float:
+    """The learning rate of Snapshot Ensembles as a multiple of the initial one, at `step` of all `n_steps`, counted from 0.
+
+    Each cycle of ceil(`n_steps` / `n_cycles`) steps starts at 1 and falls along half a cosine; with a remainder the last one is cut short.
+    Huang et al. 2017 (arXiv 1704.00109), which counts steps from 1.
+    """
+    length = math.ceil(n_steps / n_cycles)
+    return (math.cos(math.pi * (step % length) / length) + 1) / 2
+
+
+def fge_lr_factor(epoch: int, step: int, n_steps: int, cycle_len: int, lr_min: float) -> float:
+    """The learning rate of fast geometric ensembling as a multiple of the greatest one, at `step` of the `n_steps` of `epoch`, counted from 0.
+
+    Within each `cycle_len` epochs it falls from 1 to `lr_min` in a straight line and rises to 1 again; it is lowest in the middle of a cycle,
+    where the snapshot is taken. Garipov et al. 2018 (arXiv 1802.10026), section 4.
+    """
+    t = (epoch % cycle_len + step / n_steps) / cycle_len
+    return (1 - 2*t) + lr_min * 2*t if t < .5 else lr_min * (2 - 2*t) + (2*t - 1)
+
+
+def fge_epochs(n_cycles: int, cycle_len: int) -> int:
+    "Epochs of a fit that ends at the low point of its last cycle: half of that one is not run."
+    return n_cycles * cycle_len - cycle_len // 2

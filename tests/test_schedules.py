@@ -1,7 +1,8 @@
+import math
 import random
 
 import pytest
-from fastai_swa.schedules import start_epoch, swa_lr_factor
+from fastai_swa.schedules import fge_epochs, fge_lr_factor, snapshot_lr_factor, start_epoch, swa_lr_factor
 
 from .reference import twins
 
@@ -38,3 +39,31 @@ def test_the_saw_tooth_is_the_papers_formula_and_reaches_lo_in_the_last_step_bef
 def test_before_its_first_cycle_the_saw_tooth_is_the_ramp_to_hi():
     for epoch in range(18):
         assert swa_lr_factor(epoch, 2, 9, 19, (.5, .1), 2) == swa_lr_factor(epoch, 0, 9, 19, .5)
+
+
+# cycles of the ensembles
+
+@pytest.mark.parametrize('n_steps, n_cycles', [(10, 1), (12, 3), (13, 3), (14, 4), (391*40, 5), (7, 7), (3, 5)])
+def test_the_snapshot_learning_rate_is_the_papers_at_every_step(n_steps, n_cycles):
+    for step in range(n_steps):
+        t, m = step + 1, math.ceil(n_steps/n_cycles)    # the paper counts from 1
+        assert .2*snapshot_lr_factor(step, n_steps, n_cycles) == pytest.approx(.2/2*(math.cos(math.pi*((t - 1) % m)/m) + 1), rel=1e-12)
+    starts = [s for s in range(n_steps) if snapshot_lr_factor(s, n_steps, n_cycles) == 1]
+    assert starts == list(range(0, n_steps, math.ceil(n_steps/n_cycles)))
+
+
+@pytest.mark.parametrize('cycle_len', [2, 4, 6])
+@pytest.mark.parametrize('n_steps', [1, 5, 391])
+def test_the_fge_learning_rate_is_the_papers_at_every_step(cycle_len, n_steps):
+    lr1, lr2 = .05, .0005
+    for epoch in range(2*cycle_len + 1):
+        for step in range(n_steps):
+            t = ((epoch % cycle_len) + step/n_steps)/cycle_len
+            expected = lr1*(1 - 2*t) + lr2*2*t if t < .5 else lr1*(2*t - 1) + lr2*(2 - 2*t)
+            assert lr1*fge_lr_factor(epoch, step, n_steps, cycle_len, lr2/lr1) == pytest.approx(expected, rel=1e-9)
+    # lowest at the first step after the snapshot, which is at the end of the epoch in the middle of a cycle
+    lrs = [fge_lr_factor(e, s, n_steps, cycle_len, .01) for e in range(cycle_len) for s in range(n_steps)]
+    assert lrs.index(min(lrs)) == cycle_len//2*n_steps and lrs[0] == 1
+
+
+def test_an_fge_fit_ends_at_the_low_point_of_its_last_cycle(): assert [fge_epochs(n, c) for n, c in ((1, 2), (3, 2), (2, 4), (6, 4))] == [1, 5, 6, 22]

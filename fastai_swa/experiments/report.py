@@ -27,7 +27,7 @@ def report(folder) -> str:
     fig, axs = plt.subplots(1, 2, figsize=(12, 4.2), layout='constrained')
     plot_runs({name: (epochs, 100 * (1 - values)) for name, (epochs, values) in curves(records, 'accuracy').items()}, axs[0], 'test error, %')
     plot_runs(curves(records, 'valid_loss'), axs[1], 'test loss')
-    fig.suptitle(f'{records[0]["recipe"]}, {_seeds(len(records))}: mean, and from the least to the greatest')
+    fig.suptitle(f'{records[0]["recipe"]}, {_seeds(len(records))}' + ': mean, and from the least to the greatest' * (len(records) > 1))
     with replacing(folder/'curves.png') as f: fig.savefig(f, format='png', dpi=110)
     plt.close(fig)
     with replacing(folder/'report.md') as f: f.write(text.encode())
