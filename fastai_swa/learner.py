@@ -9,7 +9,9 @@ from fastcore.foundation import L
 
 from .batchnorm import check_count
 from .callback import SWACallback
-from .schedules import start_epoch, swa_lr_factor
+from .ensemble import Ensemble
+from .schedules import fge_epochs, fge_lr_factor, snapshot_lr_factor, start_epoch, swa_lr_factor
+from .snapshots import SnapshotCallback
 
 __all__ = ['EpochScheduler']
 
@@ -44,13 +46,9 @@ def fit_swa(self:Learner,
     that of the last one. Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used.
     """
     n_epoch = check_count('n_epoch', n_epoch, optional=False)
-    if self.opt is None: self.create_opt()    # which may set `self.lr`
-    lr = self.lr if lr is None else lr
-    for x in ((lr.stop,) if lr.start is None else (lr.start, lr.stop)) if isinstance(lr, slice) else (lr,): _check_lr('lr', x, lr)
     if swa_lr is not None: swa_lr = _check_swa_lr(swa_lr)
     swa = SWACallback(swa_start=swa_start, cycle_len=cycle_len, **swa_kwargs)
-    self.opt.set_hyper('lr', lr)
-    lrs = np.array([h['lr'] for h in self.opt.hypers])
+    lr, lrs = _group_lrs(self, 'lr', lr)
     if swa_lr is None: factor = .1
     else: factor = tuple(x / lrs[-1] for x in swa_lr) if isinstance(swa_lr, tuple) else swa_lr / lrs[-1]
     start = start_epoch(swa.swa_start, n_epoch)
@@ -59,11 +57,74 @@ def fit_swa(self:Learner,
     return swa
 
 
+@patch
+def fit_snapshots(self:Learner,
+    n_cycles:int,    # number of snapshots
+    cycle_len:int,    # epochs of each cycle, which ends in a snapshot
+    lr=None,    # learning rate at the start of each cycle, a number or a slice; default: the learner's
+    folder=None,    # for the snapshots' files; None: they stay in the host's memory
+    wd:float=None,    # weight decay; default: the learner's
+    cbs=None,    # more callbacks for this fit
+    activation:str=None    # as in `SnapshotCallback`
+) -> Ensemble:
+    """Fit in cycles of a cosine that falls to zero, and keep the weights at the end of each; returns them as an `Ensemble`.
+
+    The columns `ens_valid_loss` and `ens_<metric>` are of all snapshots so far. `SWACallback(cycle_len - 1, cycle_len=cycle_len)` in `cbs`
+    averages the same weights. Huang et al. 2017 (arXiv 1704.00109), `schedules.snapshot_lr_factor`.
+
+    Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used.
+    """
+    n_cycles, cycle_len = check_count('n_cycles', n_cycles, optional=False), check_count('cycle_len', cycle_len, optional=False)
+    snapshots = SnapshotCallback(cycle_len - 1, cycle_len, folder, activation)
+    lr, lrs = _group_lrs(self, 'lr', lr)
+    n_epoch = n_cycles * cycle_len
+    def schedule(epoch, step, n_steps): return lrs * snapshot_lr_factor(epoch*n_steps + step, n_epoch*n_steps, n_cycles)
+    self.fit(n_epoch, lr, wd=wd, cbs=[EpochScheduler({'lr': schedule}), snapshots, *L(cbs)])
+    return snapshots.ensemble(self)
+
+
+@patch
+def fit_fge(self:Learner,
+    n_cycles:int,    # number of snapshots
+    cycle_len:int,    # epochs of each cycle, an even number: 2 or 4 in the paper
+    lr_max=None,    # learning rate at the start of each cycle, a number or a slice; default: the learner's
+    lr_min:float=None,    # and in its middle, where the snapshot is taken; default: lr_max / 100
+    folder=None, wd:float=None, cbs=None, activation:str=None    # as in `fit_snapshots`
+) -> Ensemble:
+    """Fast geometric ensembling: go on from a trained model in short cycles, and keep the weights at their low points; returns an `Ensemble`.
+
+    The learning rate falls from `lr_max` to `lr_min` in a straight line and rises again; the fit ends at the low point of the last cycle, after
+    `n_cycles * cycle_len - cycle_len / 2` epochs. The paper starts from 80 % of a usual SGD run. `SWACallback(cycle_len // 2 - 1,
+    cycle_len=cycle_len)` in `cbs` averages the same weights. Garipov et al. 2018 (arXiv 1802.10026), `schedules.fge_lr_factor`.
+
+    Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used.
+    """
+    n_cycles, cycle_len = check_count('n_cycles', n_cycles, optional=False), check_count('cycle_len', cycle_len, optional=False)
+    if cycle_len % 2: raise ValueError(f'cycle_len must be an even number of epochs, with the snapshot in the middle, not {cycle_len}')
+    snapshots = SnapshotCallback(cycle_len // 2 - 1, cycle_len, folder, activation)
+    if lr_min is not None: _check_lr('lr_min', lr_min, lr_min, 'a number')
+    lr, lrs = _group_lrs(self, 'lr_max', lr_max)
+    factor = .01 if lr_min is None else lr_min / lrs[-1]
+    if factor > 1: raise ValueError(f'lr_min must be at most lr_max={lrs[-1]:g}, not {lr_min!r}')
+    def schedule(epoch, step, n_steps): return lrs * fge_lr_factor(epoch, step, n_steps, cycle_len, factor)
+    self.fit(fge_epochs(n_cycles, cycle_len), lr, wd=wd, cbs=[EpochScheduler({'lr': schedule}), snapshots, *L(cbs)])
+    return snapshots.ensemble(self)
+
+
 class EpochScheduler(ParamScheduler):
     "A `ParamScheduler` whose functions get `(epoch, step, n_steps)`, counted from 0, instead of the share of training done."
     by_epoch = True
     def before_batch(self):
         for name, f in self.scheds.items(): self.opt.set_hyper(name, f(self.epoch, self.iter, self.n_iter))
+
+
+def _group_lrs(learn, name, lr):
+    "`lr`, or the learner's own, and what it is for each parameter group."
+    if learn.opt is None: learn.create_opt()    # which may set `learn.lr`
+    lr = learn.lr if lr is None else lr
+    for x in ((lr.stop,) if lr.start is None else (lr.start, lr.stop)) if isinstance(lr, slice) else (lr,): _check_lr(name, x, lr)
+    learn.opt.set_hyper('lr', lr)
+    return lr, np.array([h['lr'] for h in learn.opt.hypers])
 
 
 def _check_swa_lr(swa_lr):

@@ -22,7 +22,7 @@ from .modules import unwrap
 from .processes import Processes
 from .state import generators, loaders, own_generators, owned_modules
 
-__all__ = ['PassCancelled', 'validate_aside', 'refresh_bn', 'no_fit', 'is_fitting', 'check_engine']
+__all__ = ['PassCancelled', 'copied_measures', 'validate_aside', 'refresh_bn', 'no_fit', 'is_fitting', 'check_engine']
 
 
 class PassCancelled(Exception):
@@ -67,16 +67,14 @@ def _run(learn, dl):
 
 
 class _Collector(Callback):
-    """Loss and metrics of a validation, on objects of its own: the Recorder's keep the values of the model in training.
+    """Loss and metrics of a validation.
 
     Several processes first exchange their predictions, without the samples that fill up the last batches, so that each measures the
     whole set: what fastai's metrics do there, averaging the processes' values, counts these samples twice.
     """
     order = Recorder.order
     def __init__(self, metrics, processes):
-        self.measured, self.processes = [AvgLoss(), *map(_copy_metric, metrics)], processes
-    def before_validate(self):
-        for m in self.measured: m.reset()
+        self.measured, self.processes = copied_measures(metrics), processes
     def after_batch(self):
         if not len(self.yb): return
         with self._whole_batch() if self.processes.size > 1 else nullcontext():
@@ -92,6 +90,13 @@ class _Collector(Callback):
             vars(learn).update(own)
             del vars(learn)['to_detach']
     def after_cancel_validate(self): raise PassCancelled('validation')    # fastai trips over an exception without arguments
+
+
+def copied_measures(metrics) -> list:
+    "Loss and `metrics` as objects of one's own, reset: the Recorder's keep the values of the model in training."
+    res = [AvgLoss(), *map(_copy_metric, metrics)]
+    for m in res: m.reset()
+    return res
 
 
 def _copy_metric(metric):

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [{'modules', 'files', 'processes', 'version'}, {'averaging', 'batchnorm', 'schedules'}, {'ensemble', 'landscape', 'connectivity', 'vision', 'state'},
-          {'passes'}, {'callback', 'checkpoint', 'plot'}, {'learner'}, {'experiments'}, {'demo'}, {'__main__', '__init__'}]
+          {'passes'}, {'callback', 'checkpoint', 'snapshots', 'plot'}, {'learner'}, {'experiments'}, {'demo'}, {'__main__', '__init__'}]
 SOURCES = sorted((ROOT/'fastai_swa').rglob('*.py'))
 
 
@@ -35,7 +35,7 @@ def test_the_lowest_floors_are_plain_pytorch(name):
 def test_a_star_import_brings_the_public_names_and_nothing_else():
     space = {}
     exec('from fastai_swa import *', space)
-    public = {'SWACallback', 'SaveSWAModelCallback', 'WeightAverage', 'equal', 'ema', 'update_bn', 'plot_swa', 'CheckpointCallback'}
+    public = {'SWACallback', 'SaveSWAModelCallback', 'WeightAverage', 'equal', 'ema', 'update_bn', 'plot_swa', 'CheckpointCallback', 'SnapshotCallback', 'Ensemble', 'average_checkpoints'}
     assert set(space) - {'__builtins__'} == public == set(fastai_swa.__all__)
 
 

@@ -1,0 +1,342 @@
+"""Ensembles: what they predict, how they are combined, what they are made from."""
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
+from fastai.metrics import accuracy, accuracy_multi, mse
+from fastai_swa import Ensemble
+from fastai_swa.ensemble import Probabilities
+from fastai_swa.vision import digits, digits_net
+from torch import nn
+from torch.nn import functional as F
+
+from .helpers import learner, loaders, net
+
+
+def trained(n=3, **kwargs):
+    "A learner, and the models of other short fits on its data."
+    learn, models = learner(**kwargs), []
+    for seed in range(n):
+        torch.manual_seed(seed)
+        model = net()
+        with torch.no_grad():
+            for p in model.parameters(): p.add_(torch.randn_like(p)*.5)
+        model(torch.randn(64, 6))    # statistics
+        models.append(model.eval())
+    return learn, models
+
+
+def batches(learn): return [(x, y) for x, y in learn.dls.valid]
+
+def naive(models, learn, act=lambda o: o.softmax(1)):
+    "The mean of the probabilities, a model and a sample at a time."
+    res = []
+    with torch.no_grad():
+        for x, _ in batches(learn):
+            for i in range(len(x)):
+                total = 0
+                for m in models: total = total + act(m.eval()(x[i:i + 1].float())).double()
+                res.append(total[0]/len(models))
+    return torch.stack(res)
+
+
+# predictions
+
+def test_predictions_equal_a_naive_loop_over_samples_and_models():
+    learn, models = trained()
+    probs, targets = Ensemble(models, learn).get_preds()
+    torch.testing.assert_close(probs.double(), naive(models, learn), rtol=0, atol=5e-7)
+    assert torch.equal(targets, torch.cat([y for _, y in batches(learn)])) and probs.shape == (40, 3)
+    each, same = Ensemble(models, learn).member_preds()
+    assert each.shape == (3, 40, 3) and torch.equal(same, targets)
+    for one, m in zip(each, models): torch.testing.assert_close(one.double(), naive([m], learn), rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize('combine', ['mean', 'vote'])
+def test_the_order_of_the_members_does_not_matter(combine):
+    learn, models = trained(4)
+    ref = Ensemble(models, learn, combine).get_preds()[0]
+    for order in itertools.islice(itertools.permutations(models), 1, 24, 5):
+        torch.testing.assert_close(Ensemble(order, learn, combine).get_preds()[0], ref, rtol=0, atol=3e-7)
+
+
+def test_one_member_predicts_and_validates_bitwise_as_it_does_itself():
+    learn, (model, *_) = trained()
+    learn.model = model
+    preds, values = learn.get_preds()[0], learn.validate()
+    assert torch.equal(Ensemble([model], learn).get_preds()[0], preds) and list(Ensemble(model, learn).validate()) == list(values)
+
+
+def test_loss_and_metrics_are_those_of_the_mean_probabilities():
+    learn, models = trained()
+    p, y = naive(models, learn), torch.cat([y for _, y in batches(learn)])
+    loss, acc = Ensemble(models, learn).validate()
+    assert loss == pytest.approx(float(-p[torch.arange(40), y].log().mean()), rel=1e-5) and acc == pytest.approx(float((p.argmax(1) == y).float().mean()))
+    many = list(Ensemble(models, learn).validate(dl=learn.dls.train))
+    assert many[0] != loss and list(Ensemble(models, learn).validate(0)) == pytest.approx(many)
+
+
+def test_members_of_several_architectures_in_several_precisions():
+    learn, (a, b, _) = trained()
+    wide = net(width=16)
+    half = net()
+    half.load_state_dict(b.state_dict())
+    half.to(torch.bfloat16)
+    other = learner(model=nn.Sequential(nn.Linear(6, 3)), seed=3)
+    ens = Ensemble([a, wide, half, other], learn)
+    class Bf16:
+        def eval(self): return lambda x: half.eval()(x.to(torch.bfloat16)).float()
+    torch.testing.assert_close(ens.get_preds()[0].double(), naive([a, wide, Bf16(), other.model], learn), rtol=0, atol=2e-6)
+    assert next(half.parameters()).dtype == torch.bfloat16
+
+
+def test_a_members_probability_of_zero_does_not_make_the_loss_infinite():
+    sure = [nn.Linear(6, 3) for _ in range(2)]
+    for i, m in enumerate(sure):
+        nn.init.zeros_(m.weight)
+        m.bias.data = torch.tensor([-500., -500., -500.]).index_fill(0, torch.tensor([i]), 500.)    # certain, each of another class
+    learn = learner()
+    y = torch.cat([y for _, y in batches(learn)])
+    loss = Ensemble(sure, learn).validate()[0]
+    assert math.isfinite(loss) and loss == pytest.approx(float(torch.where(y < 2, math.log(2), 1000.).mean()), rel=1e-5)
+
+
+def test_multi_label_and_regression_have_their_own_means():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 6, generator=g)
+    def with_targets(y, loss, metric):
+        pairs = list(zip(x, y))
+        dls = DataLoaders(DataLoader(pairs[:40], bs=16), DataLoader(pairs[40:], bs=16), device='cpu')
+        return Learner(dls, net(), loss, metrics=metric)
+    _, models = trained()
+    labels = (torch.rand(60, 3, generator=g) > .5).float()
+    learn = with_targets(labels, BCEWithLogitsLossFlat(), accuracy_multi)
+    p = naive(models, learn, torch.sigmoid)
+    torch.testing.assert_close(Ensemble(models, learn).get_preds()[0].double(), p, rtol=0, atol=2e-7)
+    loss, acc = Ensemble(models, learn).validate()
+    assert loss == pytest.approx(float(F.binary_cross_entropy(p, labels[40:].double())), rel=1e-5)
+    assert acc == pytest.approx(float(((p > .5) == labels[40:].bool()).float().mean()))
+    votes = torch.stack([naive([m], learn, torch.sigmoid) > .5 for m in models]).sum(0)
+    assert torch.equal(Ensemble(models, learn, 'vote').get_preds()[0] > .5, votes >= 2)
+    learn = with_targets(torch.randn(60, 3, generator=g), MSELossFlat(), mse)
+    p = naive(models, learn, lambda o: o)
+    torch.testing.assert_close(Ensemble(models, learn).get_preds()[0].double(), p, rtol=1e-5, atol=1e-5)
+    assert Ensemble(models, learn).validate()[0] == pytest.approx(float(F.mse_loss(p, torch.stack([y for _, y in learn.dls.valid.dataset]).double())), rel=1e-5)
+    with pytest.raises(ValueError, match="combine='vote' needs classes"): Ensemble(models, learn, 'vote')
+
+
+@pytest.mark.parametrize('loss, kind', [(CrossEntropyLossFlat(), 'softmax'), (nn.CrossEntropyLoss(), 'softmax'), (F.cross_entropy, 'softmax'), (FocalLossFlat(), 'softmax'),
+    (LabelSmoothingCrossEntropyFlat(), 'softmax'), (BCEWithLogitsLossFlat(), 'sigmoid'), (nn.BCEWithLogitsLoss(), 'sigmoid'), (MSELossFlat(), 'none'), (nn.L1Loss(), 'none')])
+def test_the_loss_says_what_an_output_is(loss, kind): assert Probabilities(loss).kind == kind
+
+
+def test_an_unknown_loss_is_one_sentence():
+    def my_loss(p, y): return F.cross_entropy(p, y)
+    learn, models = trained()
+    learn.loss_func = my_loss
+    with pytest.raises(ValueError, match="the loss my_loss does not say .*: pass activation='softmax'"): Ensemble(models, learn)
+    torch.testing.assert_close(Ensemble(models, learn, activation='softmax').member_preds()[0].mean(0).double(), naive(models, learn), rtol=0, atol=5e-7)
+    with pytest.raises(ValueError, match="activation must be 'softmax'"): Ensemble(models, learn, activation='relu')
+
+
+def test_segmentation_takes_classes_at_axis_1():
+    outputs = [torch.randn(2, 4, 5, 5) for _ in range(3)]
+    p = Probabilities(CrossEntropyLossFlat(axis=1))
+    torch.testing.assert_close(p.of(p.mean(outputs)), torch.stack([o.softmax(1) for o in outputs]).mean(0))
+
+
+# votes
+
+def certain(p): return torch.tensor(p).log()
+
+class Fixed(nn.Module):
+    "Predicts what it was given, whatever it gets."
+    def __init__(self, p):
+        super().__init__()
+        self.out = nn.Parameter(certain(p))
+    def forward(self, x): return self.out.expand(len(x), -1)
+
+@pytest.mark.parametrize('members, winner', [
+    ([[.4, .35, .25], [.1, .5, .4], [.4, .35, .25]], 0),    # two votes against one, though the mean prefers class 1
+    ([[.6, .3, .1], [.05, .9, .05]], 1),    # a tie, which the mean decides
+    ([[.5, .4, .1], [.1, .5, .4], [.4, .1, .5]], 0),    # all three tie: means .333 .333 .333, the first of equals or any of them
+    ([[.9, .05, .05], [.3, .36, .34], [.3, .36, .34]], 1)])
+def test_a_vote_goes_to_the_majority_and_ties_to_the_mean(members, winner):
+    p = Ensemble([Fixed(m) for m in members], learner(), 'vote').get_preds()[0]
+    assert (p.argmax(1) == winner).all() or members[0] == [.5, .4, .1]
+    torch.testing.assert_close(p.sum(1), torch.ones(40))
+    votes = np.bincount([int(np.argmax(m)) for m in members], minlength=3)/len(members)
+    torch.testing.assert_close(p[0].double(), torch.tensor(votes), rtol=0, atol=2e-3)
+
+
+# stacking
+
+def test_stacking_equals_ridge_regression_in_closed_form_with_its_penalty_by_leave_one_out():
+    learn, models = trained()
+    ens = Ensemble(models, learn)
+    alphas = [.01, .1, 1., 10.]
+    ens.stack(alphas=alphas)
+    each, y = ens.member_preds()
+    x = each.permute(1, 0, 2).reshape(40, 9).double()
+    targets = F.one_hot(y, 3).double()
+    def fit(x, t, alpha):
+        mx, mt = x.mean(0), t.mean(0)
+        w = torch.linalg.solve((x - mx).T @ (x - mx) + alpha*torch.eye(9).double(), (x - mx).T @ (t - mt))
+        return w, mt - mx @ w
+    def left_out(alpha):
+        errors = []
+        for i in range(40):
+            kept = torch.arange(40) != i
+            w, b = fit(x[kept], targets[kept], alpha)
+            errors.append((x[i] @ w + b - targets[i]).square().mean())
+        return torch.stack(errors).mean()
+    best = min(alphas, key=left_out)
+    assert ens.stacking['alpha'] == best
+    w, b = fit(x, targets, best)
+    torch.testing.assert_close(torch.tensor(ens.stacking['weights']).double(), w.T, rtol=1e-4, atol=1e-5)
+    p = ens.get_preds()[0]
+    assert torch.equal(p.argmax(1), (x @ w + b).argmax(1)) and ens.combine == 'stack'
+    torch.testing.assert_close(p.sum(1), torch.ones(40))
+
+
+def test_stacking_of_values_is_a_linear_model_of_them():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(90, 6, generator=g)
+    y = x[:, :1]*2 - x[:, 1:2]
+    dls = DataLoaders(DataLoader(list(zip(x[:40], y[:40])), bs=16), DataLoader(list(zip(x[40:], y[40:])), bs=16), device='cpu')
+    members = [nn.Linear(6, 1, bias=False) for _ in range(2)]
+    for i, m in enumerate(members): m.weight.data = torch.eye(6)[i:i + 1]    # the two features that it takes
+    ens = Ensemble(members, Learner(dls, net(n_out=1), MSELossFlat(), metrics=mse))
+    ens.stack(alphas=[1e-6])
+    assert ens.validate()[0] < 1e-6 and np.allclose(ens.stacking['weights'], [[2, -1]], atol=1e-4)
+
+
+def test_stacking_on_the_training_data_of_a_member_is_refused():
+    learn, models = trained()
+    other = learner(dls=loaders(seed=9), seed=4)
+    ens = Ensemble([*models, other], learn)
+    for dl in (learn.dls.train, learn.dls.train.new(shuffle=False), other.dls.train):
+        with pytest.raises(ValueError, match='the training set of one: hold samples out'): ens.stack(dl)
+    with pytest.raises(ValueError, match='the training set of one'): ens.stack(ds_idx=0)
+    assert ens.combine == 'mean' and ens.stacking is None
+    with pytest.raises(ValueError, match='needs stack'): ens.combine = 'stack'
+    ens.stack(other.dls.valid)    # which no member was trained on
+    dls = digits(n_train=200)
+    with pytest.raises(ValueError, match='training set'): Ensemble([digits_net()], Learner(dls, digits_net(), CrossEntropyLossFlat())).stack(dls.train.new())
+
+
+# a learner's own methods
+
+def test_predict_tta_and_what_else_a_learner_does_go_through_the_ensemble():
+    dls = digits(n_train=200)
+    learn = Learner(dls, digits_net(), CrossEntropyLossFlat(), metrics=accuracy)
+    models = [digits_net() for _ in range(3)]
+    ens = Ensemble(models, learn)
+    probs, _ = ens.get_preds()
+    label, index, p = ens.predict(dls.valid_ds.items[0])
+    torch.testing.assert_close(p.as_subclass(torch.Tensor), probs[0], rtol=0, atol=1e-6)
+    assert label == str(int(probs[0].argmax())) and int(index) == int(probs[0].argmax())
+    with ens.active() as inside, inside.no_bar():
+        assert inside is learn
+        torch.testing.assert_close(learn.get_preds()[0], probs)
+
+
+def test_the_learner_and_the_members_are_as_before_also_after_an_error():
+    learn, models = trained()
+    models[1].train()
+    before, modes = copies(learn), [[m.training for m in model.modules()] for model in models]
+    own = learn.model
+    ens = Ensemble([*models, learn], learn)
+    ens.validate(), ens.get_preds(), ens.member_preds()
+    with pytest.raises(KeyboardInterrupt), ens.active() as inside:
+        inside.model.eval()
+        raise KeyboardInterrupt
+    class Broken(nn.Linear):
+        def forward(self, x): raise ZeroDivisionError('broken')
+    with pytest.raises(ZeroDivisionError): Ensemble([*models, Broken(6, 3)], learn).validate()
+    assert learn.model is own and [[m.training for m in model.modules()] for model in models] == modes
+    assert all(torch.equal(before[k], v) for k, v in learn.model.state_dict().items())
+
+def copies(learn): return {k: v.clone() for k, v in learn.model.state_dict().items()}
+
+
+# members
+
+def test_state_dicts_paths_learners_and_modules_are_the_same_members(tmp_path):
+    learn, models = trained()
+    torch.save(models[0].state_dict(), tmp_path/'a.pth')
+    learn.path, learn.model_dir = tmp_path, '.'
+    learn.model.load_state_dict(models[1].state_dict())
+    saved = learn.save('b', with_opt=False)
+    third = learner()
+    third.model = models[2]
+    ref = Ensemble(models, learn).get_preds()[0]
+    assert torch.equal(Ensemble([tmp_path/'a.pth', str(saved), third], learn).get_preds()[0], ref)
+    assert torch.equal(Ensemble([m.state_dict() for m in models], learn).get_preds()[0], ref)
+    assert torch.equal(Ensemble(Ensemble(models, learn)).get_preds()[0], ref)
+    assert Ensemble([third, models[0]]).learn is third    # the first learner, if none is given
+
+
+def test_some_of_the_members_are_an_ensemble_too():
+    learn, models = trained()
+    ens = Ensemble(models, learn)
+    assert torch.equal(ens[:2].get_preds()[0], Ensemble(models[:2], learn).get_preds()[0]) and len(ens[:2]) == 2 and len(ens[1]) == 1
+    assert torch.equal(ens[[2, 0]].get_preds()[0], Ensemble([models[2], models[0]], learn).get_preds()[0])
+
+
+@pytest.mark.parametrize('combine', ['mean', 'vote', 'stack'])
+def test_an_ensemble_is_saved_and_loaded_as_one_folder(tmp_path, combine):
+    learn, models = trained()
+    wide = net(width=16)
+    ens = Ensemble([*models, wide], learn)
+    if combine == 'stack': ens.stack()
+    else: ens.combine = combine
+    ens.save(tmp_path/'ens')
+    again = Ensemble.load(tmp_path/'ens', learn, archs=[None, None, None, net(width=16)])
+    assert again.combine == combine and torch.equal(again.get_preds()[0], ens.get_preds()[0])
+    assert sorted(f.name for f in (tmp_path/'ens').iterdir()) == ['index.json', *(f'member-0{i}.pth' for i in (1, 2, 3, 4))]
+    assert torch.load(tmp_path/'ens'/'member-01.pth', weights_only=True).keys() == models[0].state_dict().keys()
+    with pytest.raises(ValueError, match=r'member-04.pth does not hold weights of this architecture'): Ensemble(tmp_path/'ens', learn).get_preds()
+
+
+def test_a_missing_or_damaged_file_is_named_and_the_others_serve(tmp_path):
+    learn, models = trained()
+    Ensemble(models, learn).save(tmp_path)
+    file = tmp_path/'member-02.pth'
+    data = bytearray(file.read_bytes())
+    at = bytes(data).find(models[1][0].weight.detach().numpy().tobytes()[:16])
+    data[at] ^= 1    # one bit of a weight
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match='member-02.pth is damaged'): Ensemble(tmp_path, learn)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match='member-02.pth is missing'): Ensemble(tmp_path, learn)
+    rest = Ensemble([tmp_path/'member-01.pth', tmp_path/'member-03.pth'], learn)
+    assert torch.equal(rest.get_preds()[0], Ensemble([models[0], models[2]], learn).get_preds()[0])
+    (tmp_path/'index.json').write_text('{}')
+    with pytest.raises(ValueError, match='index.json is damaged'): Ensemble(tmp_path, learn)
+    (tmp_path/'index.json').unlink()
+    with pytest.raises(FileNotFoundError, match='has no index.json'): Ensemble(tmp_path, learn)
+
+
+@pytest.mark.parametrize('args, error, sentence', [
+    (lambda learn, ms: ([], learn), ValueError, 'members is empty'), (lambda learn, ms: (ms,), ValueError, 'learn is needed for its data'),
+    (lambda learn, ms: ([3], learn), TypeError, 'members must be learners, modules, state dicts or paths, not 3'),
+    (lambda learn, ms: (ms, learn, 'median'), ValueError, "combine must be 'mean', 'vote' or 'stack', not 'median'"),
+    (lambda learn, ms: (ms, learn, 'mean', None, [net()]), ValueError, 'archs has 1 modules for 3 members')])
+def test_what_cannot_be_an_ensemble_is_one_sentence(args, error, sentence):
+    with pytest.raises(error, match=sentence): Ensemble(*args(*trained()))
+
+
+def test_a_file_with_more_than_weights_is_refused_and_nothing_in_it_is_run(tmp_path):
+    learn = learner()
+    learn.path, learn.model_dir = tmp_path, '.'
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    file = learn.save('with_opt', with_opt=True)
+    try: Ensemble([file], learn).get_preds()    # loads where the optimizer is plain data
+    except ValueError as e: assert 'with_opt=False' in str(e)

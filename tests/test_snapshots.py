@@ -1,0 +1,249 @@
+"""Snapshots along a fit: when they are taken, how they are validated, that training does not feel them."""
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import CancelFitException, CancelTrainException
+from fastai.callback.schedule import ParamScheduler
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from fastai.losses import BCEWithLogitsLossFlat, MSELossFlat
+from fastai.metrics import RocAucBinary, accuracy, accuracy_multi, mse
+from fastai_swa import CheckpointCallback, Ensemble, SnapshotCallback, SWACallback, average_checkpoints, update_bn
+from fastai_swa.learner import EpochScheduler
+from fastai_swa.schedules import fge_lr_factor, snapshot_lr_factor
+from torch import nn
+
+from .helpers import At, assert_close, assert_same, column, fingerprint, learner, loaders, net, raising
+
+N_STEPS = 6
+
+
+# the schedules, in a fit
+
+@pytest.mark.parametrize('n_cycles, cycle_len', [(3, 2), (2, 3), (1, 5), (4, 1)])
+def test_fit_snapshots_has_the_papers_learning_rate_at_every_step_and_a_snapshot_at_the_end_of_each_cycle(n_cycles, cycle_len):
+    learn = learner()
+    ens = learn.fit_snapshots(n_cycles, cycle_len, .2)
+    n = n_cycles*cycle_len*N_STEPS
+    np.testing.assert_allclose(learn.recorder.lrs, [.2*snapshot_lr_factor(i, n, n_cycles) for i in range(n)], rtol=1e-12)
+    assert ens.epochs == [cycle_len*(i + 1) - 1 for i in range(n_cycles)] and len(ens) == n_cycles
+
+
+@pytest.mark.parametrize('n_cycles, cycle_len', [(3, 2), (2, 4), (1, 2), (2, 6)])
+def test_fit_fge_has_the_papers_learning_rate_at_every_step_and_ends_at_the_low_point_of_its_last_cycle(n_cycles, cycle_len):
+    learn = learner()
+    ens = learn.fit_fge(n_cycles, cycle_len, .05, .0005)
+    n_epoch = (n_cycles - 1)*cycle_len + cycle_len//2
+    expected = [.05*fge_lr_factor(e, i, N_STEPS, cycle_len, .01) for e in range(n_epoch) for i in range(N_STEPS)]
+    np.testing.assert_allclose(learn.recorder.lrs, expected, rtol=1e-9)
+    assert ens.epochs == [c*cycle_len + cycle_len//2 - 1 for c in range(n_cycles)] and ens.epochs[-1] == n_epoch - 1
+    assert learn.recorder.lrs[-1] == min(learn.recorder.lrs[-cycle_len//2*N_STEPS:])
+
+
+def test_defaults_are_the_learners_learning_rate_and_a_hundredth_of_it():
+    learn = learner(lr=.3)
+    learn.fit_snapshots(1, 1)
+    assert learn.recorder.lrs[0] == .3
+    learn.fit_fge(1, 2)
+    assert learn.recorder.lrs[0] == .3 and learn.recorder.lrs[-1] == pytest.approx(.3*fge_lr_factor(0, N_STEPS - 1, N_STEPS, 2, .01))
+
+
+def test_groups_of_parameters_follow_the_same_curve():
+    def splitter(m): return [list(m[:4].parameters()), list(m[4:].parameters())]
+    learn, seen = learner(splitter=splitter), []
+    class Keep(ParamScheduler):
+        order = 70
+        def __init__(self): pass
+        def before_fit(self): pass
+        def before_batch(self): seen.append([h['lr'] for h in self.opt.hypers])
+        def after_batch(self): pass
+        def after_fit(self): pass
+    learn.fit_snapshots(2, 1, slice(.01, .1), cbs=Keep())
+    assert all(b == pytest.approx(10*a) for a, b in seen) and seen[0] == pytest.approx([.01, .1])
+
+
+# training is untouched
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+@pytest.mark.parametrize('where', ['memory', 'folder'])
+def test_training_is_bitwise_as_without_snapshots(num_workers, where, tmp_path):
+    def fit(cbs):
+        learn = learner(dls=loaders(num_workers=num_workers))
+        learn.fit(5, .1, cbs=[EpochScheduler({'lr': lambda e, i, n: .1*snapshot_lr_factor(e*n + i, 5*n, 2)}), *cbs])
+        res = fingerprint(learn)
+        res['columns'] = [n for n in learn.recorder.metric_names if not n.startswith('ens_')]
+        res['cbs'] = []
+        return {k: v for k, v in res.items() if not k.startswith('column.ens_')}
+    assert_same(fit([SnapshotCallback(1, 2, tmp_path/'snaps' if where == 'folder' else None)]), fit([]))
+
+
+# the columns are true
+
+def test_each_ensemble_column_is_an_independent_evaluation_of_the_snapshots_so_far():
+    learn = learner(metrics=[accuracy])
+    ens = learn.fit_snapshots(3, 2, .1)
+    assert list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'ens_valid_loss', 'ens_accuracy', 'time']
+    loss, acc, own_loss = column(learn, 'ens_valid_loss'), column(learn, 'ens_accuracy'), column(learn, 'valid_loss')
+    assert [e for e in range(6) if loss[e] == loss[e]] == [1, 3, 5]
+    assert loss[1] == pytest.approx(own_loss[1], rel=1e-6)    # one snapshot: the model itself
+    for i, e in enumerate((1, 3, 5)):
+        models, p = [], 0
+        for weights in ens.members[:i + 1]:
+            models.append(net())
+            models[-1].load_state_dict(weights)
+            with torch.no_grad(): p = p + torch.cat([models[-1].eval()(x) for x, _ in learn.dls.valid]).double().softmax(1)/(i + 1)
+        y = torch.cat([y for _, y in learn.dls.valid])
+        assert loss[e] == pytest.approx(float(-p[torch.arange(40), y].log().mean()), rel=1e-5)
+        assert acc[e] == pytest.approx(float((p.argmax(1) == y).float().mean()))
+    assert list(ens.validate()) == pytest.approx([loss[5], acc[5]], rel=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['multi-label', 'regression'])
+def test_columns_of_labels_and_values(kind):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 6, generator=g)
+    y = (x[:, :3] > 0).float() if kind == 'multi-label' else x[:, :3]*2
+    dls = DataLoaders(DataLoader(list(zip(x[:40], y[:40])), bs=16, shuffle=True), DataLoader(list(zip(x[40:], y[40:])), bs=16), device='cpu')
+    loss, metric = (BCEWithLogitsLossFlat(), accuracy_multi) if kind == 'multi-label' else (MSELossFlat(), mse)
+    learn = Learner(dls, net(), loss, metrics=metric)
+    with learn.no_bar(): ens = learn.fit_snapshots(3, 1, .01)
+    *_, own, _, ens_loss, ens_metric = learn.recorder.values[-1]
+    assert [ens_loss, ens_metric] == pytest.approx(list(ens.validate()), rel=1e-5) and ens_loss != own
+
+
+def test_metrics_that_collect_predictions_keep_the_models_own_values():
+    dls = loaders(n_out=2)
+    learn = learner(model=lambda: net(n_out=2), dls=dls, metrics=[RocAucBinary(), accuracy])
+    ens = learn.fit_snapshots(3, 1, .1)
+    twin = learner(model=lambda: net(n_out=2), dls=loaders(n_out=2), metrics=[RocAucBinary(), accuracy])
+    twin.fit(3, .1, cbs=EpochScheduler({'lr': lambda e, i, n: .1*snapshot_lr_factor(e*n + i, 3*n, 3)}))
+    assert column(learn, 'roc_auc_score') == column(twin, 'roc_auc_score')
+    last = column(learn, 'ens_roc_auc_score')[-1]
+    assert last == pytest.approx(ens.validate()[1])
+
+
+def test_a_validation_set_in_another_order_each_time_is_refused():
+    dls = loaders()
+    learn = learner(dls=DataLoaders(dls.train, DataLoader(dls.valid.dataset, bs=8, shuffle=True), device='cpu'))
+    with pytest.raises(ValueError, match='gives other samples than at the first snapshot'): learn.fit_snapshots(3, 1, .1)
+
+
+# beside other callbacks
+
+def test_a_swa_callback_beside_averages_the_same_points_and_average_checkpoints_finds_it_again(tmp_path):
+    dls = loaders(n=64, bs=64)    # one batch: whatever the order, its statistics are the same
+    learn, swa = learner(dls=dls), SWACallback(1, cycle_len=2)
+    ens = learn.fit_snapshots(3, 2, .1, tmp_path, cbs=swa)
+    assert swa.averaged_epochs == ens.epochs == [1, 3, 5]
+    names = list(learn.recorder.metric_names)
+    assert names == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'swa_valid_loss', 'swa_accuracy', 'ens_valid_loss', 'ens_accuracy', 'time']
+    weights = [torch.load(f, weights_only=True) for f in ens.members]
+    for k, p in swa.swa_model.named_parameters(): torch.testing.assert_close(p.double(), sum(w[k].double() for w in weights)/3, rtol=1e-6, atol=1e-7)
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    average = average_checkpoints(ens.members, learn)
+    assert_close(average.state_dict().values(), swa.swa_model.state_dict().values(), 1e-5)
+    assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
+    fge = SWACallback(1, cycle_len=4)
+    assert learn.fit_fge(2, 4, .05, cbs=fge).epochs == fge.averaged_epochs == [1, 5]
+
+
+def test_checkpoints_average_to_the_mean_of_their_weights_for_any_module(tmp_path):
+    torch.manual_seed(0)
+    models, paths = [net() for _ in range(3)], [tmp_path/f'{i}.pth' for i in range(3)]
+    for m, path in zip(models, paths): torch.save(m.state_dict(), path)
+    data = [(torch.randn(16, 6), 0) for _ in range(3)]
+    average, twin = average_checkpoints(paths, models[0], data), net()
+    for p, *ps in zip(average.parameters(), *(m.parameters() for m in models)):
+        torch.testing.assert_close(p.double(), sum(q.detach().double() for q in ps)/3, rtol=1e-6, atol=1e-7)
+    twin.load_state_dict(average.state_dict())
+    update_bn(data, twin)
+    assert_close(average.state_dict().values(), twin.state_dict().values(), 1e-6)
+    update_bn(data[:1], twin)
+    assert_close(average_checkpoints(paths, net(), data, n_batches=1).state_dict().values(), twin.state_dict().values(), 1e-6)
+    with pytest.raises(ValueError, match='loader is needed'): average_checkpoints(paths, net())
+    with pytest.raises(ValueError, match='paths is empty'): average_checkpoints([], net())
+    with pytest.raises(ValueError, match='0.pth does not hold weights of this architecture'): average_checkpoints(paths, net(width=9))
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path/'plain.pth')
+    assert torch.equal(average_checkpoints(tmp_path/'plain.pth', nn.Linear(2, 2)).weight, torch.load(tmp_path/'plain.pth')['weight'])    # no batch norm: no loader
+
+
+# files
+
+def test_snapshots_go_to_a_folder_as_they_come_with_an_index(tmp_path):
+    learn, seen = learner(), []
+    def look(cb): seen.append(sorted(f.name for f in tmp_path.iterdir()))
+    ens = learn.fit_snapshots(2, 2, .1, tmp_path, cbs=[At('after_epoch', 1, look), At('after_epoch', 2, look)])
+    assert seen == [['index.json', 'snapshot-01.pth']]*2
+    index = json.loads((tmp_path/'index.json').read_text())
+    assert index['files'] == ['snapshot-01.pth', 'snapshot-02.pth'] and index['epochs'] == [1, 3]
+    again = Ensemble(tmp_path, learn)
+    assert torch.equal(again.get_preds()[0], ens.get_preds()[0]) and again.epochs == [1, 3] and 'of the epochs 1, 3' in repr(again)
+    assert torch.load(tmp_path/'snapshot-02.pth', weights_only=True).keys() == learn.model.state_dict().keys()
+    assert all(torch.equal(v, torch.load(tmp_path/'snapshot-02.pth')[k]) for k, v in learn.model.state_dict().items())
+
+
+def test_snapshots_in_memory_are_copies_that_training_does_not_touch():
+    learn = learner()
+    ens = learn.fit_snapshots(2, 1, .1)
+    assert not torch.equal(ens.members[0]['0.weight'], ens.members[1]['0.weight'])
+    assert ens.members[1]['0.weight'].data_ptr() != learn.model[0].weight.data_ptr() and torch.equal(ens.members[1]['0.weight'], learn.model[0].weight)
+
+
+# the fit is ended, goes on, is none
+
+@pytest.mark.parametrize('where', ['memory', 'folder'])
+@pytest.mark.parametrize('epoch', [0, 1, 2, 4])
+def test_an_interrupted_run_goes_on_and_ends_bitwise_as_the_whole_one(tmp_path, where, epoch):
+    def fit(learn, name, cbs=()):
+        folder = tmp_path/name if where == 'folder' else None
+        return learn.fit_snapshots(3, 2, .1, folder, cbs=[CheckpointCallback(tmp_path/f'{name}.ckpt'), SWACallback(1, cycle_len=2), *cbs])
+    whole = learner()
+    ref = fit(whole, 'whole')
+    with pytest.raises(KeyboardInterrupt): fit(learner(), 'part', [At('before_batch', epoch, raising(KeyboardInterrupt()), batch=2, training=True)])
+    learn = learner(seed=7)
+    ens = fit(learn, 'part')
+    assert_same(fingerprint(learn), fingerprint(whole))
+    for name in 'ens_valid_loss', 'ens_accuracy', 'swa_valid_loss': assert repr(column(learn, name)) == repr(column(whole, name))
+    assert ens.epochs == ref.epochs and torch.equal(ens.get_preds()[0], ref.get_preds()[0])
+
+
+def test_a_fit_that_ends_early_keeps_its_snapshots_and_fills_its_rows():
+    learn, snapshots = learner(), SnapshotCallback(0)
+    learn.fit(4, cbs=[snapshots, At('after_batch', 2, raising(CancelFitException('stop')), batch=1, training=True)])
+    assert snapshots.epochs == [0, 1] and len(snapshots.ensemble(learn)) == 2
+    learn.fit(3, cbs=[snapshots, At('after_batch', 1, raising(CancelTrainException('stop')), batch=1, training=True)])
+    assert snapshots.epochs == [0, 1, 2]    # training that is cut short within an epoch ends it
+    assert all(len(row) == len(learn.recorder.metric_names) - 2 for row in learn.recorder.values)
+
+
+def test_a_fit_without_a_snapshot_says_so():
+    with pytest.raises(ValueError, match=r'no snapshot was taken: the first one is due at the end of epoch 1 \(from 0\)'):
+        learner().fit_snapshots(2, 2, .1, cbs=At('after_batch', 0, raising(CancelFitException('stop')), batch=1, training=True))
+
+
+def test_validate_and_predictions_take_no_snapshot():
+    learn, snapshots = learner(), SnapshotCallback(0)
+    learn.fit(1, cbs=snapshots)
+    with learn.added_cbs(snapshots):
+        learn.validate(), learn.get_preds()
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            learn.lr_find(num_it=3, show_plot=False)
+    assert snapshots.epochs == [0]
+
+
+@pytest.mark.parametrize('call, error, sentence', [
+    (lambda learn: learn.fit_fge(2, 3, .1), ValueError, 'cycle_len must be an even number of epochs, .*, not 3'), (lambda learn: learn.fit_fge(2, 0, .1), ValueError, 'cycle_len must be'),
+    (lambda learn: learn.fit_fge(2, 2, .1, .2), ValueError, 'lr_min must be at most lr_max=0.1, not 0.2'), (lambda learn: learn.fit_fge(2, 2, 0.), ValueError, 'lr_max must be positive'),
+    (lambda learn: learn.fit_fge(2, 2, .1, '1'), TypeError, 'lr_min must be a number'), (lambda learn: learn.fit_fge(2, 1, .1), ValueError, 'cycle_len must be an even number'),
+    (lambda learn: learn.fit_snapshots(0, 2), ValueError, 'n_cycles must be'), (lambda learn: learn.fit_snapshots(2, 1.5), TypeError, 'cycle_len must be'),
+    (lambda learn: learn.fit_snapshots(2, 2, -1.), ValueError, 'lr must be positive'), (lambda learn: SnapshotCallback(-1), ValueError, 'first must be')])
+def test_arguments_that_cannot_be_used_are_one_sentence(call, error, sentence):
+    learn = learner()
+    before = [p.detach().clone() for p in learn.model.parameters()]
+    with pytest.raises(error, match=sentence): call(learn)
+    assert all(torch.equal(p, q) for p, q in zip(learn.model.parameters(), before))
