@@ -18,7 +18,7 @@ from fastai.torch_core import set_seed
 from fastai.vision.learner import vision_learner
 from fastprogress import fastprogress
 
-from .experiments.report import mean_and_half
+from .experiments.tables import mean_and_half
 from .learner import EpochScheduler    # brings fit_swa along
 from .plot import plot_swa
 from .schedules import swa_lr_factor

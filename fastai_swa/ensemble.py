@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .files import replacing
 from .modules import clean_copy, unwrap
 
-__all__ = ['Ensemble', 'Probabilities', 'load_into', 'write_weights', 'write_index']
+__all__ = ['Ensemble', 'Probabilities', 'load_into', 'write_weights', 'write_index', 'read_index']
 
 
 class Ensemble:

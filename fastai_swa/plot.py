@@ -4,7 +4,7 @@ import numpy as np
 from fastai.learner import Recorder
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-__all__ = ['plot_swa', 'plot_runs']
+__all__ = ['plot_swa', 'plot_runs', 'plot_sizes']
 
 
 def plot_swa(recorder: Recorder, axs=None):
@@ -62,17 +62,37 @@ def plot_runs(curves: dict, ax=None, ylabel: str = ''):
     `curves`: name -> epochs (n) and values (seeds, n). Drawn from the back to the front: singles in thin lines, the last one, the average, in
     a thick one. The axis shows what the runs' second halves need. Returns the axes.
     """
-    if ax is None: _, ax = plt.subplots(figsize=(6, 4.2), layout='constrained')
     styles = dict(color='0.55', ls='--'), dict(color='0.2', ls=':'), dict(color='C0'), dict(color='C3', lw=2.5)
-    for (name, (epochs, values)), style in zip(curves.items(), styles[-len(curves):], strict=True):
-        if len(epochs) == 0: continue
-        ax.plot(epochs, values.mean(0), label=name, **{'lw': 1, 'marker': '.' * (len(epochs) < 2)} | style)
-        if len(values) > 1: ax.fill_between(epochs, values.min(0), values.max(0), color=style['color'], alpha=.2, lw=0)
+    ax = _bands(curves, styles[-len(curves):], ax)
     last = max(epochs[-1] for epochs, _ in curves.values() if len(epochs))
     late = np.concatenate([values[:, epochs > last / 2].ravel() for epochs, values in curves.values()])
     late = late[np.isfinite(late)]
     if len(late): ax.set_ylim(late.min() - .05 * np.ptp(late) - 1e-9, late.max() + .05 * np.ptp(late) + 1e-9)
-    ax.set(xlabel='epochs', ylabel=ylabel)
+    return _labelled(ax, 'epochs', ylabel)
+
+
+def plot_sizes(curves: dict, ax=None, ylabel: str = ''):
+    """A quantity over the number of models that predict together: the mean over the seeds, in a band from the least to the greatest.
+
+    `curves`: name -> numbers of models (n) and values (seeds, n); one with a single number is a level. Returns the axes.
+    """
+    styles = dict(color='0.2', marker='s'), dict(color='C0', marker='^'), dict(color='C2', marker='o'), dict(color='C3', ls='--', lw=2)
+    most = max(sizes[-1] for sizes, _ in curves.values())
+    levels = {name: (np.array([1, most]), values.repeat(2, 1)) if len(sizes) == 1 else (sizes, values) for name, (sizes, values) in curves.items()}
+    return _labelled(_bands(levels, styles[-len(curves):], ax), 'models', ylabel)
+
+
+def _bands(curves, styles, ax):
+    if ax is None: _, ax = plt.subplots(figsize=(6, 4.2), layout='constrained')
+    for (name, (x, values)), style in zip(curves.items(), styles, strict=True):
+        if len(x) == 0: continue
+        ax.plot(x, values.mean(0), label=name, **{'lw': 1, 'ms': 4, 'marker': '.' * (len(x) < 2)} | style)
+        if len(values) > 1: ax.fill_between(x, values.min(0), values.max(0), color=style['color'], alpha=.2, lw=0)
+    return ax
+
+
+def _labelled(ax, xlabel, ylabel):
+    ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=.25)
     ax.legend(fontsize='small')

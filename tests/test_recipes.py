@@ -1,4 +1,6 @@
 """The published recipes: schedules, folds, optimizer."""
+import math
+
 import pytest
 import torch
 from fastai.learner import Learner
@@ -16,7 +18,7 @@ FAMILIES = {'vgg16': (200, .05, {10: .01, 100: .01}, 161, 5e-4, (40, 90, 140), 8
             'preresnet164': (150, .1, {10: .01, 100: .05}, 126, 3e-4, (25, 62, 100), 64), 'wrn28-10': (200, .1, {10: .05, 100: .05}, 161, 5e-4, (40, 90, 140), 81)}
 
 
-PUBLISHED = [name for name, recipe in RECIPES.items() if not recipe.fixed_lr]
+PUBLISHED = [name for name, recipe in RECIPES.items() if not recipe.fixed_lr and not recipe.ensembles]
 each_published = pytest.mark.parametrize('name', PUBLISHED)
 
 
@@ -69,7 +71,26 @@ def test_any_runs_are_put_together_again_from_the_parts_that_they_share(specs):
         assert len({r.lrs[p.begin:p.end] for r in p.runs}) == 1 and p.begin < p.end    # what is shared is the same, and is something
 
 
-@pytest.mark.parametrize('name', RECIPES)
+def test_the_ensembles_of_a_comparison_stay_within_its_budget_and_share_what_they_can():
+    vgg = RECIPES['ensembles-vgg16-cifar10']
+    sgd, swa, snapshots, fge = runs(vgg)
+    assert [len(r.lrs) for r in (sgd, swa, snapshots, fge)] == [200, 200, 200, 199] and swa.swa_start == 160
+    assert sgd.lrs == runs(RECIPES['vgg16-cifar10'])[0].lrs and swa.lrs == runs(RECIPES['vgg16-cifar10'])[2].lrs[:200]
+    assert fge.lrs[:160] == sgd.lrs[:160] and fge.snapshots == (160, 2)    # 20 snapshots, the last at the end
+    assert len(range(160, 199, 2)) == 20 and snapshots.snapshots == (39, 40)
+    for e in range(200):
+        for i in (0, 7, 390):
+            assert snapshots.lr(e, i, 391) == pytest.approx(.05/2*(math.cos(math.pi*((e*391 + i) % (40*391))/(40*391)) + 1))
+            if 160 <= e < 199:
+                t = ((e - 160) % 2 + i/391)/2
+                assert fge.lr(e, i, 391) == pytest.approx(.01*(1 - 2*t) + 5e-4*2*t if t < .5 else .01*(2*t - 1) + 5e-4*(2 - 2*t))
+    assert [(p.begin, p.end, p.parent) for p in parts(runs(vgg))] == [(0, 81, None), (81, 160, 0), (160, 200, 1), (160, 199, 1), (81, 200, 0), (0, 200, None)]
+    pre = runs(RECIPES['ensembles-preresnet110-cifar10'])[-1]
+    assert pre.snapshots == (121, 4) and len(pre.lrs) == 150 and (149 - 121) % 4 == 0    # 8 cycles of 4, the last without its second half
+    with pytest.raises(ValueError, match='4 epochs are too few for 5 snapshots'): runs(scaled(vgg, .02))
+
+
+@pytest.mark.parametrize('name', [name for name, recipe in RECIPES.items() if not recipe.ensembles])
 @pytest.mark.parametrize('scale', [.02, .05, .1, .37, 2])
 def test_a_scaled_recipe_has_all_rows_of_the_whole_one(name, scale):
     recipe = RECIPES[name]

@@ -8,7 +8,8 @@ import pytest
 from fastai_swa import __main__
 from fastai_swa.experiments import RECIPES, report
 from fastai_swa.experiments.recipes import parts, runs, scaled
-from fastai_swa.experiments.report import curves, ends, mean_and_half
+from fastai_swa.experiments.report import curves, ends
+from fastai_swa.experiments.tables import mean_and_half
 from fastai_swa.plot import plot_runs
 from scipy import stats
 

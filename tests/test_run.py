@@ -284,7 +284,7 @@ def test_the_record_says_what_was_run_on_what_and_is_standard_json(whole):
     text = (whole/'seed-0.json').read_text()
     data = json.loads(text, parse_constant=refuse)
     assert data['recipe'] == 'tiny' and data['seed'] == 0 and data['threads'] == 1 and data['finished'] >= data['started'] > '2026'
-    assert data['images'] == {'kind': 'digits', 'train': 200, 'valid': 40, 'sha256': data['images']['sha256']} and len(data['images']['sha256']) == 16
+    assert data['images'] == {'kind': 'digits', 'train': 200, 'valid': 397, 'sha256': data['images']['sha256']} and len(data['images']['sha256']) == 16
     assert data['versions']['torch'] == torch.__version__.partition('+')[0] and data['hardware']['cores'] == os.cpu_count()
     assert data['settings'] == {'scale': 1., 'images': 200, 'device': 'cpu', 'precision': 'fp32', 'compile': None, 'deterministic': False}
     assert list(data['parts'][-1]['epochs'][0]) == ['lr', 'train_loss', 'valid_loss', 'accuracy', 'swa_valid_loss', 'swa_accuracy', 'seconds']

@@ -6,10 +6,24 @@ from functools import partial
 from fastai.optimizer import OptimWrapper
 from torch import nn, optim
 
-from ..schedules import swa_lr_factor
-from ..vision import CIFAR_STATS, IMAGENET_STATS, VGG16, PreResNet, WideResNet
+from ..schedules import fge_epochs, fge_lr_factor, snapshot_lr_factor, swa_lr_factor
+from ..vision import CIFAR_STATS, IMAGENET_STATS, VGG16, PreResNet, WideResNet, digits_net
 
-__all__ = ['Recipe', 'RECIPES', 'Run', 'Part', 'sgd_lr', 'swa_lr', 'scaled', 'runs', 'parts', 'optimizer']
+__all__ = ['Recipe', 'Ensembles', 'RECIPES', 'Run', 'Part', 'sgd_lr', 'swa_lr', 'scaled', 'runs', 'parts', 'optimizer']
+
+
+@dataclass(frozen=True)
+class Ensembles:
+    """What snapshot ensembles and fast geometric ensembling do within the budget of a recipe.
+
+    Huang et al. 2017 (arXiv 1704.00109): `n_snapshots` cycles from `lr` on. Garipov et al. 2018 (arXiv 1802.10026): SGD for `fge_start` of the
+    budget, then cycles of `fge_len` epochs between the learning rates `fge_lr`.
+    """
+    lr: float
+    fge_lr: tuple[float, float]
+    fge_len: int
+    n_snapshots: int = 5
+    fge_start: float = .8
 
 
 @dataclass(frozen=True)
@@ -33,6 +47,9 @@ class Recipe:
     published: dict = field(default_factory=dict)    # row -> (mean, standard deviation of 3 runs; None where only one was)
     bs: int = 128
     fixed_lr: bool = False    # the SWA run has `swa_lr` from its first epoch on
+    ensembles: Ensembles | None = None    # compare methods at one budget, instead of SGD and SWA at several
+    source: str | None = None    # of the images, if none is given
+    images: int | None = None    # training images, if no number is given; None: all
 
     @property
     def epochs(self) -> int: return self.budget * 3 // 2
@@ -62,20 +79,63 @@ def scaled(recipe: Recipe, scale: float) -> Recipe:
 
 @dataclass(frozen=True)
 class Run:
-    """One fit of a recipe: the learning rate of each of its epochs, and the first epoch folded, from 0.
+    """One fit of a recipe: the learning rate of each of its epochs, a number or something to be called with step and number of steps; the first epoch
+    folded, from 0; and the first epoch of a snapshot with the epochs from one to the next.
 
     An SGD run folds its last epoch alone: this "average" of one point is its end with the batch norm refreshed, a control.
     """
     name: str
-    lrs: tuple[float, ...]
+    lrs: tuple
     swa_start: int
+    snapshots: tuple[int, int] | None = None
+
+    @property
+    def alone_from(self) -> int:
+        "The epoch from which on it cannot be one training with others."
+        return min(self.swa_start, self.snapshots[0] if self.snapshots else self.swa_start)
+
+    def lr(self, epoch, step, n_steps) -> float: return self.lrs[epoch](step, n_steps) if callable(self.lrs[epoch]) else self.lrs[epoch]
+
+
+@dataclass(frozen=True)
+class SnapshotEpoch:
+    "The learning rate in an epoch of a snapshot cycle."
+    epoch: int
+    cycle_len: int
+    lr: float
+    def __call__(self, step, n_steps): return self.lr * snapshot_lr_factor(self.epoch*n_steps + step, self.cycle_len*n_steps, 1)
+
+
+@dataclass(frozen=True)
+class FGEEpoch:
+    "The learning rate in an epoch of a cycle of fast geometric ensembling."
+    epoch: int
+    cycle_len: int
+    lr: tuple[float, float]
+    def __call__(self, step, n_steps): return self.lr[0] * fge_lr_factor(self.epoch, step, n_steps, self.cycle_len, self.lr[1] / self.lr[0])
 
 
 def runs(recipe: Recipe) -> list[Run]:
-    "The SGD runs of 1 and of 1.5 budgets, and the SWA run of 1.5, of which 1 and 1.25 are read off."
+    """The SGD runs of 1 and of 1.5 budgets, and the SWA run of 1.5, of which 1 and 1.25 are read off; for a comparison of ensembles SGD, SWA,
+    snapshots and FGE, none of which takes more than the budget."""
     def sgd(name, n): return Run(name, tuple(sgd_lr(recipe, e, n) for e in range(n)), n - 1)
+    if recipe.ensembles: return [sgd('SGD 1B', recipe.budget), *_ensemble_runs(recipe)]
     return [sgd('SGD 1B', recipe.budget), sgd('SGD 1.5B', recipe.epochs),
             Run('SWA', tuple(swa_lr(recipe, e) for e in range(recipe.epochs)), recipe.swa_start)]
+
+
+def _ensemble_runs(recipe) -> list[Run]:
+    e, budget = recipe.ensembles, recipe.budget
+    length = budget // e.n_snapshots
+    if length < 1: raise ValueError(f'{budget} epochs are too few for {e.n_snapshots} snapshots: take a greater scale')
+    snapshots = tuple(SnapshotEpoch(i % length, length, e.lr) for i in range(length * e.n_snapshots))
+    start = round(e.fge_start * budget)
+    n_cycles = (budget - start + e.fge_len // 2) // e.fge_len    # the last of which ends at its low point
+    if n_cycles < 1: raise ValueError(f'{budget - start} epochs are too few for a cycle of {e.fge_len}: take a greater scale')
+    fge = tuple(FGEEpoch(i % e.fge_len, e.fge_len, e.fge_lr) for i in range(fge_epochs(n_cycles, e.fge_len)))
+    return [Run('SWA', tuple(swa_lr(recipe, i) for i in range(budget)), recipe.swa_start),
+            Run('snapshots', snapshots, len(snapshots) - 1, (length - 1, length)),
+            Run('FGE', tuple(sgd_lr(recipe, i, budget) for i in range(start)) + fge, start + len(fge) - 1, (start + e.fge_len // 2 - 1, e.fge_len))]
 
 
 @dataclass(frozen=True)
@@ -95,7 +155,7 @@ def parts(runs: list[Run]) -> list[Part]:
     res = []
     def split(group, begin, parent):
         if len(group) == 1: return res.append(Part(group, begin, len(group[0].lrs), parent))
-        latest = min(run.swa_start for run in group)    # a fold is of one run alone
+        latest = min(run.alone_from for run in group)
         end = next((e for e in range(begin, latest) if len({run.lrs[e] for run in group}) > 1), latest)
         if end > begin:
             res.append(Part(group, begin, end, parent))
@@ -113,6 +173,8 @@ def optimizer(recipe: Recipe, fused: bool | None = None):
 
 
 def _rows(sgd, swa, swa_125, swa_150): return {'SGD 1B': sgd, 'SWA 1B': swa, 'SWA 1.25B': swa_125, 'SWA 1.5B': swa_150}
+
+def _small_digits_net(n_out): return nn.Sequential(nn.AvgPool2d(4), digits_net(n_out, n_in=3))    # of 32 x 32 pixels the 8 x 8 that there are
 
 _vgg16 = dict(network=VGG16, budget=200, lr=.05, swa_lr=.01, swa_start=160, wd=5e-4, stats=IMAGENET_STATS)
 _preresnet = dict(budget=150, lr=.1, swa_start=125, wd=3e-4)
@@ -136,6 +198,15 @@ RECIPES = {r.name: r for r in (
     Recipe('wrn28-10-cifar100-fixed', _wrn_28_10, 100, **{**_wrn, 'swa_start': 140}, fixed_lr=True, published={'SWA 1.5B': (81.7, None)}),
     Recipe('wrn16-1-cifar10-fixed', partial(WideResNet, 16, 1), 10, **{**_wrn, 'budget': 10, 'swa_start': 7}, fixed_lr=True),
 )}
+# ensembles at one budget, on the same data: the SWA paper's networks, and two that a CPU trains
+_fge = {'vgg16': Ensembles(.05, (1e-2, 5e-4), 2), 'preresnet110': Ensembles(.1, (5e-2, 5e-4), 4)}
+for _net, _ensembles in _fge.items():
+    _recipe = RECIPES[f'{_net}-cifar10']
+    RECIPES[f'ensembles-{_net}-cifar10'] = replace(_recipe, name=f'ensembles-{_net}-cifar10', ensembles=_ensembles, published={})
+RECIPES['ensembles-wrn16-1-cifar10'] = replace(RECIPES['wrn16-1-cifar10-fixed'], name='ensembles-wrn16-1-cifar10', fixed_lr=False, budget=20,
+                                               swa_start=16, ensembles=Ensembles(.1, (5e-2, 5e-4), 2))
+RECIPES['ensembles-digits'] = Recipe('ensembles-digits', _small_digits_net, 10, budget=40, lr=.1, swa_lr=.05, swa_start=32, wd=5e-4, bs=32,
+                                     padding=None, source='digits', images=200, ensembles=Ensembles(.1, (5e-2, 5e-4), 2))
 # the question that the 2018 replication left open: does padding by reflection, its library's default, explain its higher accuracy?
 for _name in ('vgg16-cifar10', 'preresnet110-cifar10'):
     RECIPES[f'{_name}-reflection'] = replace(RECIPES[_name], name=f'{_name}-reflection', padding='reflect', published={})

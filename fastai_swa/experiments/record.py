@@ -10,6 +10,7 @@ from time import gmtime, monotonic, strftime
 import torch
 from fastai.learner import Learner
 
+from ..ensemble import write_weights
 from ..files import read, replacing, write
 from ..modules import unwrap
 from ..state import restore, take
@@ -48,6 +49,8 @@ class Record:
         if not exists: self._save()
 
     def file(self, ending) -> Path: return self.out/f'seed-{self.seed}.{ending}'
+
+    def folder(self, run: str) -> Path: return self.out/f'seed-{self.seed}-{_plain(run)}'
 
     def _read(self, fixed):
         try: data = json.loads(self.file('json').read_text())
@@ -90,8 +93,7 @@ class Record:
             if children and all(map(self.is_done, children)): self.file(f'fork{i}').unlink(missing_ok=True)
 
     def _save_weights(self, model, name):
-        file = self.out/f'seed-{self.seed}-{re.sub(r"[^a-z0-9.]+", "-", name.lower())}.pth'
-        with replacing(file) as f: torch.save({k: v.cpu() for k, v in unwrap(model).state_dict().items()}, f)
+        write_weights(self.out/f'{self.folder(name).name}.pth', {k: v.cpu() for k, v in unwrap(model).state_dict().items()})
 
     def line(self) -> str:
         "Where the part in training stands, for a progress display."
@@ -134,6 +136,8 @@ class _Clock:
         if self.seconds[not folds]: return median(self.seconds[not folds][-9:]) * (1.5 if folds else 1)    # a forward pass more, and a validation
         return 0.
 
+
+def _plain(name) -> str: return re.sub(r'[^a-z0-9.]+', '-', name.lower())
 
 def _cells(row) -> dict: return {k: _cell(float(v)) for k, v in row.items()}
 

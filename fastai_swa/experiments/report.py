@@ -4,13 +4,14 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from scipy.stats import t
 
 from ..files import replacing
-from ..plot import plot_runs
+from ..plot import plot_runs, plot_sizes
+from . import ensembles
 from .recipes import RECIPES
+from .tables import difference_rows, spread, table
 
-__all__ = ['report', 'load', 'curves', 'ends', 'mean_and_half']
+__all__ = ['report', 'load', 'curves', 'ends']
 
 
 _REFRESHED = ', batch norm refreshed'
@@ -23,10 +24,17 @@ def report(folder) -> str:
     """
     folder = Path(folder)
     records, unfinished = load(folder)
-    text = '\n\n'.join(_sections(records, unfinished)) + '\n'
     fig, axs = plt.subplots(1, 2, figsize=(12, 4.2), layout='constrained')
-    plot_runs({name: (epochs, 100 * (1 - values)) for name, (epochs, values) in curves(records, 'accuracy').items()}, axs[0], 'test error, %')
-    plot_runs(curves(records, 'valid_loss'), axs[1], 'test loss')
+    if RECIPES[records[0]['recipe']].ensembles:
+        found = ensembles.load(folder)
+        sections = ensembles.sections(records, found)
+        accuracy, loss, draw = ensembles.size_curves(found, 'accuracy'), ensembles.size_curves(found, 'loss'), plot_sizes
+    else:
+        sections = _sections(records)
+        accuracy, loss, draw = curves(records, 'accuracy'), curves(records, 'valid_loss'), plot_runs
+    text = '\n\n'.join([*_head(records, unfinished), *sections]) + '\n'
+    draw({name: (x, 100 * (1 - values)) for name, (x, values) in accuracy.items()}, axs[0], 'test error, %')
+    draw(loss, axs[1], 'test loss')
     fig.suptitle(f'{records[0]["recipe"]}, {_seeds(len(records))}' + ': mean, and from the least to the greatest' * (len(records) > 1))
     with replacing(folder/'curves.png') as f: fig.savefig(f, format='png', dpi=110)
     plt.close(fig)
@@ -80,20 +88,16 @@ def curves(records: list[dict], name: str) -> dict[str, tuple[np.ndarray, np.nda
     return res
 
 
-def mean_and_half(x: np.ndarray) -> tuple[float, float]:
-    "Mean of the sample `x`, and half the width of its 95 % confidence interval by Student's t; infinite for one value."
-    return float(x.mean()), float(t.ppf(.975, len(x) - 1) * x.std(ddof=1) / len(x)**.5) if len(x) > 1 else float('inf')
-
-
-def _sections(records, unfinished):
+def _head(records, unfinished):
     first = records[0]
     recipe, settings, images = RECIPES[first['recipe']], first['settings'], first['images']
-    is_whole = settings['scale'] == 1 and settings['images'] is None and images['kind'].startswith('CIFAR')
+    is_whole = settings['scale'] == 1 and settings['images'] is None and (images['kind'].startswith('CIFAR') or recipe.source == images['kind'])
     yield f'# {recipe.name}'
     said = [f'{_seeds(len(records))} ({", ".join(str(r["seed"]) for r in records)}); {images["kind"]}, {images["train"]:,} training and '
             f'{images["valid"]:,} test images (SHA-256 {images["sha256"]}...)']
     if not is_whole:
-        said.append(f'**scaled down: lengths times {settings["scale"]:g}, {images["train"]:,} training images: the published row is not reproduced**')
+        said.append(f'**scaled down: lengths times {settings["scale"]:g}, {images["train"]:,} training images'
+                    + ': the published row is not reproduced' * bool(recipe.published) + '**')
     if 'JPEG' in images['kind']: said.append("the images are JPEG-compressed: absolute accuracies are not comparable with the papers'")
     said += [f'{_hardware(records)}; {settings["precision"]}' + f', torch.compile {settings["compile"]}' * bool(settings['compile'])
              + '; ' + ', '.join(f'{k} {v}' for k, v in first['versions'].items()),
@@ -102,35 +106,24 @@ def _sections(records, unfinished):
     said += [f'seed {r["seed"]} is not complete and not counted' for r in unfinished]
     yield '\n'.join(f'- {s}' for s in said)
 
+
+def _sections(records):
+    published = RECIPES[records[0]['recipe']].published
     accuracies, losses = ends(records, 'accuracy'), ends(records, 'valid_loss')
     for b in ('1B', '1.5B'):    # without batch norm there is nothing to refresh
         if np.array_equal(losses[f'SGD {b}'][1], losses[f'SGD {b}{_REFRESHED}'][1]): del accuracies[f'SGD {b}{_REFRESHED}']
-    published = recipe.published
     rows = [['', 'epochs', f'test accuracy, % (n = {len(records)})', 'test loss', 'published, % (n = 3)']]
     for name, (epochs, values) in accuracies.items():
-        rows.append([name, str(epochs), _spread(100 * values, 2), _spread(losses[name][1], 4), _published(published.get(name))])
-    yield _table(rows)
+        rows.append([name, str(epochs), spread(100 * values, 2), spread(losses[name][1], 4), _published(published.get(name))])
+    yield table(rows)
 
     yield ('Paired differences, seed by seed, in points of accuracy:' if len(records) > 1 else
            'Differences in points of accuracy; one seed cannot tell them from chance:')
-    rows = [['', 'difference', '95 % interval', 'better in', 'published']]
-    for a, b in (('SWA 1B', 'SGD 1B'), ('SWA 1.25B', 'SGD 1B'), ('SWA 1.5B', 'SGD 1B'), ('SWA 1.5B', 'SGD 1.5B'),
-                 ('SWA 1.5B', f'SGD 1.5B{_REFRESHED}'), ('SWA 1.5B', 'SWA run at 1.5B, single weights'), ('SGD 1.5B', 'SGD 1B')):
-        if b not in accuracies: continue
-        gain = 100 * (accuracies[a][1] - accuracies[b][1])
-        mean, half = mean_and_half(gain)
-        known = f'{published[a][0] - published[b][0]:+.2f}' if a in published and b in published else ''
-        rows.append([f'{a} - {b}', f'{mean:+.2f}', f'{mean - half:+.2f} to {mean + half:+.2f}' if half < float('inf') else '',
-                     f'{(gain > 0).sum()} of {len(gain)}', known])
-    yield _table(rows)
+    pairs = (('SWA 1B', 'SGD 1B'), ('SWA 1.25B', 'SGD 1B'), ('SWA 1.5B', 'SGD 1B'), ('SWA 1.5B', 'SGD 1.5B'), ('SWA 1.5B', f'SGD 1.5B{_REFRESHED}'),
+             ('SWA 1.5B', 'SWA run at 1.5B, single weights'), ('SGD 1.5B', 'SGD 1B'))
+    yield table(difference_rows({name: values for name, (_, values) in accuracies.items()}, pairs, published))
     yield '![test error and loss over the epochs](curves.png)'
 
-
-def _table(rows) -> str:
-    head, *body = ('| ' + ' | '.join(row) + ' |' for row in rows)
-    return '\n'.join([head, '|---' * len(rows[0]) + '|', *body])
-
-def _spread(x, digits): return f'{x.mean():.{digits}f}' + (f' +- {x.std(ddof=1):.{digits}f}' if len(x) > 1 else '')
 
 def _published(pair):
     if pair is None: return ''

@@ -17,15 +17,17 @@ from fastai.learner import Learner, Metric, Recorder
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
-from fastcore.foundation import L, noop
+from fastcore.foundation import noop
 
 from ..callback import SWACallback
 from ..checkpoint import CheckpointCallback
 from ..files import InUse, Lock
 from ..learner import EpochScheduler
+from ..snapshots import SnapshotCallback
 from ..vision import cifar
 from ..vision.tensors import tensor_loaders
-from .recipes import RECIPES, Recipe, optimizer, scaled
+from .ensembles import evaluate
+from .recipes import RECIPES, Recipe, optimizer, runs, scaled
 from .record import Record, Settings
 
 __all__ = ['reproduce', 'run_seed', 'TimeIsUp', 'EpochRecorder']
@@ -43,17 +45,25 @@ def reproduce(name: str, seeds: int = 1, out=None, source=None, settings: Settin
     - `jobs`: so many seeds at a time, each in a process of its own; `threads`: of the CPU for each (default: an equal share).
     - `source`, `settings`, `until`: as in `run_seed`. `stream`: where a line of progress for each seed goes; default: stdout.
 
-    Returns seed -> one sentence for each seed that is not complete: why, and what to do. Raises `ValueError` for an unknown name, and for a
-    `settings.scale` that leaves too few epochs.
+    A comparison of ensembles ends with `ensembles.evaluate`. Returns seed -> one sentence for each seed that is not complete: why, and what
+    to do. Raises `ValueError` for an unknown name, and for a `settings.scale` that leaves too few epochs.
     """
     if name not in RECIPES: raise ValueError(f'name must be one of {", ".join(RECIPES)}, not {name!r}')
-    scaled(RECIPES[name], settings.scale)
+    runs(scaled(RECIPES[name], settings.scale))    # raises
     out, threads = Path(out or f'results/{name}'), threads or max(1, torch.get_num_threads() // jobs)
     lines, attempt = _Lines(stream or sys.stdout), partial(_attempt, name, out=out, settings=settings, source=source, threads=threads, until=until)
     if jobs == 1: outcomes = {seed: attempt(seed, show=lines.show) for seed in range(seeds)}
     else: outcomes = _side_by_side(attempt, seeds, jobs, lines)
     lines.end()
-    return {seed: sentence for seed, sentence in outcomes.items() if sentence}
+    missing = {seed: sentence for seed, sentence in outcomes.items() if sentence}
+    if RECIPES[name].ensembles and not missing: _predict_together(name, out, range(seeds), settings, source)
+    return missing
+
+
+def _predict_together(name, out, seeds, settings, source):
+    recipe = scaled(RECIPES[name], settings.scale)
+    dls, _ = _images(recipe.n_classes, source or recipe.source, settings.images or recipe.images)
+    evaluate(out, seeds, _learner(recipe, 0, settings, dls))
 
 
 def run_seed(recipe: Recipe, seed: int, out: Path, settings: Settings = Settings(), source=None, threads: int | None = None,
@@ -73,7 +83,7 @@ def run_seed(recipe: Recipe, seed: int, out: Path, settings: Settings = Settings
     out.mkdir(parents=True, exist_ok=True)
     lock = Lock(out/f'seed-{seed}.json')
     try:
-        dls, images = _images(recipe.n_classes, source, settings.images)
+        dls, images = _images(recipe.n_classes, source or recipe.source, settings.images or recipe.images)
         record = Record(recipe, seed, out, settings, images, threads or torch.get_num_threads())
         if settings.device == 'cpu': torch.set_num_threads(record.data['threads'])
         for number in range(len(record.parts)):
@@ -88,10 +98,13 @@ def _train(record, number, dls, until, show):
     part = record.parts[number]
     run, learn = part.runs[0], _learner(record.recipe, record.seed, record.settings, dls)
     record.begin(number, learn)
-    swa = SWACallback(run.swa_start - part.begin) if part.is_last else None
-    schedule = EpochScheduler({'lr': lambda epoch, step, n_steps: run.lrs[part.begin + epoch]})
-    cbs = [schedule, _Checkpoint(record, until), _Log(record, swa, show), *L(swa)]
-    with learn.no_logging(): learn.fit(part.end - part.begin, run.lrs[part.begin], cbs=cbs)
+    schedule = EpochScheduler({'lr': lambda epoch, step, n_steps: run.lr(part.begin + epoch, step, n_steps)})
+    cbs, swa = [schedule, _Checkpoint(record, until)], None
+    if part.is_last:
+        swa = SWACallback(run.swa_start - part.begin)
+        cbs.append(swa)
+        if run.snapshots: cbs.append(SnapshotCallback(run.snapshots[0] - part.begin, run.snapshots[1], record.folder(run.name)))
+    with learn.no_logging(): learn.fit(part.end - part.begin, run.lr(part.begin, 0, 1), cbs=[*cbs, _Log(record, swa, show)])
     if not record.is_done(number): raise TimeIsUp
 
 

@@ -84,7 +84,7 @@ def cifar(n_classes: int = 10, source=None, stats=CIFAR_STATS, padding: str | No
       environment names as `CIFAR10_DIR` or `CIFAR100_DIR`, else `~/.fastai/data`.
     - `stats`: mean and standard deviation of each channel to normalise by; `padding`: 'constant' (the papers' zeros), 'reflect', or
       `None` for no augmentation; `seed`: of the augmentation.
-    - `n_images`: take only so many training images, and a fifth as many test images, the same number of each class.
+    - `n_images`: take only so many training images, and a fifth as many test images (of digits always all 397), the same number of each class.
 
     The `kind` of what it returns is 'digits', 'CIFAR-10' (or 100) for torchvision's files, or, for a folder, that with the formats of the
     images in it, as in 'CIFAR-10, JPEG'.
@@ -100,7 +100,8 @@ def cifar(n_classes: int = 10, source=None, stats=CIFAR_STATS, padding: str | No
         train, valid, vocab, formats = _from_folder(Path(source), n_classes, n_images)
         kind = f'{kind}, {formats}'
     else: train, valid, vocab = _from_torchvision(Path(source), n_classes)
-    if n_images is not None: train, valid = _first(train, n_images, len(vocab)), _first(valid, max(n_images // 5, len(vocab)), len(vocab))
+    if n_images is not None: train = _first(train, n_images, len(vocab))
+    if n_images is not None and kind != 'digits': valid = _first(valid, max(n_images // 5, len(vocab)), len(vocab))
     dls = tensor_loaders(train, valid, vocab, stats, bs=bs, padding=padding, seed=seed, device=device)
     dls.kind = kind
     return dls

@@ -1,0 +1,122 @@
+"""Ensembles at one training budget: what the members that a recipe's seeds have left predict together, what that costs, and the report on it."""
+import json
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from ..ensemble import Ensemble, read_index
+from ..files import replacing
+from .measures import disagreement, measures
+from .tables import difference_rows, spread, table
+
+__all__ = ['METHODS', 'evaluate', 'sections', 'size_curves']
+
+METHODS = 'SGD', 'SWA', 'snapshots', 'FGE'
+_FILE = 'ensembles.json'
+
+
+def evaluate(out: Path, seeds, learn) -> dict:
+    """Predict the test set of `learn` with what `seeds` have left in `out`, and measure it; returns what ensembles.json then holds.
+
+    - 'sizes': one row for each seed, method and number of members m: of the snapshots the last m, as their paper has it, of FGE the first.
+    - 'budgets': one row for each method and k: all members of the first k seeds. For SGD these are independent runs.
+    - 'costs': of each method with all members of one seed: seconds for one sample and for the test set, bytes of weights.
+    """
+    members = {seed: _members(Path(out), seed) for seed in seeds}
+    preds, targets = {}, None
+    for seed in seeds:
+        for method in METHODS: preds[seed, method], targets = Ensemble(members[seed][method], learn).member_preds()
+    def row(ps, **keys): return keys | measures(ps.mean(0), targets) | {'members': len(ps), 'disagreement': _number(disagreement(ps))}
+    sizes = [row(ps[-m:] if method == 'snapshots' else ps[:m], seed=seed, method=method) for (seed, method), ps in preds.items()
+             for m in range(1, len(ps) + 1)]
+    budgets = [row(torch.cat([preds[seed, method] for seed in seeds[:k]]), budgets=k, method=method) for method in METHODS
+               for k in range(1, len(seeds) + 1)]
+    found = {'seeds': list(seeds), 'sizes': sizes, 'budgets': budgets, 'costs': [_costs(m, members[seeds[0]][m], learn) for m in METHODS]}
+    with replacing(Path(out)/_FILE) as f: f.write((json.dumps(found, indent=1) + '\n').encode())
+    return found
+
+
+def _members(out, seed) -> dict:
+    def files(name):
+        folder = out/f'seed-{seed}-{name}'
+        return [folder/file for file in read_index(folder)['files']]
+    return {'SGD': [out/f'seed-{seed}-sgd-1b.pth'], 'SWA': [out/f'seed-{seed}-swa-average.pth'], 'snapshots': files('snapshots'), 'FGE': files('fge')}
+
+
+def _costs(method, files, learn) -> dict:
+    ens = Ensemble(files, learn)
+    with ens.active(), torch.no_grad():
+        model = learn.model.eval()
+        batches = [x.as_subclass(torch.Tensor) for x, _ in learn.dls.valid]
+        def predict(xs):
+            start = perf_counter()
+            for x in xs: out = model(x)
+            out.sum().item()    # all is done
+            return perf_counter() - start
+        sample, whole = ([predict(xs) for _ in range(n)] for xs, n in (([batches[0][:1]], 15), (batches, 3)))
+    weights = sum(t.numel() * t.element_size() for t in ens._module(0).state_dict().values())
+    return {'method': method, 'members': len(files), 'sample': median(sample), 'test set': median(whole), 'bytes': weights * len(files)}
+
+
+def load(folder: Path) -> dict:
+    "What `evaluate` found. Raises `ValueError` if it is not there or damaged."
+    file = folder/_FILE
+    try: return json.loads(file.read_text())
+    except FileNotFoundError: raise ValueError(f'{file} is missing: the same reproduce command makes it') from None
+    except ValueError: raise ValueError(f'{file} is damaged: remove it, and the same reproduce command makes it again') from None
+
+
+def of_whole_seeds(found: dict, name: str) -> dict[str, np.ndarray]:
+    "Method -> `name` of all members of a seed, for each seed."
+    last = {(r['method'], r['seed']): r[name] for r in found['sizes']}    # sizes grow: the last row of each has all
+    return {method: np.array([last[method, seed] for seed in found['seeds']]) for method in METHODS}
+
+
+def size_curves(found: dict, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    "Curve -> numbers of members, and `name` at each for each seed, shape (seeds, sizes); independent runs have no seeds of their own."
+    res = {'independent runs': _curve([[r for r in found['budgets'] if r['method'] == 'SGD']], name)}
+    for method in ('snapshots', 'FGE', 'SWA'):
+        res[method] = _curve([[r for r in found['sizes'] if r['method'] == method and r['seed'] == seed] for seed in found['seeds']], name)
+    return res
+
+def _curve(rows, name): return np.array([r['members'] for r in rows[0]]), np.array([[r[name] for r in seed] for seed in rows])
+
+
+def sections(records: list[dict], found: dict):
+    "The tables of the report."
+    n, epochs = len(found['seeds']), {}
+    for p in records[0]['parts']:
+        for run in p['runs']: epochs[run] = max(epochs.get(run, 0), p['end'])
+    names = {'SGD': 'SGD 1B', 'SWA': 'SWA', 'snapshots': 'snapshots', 'FGE': 'FGE'}
+    values = {k: of_whole_seeds(found, k) for k in ('accuracy', 'loss', 'calibration_error', 'disagreement')}
+    costs, one = {c['method']: c for c in found['costs']}, found['costs'][0]
+    rows = [['one run', 'epochs', 'models', f'test accuracy, % (n = {n})', 'test loss', 'calibration error, %', 'disagreement, %',
+             'time, one sample', 'time, test set', 'weights, MB']]
+    for m in METHODS:
+        c = costs[m]
+        rows.append([m, str(epochs[names[m]]), str(c['members']), spread(100 * values['accuracy'][m], 2), spread(values['loss'][m], 4),
+                     spread(100 * values['calibration_error'][m], 2),
+                     spread(100 * values['disagreement'][m].astype(float), 1) if c['members'] > 1 else '',
+                     f'{c["sample"] / one["sample"]:.1f} x', f'{c["test set"] / one["test set"]:.1f} x', f'{c["bytes"] / 1e6:.1f}'])
+    yield table(rows)
+    yield (f'Times are multiples of one model\'s: {1e3 * one["sample"]:.2g} ms a sample, {one["test set"]:.2g} s the test set. Disagreement: the '
+           'share of samples that two members read differently, mean over the pairs.')
+    yield 'Paired differences, seed by seed, in points of accuracy:' if n > 1 else 'Differences; one seed cannot tell them from chance:'
+    pairs = ('SWA', 'SGD'), ('snapshots', 'SGD'), ('FGE', 'SGD'), ('FGE', 'SWA'), ('FGE', 'snapshots')
+    yield table(difference_rows(values['accuracy'], pairs))
+    if n > 1:
+        rows = [[f'{n} runs together', 'models', 'test accuracy, %', 'test loss', 'calibration error, %', 'disagreement, %']]
+        for r in found['budgets']:
+            if r['budgets'] == n:
+                rows.append([{'SGD': 'independent SGD runs', 'SWA': 'averages of independent runs'}.get(r['method'], r['method'] + ' of all runs'),
+                             str(r['members']), f'{100 * r["accuracy"]:.2f}', f'{r["loss"]:.4f}', f'{100 * r["calibration_error"]:.2f}',
+                             '' if r['disagreement'] is None else f'{100 * r["disagreement"]:.1f}'])
+        yield f'At {n} budgets, of which there is one sample:'
+        yield table(rows)
+    yield '![test error and loss over the number of models](curves.png)'
+
+
+def _number(v): return None if v != v else v    # JSON knows no nan
