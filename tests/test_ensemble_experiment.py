@@ -1,0 +1,97 @@
+"""The comparison of ensembles at one budget: what is trained, predicted together, and reported."""
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from fastai_swa.experiments import RECIPES, Settings, report, reproduce
+from fastai_swa.experiments.ensembles import size_curves
+from fastai_swa.vision import cifar
+
+SMALL = replace(RECIPES['ensembles-digits'], name='small', budget=10, swa_start=6, images=100)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    out, threads = tmp_path_factory.mktemp('ensembles'), torch.get_num_threads()
+    RECIPES['small'] = SMALL
+    try:
+        assert reproduce('small', 2, out, threads=1, stream=io.StringIO()) == {}
+        yield out
+    finally:
+        del RECIPES['small']
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope='module')
+def found(folder): return json.loads((folder/'ensembles.json').read_text())
+
+
+def probs(file):
+    model, dls = SMALL.network(10), cifar(10, 'digits', SMALL.stats, padding=None, n_images=100, device='cpu')
+    model.load_state_dict(torch.load(file))
+    with torch.no_grad(): return torch.cat([model.eval()(x.as_subclass(torch.Tensor)) for x, _ in dls.valid]).double().softmax(1), torch.cat([y for _, y in dls.valid])
+
+
+def accuracy_of(files):
+    p = sum(probs(f)[0] for f in files)/len(files)
+    return float((p.argmax(1) == probs(files[0])[1]).double().mean())
+
+
+def snapshots(folder, seed, name): return sorted((folder/f'seed-{seed}-{name}').glob('snapshot-*.pth'))
+
+
+def test_each_seed_leaves_the_snapshots_of_both_methods_at_the_epochs_that_they_say(folder):
+    for seed in 0, 1:
+        data = json.loads((folder/f'seed-{seed}.json').read_text())
+        assert data['images']['train'] == 100 and data['images']['valid'] == 397
+        assert len(snapshots(folder, seed, 'snapshots')) == 5 and len(snapshots(folder, seed, 'fge')) == 1
+        by_run = {p['runs'][0]: p for p in data['parts'] if len(p['runs']) == 1}
+        kept = [by_run['snapshots']['begin'] + i for i, row in enumerate(by_run['snapshots']['epochs']) if row['ens_accuracy'] is not None]
+        assert kept == [1, 3, 5, 7, 9] and by_run['FGE']['end'] == 9 and by_run['FGE']['begin'] == 8
+        last = torch.load(folder/f'seed-{seed}-fge.pth')
+        assert all(torch.equal(v, last[k]) for k, v in torch.load(snapshots(folder, seed, 'fge')[-1]).items())
+
+
+def test_every_number_of_models_is_measured_on_their_mean_probabilities(folder, found):
+    for seed in 0, 1:
+        files = snapshots(folder, seed, 'snapshots')
+        for m in range(1, 6):    # the last m, as the paper has it
+            row = next(r for r in found['sizes'] if (r['seed'], r['method'], r['members']) == (seed, 'snapshots', m))
+            assert row['accuracy'] == pytest.approx(accuracy_of(files[-m:]))
+        assert next(r for r in found['sizes'] if (r['seed'], r['method']) == (seed, 'SGD'))['accuracy'] == pytest.approx(accuracy_of([folder/f'seed-{seed}-sgd-1b.pth']))
+        assert next(r for r in found['sizes'] if (r['seed'], r['method']) == (seed, 'SWA'))['accuracy'] == pytest.approx(accuracy_of([folder/f'seed-{seed}-swa-average.pth']))
+    both = {r['method']: r for r in found['budgets'] if r['budgets'] == 2}
+    assert both['SGD']['accuracy'] == pytest.approx(accuracy_of([folder/f'seed-{i}-sgd-1b.pth' for i in (0, 1)])) and both['snapshots']['members'] == 10
+    (a, y), (b, _) = (probs(folder/f'seed-{i}-sgd-1b.pth') for i in (0, 1))
+    assert both['SGD']['disagreement'] == pytest.approx(float((a.argmax(1) != b.argmax(1)).double().mean()))
+    assert both['SGD']['loss'] == pytest.approx(float(-((a + b)/2)[torch.arange(397), y].log().mean()), rel=1e-4)
+    costs = {c['method']: c for c in found['costs']}
+    assert costs['snapshots']['bytes'] == 5*costs['SGD']['bytes'] and costs['SGD']['bytes'] == sum(t.numel()*t.element_size() for t in torch.load(folder/'seed-0-sgd-1b.pth').values())
+    assert all(c['sample'] > 0 and c['test set'] > 0 for c in costs.values())
+
+
+def test_the_report_has_a_row_for_each_method_and_a_figure_over_the_number_of_models(folder, found):
+    text = report(folder)
+    rows = {line.split('|')[1].strip(): [c.strip() for c in line.split('|')[2:-1]] for line in text.splitlines() if line.startswith('| ')}
+    assert [rows[m][:2] for m in ('SGD', 'SWA', 'snapshots', 'FGE')] == [['10', '1'], ['10', '1'], ['10', '5'], ['9', '1']]
+    values = [100*accuracy_of(snapshots(folder, seed, 'snapshots')) for seed in (0, 1)]
+    assert rows['snapshots'][2] == f'{np.mean(values):.2f} +- {np.std(values, ddof=1):.2f}'
+    assert rows['snapshots'][-1] == '0.5' and rows['independent SGD runs'][0] == '2' and 'scaled' not in text and 'not reproduced' not in text
+    assert rows['snapshots - SGD'][0] == f'{np.mean([v - 100*accuracy_of([folder/f"seed-{s}-sgd-1b.pth"]) for s, v in enumerate(values)]):+.2f}'
+    assert (folder/'curves.png').stat().st_size > 5000
+    curves = size_curves(found, 'accuracy')
+    assert curves['snapshots'][0].tolist() == [1, 2, 3, 4, 5] and curves['snapshots'][1].shape == (2, 5) and curves['SWA'][1].shape == (2, 1)
+    assert curves['independent runs'][0].tolist() == [1, 2] and curves['independent runs'][1].shape == (1, 2)
+
+
+def test_a_report_without_the_evaluation_says_which_command_makes_it(folder, tmp_path):
+    for f in folder.glob('seed-*.json'): (tmp_path/f.name).write_text(f.read_text())
+    with pytest.raises(ValueError, match='ensembles.json is missing: the same reproduce command makes it'): report(tmp_path)
+
+
+def test_too_small_a_scale_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match='4 epochs are too few for 5 snapshots'): reproduce('ensembles-vgg16-cifar10', 1, tmp_path, 'digits', Settings(scale=.02))
+    assert not list(tmp_path.iterdir())
