@@ -44,7 +44,7 @@ def main(argv=None):
     p.add_argument('--compile', choices=('default', 'reduce-overhead', 'max-autotune'), help='torch.compile; reduce-overhead captures steps')
     p.add_argument('--deterministic', action='store_true', help='use only GPU kernels that always give the same: slower, and an interrupted run '
                    'ends bitwise as the whole one')
-    p = commands.add_parser('report', help='tables and figures of what reproduce has found')
+    p = commands.add_parser('report', help='tables and figures of what reproduce has found; of two folders also the differences')
     p.add_argument('folders', nargs='+', metavar='FOLDER', help='what reproduce was given as --out')
     args = vars(parser.parse_args(argv))
     matplotlib.use('agg')
@@ -64,6 +64,7 @@ def _demo(args, start):
 
 def _reproduce(args, start):
     from .experiments import Settings, reproduce
+    from .experiments.run import STOPPED
     device = args['device'] or ('cuda' if torch.cuda.is_available() else 'cpu')
     settings = Settings(args['scale'], args['images'], device, args['precision'] or ('bf16' if device.startswith('cuda') else 'fp32'),
                         args['compile'], args['deterministic'])
@@ -72,12 +73,13 @@ def _reproduce(args, start):
     for sentence in dict.fromkeys(missing.values()):
         seeds = [str(seed) for seed, s in missing.items() if s == sentence]
         print(f'seed{"s" * (len(seeds) > 1)} {", ".join(seeds)}: {sentence}', file=sys.stderr)
-    return int(any('in time' not in s for s in missing.values()))
+    return int(any(s != STOPPED for s in missing.values()))
 
 
 def _report(args, start):
-    from .experiments import report
+    from .experiments.report import compare, report
     for folder in args['folders']: print(report(folder))
+    if len(args['folders']) == 2: print(compare(*args['folders']))
 
 
 def _positive(text):
@@ -86,7 +88,7 @@ def _positive(text):
 
 
 def _seconds(text):
-    match = re.fullmatch(r'([0-9.]+)([smh])', text)
+    match = re.fullmatch(r'([0-9]*\.?[0-9]+)([smh])', text)
     if not match: raise argparse.ArgumentTypeError(f'expected a time such as 90s, 8m or 1.5h, not {text!r}')
     return float(match[1]) * {'s': 1, 'm': 60, 'h': 3600}[match[2]]
 

@@ -140,6 +140,8 @@ class CheckpointCallback(Callback):
 
     def load_state_dict(self, state: dict): self._rows = state['rows']
 
+    def _not_written(self, error): warnings.warn(f'{error}; training goes on, and the file keeps an earlier epoch')
+
     def _due(self) -> bool: return self.learn.epoch % self.every == 0
 
     def _write(self):
@@ -153,7 +155,7 @@ class CheckpointCallback(Callback):
         try: fit.processes.first(write, self.file, _KIND, _VERSION, content)
         except OSError as e:
             if learn.epoch == 0: raise
-            if fit.processes.rank == 0: warnings.warn(f'{e}; training goes on, and the file keeps an earlier epoch')
+            if fit.processes.rank == 0: self._not_written(e)
 
     def _go_on(self):
         fit, learn = self._fit, self.learn

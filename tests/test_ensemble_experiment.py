@@ -84,7 +84,7 @@ def test_the_report_has_a_row_for_each_method_and_a_figure_over_the_number_of_mo
     assert (folder/'curves.png').stat().st_size > 5000
     curves = size_curves(found, 'accuracy')
     assert curves['snapshots'][0].tolist() == [1, 2, 3, 4, 5] and curves['snapshots'][1].shape == (2, 5) and curves['SWA'][1].shape == (2, 1)
-    assert curves['independent runs'][0].tolist() == [1, 2] and curves['independent runs'][1].shape == (1, 2)
+    assert curves['independent runs, a budget each'][0].tolist() == [1, 2] and curves['independent runs, a budget each'][1].shape == (1, 2)
 
 
 def test_a_report_without_the_evaluation_says_which_command_makes_it(folder, tmp_path):

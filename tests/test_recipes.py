@@ -7,6 +7,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai_swa import SWACallback
 from fastai_swa.experiments.recipes import RECIPES, Run, optimizer, parts, runs, scaled, sgd_lr, swa_lr
+from fastai_swa.vision import CIFAR_STATS, IMAGENET_STATS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -140,6 +141,25 @@ def test_weight_decay_moves_every_parameter_that_gets_no_gradient():
     for p in model.parameters(): p.grad = torch.zeros_like(p)
     opt.step()
     for p, b in zip(model.parameters(), before): assert torch.allclose(p, b*(1 - .1*5e-4), rtol=5e-7, atol=0)
+
+
+TABLE_1 = {    # Izmailov et al. 2018, Table 1, typed once more: mean, standard deviation of SGD 1B, SWA 1B, 1.25B, 1.5B
+    'vgg16-cifar10': '93.25 .16 93.59 .16 93.70 .22 93.64 .18', 'vgg16-cifar100': '72.55 .10 73.91 .12 74.17 .15 74.27 .25',
+    'preresnet110-cifar10': '95.03 .05 95.51 .10 95.65 .03 95.82 .03', 'preresnet110-cifar100': '76.77 .38 78.75 .16 78.91 .29 79.10 .21',
+    'preresnet164-cifar10': '95.28 .10 95.56 .11 95.77 .04 95.83 .03', 'preresnet164-cifar100': '78.49 .36 79.77 .17 80.18 .23 80.35 .16',
+    'wrn28-10-cifar10': '96.18 .11 96.45 .11 96.64 .08 96.79 .05', 'wrn28-10-cifar100': '80.82 .23 81.46 .23 81.91 .27 82.15 .27'}
+
+def test_the_published_numbers_are_those_of_the_paper():
+    for name, row in TABLE_1.items():
+        numbers = list(map(float, row.split()))
+        assert RECIPES[name].published == dict(zip(('SGD 1B', 'SWA 1B', 'SWA 1.25B', 'SWA 1.5B'), zip(numbers[::2], numbers[1::2])))
+    assert {name for name, r in RECIPES.items() if r.published} == {*TABLE_1, 'wrn28-10-cifar100-fixed'}
+    assert RECIPES['wrn28-10-cifar100-fixed'].published == {'SWA 1.5B': (81.7, None)}
+
+
+def test_each_network_is_fed_with_the_papers_mean_and_standard_deviation():
+    for name in TABLE_1: assert RECIPES[name].stats == (IMAGENET_STATS if name.startswith('vgg') else CIFAR_STATS) and RECIPES[name].padding == 'constant'
+    assert IMAGENET_STATS == ((.485, .456, .406), (.229, .224, .225)) and CIFAR_STATS == ((.4914, .4822, .4465), (.2023, .1994, .2010))
 
 
 def test_reflection_differs_from_its_twin_in_the_padding_alone():

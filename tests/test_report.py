@@ -30,8 +30,8 @@ def record(seed, done=True, **changes):
         if part.is_last: res |= {f'swa_{k}': v if folds else None for k, v in (('valid_loss', 2 - accuracy(run, e, seed, True)), ('accuracy', accuracy(run, e, seed, True)))}
         return res | {'seconds': 2. if folds else 1.}
     return {'recipe': NAME, 'seed': seed, 'budget': RECIPE.budget, 'swa_start': RECIPE.swa_start, 'settings': {'scale': SCALE, 'images': None, 'device': 'cpu', 'precision': 'fp32', 'compile': None},
-            'images': {'kind': 'CIFAR-10, JPEG', 'train': 50000, 'valid': 10000, 'sha256': 'abc'}, 'threads': 1, 'versions': {'torch': '2.15.0'},
-            'hardware': {'machine': 'x86_64', 'cores': 2}, 'started': '', 'finished': 'now' if done else None,
+            'images': {'kind': 'CIFAR-10, JPEG', 'train': 50000, 'valid': 10000, 'sha256': 'abc'}, 'threads': 1,
+            'sessions': [{'jobs': 1, 'versions': {'torch': '2.15.0'}, 'hardware': {'machine': 'x86_64', 'cores': 2}}], 'started': '', 'finished': 'now' if done else None,
             'parts': [{'runs': [r.name for r in p.runs], 'begin': p.begin, 'end': p.end, 'done': done, 'epochs': [row(p, e) for e in range(p.begin, p.end)]} for p in tree]} | changes
 
 
@@ -47,7 +47,8 @@ def test_each_row_of_the_table_is_the_mean_over_the_seeds_at_its_epoch(tmp_path)
     text = report(write(tmp_path, *(record(s) for s in (0, 1, 2))))
     for name, (run, epochs, average) in {'SGD 1B': ('SGD 1B', 6, False), 'SGD 1B, batch norm refreshed': ('SGD 1B', 6, True), 'SGD 1.5B': ('SGD 1.5B', 9, False),
                                          'SGD 1.5B, batch norm refreshed': ('SGD 1.5B', 9, True), 'SWA 1B': ('SWA', 6, True), 'SWA 1.25B': ('SWA', 7, True),
-                                         'SWA 1.5B': ('SWA', 9, True), 'SWA run at 1.5B, single weights': ('SWA', 9, False)}.items():
+                                         'SWA 1.5B': ('SWA', 9, True), 'SWA run at 1B, single weights': ('SWA', 6, False),
+                                         'SWA run at 1.25B, single weights': ('SWA', 7, False), 'SWA run at 1.5B, single weights': ('SWA', 9, False)}.items():
         values = [100*accuracy(run, epochs - 1, s, average) for s in (0, 1, 2)]
         mean, std = sum(values)/3, math.sqrt(sum((v - sum(values)/3)**2 for v in values)/2)
         assert cells(text, name)[1:3] == [str(epochs), f'{mean:.2f} +- {std:.2f}'], name
@@ -60,6 +61,13 @@ def test_differences_are_paired_with_their_confidence_interval(tmp_path):
     gains = [100*(accuracy('SWA', 8, s, True) - accuracy('SGD 1B', 5, s)) for s in (0, 1, 2)]
     low, high = stats.ttest_1samp(gains, 0).confidence_interval()
     assert cells(text, 'SWA 1.5B - SGD 1B')[1:] == [f'{np.mean(gains):+.2f}', f'{low:+.2f} to {high:+.2f}', '3 of 3', '+0.79']
+    ends = {'SGD 1B': ('SGD 1B', 5, False), 'SGD 1B, batch norm refreshed': ('SGD 1B', 5, True), 'SGD 1.5B': ('SGD 1.5B', 8, False), 'SGD 1.5B, batch norm refreshed': ('SGD 1.5B', 8, True),
+            'SWA 1B': ('SWA', 5, True), 'SWA 1.25B': ('SWA', 6, True), 'SWA 1.5B': ('SWA', 8, True), 'SWA run at 1.5B, single weights': ('SWA', 8, False)}
+    rows = [line.split('|')[1].strip() for line in text.splitlines() if ' - ' in line.split('|')[1 % (1 + line.count('|'))]]
+    assert len(rows) == 8
+    for name in rows:
+        (run_a, e_a, avg_a), (run_b, e_b, avg_b) = (ends[part] for part in name.split(' - '))
+        assert cells(text, name)[1] == f'{np.mean([100*(accuracy(run_a, e_a, s, avg_a) - accuracy(run_b, e_b, s, avg_b)) for s in range(3)]):+.2f}', name
 
 
 def test_one_seed_has_no_interval_and_is_said_to_tell_nothing_from_chance(tmp_path):
@@ -76,19 +84,52 @@ def test_the_interval_is_students(x):
 
 
 def test_a_network_without_batch_norm_has_no_control_that_refreshes_it(tmp_path):
+    assert 'refreshed' in report(write(tmp_path, record(0)))
+    assert 'refreshed' not in report(write(tmp_path, record(0, recipe='vgg16-cifar10')))
+
+
+@pytest.mark.parametrize('scale, train, valid, is_whole', [(SCALE, 50000, 10000, False), (1, 50000, 10000, True), (1, 5000, 10000, False), (1, 50000, 2000, False), (2, 50000, 10000, False)])
+def test_what_was_not_run_at_full_length_on_all_images_is_said(tmp_path, scale, train, valid, is_whole):
+    r = record(0, images={'kind': 'CIFAR-10', 'train': train, 'valid': valid, 'sha256': 'abc'})
+    r['settings']['scale'] = scale
+    text = report(write(tmp_path, r))
+    assert ('not at full length' in text) is (not is_whole) and ('the published row is not reproduced' in text) is (not is_whole) and 'JPEG' not in text
+
+
+def test_compressed_images_are_said_to_be_that(tmp_path):
+    assert 'JPEG-compressed: absolute accuracies are not comparable' in report(write(tmp_path, record(0)))
+
+
+def test_seconds_are_medians_and_seeds_side_by_side_are_said(tmp_path):
     r = record(0)
-    for p in r['parts']:
-        if p['runs'][0].startswith('SGD') and len(p['runs']) == 1: p['epochs'][-1] |= {'swa_valid_loss': p['epochs'][-1]['valid_loss'], 'swa_accuracy': p['epochs'][-1]['accuracy']}
-    assert 'refreshed' in report(write(tmp_path, record(0))) and 'refreshed' not in report(write(tmp_path, r))
+    r['parts'][0]['epochs'][0]['seconds'] = 1000.    # compiling
+    assert '1.00 s an epoch, 2.00 s where the average is validated (medians)\n' in report(write(tmp_path, r))
+    r['sessions'] = [r['sessions'][0], {'jobs': 5, 'versions': {'torch': '2.16.0'}, 'hardware': {'gpu': 'NVIDIA H200'}}]
+    text = report(write(tmp_path, r))
+    assert ', 1 or 5 seeds side by side' in text and 'torch 2.15.0 / torch 2.16.0' in text and 'CPU, x86_64, 1 thread; NVIDIA H200' in text
 
 
-def test_what_was_scaled_down_or_compressed_is_said(tmp_path):
-    text = report(write(tmp_path, record(0)))
-    assert 'JPEG-compressed: absolute accuracies are not comparable' in text and 'scaled down: lengths times 0.04' in text
-    whole = record(0, images={'kind': 'CIFAR-10', 'train': 50000, 'valid': 10000, 'sha256': 'abc'})
-    whole['settings']['scale'] = 1
-    text = report(write(tmp_path, whole))
-    assert 'JPEG' not in text and 'scaled' not in text
+def test_a_run_that_diverged_is_named(tmp_path):
+    r = record(0)
+    next(p for p in r['parts'] if p['runs'] == ['SWA'])['epochs'][-1] |= {'swa_accuracy': None, 'swa_valid_loss': None}
+    assert 'seed 0: the SWA run diverged' in report(write(tmp_path, r))
+
+
+def test_two_folders_are_compared_row_by_row_for_the_seeds_that_both_have(tmp_path, capsys):
+    from fastai_swa.experiments.report import compare
+    for name, offset, seeds in (('zero', 0, (0, 1, 2)), ('reflect', .02, (1, 2, 3))):
+        (tmp_path/name).mkdir()
+        for s in seeds:
+            r = record(s)
+            for p in r['parts']:
+                for row in p['epochs']: row['accuracy'] += offset*(1 + s)
+            write(tmp_path/name, r)
+    text = compare(tmp_path/'reflect', tmp_path/'zero')
+    low, high = stats.ttest_1samp([100*.02*2, 100*.02*3], 0).confidence_interval()
+    assert 'of 2 seeds' in text and cells(text, 'SGD 1B, reflect - SGD 1B, zero')[1:] == ['+5.00', f'{low:+.2f} to {high:+.2f}', '2 of 2']
+    assert cells(text, 'SWA 1.5B, reflect - SWA 1.5B, zero')[1] == '+0.00'
+    with pytest.raises(SystemExit) as e: __main__.main(['report', str(tmp_path/'reflect'), str(tmp_path/'zero')])
+    assert not e.value.code and text in capsys.readouterr().out
 
 
 def test_a_seed_that_is_not_complete_is_named_and_not_counted(tmp_path):
@@ -118,8 +159,14 @@ def test_folders_that_cannot_be_reported_are_one_sentence(tmp_path, capsys):
     other = record(1)
     other['settings']['precision'] = 'bf16'
     assert "mixes runs: seed 1 has settings {'scale'" in said(write(tmp_path, record(0), other))
-    (tmp_path/'seed-1.json').write_text('{')
-    assert 'seed-1.json is damaged' in said(tmp_path)
+    for damaged in '{', '[]', '{"recipe": 3}':
+        (tmp_path/'seed-1.json').write_text(damaged)
+        assert 'seed-1.json is damaged' in said(tmp_path)
+    (tmp_path/'seed-1.json').unlink()
+    (tmp_path/'seed-0-old.json').write_text('{')    # somebody's own
+    report(tmp_path)
+    assert 'of a recipe that is not known: other' in said(write(tmp_path, record(0, recipe='other')))
+    assert 'nowhere is no folder' in said(tmp_path/'nowhere')
 
 
 def test_the_command_prints_the_report(tmp_path, capsys):

@@ -24,7 +24,7 @@ from fastai_swa.experiments import RECIPES, Recipe, Settings, reproduce
 from fastai_swa.experiments.record import Record, _Clock
 from fastai_swa.experiments.recipes import sgd_lr, swa_lr
 from fastai_swa.experiments.run import EpochRecorder, TimeIsUp, run_seed
-from fastai_swa.vision import cifar
+from fastai_swa.vision import IMAGENET_STATS, cifar
 from PIL import Image
 from torch import nn
 
@@ -53,6 +53,7 @@ def seed_0(folder, recipe=TINY, settings=IMAGES, **kwargs): return run_seed(reci
 
 def without_times(data):
     data = json.loads(json.dumps(data))
+    del data['sessions']
     for k in ('started', 'finished'): data[k] = data[k] is not None
     for part in data['parts']:
         for row in part['epochs']: del row['seconds']
@@ -82,7 +83,7 @@ def by_hand(recipe, lr, n_epoch, settings=IMAGES):
     torch.set_num_threads(1)
     set_seed(0)
     model = recipe.network(10).to(memory_format=torch.channels_last)
-    dls = cifar(10, 'digits', recipe.stats, bs=recipe.bs, seed=0, n_images=settings.images, device='cpu')
+    dls = cifar(10, 'digits', recipe.stats, recipe.padding, bs=recipe.bs, seed=0, n_images=settings.images, device='cpu')
     dls.train.rng = Random(0)
     weights = []
     class Schedule(Callback):
@@ -96,7 +97,7 @@ def by_hand(recipe, lr, n_epoch, settings=IMAGES):
 
 # what is trained
 
-@pytest.mark.parametrize('recipe', [TINY, Recipe('plain', plain_net, 10, 6, .05, .02, 4, 5e-4, bs=64)], ids=lambda r: r.name)
+@pytest.mark.parametrize('recipe', [TINY, Recipe('plain', plain_net, 10, 6, .05, .02, 4, 5e-4, stats=IMAGENET_STATS, padding='reflect', bs=64)], ids=lambda r: r.name)
 def test_runs_that_share_their_first_epochs_end_as_each_would_by_itself(tmp_path, recipe):
     data = seed_0(tmp_path, recipe)
     for name, lr, n in (('SGD 1B', lambda e: sgd_lr(recipe, e, 6), 6), ('SGD 1.5B', lambda e: sgd_lr(recipe, e, 9), 9), ('SWA', lambda e: swa_lr(recipe, e), 9)):
@@ -262,10 +263,12 @@ def test_time_that_does_not_suffice_stops_it_between_epochs_and_it_goes_on(tmp_p
     assert_same_seed(tmp_path, whole)
 
 
+def stop(seed, line): raise Stop
+
+
 def test_a_seed_goes_on_with_its_own_number_of_threads(tmp_path, whole):
-    with pytest.raises(TimeIsUp): seed_0(tmp_path, until=0.)
+    with pytest.raises(Stop): seed_0(tmp_path, show=stop)
     run_seed(TINY, 0, tmp_path, IMAGES, 'digits', threads=2)
-    assert torch.get_num_threads() == 1
     assert_same_seed(tmp_path, whole)
 
 
@@ -285,19 +288,23 @@ def test_the_record_says_what_was_run_on_what_and_is_standard_json(whole):
     data = json.loads(text, parse_constant=refuse)
     assert data['recipe'] == 'tiny' and data['seed'] == 0 and data['threads'] == 1 and data['finished'] >= data['started'] > '2026'
     assert data['images'] == {'kind': 'digits', 'train': 200, 'valid': 397, 'sha256': data['images']['sha256']} and len(data['images']['sha256']) == 16
-    assert data['versions']['torch'] == torch.__version__.partition('+')[0] and data['hardware']['cores'] == os.cpu_count()
+    session, = data['sessions']
+    assert session['versions']['torch'] == torch.__version__.partition('+')[0] and session['hardware']['cores'] == os.cpu_count() and session['jobs'] == 1
     assert data['settings'] == {'scale': 1., 'images': 200, 'device': 'cpu', 'precision': 'fp32', 'compile': None, 'deterministic': False}
     assert list(data['parts'][-1]['epochs'][0]) == ['lr', 'train_loss', 'valid_loss', 'accuracy', 'swa_valid_loss', 'swa_accuracy', 'seconds']
     assert len(text.splitlines()) < 120    # an epoch a line
 
 
 def test_the_fingerprint_is_of_the_images_and_labels():
-    from fastai_swa.experiments.run import _images
-    prints = {_images(10, 'digits', n)[1]['sha256'] for n in (100, 200, None)}
-    dls, images = _images(10, 'digits', 100)
-    dls.train_ds.images[0, 0, 0, 0] += 1
-    _images.cache_clear()
-    assert len(prints) == 3 and images['sha256'] in prints
+    from fastai_swa.experiments.run import _fingerprint
+    def loaded(): return cifar(10, 'digits', n_images=100, device='cpu')
+    prints = [_fingerprint(loaded()), _fingerprint(loaded()), _fingerprint(cifar(10, 'digits', n_images=200, device='cpu'))]
+    for part in 'train_ds', 'valid_ds':
+        for what in 'images', 'labels':
+            dls = loaded()
+            getattr(getattr(dls, part), what).view(-1)[7] += 1
+            prints.append(_fingerprint(dls))
+    assert prints[0] == prints[1] and len(set(prints)) == 6
 
 
 def fake_record(seconds, **kwargs):
@@ -306,7 +313,7 @@ def fake_record(seconds, **kwargs):
     record.recipe, record.seed, record.number = TINY, 3, 0
     from fastai_swa.experiments.recipes import parts, runs
     record.parts = parts(runs(TINY))
-    record.data = {'parts': [{'epochs': []} for _ in record.parts]}
+    record.data = {'parts': [{'epochs': []} for _ in record.parts], 'finished': None}
     record.clock = _Clock(record)
     record.clock.seconds = {False: list(seconds[0]), True: list(seconds[1])}
     return record
@@ -378,15 +385,23 @@ def test_a_time_that_cannot_be_read_is_one_sentence(tiny_command, text):
 
 
 def test_other_settings_for_a_seed_are_refused_and_it_stays_as_it_is(tiny_command, tmp_path, monkeypatch, capsys):
-    assert tiny_command('--until', '0s')[0] == 0
+    with pytest.raises(Stop): seed_0(tmp_path, show=stop)
     before = (tmp_path/'seed-0.json').read_bytes()
     for args, what in ((['--scale', 2], 'budget=6, not 12'), (['--images', 300], 'images=200, not 300'), (['--compile', 'default'], "compile=None, not 'default'")):
         code, said = tiny_command(*args)
-        assert code == 1 and what in said.err and 'give the same, or another folder' in said.err and len(said.err.splitlines()) == 1
+        assert code == 2 and what in said.err and 'give the same, or another folder' in said.err and one_sentence(said)
+        code, said = tiny_command('--seeds', 2, *args)    # nor is another seed begun beside it
+        assert code == 2 and not (tmp_path/'seed-1.json').exists()
     assert (tmp_path/'seed-0.json').read_bytes() == before
-    (tmp_path/'seed-0.json').write_text('{')
-    code, said = tiny_command()
-    assert code == 1 and 'seed-0.json is damaged: move it away' in said.err and (tmp_path/'seed-0.json').read_text() == '{'
+    for damaged in '{', '[]', '{"recipe": "tiny"}':
+        (tmp_path/'seed-0.json').write_text(damaged)
+        code, said = tiny_command()
+        assert code == 2 and 'seed-0.json is damaged, or no record of a seed: move it away' in said.err and (tmp_path/'seed-0.json').read_text() == damaged
+
+
+def one_sentence(said):
+    "After the usage."
+    return len(said.err.partition('error: ')[2].splitlines()) == 1
 
 
 def test_a_second_process_at_a_seed_is_refused(tiny_command, tmp_path):
@@ -407,20 +422,20 @@ def images(folder, n_classes=10, size=32):
 def test_data_that_cannot_be_used_is_one_sentence(monkeypatch, capsys, tmp_path):
     def run(folder): return command(monkeypatch, capsys, 'tiny', '--data', folder, '--out', tmp_path/'out')
     code, said = run(tmp_path/'nowhere')
-    assert code == 1 and 'nowhere is no folder' in said.err and len(said.err.splitlines()) == 1
+    assert code == 2 and 'nowhere is no folder' in said.err and one_sentence(said)
     images(tmp_path/'nine', 9)
     code, said = run(tmp_path/'nine')
-    assert code == 1 and '9 class folders, CIFAR-10 has 10' in said.err and len(said.err.splitlines()) == 1
+    assert code == 2 and '9 class folders, CIFAR-10 has 10' in said.err and one_sentence(said)
     images(tmp_path/'big', size=33)
     code, said = run(tmp_path/'big')
-    assert code == 1 and 'has 33 x 33 pixels, expected 32 x 32' in said.err and len(said.err.splitlines()) == 1
+    assert code == 2 and 'has 33 x 33 pixels, expected 32 x 32' in said.err and one_sentence(said)
     def fail(*args, **kwargs): raise RuntimeError('File not found or corrupted.')
     monkeypatch.setattr('torchvision.datasets.CIFAR10.download', fail)
     (tmp_path/'truncated').mkdir()
     (tmp_path/'truncated'/'cifar-10-python.tar.gz').write_bytes(b'half')
     code, said = run(tmp_path/'truncated')
-    assert code == 1 and 'CIFAR-10 is not complete in' in said.err and 'corrupted' in said.err and len(said.err.splitlines()) == 1
-    assert not list((tmp_path/'out').iterdir())
+    assert code == 2 and 'CIFAR-10 is not complete in' in said.err and 'corrupted' in said.err and one_sentence(said)
+    assert not (tmp_path/'out').exists()
 
 
 def test_a_folder_of_jpeg_files_is_said_to_be_one(monkeypatch, capsys, tmp_path):

@@ -76,8 +76,9 @@ def of_whole_seeds(found: dict, name: str) -> dict[str, np.ndarray]:
 
 
 def size_curves(found: dict, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    "Curve -> numbers of members, and `name` at each for each seed, shape (seeds, sizes); independent runs have no seeds of their own."
-    res = {'independent runs': _curve([[r for r in found['budgets'] if r['method'] == 'SGD']], name)}
+    "Curve -> numbers of members, and `name` at each for each seed, shape (seeds, sizes); independent runs count as one seed, up to as many members."
+    most = max(r['members'] for r in found['sizes'])
+    res = {'independent runs, a budget each': _curve([[r for r in found['budgets'] if r['method'] == 'SGD' and r['members'] <= most]], name)}
     for method in ('snapshots', 'FGE', 'SWA'):
         res[method] = _curve([[r for r in found['sizes'] if r['method'] == method and r['seed'] == seed] for seed in found['seeds']], name)
     return res

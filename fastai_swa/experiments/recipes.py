@@ -194,7 +194,7 @@ RECIPES = {r.name: r for r in (
            published=_rows((78.49, .36), (79.77, .17), (80.18, .23), (80.35, .16))),
     Recipe('wrn28-10-cifar10', _wrn_28_10, 10, **_wrn, published=_rows((96.18, .11), (96.45, .11), (96.64, .08), (96.79, .05))),
     Recipe('wrn28-10-cifar100', _wrn_28_10, 100, **_wrn, published=_rows((80.82, .23), (81.46, .23), (81.91, .27), (82.15, .27))),
-    # a fixed learning rate from scratch: the paper's, where SGD has its own usual one, and one for an hour on one core of a CPU
+    # a fixed learning rate from scratch: the paper's, where SGD has its own usual one, and one for an hour on two cores of a CPU
     Recipe('wrn28-10-cifar100-fixed', _wrn_28_10, 100, **{**_wrn, 'swa_start': 140}, fixed_lr=True, published={'SWA 1.5B': (81.7, None)}),
     Recipe('wrn16-1-cifar10-fixed', partial(WideResNet, 16, 1), 10, **{**_wrn, 'budget': 10, 'swa_start': 7}, fixed_lr=True),
 )}

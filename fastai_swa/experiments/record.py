@@ -8,16 +8,14 @@ from statistics import median
 from time import gmtime, monotonic, strftime
 
 import torch
-from fastai.learner import Learner
-
 from ..ensemble import write_weights
 from ..files import read, replacing, write
 from ..modules import unwrap
-from ..state import restore, take
+from ..state import take
 from ..version import __version__
 from .recipes import parts, runs
 
-__all__ = ['Settings', 'Record']
+__all__ = ['Settings', 'Record', 'what_is_run', 'read_record', 'seed_files', 'seconds_text']
 
 
 @dataclass(frozen=True)
@@ -36,39 +34,44 @@ class Record:
 
     Raises `ValueError` if the file is damaged, or was run with other settings or data; `OSError` if it cannot be written.
     """
-    def __init__(self, recipe, seed: int, out: Path, settings: Settings, images: dict, threads: int):
+    def __init__(self, recipe, seed: int, out: Path, settings: Settings, images: dict, threads: int, jobs: int = 1):
         self.recipe, self.seed, self.out, self.settings = recipe, seed, out, settings
         self.parts, self.number = parts(runs(recipe)), 0    # the number of the part in training
-        fixed = {'recipe': recipe.name, 'seed': seed, 'budget': recipe.budget, 'swa_start': recipe.swa_start, 'settings': asdict(settings),
-                 'images': images}
-        exists = self.file('json').exists()
-        self.data = self._read(fixed) if exists else fixed | {
-            'threads': threads, 'versions': _versions(), 'hardware': _hardware(settings.device), 'started': _now(), 'finished': None,
-            'parts': [{'runs': [r.name for r in p.runs], 'begin': p.begin, 'end': p.end, 'done': False, 'epochs': []} for p in self.parts]}
+        fixed = what_is_run(recipe, settings, images) | {'seed': seed}
+        if self.file('json').exists(): self.data = read_record(self.file('json'), fixed)
+        else:
+            # what an earlier run has left whose record is gone
+            for file in (*out.glob(f'seed-{seed}.part*.ckpt'), *out.glob(f'seed-{seed}.fork*')): file.unlink()
+            self.data = fixed | {'threads': threads, 'started': _now(), 'finished': None, 'sessions': [], 'parts': [
+                {'runs': [r.name for r in p.runs], 'begin': p.begin, 'end': p.end, 'done': False, 'epochs': []} for p in self.parts]}
+        if not self.data['finished']:
+            self.data['sessions'].append({'started': _now(), 'jobs': jobs, 'versions': _versions(), 'hardware': _hardware(settings.device)})
+            self._save()
         self.clock = _Clock(self)
-        if not exists: self._save()
 
     def file(self, ending) -> Path: return self.out/f'seed-{self.seed}.{ending}'
 
     def folder(self, run: str) -> Path: return self.out/f'seed-{self.seed}-{_plain(run)}'
-
-    def _read(self, fixed):
-        try: data = json.loads(self.file('json').read_text())
-        except ValueError: raise ValueError(f'{self.file("json")} is damaged: move it away') from None
-        for k, v in fixed.items():
-            if data.get(k) == v: continue
-            raise ValueError(f'{self.file("json")} was run with {_difference(data.get(k), v, k)}: give the same, or another folder')
-        return data
 
     def _save(self):
         with replacing(self.file('json')) as f: f.write(_as_json(self.data).encode())
 
     def is_done(self, number) -> bool: return self.data['parts'][number]['done']
 
-    def begin(self, number, learn: Learner):
-        "Part `number` begins: in the state in which its parent ended."
-        self.number, parent = number, self.parts[number].parent
-        if parent is not None: restore(learn, read(self.file(f'fork{parent}'), 'fork', 1)['state'])
+    def next(self):
+        """The number of the part to be trained next and the state it begins in, `None` for none; `None` if all are done.
+
+        A part whose end is needed and cannot be read is to be trained again.
+        """
+        todo = [i for i in range(len(self.parts)) if not self.is_done(i)]
+        if not todo: return None
+        self.number = todo[0]
+        while (parent := self.parts[self.number].parent) is not None:
+            try: return self.number, read(self.file(f'fork{parent}'), 'fork', 1)['state']
+            except (ValueError, FileNotFoundError):
+                self.data['parts'][parent] |= {'done': False, 'epochs': []}
+                self.number = parent
+        return self.number, None
 
     def epoch_is_over(self, rows):
         self.data['parts'][self.number]['epochs'] = list(map(_cells, rows))
@@ -79,7 +82,7 @@ class Record:
         part, data = self.parts[self.number], self.data['parts'][self.number]
         if part.is_last:
             self._save_weights(learn.model, part.runs[0].name)
-            if part.runs[0].name == 'SWA': self._save_weights(swa_model, 'SWA average')
+            if part.runs[0].name == 'SWA' and swa_model is not None: self._save_weights(swa_model, 'SWA average')    # `None`: nothing finite
         else: write(self.file(f'fork{self.number}'), 'fork', 1, {'state': take(learn)})
         data['epochs'], data['done'] = list(map(_cells, rows)), True
         if all(p['done'] for p in self.data['parts']): self.data['finished'] = _now()
@@ -101,12 +104,16 @@ class Record:
         average = rows[-1].get('swa_accuracy')
         average = f' (average {100 * average:.2f} %)' if average is not None else ''
         return (f'seed {self.seed}  {", ".join(r.name for r in part.runs)}  epoch {part.begin + len(rows)} of {part.end}  '
-                f'accuracy {100 * rows[-1]["accuracy"]:.2f} %{average}  {rows[-1]["seconds"]:.2g} s an epoch  {_duration(self.clock.left())} left')
+                f'accuracy {100 * rows[-1]["accuracy"]:.2f} %{average}  {seconds_text(rows[-1]["seconds"])} an epoch  '
+                f'{_duration(self.clock.left())} left')
 
 
 class _Clock:
     "Times the epochs of a record's seed, and says how long those left will take."
-    def __init__(self, record): self.record, self.seconds, self.started = record, {False: [], True: []}, None
+    def __init__(self, record):
+        self.record, self.seconds, self.started = record, {False: [], True: []}, None
+        for i, part in enumerate(record.data['parts']):    # of earlier sessions
+            for e, row in enumerate(part['epochs']): self.seconds[self._folds(i, e)].append(row['seconds'])
 
     def start(self): self.started = monotonic()
 
@@ -138,6 +145,30 @@ class _Clock:
 
 
 def _plain(name) -> str: return re.sub(r'[^a-z0-9.]+', '-', name.lower())
+
+def what_is_run(recipe, settings: Settings, images: dict) -> dict:
+    "What all seeds in a folder have in common."
+    return {'recipe': recipe.name, 'budget': recipe.budget, 'swa_start': recipe.swa_start, 'settings': asdict(settings), 'images': images}
+
+
+def read_record(file: Path, fixed: dict | None = None) -> dict:
+    "A seed's record. Raises `ValueError` if it is damaged, or does not agree with what is `fixed`."
+    try: data = json.loads(file.read_text())
+    except ValueError: data = None
+    if not isinstance(data, dict) or not {'recipe', 'seed', 'settings', 'images', 'parts', 'finished'} <= data.keys():
+        raise ValueError(f'{file} is damaged, or no record of a seed: move it away')
+    for k, v in (fixed or {}).items():
+        if data.get(k) != v: raise ValueError(f'{file} was run with {_difference(data.get(k), v, k)}: give the same, or another folder')
+    return data
+
+
+def seed_files(folder: Path) -> dict[int, Path]:
+    "Seed -> the file of its record, for those in `folder`."
+    found = {int(m[1]): f for f in folder.iterdir() if (m := re.fullmatch(r'seed-(\d+)\.json', f.name))} if folder.is_dir() else {}
+    return dict(sorted(found.items()))
+
+
+def seconds_text(seconds) -> str: return f'{seconds:.2f} s' if seconds < 10 else f'{seconds:.0f} s'
 
 def _cells(row) -> dict: return {k: _cell(float(v)) for k, v in row.items()}
 

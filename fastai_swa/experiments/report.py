@@ -1,17 +1,19 @@
 """What the seeds of a recipe have found: tables beside the published numbers, and training curves."""
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
+from torch import nn
 
 from ..files import replacing
 from ..plot import plot_runs, plot_sizes
 from . import ensembles
 from .recipes import RECIPES
+from .record import read_record, seconds_text, seed_files
 from .tables import difference_rows, spread, table
 
-__all__ = ['report', 'load', 'curves', 'ends']
+__all__ = ['report', 'compare', 'load', 'curves', 'ends']
 
 
 _REFRESHED = ', batch norm refreshed'
@@ -44,17 +46,31 @@ def report(folder) -> str:
 
 def load(folder: Path) -> tuple[list[dict], list[dict]]:
     "The records of the complete seeds in `folder`, and those of the others, in the order of the seeds. Raises as `report` does."
-    records = []
-    for file in sorted(folder.glob('seed-*.json'), key=lambda f: int(f.stem.removeprefix('seed-'))):
-        try: records.append(json.loads(file.read_text()))
-        except ValueError: raise ValueError(f'{file} is damaged') from None
+    if not folder.is_dir(): raise ValueError(f'{folder} is no folder')
+    records = [read_record(file) for file in seed_files(folder).values()]
     complete = [r for r in records if r['finished']]
     if not complete: raise ValueError(f'{folder} has no complete seed' + (f', and {len(records)} begun' if records else ''))
+    if complete[0]['recipe'] not in RECIPES: raise ValueError(f'{folder} is of a recipe that is not known: {complete[0]["recipe"]}')
     for r in complete[1:]:
         for k in ('recipe', 'settings', 'images'):
             if r[k] == complete[0][k]: continue
             raise ValueError(f'{folder} mixes runs: seed {r["seed"]} has {k} {r[k]}, seed {complete[0]["seed"]} {complete[0][k]}')
     return complete, [r for r in records if not r['finished']]
+
+
+def compare(folder, other) -> str:
+    """The paired differences between two folders of `reproduce`, row by row, for the seeds that both have, as Markdown.
+
+    Raises `ValueError` as `report` does, if their lengths differ, or if they have no seed in common.
+    """
+    both = [{r['seed']: r for r in load(Path(f))[0]} for f in (folder, other)]
+    seeds, names = sorted(both[0].keys() & both[1].keys()), [Path(f).name for f in (folder, other)]
+    if not seeds: raise ValueError(f'{folder} and {other} have no seed in common')
+    if len({r['budget'] for records in both for r in records.values()}) > 1: raise ValueError(f'{folder} and {other} are of different lengths')
+    a, b = ({name: values for name, (_, values) in ends([records[s] for s in seeds], 'accuracy').items()} for records in both)
+    gains = {f'{name}, {names[0]}': values for name, values in a.items()} | {f'{name}, {names[1]}': values for name, values in b.items()}
+    pairs = [(f'{name}, {names[0]}', f'{name}, {names[1]}') for name in a if _REFRESHED not in name]
+    return f'Paired differences of {_seeds(len(seeds))}, in points of accuracy:\n\n' + table(difference_rows(gains, pairs)) + '\n'
 
 
 def column(record: dict, run: str, name: str) -> list:
@@ -91,18 +107,19 @@ def curves(records: list[dict], name: str) -> dict[str, tuple[np.ndarray, np.nda
 def _head(records, unfinished):
     first = records[0]
     recipe, settings, images = RECIPES[first['recipe']], first['settings'], first['images']
-    is_whole = settings['scale'] == 1 and settings['images'] is None and (images['kind'].startswith('CIFAR') or recipe.source == images['kind'])
+    is_whole = settings['scale'] == 1 and ((images['train'], images['valid']) == (50_000, 10_000) or recipe.source == images['kind'])
     yield f'# {recipe.name}'
     said = [f'{_seeds(len(records))} ({", ".join(str(r["seed"]) for r in records)}); {images["kind"]}, {images["train"]:,} training and '
             f'{images["valid"]:,} test images (SHA-256 {images["sha256"]}...)']
     if not is_whole:
-        said.append(f'**scaled down: lengths times {settings["scale"]:g}, {images["train"]:,} training images'
+        said.append(f'**not at full length: lengths times {settings["scale"]:g}, {images["train"]:,} training images'
                     + ': the published row is not reproduced' * bool(recipe.published) + '**')
     if 'JPEG' in images['kind']: said.append("the images are JPEG-compressed: absolute accuracies are not comparable with the papers'")
     said += [f'{_hardware(records)}; {settings["precision"]}' + f', torch.compile {settings["compile"]}' * bool(settings['compile'])
-             + '; ' + ', '.join(f'{k} {v}' for k, v in first['versions'].items()),
-             f'{_mean_seconds(records, False):.3g} s an epoch, {_mean_seconds(records, True):.3g} s where the average is validated; '
-             f'{np.mean([_seconds(r) for r in records]) / 60:.3g} min a seed']
+             + '; ' + _versions(records),
+             f'{seconds_text(_seconds(records, False))} an epoch, {seconds_text(_seconds(records, True))} where the average is validated (medians)'
+             + _side_by_side(records)]
+    said += [f'seed {r["seed"]}: the {run} run diverged, nothing of it is finite' for r in records for run in _diverged(r)]
     said += [f'seed {r["seed"]} is not complete and not counted' for r in unfinished]
     yield '\n'.join(f'- {s}' for s in said)
 
@@ -110,16 +127,18 @@ def _head(records, unfinished):
 def _sections(records):
     published = RECIPES[records[0]['recipe']].published
     accuracies, losses = ends(records, 'accuracy'), ends(records, 'valid_loss')
-    for b in ('1B', '1.5B'):    # without batch norm there is nothing to refresh
-        if np.array_equal(losses[f'SGD {b}'][1], losses[f'SGD {b}{_REFRESHED}'][1]): del accuracies[f'SGD {b}{_REFRESHED}']
-    rows = [['', 'epochs', f'test accuracy, % (n = {len(records)})', 'test loss', 'published, % (n = 3)']]
+    if not _has_batch_norm(RECIPES[records[0]['recipe']]):    # there is nothing to refresh
+        accuracies = {name: values for name, values in accuracies.items() if _REFRESHED not in name}
+    of_three = ' (n = 3)' * any(std for _, std in published.values())
+    rows = [['', 'epochs', f'test accuracy, % (n = {len(records)})', 'test loss', f'published, %{of_three}']]
     for name, (epochs, values) in accuracies.items():
         rows.append([name, str(epochs), spread(100 * values, 2), spread(losses[name][1], 4), _published(published.get(name))])
     yield table(rows)
 
     yield ('Paired differences, seed by seed, in points of accuracy:' if len(records) > 1 else
            'Differences in points of accuracy; one seed cannot tell them from chance:')
-    pairs = (('SWA 1B', 'SGD 1B'), ('SWA 1.25B', 'SGD 1B'), ('SWA 1.5B', 'SGD 1B'), ('SWA 1.5B', 'SGD 1.5B'), ('SWA 1.5B', f'SGD 1.5B{_REFRESHED}'),
+    pairs = (('SWA 1B', 'SGD 1B'), ('SWA 1B', f'SGD 1B{_REFRESHED}'), ('SWA 1.25B', 'SGD 1B'), ('SWA 1.5B', 'SGD 1B'), ('SWA 1.5B', 'SGD 1.5B'),
+             ('SWA 1.5B', f'SGD 1.5B{_REFRESHED}'),
              ('SWA 1.5B', 'SWA run at 1.5B, single weights'), ('SGD 1.5B', 'SGD 1B'))
     yield table(difference_rows({name: values for name, (_, values) in accuracies.items()}, pairs, published))
     yield '![test error and loss over the epochs](curves.png)'
@@ -133,15 +152,24 @@ def _float(v): return float('nan') if v is None else v
 
 def _seeds(n): return f'{n} seed{"s" * (n > 1)}'
 
-def _hardware(records): return '; '.join(dict.fromkeys(_machine(r) for r in records))
+def _hardware(records):
+    def machine(r, h): return h['gpu'] if 'gpu' in h else f'CPU, {h["machine"]}, {r["threads"]} thread{"s" * (r["threads"] > 1)}'
+    return '; '.join(dict.fromkeys(machine(r, s['hardware']) for r in records for s in r['sessions']))
 
-def _machine(r):
-    h = r['hardware']
-    return h['gpu'] if 'gpu' in h else f'CPU, {h["machine"]}, {r["threads"]} thread{"s" * (r["threads"] > 1)}'
+def _versions(records):
+    return ' / '.join(dict.fromkeys(', '.join(f'{k} {v}' for k, v in s['versions'].items()) for r in records for s in r['sessions']))
+
+def _side_by_side(records):
+    jobs = sorted({s['jobs'] for r in records for s in r['sessions']})
+    return '' if jobs == [1] else f', {" or ".join(map(str, jobs))} seeds side by side'
 
 def _rows(record): return [row for p in record['parts'] for row in p['epochs']]
 
-def _seconds(record): return sum(row['seconds'] for row in _rows(record))
+def _seconds(records, folds):
+    return np.median([row['seconds'] for r in records for row in _rows(r) if (row.get('swa_accuracy') is not None) == folds])
 
-def _mean_seconds(records, folds):
-    return np.mean([row['seconds'] for r in records for row in _rows(r) if (row.get('swa_accuracy') is not None) == folds])
+def _diverged(record): return [p['runs'][0] for p in record['parts'] if len(p['runs']) == 1 and p['epochs'][-1]['swa_accuracy'] is None]
+
+def _has_batch_norm(recipe):
+    with torch.device('meta'): model = recipe.network(recipe.n_classes)
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())

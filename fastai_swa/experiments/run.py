@@ -1,12 +1,11 @@
 """Runs a recipe: seed by seed, resumable, on `Learner` with `SWACallback` and `CheckpointCallback`."""
-import hashlib, os, sys
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import gc, hashlib, os, re, shutil, sys, traceback
+from contextlib import contextmanager
 from functools import cache, partial
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
-from queue import Empty
 from random import Random
+from threading import Thread
 from time import monotonic, time
 
 import torch
@@ -24,13 +23,14 @@ from ..checkpoint import CheckpointCallback
 from ..files import InUse, Lock
 from ..learner import EpochScheduler
 from ..snapshots import SnapshotCallback
+from ..state import restore
 from ..vision import cifar
 from ..vision.tensors import tensor_loaders
 from .ensembles import evaluate
 from .recipes import RECIPES, Recipe, optimizer, runs, scaled
-from .record import Record, Settings
+from .record import Record, Settings, read_record, seed_files, what_is_run
 
-__all__ = ['reproduce', 'run_seed', 'TimeIsUp', 'EpochRecorder']
+__all__ = ['reproduce', 'run_seed', 'TimeIsUp', 'STOPPED', 'EpochRecorder']
 
 
 class TimeIsUp(Exception):
@@ -46,66 +46,110 @@ def reproduce(name: str, seeds: int = 1, out=None, source=None, settings: Settin
     - `source`, `settings`, `until`: as in `run_seed`. `stream`: where a line of progress for each seed goes; default: stdout.
 
     A comparison of ensembles ends with `ensembles.evaluate`. Returns seed -> one sentence for each seed that is not complete: why, and what
-    to do. Raises `ValueError` for an unknown name, and for a `settings.scale` that leaves too few epochs.
+    to do. Raises `ValueError` for an unknown name, settings that cannot be used, and a folder whose seeds were run with others; and what `cifar`
+    raises.
     """
     if name not in RECIPES: raise ValueError(f'name must be one of {", ".join(RECIPES)}, not {name!r}')
-    runs(scaled(RECIPES[name], settings.scale))    # raises
-    out, threads = Path(out or f'results/{name}'), threads or max(1, torch.get_num_threads() // jobs)
-    lines, attempt = _Lines(stream or sys.stdout), partial(_attempt, name, out=out, settings=settings, source=source, threads=threads, until=until)
-    if jobs == 1: outcomes = {seed: attempt(seed, show=lines.show) for seed in range(seeds)}
-    else: outcomes = _side_by_side(attempt, seeds, jobs, lines)
+    _check(settings)
+    recipe = scaled(RECIPES[name], settings.scale)
+    runs(recipe)    # raises where the scale leaves too little
+    out, jobs = Path(out or f'results/{name}'), min(jobs, seeds)
+    lines, common = _Lines(stream or sys.stdout), what_is_run(recipe, settings, _images(recipe, source, settings)[1])
+    for file in seed_files(out).values(): read_record(file, common)    # all of a folder are of one kind
+    attempt = partial(_attempt, name, out=out, settings=settings, source=source, threads=threads or max(1, torch.get_num_threads() // jobs),
+                      until=until, jobs=jobs)
+    outcomes = {seed: attempt(seed, show=lines.show) for seed in range(seeds)} if jobs == 1 else _side_by_side(attempt, seeds, jobs, lines)
     lines.end()
     missing = {seed: sentence for seed, sentence in outcomes.items() if sentence}
-    if RECIPES[name].ensembles and not missing: _predict_together(name, out, range(seeds), settings, source)
+    if recipe.ensembles and not missing: _predict_together(recipe, out, range(seeds), settings, source)
     return missing
 
 
-def _predict_together(name, out, seeds, settings, source):
-    recipe = scaled(RECIPES[name], settings.scale)
-    dls, _ = _images(recipe.n_classes, source or recipe.source, settings.images or recipe.images)
-    evaluate(out, seeds, _learner(recipe, 0, settings, dls))
+def _check(settings):
+    if not 0 < settings.scale < float('inf'): raise ValueError(f'scale must be a positive number, not {settings.scale}')
+    if settings.precision == 'bf16' and not settings.device.startswith('cuda'): raise ValueError('precision bf16 is autocast on a GPU: use fp32 here')
+    try: torch.empty(1, device=settings.device)
+    except (RuntimeError, AssertionError) as e: raise ValueError(f'device {settings.device!r} cannot be used: {str(e).splitlines()[0]}') from None
+
+
+def _predict_together(recipe, out, seeds, settings, source):
+    with _settings_restored(): evaluate(out, seeds, _learner(recipe, 0, settings, _images(recipe, source, settings)[0]))
 
 
 def run_seed(recipe: Recipe, seed: int, out: Path, settings: Settings = Settings(), source=None, threads: int | None = None,
-             until: float = float('inf'), show=noop) -> dict:
+             until: float = float('inf'), show=noop, jobs: int = 1) -> dict:
     """Train all runs of `recipe` with one seed, or what an earlier call has left of them; returns what `out`/seed-<seed>.json then holds.
 
     The runs share the epochs before they part. While it goes on, a checkpoint and the states at the forks stand beside the file; at the end the
     weights at the end of each run, and the average, as state dicts: seed-<seed>-<run>.pth.
 
     - `source`: of the images, as in `vision.cifar`; `threads`: of the CPU, on which its results depend in the last bits (a seed that goes on
-      keeps its number); `until`: the `time.time()` by which it ends; `show`: called as `show(seed, line)` after each epoch.
+      keeps its number); `until`: the `time.time()` by which it ends; `show`: called as `show(seed, line)` after each epoch; `jobs`:
+      how many seeds are trained side by side, for the record.
 
     Raises `TimeIsUp` if time does not suffice; `ValueError` if the file there was run with other settings or other data; `RuntimeError` if
     another process is at it; `OSError` if a file cannot be written; and what `cifar` raises. Nothing is lost by any of them.
     """
+    if time() > until: raise TimeIsUp
     recipe = scaled(recipe, settings.scale)
     out.mkdir(parents=True, exist_ok=True)
     lock = Lock(out/f'seed-{seed}.json')
     try:
-        dls, images = _images(recipe.n_classes, source or recipe.source, settings.images or recipe.images)
-        record = Record(recipe, seed, out, settings, images, threads or torch.get_num_threads())
-        if settings.device == 'cpu': torch.set_num_threads(record.data['threads'])
-        for number in range(len(record.parts)):
-            if not record.is_done(number): _train(record, number, dls, until, show)
+        with _settings_restored():
+            dls, images = _images(recipe, source, settings)
+            record = Record(recipe, seed, out, settings, images, threads or torch.get_num_threads(), jobs)
+            if settings.device == 'cpu': torch.set_num_threads(record.data['threads'])
+            while (task := record.next()) is not None:
+                _train(record, *task, dls, until, show)
+                record.clean_up()
+                gc.collect()    # the part's learner, and what it has on the GPU
             record.clean_up()
-        return record.data
+            return record.data
     finally: lock.release()
 
 
-def _train(record, number, dls, until, show):
-    "Train one part of a seed's runs."
+def _train(record, number, state, dls, until, show):
+    "Train one part of a seed's runs, from the `state` in which its parent ended."
     part = record.parts[number]
     run, learn = part.runs[0], _learner(record.recipe, record.seed, record.settings, dls)
-    record.begin(number, learn)
+    if state is not None: restore(learn, state)
     schedule = EpochScheduler({'lr': lambda epoch, step, n_steps: run.lr(part.begin + epoch, step, n_steps)})
     cbs, swa = [schedule, _Checkpoint(record, until)], None
     if part.is_last:
         swa = SWACallback(run.swa_start - part.begin)
         cbs.append(swa)
         if run.snapshots: cbs.append(SnapshotCallback(run.snapshots[0] - part.begin, run.snapshots[1], record.folder(run.name)))
-    with learn.no_logging(): learn.fit(part.end - part.begin, run.lr(part.begin, 0, 1), cbs=[*cbs, _Log(record, swa, show)])
+    with learn.no_logging(), _autocast_left(record.settings.device):
+        learn.fit(part.end - part.begin, run.lr(part.begin, 0, 1), cbs=[*cbs, _Log(record, swa, show)])
     if not record.is_done(number): raise TimeIsUp
+
+
+@contextmanager
+def _settings_restored():
+    "What a seed sets for the whole process."
+    cudnn, threads = torch.backends.cudnn, torch.get_num_threads()
+    kept = cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
+    try: yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = kept[:2]
+        torch.use_deterministic_algorithms(kept[2])
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _autocast_left(device):
+    "fastai's MixedPrecision stays within autocast when a forward pass raises, and what is trained after that gets stale weights from its cache."
+    kind = torch.device(device).type
+    depth, enabled = _autocast_depth(), torch.is_autocast_enabled(kind)
+    try: yield
+    finally:
+        for _ in range(_autocast_depth() - depth): torch.autocast_decrement_nesting()
+        torch.set_autocast_enabled(kind, enabled)
+        torch.clear_autocast_cache()
+
+def _autocast_depth():
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
 
 
 def _learner(recipe, seed, settings, dls) -> Learner:
@@ -128,13 +172,18 @@ def _learner(recipe, seed, settings, dls) -> Learner:
     return learn
 
 
+def _images(recipe, source, settings): return _loaded(recipe.n_classes, source or recipe.source, settings.images or recipe.images)
+
 @cache    # the seeds of a process share the images
-def _images(n_classes, source, n_images):
+def _loaded(n_classes, source, n_images):
     dls = cifar(n_classes, source, n_images=n_images, device=torch.device('cpu'))
+    return dls, {'kind': dls.kind, 'train': len(dls.train_ds), 'valid': len(dls.valid_ds), 'sha256': _fingerprint(dls)}
+
+def _fingerprint(dls) -> str:
     digest = hashlib.sha256()
     for ds in (dls.train_ds, dls.valid_ds):
         for t in (ds.images, ds.labels): digest.update(t.contiguous().numpy())
-    return dls, {'kind': dls.kind, 'train': len(dls.train_ds), 'valid': len(dls.valid_ds), 'sha256': digest.hexdigest()[:16]}
+    return digest.hexdigest()[:16]
 
 
 # callbacks
@@ -179,6 +228,11 @@ class _Checkpoint(CheckpointCallback):
 
     def _tell(self, text): pass    # the progress says where it stands
 
+    def _not_written(self, error):
+        if self.timer.failed: raise error    # twice: not by chance, and all that is trained from here on could be lost
+        self.timer.failed = True
+        super()._not_written(error)
+
     def before_epoch(self):
         self.timer.look()
         super().before_epoch()
@@ -191,7 +245,7 @@ class _Checkpoint(CheckpointCallback):
 
 
 class _Timer:
-    def __init__(self, clock, until): self.clock, self.until, self.is_up, self.written = clock, until, False, monotonic()
+    def __init__(self, clock, until): self.clock, self.until, self.is_up, self.written, self.failed = clock, until, False, monotonic(), False
     def look(self): self.is_up = time() + self.clock.next_epoch() > self.until
 
 
@@ -215,32 +269,57 @@ class _Log(Callback):
 
 # many seeds
 
+STOPPED = 'stopped in time; the same command goes on from there'
+
+
 def _attempt(name, seed, show, **kwargs) -> str | None:
     "Run a seed; `None`, or a sentence that says why it is not complete."
-    again = 'the same command goes on from there'
     try: run_seed(RECIPES[name], seed, show=show, **kwargs)
-    except TimeIsUp: return f'stopped in time; {again}'
-    except torch.OutOfMemoryError as e: return f'the GPU is out of memory ({str(e).split(". ")[0]}); {again}: with fewer --jobs, perhaps'
-    except (ValueError, OSError, InUse) as e: return ' '.join(str(e).split())
+    except TimeIsUp: return STOPPED
+    except (ValueError, OSError, InUse) as e: return _said(e)
+    except RuntimeError as e:    # torch.AcceleratorError is one, too
+        if 'out of memory' in str(e):
+            return f'the GPU is out of memory ({_said(e).split(". ")[0]}); the same command goes on from there: with fewer --jobs, perhaps'
+        traceback.print_exc()
+        return f'failed ({type(e).__name__}: {_said(e)[:200]}); the same command goes on from there'
     show(seed, f'seed {seed}  complete')
+
+def _said(error) -> str: return re.sub('^Exception occured in `.*?` when calling event `.*?`: ', '', ' '.join(str(error).split()))    # fastai's
 
 
 def _side_by_side(attempt, seeds, jobs, lines) -> dict:
-    context = get_context('spawn')    # CUDA cannot be used in a fork
-    queue, outcomes = context.Queue(), {}
-    with ProcessPoolExecutor(min(jobs, seeds), context, _join, (queue,)) as pool:
-        futures = {seed: pool.submit(_attempt_aside, attempt, seed) for seed in range(seeds)}
-        while not all(f.done() for f in futures.values()) or not queue.empty():
-            try: lines.show(*queue.get(timeout=.2))
-            except Empty: pass
-        for seed, future in futures.items():
-            try: outcomes[seed] = future.result()
-            except BrokenProcessPool: outcomes[seed] = 'a process was killed, for want of memory perhaps; the same command goes on: with fewer --jobs'
-    return outcomes
+    "Each seed in a process of its own, `jobs` at a time."
+    context, todo, running, outcomes = get_context('spawn'), list(range(seeds)), {}, {}    # CUDA cannot be used in a fork
+    try:
+        while todo or running:
+            while todo and len(running) < jobs:
+                seed, (ours, theirs) = todo.pop(0), context.Pipe(duplex=False)
+                process = context.Process(target=_attempt_aside, args=(attempt, seed, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                running[ours] = seed, process
+            for pipe in connection.wait(list(running)):
+                seed, process = running[pipe]
+                try: kind, text = pipe.recv()
+                except EOFError:
+                    process.join()
+                    outcomes.setdefault(seed, f'its process ended with {process.exitcode}; the same command goes on from there')
+                    del running[pipe]
+                else:
+                    if kind == 'line': lines.show(seed, text)
+                    else: outcomes[seed] = text
+    finally:
+        for _, process in running.values(): process.terminate()
+    return dict(sorted(outcomes.items()))
 
-def _join(queue): _attempt_aside.queue = queue
 
-def _attempt_aside(attempt, seed): return attempt(seed, show=lambda *args: _attempt_aside.queue.put(args))
+def _attempt_aside(attempt, seed, pipe):
+    Thread(target=_end_with_parent, daemon=True).start()
+    pipe.send(('end', attempt(seed, show=lambda seed, line: pipe.send(('line', line)))))
+
+def _end_with_parent():
+    connection.wait([parent_process().sentinel])
+    os._exit(1)
 
 
 class _Lines:
@@ -248,6 +327,7 @@ class _Lines:
     def __init__(self, stream): self.stream, self.in_place, self.texts, self.times = stream, stream.isatty(), {}, {}
 
     def show(self, key, text):
+        text = text[:shutil.get_terminal_size().columns - 1] if self.in_place else text    # a longer one would take two lines
         if self.in_place:
             up = f'\033[{len(self.texts)}A' if self.texts else ''
             self.texts[key] = text

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from fastai.data.core import DataLoaders, Datasets
 from fastai.data.transforms import Categorize, get_image_files
+from fastai.torch_core import default_device
 from fastai.vision.augment import Resize, aug_transforms
 from fastai.vision.core import TensorImageBW
 from fastai.vision.data import ImageDataLoaders
@@ -77,7 +78,8 @@ CIFAR_STATS = (.4914, .4822, .4465), (.2023, .1994, .2010)    # its other networ
 
 def cifar(n_classes: int = 10, source=None, stats=CIFAR_STATS, padding: str | None = 'constant', bs: int = 128, seed: int = 0,
           n_images: int | None = None, device=None) -> DataLoaders:
-    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009) in memory: 3x32x32 images as uint8 on `device`, augmented and normalised there, a batch at once.
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009) in memory: 3x32x32 images as uint8 on `device` (default: fastai's), augmented and
+    normalised there, a batch at once.
 
     - `source`: a folder with `train/<class>/*` and `test/<class>/*` (images in any format), or one with torchvision's files, downloaded there
       and checked if they are missing; 'digits' for scikit-learn's digits in the same shape, to try things; `None`: the folder that the
@@ -93,7 +95,7 @@ def cifar(n_classes: int = 10, source=None, stats=CIFAR_STATS, padding: str | No
     too few of them, and `OSError` for a download that fails or is damaged; the sentence names what it is about.
     """
     if n_classes not in (10, 100): raise ValueError(f'n_classes must be 10 or 100, not {n_classes!r}')
-    if source is None: source = os.environ.get(f'CIFAR{n_classes}_DIR', Path.home()/'.fastai'/'data')
+    if source is None: source = os.environ.get(f'CIFAR{n_classes}_DIR') or _default_folder()
     kind = f'CIFAR-{n_classes}'
     if source == 'digits': train, valid, vocab, kind = *_digits_as_cifar(), 'digits'
     elif (Path(source)/'train').is_dir() and not (Path(source)/'meta').exists():
@@ -102,9 +104,16 @@ def cifar(n_classes: int = 10, source=None, stats=CIFAR_STATS, padding: str | No
     else: train, valid, vocab = _from_torchvision(Path(source), n_classes)
     if n_images is not None: train = _first(train, n_images, len(vocab))
     if n_images is not None and kind != 'digits': valid = _first(valid, max(n_images // 5, len(vocab)), len(vocab))
-    dls = tensor_loaders(train, valid, vocab, stats, bs=bs, padding=padding, seed=seed, device=device)
+    dls = tensor_loaders(train, valid, vocab, stats, bs=bs, padding=padding, seed=seed,
+                         device=default_device() if device is None else device)
     dls.kind = kind
     return dls
+
+
+def _default_folder():
+    folder = Path.home()/'.fastai'/'data'
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _from_folder(path, n_classes, n_images):
