@@ -64,7 +64,7 @@ def plot_runs(curves: dict, ax=None, ylabel: str = ''):
     """
     styles = dict(color='0.55', ls='--'), dict(color='0.2', ls=':'), dict(color='C0'), dict(color='C3', lw=2.5)
     ax = _bands(curves, styles[-len(curves):], ax)
-    last = max(epochs[-1] for epochs, _ in curves.values() if len(epochs))
+    last = max((epochs[-1] for epochs, _ in curves.values() if len(epochs)), default=0)
     late = np.concatenate([values[:, epochs > last / 2].ravel() for epochs, values in curves.values()])
     late = late[np.isfinite(late)]
     if len(late): ax.set_ylim(late.min() - .05 * np.ptp(late) - 1e-9, late.max() + .05 * np.ptp(late) + 1e-9)

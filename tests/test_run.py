@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -479,3 +481,155 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(tiny_command, tmp_path,
     assert_same_seed(tmp_path, whole)
 
 def epochs_of_all_parts_or_0(folder): return epochs_of_all_parts(folder) if (folder/'seed-0.json').exists() else 0
+
+
+def bf16_learner(monkeypatch):
+    "The runner's learners with fastai's mixed precision, whose autocast is for a GPU, on the CPU."
+    from fastai.callback import fp16
+    real, autocast = run_module._learner, fp16.autocast
+    monkeypatch.setattr(fp16, 'autocast', lambda kind, dtype: autocast('cpu', dtype=dtype))
+    monkeypatch.setattr(run_module, '_learner', lambda *args: real(*args).add_cb(fp16.MixedPrecision('bf16')))
+
+
+def test_a_seed_after_one_that_ran_out_of_memory_within_autocast_is_trained_as_any_other(tmp_path, monkeypatch):
+    "fastai leaves autocast on after an error in a forward pass, and with it a cache of weights."
+    bf16_learner(monkeypatch)
+    run_seed(TINY, 1, tmp_path/'alone', IMAGES, 'digits', 1)
+    n, forward = [0], nn.Conv2d.forward
+    def hungry(self, x):
+        n[0] += 1
+        if n[0] == 5: raise torch.OutOfMemoryError('CUDA out of memory. Tried')
+        return forward(self, x)
+    monkeypatch.setattr(nn.Conv2d, 'forward', hungry)
+    monkeypatch.setitem(RECIPES, 'tiny', TINY)
+    missing = reproduce('tiny', 2, tmp_path/'both', 'digits', IMAGES, threads=1, stream=io.StringIO())
+    assert list(missing) == [0] and 'out of memory' in missing[0] and not torch.is_autocast_enabled('cpu')
+    assert_same_seed(tmp_path/'both', tmp_path/'alone', seed=1)
+
+
+def processes(folder): return subprocess.run(['pgrep', '-f', str(folder)], capture_output=True, text=True).stdout.split()
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end: time.sleep(.05)
+    assert condition()
+
+
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT])
+def test_no_process_outlives_the_command_and_no_further_seed_is_begun(tmp_path, how):
+    command = script(tmp_path, '9', '2')
+    out = tmp_path/'out'
+    wait_for(lambda: command.poll() is not None or all((out/f'seed-{i}.json').exists() for i in (0, 1)))
+    os.kill(command.pid, how)
+    command.wait(30)
+    wait_for(lambda: not subprocess.run(['ps', '-o', 'pid=', '--ppid', str(command.pid)], capture_output=True, text=True).stdout.split())
+    time.sleep(1)
+    begun = {f.name: f.stat().st_mtime_ns for f in out.glob('seed-*.json')}
+    time.sleep(2)
+    assert {f.name: f.stat().st_mtime_ns for f in out.glob('seed-*.json')} == begun and len(begun) <= 4
+    command.communicate()
+
+
+def test_a_killed_seed_is_named_and_the_others_are_trained(tmp_path):
+    (tmp_path/'go.py').write_text(SCRIPT.replace("if __name__", '''
+import os, fastai_swa.experiments.run as run
+train = run._train
+def dies(record, *args):
+    if record.seed == 0: os._exit(7)
+    train(record, *args)
+run._train = dies
+if __name__''').replace('SCRIPT', ''))
+    output = subprocess.run([sys.executable, '-W', 'ignore', str(tmp_path/'go.py'), str(tmp_path/'out'), '2', '2'], env=os.environ | {'PYTHONPATH': str(ROOT)},
+                            capture_output=True, text=True).stdout
+    assert output.endswith("{0: 'its process ended with 7; the same command goes on from there'}\n") and (tmp_path/'out'/'seed-1-swa.pth').exists()
+
+
+def test_a_run_without_a_finite_weight_is_recorded_and_stops_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(RECIPES, 'tiny', replace(TINY, lr=1e12, swa_lr=1e12))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert reproduce('tiny', 2, tmp_path, 'digits', IMAGES, threads=1, stream=io.StringIO()) == {}
+    assert json.loads((tmp_path/'seed-1.json').read_text())['finished'] and not (tmp_path/'seed-0-swa-average.pth').exists()
+    assert 'seed 0: the SWA run diverged, nothing of it is finite' in run_report(tmp_path)
+
+def run_report(folder):
+    from fastai_swa.experiments import report
+    return report(folder)
+
+
+@pytest.mark.parametrize('args, sentence', [
+    (['--device', 'cuda'], "device 'cuda' cannot be used: "), (['--device', 'foo'], "device 'foo' cannot be used: "), (['--scale', 'inf'], 'scale must be a positive number, not inf'),
+    (['--scale', '-1'], 'scale must be a positive number, not -1.0'), (['--precision', 'bf16'], 'precision bf16 is autocast on a GPU'), (['--until', '1.2.3s'], 'expected a time such as')])
+def test_settings_that_cannot_be_used_are_one_sentence_and_begin_nothing(tiny_command, tmp_path, args, sentence):
+    if args == ['--device', 'cuda'] and torch.cuda.is_available(): pytest.skip('there is a GPU, which can be used')
+    code, said = tiny_command(*args)
+    assert code == 2 and sentence in said.err and one_sentence(said) and not list(tmp_path.iterdir())
+
+
+def test_an_error_of_torchs_own_is_one_sentence_with_its_traceback_and_other_seeds_go_on(tiny_command, tmp_path, monkeypatch, whole):
+    train = run_module._train
+    def fails(record, *args):
+        if record.seed == 1: raise RuntimeError('cuDNN error: CUDNN_STATUS_EXECUTION_FAILED')
+        if record.seed == 2: raise RuntimeError('CUDA error: out of memory')    # as of a process whose context does not fit
+        train(record, *args)
+    monkeypatch.setattr(run_module, '_train', fails)
+    code, said = tiny_command('--seeds', 3)
+    assert code == 1 and 'Traceback' in said.err and 'seed 1: failed (RuntimeError: cuDNN error' in said.err and 'seed 2: the GPU is out of memory (CUDA error: out of memory)' in said.err
+    assert_same_seed(tmp_path, whole)
+
+
+def test_what_is_left_of_a_seed_whose_record_is_gone_is_not_gone_on_with(tmp_path, whole):
+    with pytest.raises(Stop): seed_0(tmp_path, TINY, Settings(images=100), show=lambda seed, line: stop(seed, line) if 'epoch 4' in line else None)
+    assert list(tmp_path.glob('*.ckpt')) and list(tmp_path.glob('*.fork*'))
+    (tmp_path/'seed-0.json').unlink()
+    seed_0(tmp_path)
+    assert_same_seed(tmp_path, whole)
+
+
+@pytest.mark.parametrize('damage', [lambda f: f.unlink(), lambda f: f.write_bytes(b'half')], ids=['missing', 'damaged'])
+def test_a_part_whose_end_is_lost_is_trained_again(tmp_path, whole, damage):
+    with pytest.raises(Stop): seed_0(tmp_path, show=lambda seed, line: stop(seed, line) if 'SGD 1.5B  epoch 7' in line else None)
+    for file in tmp_path.glob('*.fork*'): damage(file)
+    seed_0(tmp_path)
+    assert_same_seed(tmp_path, whole)
+
+
+def test_the_time_an_epoch_takes_is_known_from_earlier_sessions(tmp_path):
+    with pytest.raises(Stop): seed_0(tmp_path, show=stop)
+    file = tmp_path/'seed-0.json'
+    data = json.loads(file.read_text())
+    data['parts'][0]['epochs'][0]['seconds'] = 1000.
+    file.write_text(json.dumps(data))
+    with pytest.raises(TimeIsUp): seed_0(tmp_path, until=time.time() + 600)    # no epoch is begun that would take until later
+    assert epochs_of_all_parts(tmp_path) == 1
+    with pytest.raises(TimeIsUp): run_seed(TINY, 1, tmp_path, IMAGES, 'digits', 1, until=time.time() - 1)
+    assert not (tmp_path/'seed-1.json').exists()
+
+
+def test_a_disk_that_stays_full_ends_the_run_before_work_is_lost(tmp_path, whole, monkeypatch):
+    monkeypatch.setattr(run_module, '_SECONDS', 0)
+    replace_, full = os.replace, [True]
+    def no_room(a, b):
+        if full[0] and 'part0.ckpt' in str(b) and epochs_of_all_parts_or_0(tmp_path) > 0: raise OSError(28, 'No space left on device')
+        return replace_(a, b)
+    monkeypatch.setattr(os, 'replace', no_room)
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(OSError, match='No space left on device'): seed_0(tmp_path)
+    assert epochs_of_all_parts(tmp_path) == 2 and sum('training goes on' in str(w.message) for w in caught) == 1    # at the second in a row
+    full[0] = False
+    seed_0(tmp_path)
+    assert_same_seed(tmp_path, whole)
+
+
+def test_a_line_too_long_for_the_terminal_is_cut(monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setenv('COLUMNS', '20')
+    lines = run_module._Lines(stream)
+    lines.show(0, 'x'*50)
+    assert stream.getvalue() == '\033[2K' + 'x'*19 + '\n'
+
+
+def test_a_seed_leaves_the_settings_of_the_process_as_they_were(tmp_path):
+    torch.backends.cudnn.benchmark, threads = False, torch.get_num_threads()
+    seed_0(tmp_path, settings=Settings(images=200, deterministic=True))
+    assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark and torch.get_num_threads() == threads

@@ -196,3 +196,16 @@ def test_images_of_a_chunk_each_have_draws_of_their_own():
     for i in range(50):
         expected = TF.crop(TF.pad(originals[i], [4]*4), int(top[i]), int(left[i]), 32, 32)
         torch.testing.assert_close(x[i]*std + mean, TF.hflip(expected) if flip[i] else expected, rtol=0, atol=1e-5)
+
+
+def test_images_are_on_fastais_own_device_if_none_is_given(monkeypatch):
+    monkeypatch.setattr('fastai_swa.vision.data.default_device', lambda: torch.device('meta'))
+    dls = cifar(10, 'digits', n_images=50)
+    assert dls.train_ds.images.device.type == dls.valid_ds.labels.device.type == 'meta' and dls.device.type == 'meta'
+
+
+def test_the_default_folder_is_made_and_an_empty_variable_is_none(monkeypatch, tmp_path):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setenv('CIFAR10_DIR', '')
+    monkeypatch.setattr('torchvision.datasets.CIFAR10.download', lambda self: (_ for _ in ()).throw(RuntimeError('no network')))
+    with pytest.raises(OSError, match='CIFAR-10 is not complete in .*/.fastai/data and could not be downloaded there: no network'): cifar(10)
