@@ -64,6 +64,7 @@ def test_every_number_of_models_is_measured_on_their_mean_probabilities(folder, 
         assert next(r for r in found['sizes'] if (r['seed'], r['method']) == (seed, 'SGD'))['accuracy'] == pytest.approx(accuracy_of([folder/f'seed-{seed}-sgd-1b.pth']))
         assert next(r for r in found['sizes'] if (r['seed'], r['method']) == (seed, 'SWA'))['accuracy'] == pytest.approx(accuracy_of([folder/f'seed-{seed}-swa-average.pth']))
     both = {r['method']: r for r in found['budgets'] if r['budgets'] == 2}
+    assert len([r for r in found['budgets'] if r['method'] == 'FGE']) == 3    # two groups of one seed, one of two
     assert both['SGD']['accuracy'] == pytest.approx(accuracy_of([folder/f'seed-{i}-sgd-1b.pth' for i in (0, 1)])) and both['snapshots']['members'] == 10
     (a, y), (b, _) = (probs(folder/f'seed-{i}-sgd-1b.pth') for i in (0, 1))
     assert both['SGD']['disagreement'] == pytest.approx(float((a.argmax(1) != b.argmax(1)).double().mean()))
@@ -75,11 +76,13 @@ def test_every_number_of_models_is_measured_on_their_mean_probabilities(folder, 
 
 def test_the_report_has_a_row_for_each_method_and_a_figure_over_the_number_of_models(folder, found):
     text = report(folder)
-    rows = {line.split('|')[1].strip(): [c.strip() for c in line.split('|')[2:-1]] for line in text.splitlines() if line.startswith('| ')}
+    lines = [line for line in text.splitlines() if line.startswith('| ')]
+    rows = {line.split('|')[1].strip(): [c.strip() for c in line.split('|')[2:-1]] for line in reversed(lines)}    # the first of a name
     assert [rows[m][:2] for m in ('SGD', 'SWA', 'snapshots', 'FGE')] == [['10', '1'], ['10', '1'], ['10', '5'], ['9', '1']]
     values = [100*accuracy_of(snapshots(folder, seed, 'snapshots')) for seed in (0, 1)]
     assert rows['snapshots'][2] == f'{np.mean(values):.2f} +- {np.std(values, ddof=1):.2f}'
-    assert rows['snapshots'][-1] == '0.5' and rows['independent SGD runs'][0] == '2' and 'scaled' not in text and 'not reproduced' not in text
+    pair = 100*accuracy_of([folder/f'seed-{i}-sgd-1b.pth' for i in (0, 1)])
+    assert rows['snapshots'][-1] == '0.5' and rows['independent SGD runs'][1] == f'{pair:.2f}' and 'scaled' not in text and 'not reproduced' not in text
     assert rows['snapshots - SGD'][0] == f'{np.mean([v - 100*accuracy_of([folder/f"seed-{s}-sgd-1b.pth"]) for s, v in enumerate(values)]):+.2f}'
     assert (folder/'curves.png').stat().st_size > 5000
     curves = size_curves(found, 'accuracy')

@@ -9,7 +9,7 @@ from fastai_swa import __main__
 from fastai_swa.experiments import RECIPES, report
 from fastai_swa.experiments.recipes import parts, runs, scaled
 from fastai_swa.experiments.report import curves, ends
-from fastai_swa.experiments.tables import mean_and_half
+from fastai_swa.experiments.tables import difference_rows, mean_and_half
 from fastai_swa.plot import plot_runs
 from scipy import stats
 
@@ -183,3 +183,9 @@ def test_the_figure_shows_means_bands_and_the_late_epochs():
     low, high = ax.get_ylim()
     assert high >= accuracy('SWA', 8, 2, True) and low <= accuracy('SGD 1B', 5, 0) and low > accuracy('SGD 1B', 0, 0) - .03
     plt.close('all')
+
+
+def test_differences_of_losses_count_less_as_better():
+    rows = difference_rows({'a': np.array([.1, .2, .5]), 'b': np.array([.2, .4, .4])}, [('a', 'b'), ('a', 'c')], less=True)
+    low, high = stats.ttest_1samp([-.1, -.2, .1], 0).confidence_interval()
+    assert rows[1:] == [['a - b', '-0.0667', f'{low:+.4f} to {high:+.4f}', '2 of 3']]

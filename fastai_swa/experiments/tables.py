@@ -19,15 +19,16 @@ def mean_and_half(x: np.ndarray) -> tuple[float, float]:
     return float(x.mean()), float(t.ppf(.975, len(x) - 1) * x.std(ddof=1) / len(x)**.5) if len(x) > 1 else float('inf')
 
 
-def difference_rows(values: dict[str, np.ndarray], pairs, published: dict | None = None) -> list[list[str]]:
-    "Rows with the paired differences, in points, of `values` (shares, for each seed) by name; and of what was `published`, in per cent."
+def difference_rows(values: dict[str, np.ndarray], pairs, published: dict | None = None, less: bool = False) -> list[list[str]]:
+    """Rows with the paired differences of `values` (for each seed) by name: of accuracies in points, beside what was `published` in per cent; or,
+    where `less` is better, of losses."""
     rows = [['', 'difference', '95 % interval', 'better in', *(['published'] if published is not None else [])]]
     for a, b in pairs:
         if a not in values or b not in values: continue
-        gain = 100 * (values[a] - values[b])
-        mean, half = mean_and_half(gain)
-        interval = f'{mean - half:+.2f} to {mean + half:+.2f}' if half < float('inf') else ''
-        row = [f'{a} - {b}', f'{mean:+.2f}', interval, f'{(gain > 0).sum()} of {len(gain)}']
+        gain = (values[a] - values[b]) * (1 if less else 100)
+        (mean, half), digits = mean_and_half(gain), 4 if less else 2
+        interval = f'{mean - half:+.{digits}f} to {mean + half:+.{digits}f}' if half < float('inf') else ''
+        row = [f'{a} - {b}', f'{mean:+.{digits}f}', interval, f'{((gain < 0) if less else (gain > 0)).sum()} of {len(gain)}']
         if published is not None: row.append(f'{published[a][0] - published[b][0]:+.2f}' if a in published and b in published else '')
         rows.append(row)
     return rows
