@@ -61,7 +61,7 @@ def reproduce(name: str, seeds: int = 1, out=None, source=None, settings: Settin
     outcomes = {seed: attempt(seed, show=lines.show) for seed in range(seeds)} if jobs == 1 else _side_by_side(attempt, seeds, jobs, lines)
     lines.end()
     missing = {seed: sentence for seed, sentence in outcomes.items() if sentence}
-    if recipe.ensembles and not missing: _predict_together(recipe, out, range(seeds), settings, source)
+    if recipe.ensembles and not missing: _predict_together(recipe, out, range(seeds), settings, source, attempt.keywords['threads'])
     return missing
 
 
@@ -72,8 +72,10 @@ def _check(settings):
     except (RuntimeError, AssertionError) as e: raise ValueError(f'device {settings.device!r} cannot be used: {str(e).splitlines()[0]}') from None
 
 
-def _predict_together(recipe, out, seeds, settings, source):
-    with _settings_restored(): evaluate(out, seeds, _learner(recipe, 0, settings, _images(recipe, source, settings)[0]))
+def _predict_together(recipe, out, seeds, settings, source, threads):
+    with _settings_restored():
+        if settings.device == 'cpu': torch.set_num_threads(threads)
+        evaluate(out, seeds, _learner(recipe, 0, settings, _images(recipe, source, settings)[0]))
 
 
 def run_seed(recipe: Recipe, seed: int, out: Path, settings: Settings = Settings(), source=None, threads: int | None = None,
