@@ -63,7 +63,7 @@ def plot_runs(curves: dict, ax=None, ylabel: str = ''):
     a thick one. The axis shows what the runs' second halves need. Returns the axes.
     """
     styles = dict(color='0.55', ls='--'), dict(color='0.2', ls=':'), dict(color='C0'), dict(color='C3', lw=2.5)
-    ax = _bands(curves, styles[-len(curves):], ax)
+    ax = _bands(curves, styles[-len(curves):], ax, lambda values: (values.min(0), values.max(0)))
     last = max((epochs[-1] for epochs, _ in curves.values() if len(epochs)), default=0)
     late = np.concatenate([values[:, epochs > last / 2].ravel() for epochs, values in curves.values()])
     late = late[np.isfinite(late)]
@@ -72,22 +72,23 @@ def plot_runs(curves: dict, ax=None, ylabel: str = ''):
 
 
 def plot_sizes(curves: dict, ax=None, ylabel: str = ''):
-    """A quantity over the number of models that predict together: the mean over the seeds, in a band from the least to the greatest.
+    """A quantity over the number of models that predict together: the mean over the seeds, in a band of its standard error.
 
     `curves`: name -> numbers of models (n) and values (seeds, n); one with a single number is a level. Returns the axes.
     """
     styles = dict(color='0.2', marker='s'), dict(color='C0', marker='^'), dict(color='C2', marker='o'), dict(color='C3', ls='--', lw=2)
     most = max(sizes[-1] for sizes, _ in curves.values())
     levels = {name: (np.array([1, most]), values.repeat(2, 1)) if len(sizes) == 1 else (sizes, values) for name, (sizes, values) in curves.items()}
-    return _labelled(_bands(levels, styles[-len(curves):], ax), 'models', ylabel)
+    def error(values): return values.mean(0) + np.array([[-1], [1]]) * values.std(0, ddof=1) / len(values)**.5
+    return _labelled(_bands(levels, styles[-len(curves):], ax, error), 'models', ylabel)
 
 
-def _bands(curves, styles, ax):
+def _bands(curves, styles, ax, limits):
     if ax is None: _, ax = plt.subplots(figsize=(6, 4.2), layout='constrained')
     for (name, (x, values)), style in zip(curves.items(), styles, strict=True):
         if len(x) == 0: continue
         ax.plot(x, values.mean(0), label=name, **{'lw': 1, 'ms': 4, 'marker': '.' * (len(x) < 2)} | style)
-        if len(values) > 1: ax.fill_between(x, values.min(0), values.max(0), color=style['color'], alpha=.2, lw=0)
+        if len(values) > 1: ax.fill_between(x, *limits(values), color=style['color'], alpha=.2, lw=0)
     return ax
 
 

@@ -2,6 +2,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from fastai_swa import SWACallback, plot_swa
+from fastai_swa.plot import plot_sizes
 
 from .helpers import column, learner
 
@@ -36,3 +37,14 @@ def test_without_a_swa_callback_it_is_one_clear_sentence():
     for prepare in (lambda: None, lambda: learn.fit(1)):
         prepare()
         with pytest.raises(ValueError, match='the recorder holds no fit with a SWACallback'): learn.recorder.plot_swa()
+
+
+def test_sizes_of_ensembles_are_drawn_with_the_standard_error_of_their_mean_and_one_model_as_a_level():
+    values = np.array([[1., 2.], [3., 2.], [5., 5.]])
+    ax = plot_sizes({'snapshots': (np.array([1, 2]), values), 'SWA': (np.array([1]), np.array([[4.], [6.]]))}, ylabel='error')
+    lines = {line.get_label(): line for line in ax.lines}
+    assert lines['snapshots'].get_ydata().tolist() == [3, 3] and lines['SWA'].get_xdata().tolist() == [1, 2] and lines['SWA'].get_ydata().tolist() == [5, 5]
+    band = ax.collections[0].get_paths()[0].vertices
+    assert band[band[:, 0] == 1, 1].min() == pytest.approx(3 - 2/3**.5) and band[band[:, 0] == 1, 1].max() == pytest.approx(3 + 2/3**.5)
+    assert ax.get_xlabel() == 'models' and ax.get_ylabel() == 'error'
+    plt.close('all')

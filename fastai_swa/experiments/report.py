@@ -31,13 +31,15 @@ def report(folder) -> str:
         found = ensembles.load(folder)
         sections = ensembles.sections(records, found)
         accuracy, loss, draw = ensembles.size_curves(found, 'accuracy'), ensembles.size_curves(found, 'loss'), plot_sizes
+        band = ': mean and its standard error'
     else:
         sections = _sections(records)
         accuracy, loss, draw = curves(records, 'accuracy'), curves(records, 'valid_loss'), plot_runs
+        band = ': mean, and from the least to the greatest'
     text = '\n\n'.join([*_head(records, unfinished), *sections]) + '\n'
     draw({name: (x, 100 * (1 - values)) for name, (x, values) in accuracy.items()}, axs[0], 'test error, %')
     draw(loss, axs[1], 'test loss')
-    fig.suptitle(f'{records[0]["recipe"]}, {_seeds(len(records))}' + ': mean, and from the least to the greatest' * (len(records) > 1))
+    fig.suptitle(f'{records[0]["recipe"]}, {_seeds(len(records))}' + band * (len(records) > 1))
     with replacing(folder/'curves.png') as f: fig.savefig(f, format='png', dpi=110)
     plt.close(fig)
     with replacing(folder/'report.md') as f: f.write(text.encode())
