@@ -340,3 +340,11 @@ def test_a_file_with_more_than_weights_is_refused_and_nothing_in_it_is_run(tmp_p
     file = learn.save('with_opt', with_opt=True)
     try: Ensemble([file], learn).get_preds()    # loads where the optimizer is plain data
     except ValueError as e: assert 'with_opt=False' in str(e)
+
+
+def test_what_loss_and_metrics_get_is_the_log_of_the_mean_probability():
+    outputs = [torch.randn(5, 3) for _ in range(4)]
+    p = torch.stack([o.softmax(1) for o in outputs]).mean(0)
+    torch.testing.assert_close(Probabilities(nn.CrossEntropyLoss()).mean(outputs), p.log())
+    q = torch.stack([o.sigmoid() for o in outputs]).mean(0)
+    torch.testing.assert_close(Probabilities(nn.BCEWithLogitsLoss()).mean(outputs), q.logit())

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from fastai.callback.core import CancelFitException, CancelTrainException
+from fastai.callback.core import Callback, CancelFitException, CancelTrainException
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -247,3 +247,15 @@ def test_arguments_that_cannot_be_used_are_one_sentence(call, error, sentence):
     before = [p.detach().clone() for p in learn.model.parameters()]
     with pytest.raises(error, match=sentence): call(learn)
     assert all(torch.equal(p, q) for p, q in zip(learn.model.parameters(), before))
+
+
+def test_callbacks_behind_see_the_models_own_predictions_and_loss():
+    def fit(cbs):
+        seen = []
+        class Look(Callback):
+            order = 90
+            def after_batch(self):
+                if not self.training: seen.append((self.pred.clone(), self.loss.clone(), self.loss_grad.clone()))
+        learner().fit(3, .1, cbs=[Look(), *cbs])
+        return seen
+    for a, b in zip(fit([SnapshotCallback(0)]), fit([]), strict=True): assert all(map(torch.equal, a, b))
