@@ -80,13 +80,13 @@ def whole(tmp_path_factory):
     return folder
 
 
-def by_hand(recipe, lr, n_epoch, settings=IMAGES):
+def by_hand(recipe, lr, n_epoch, settings=IMAGES, seed=0):
     "A run from its first epoch to its last, without forks: (learner, weights at the end of each epoch, table)."
     torch.set_num_threads(1)
-    set_seed(0)
+    set_seed(seed)
     model = recipe.network(10).to(memory_format=torch.channels_last)
-    dls = cifar(10, 'digits', recipe.stats, recipe.padding, bs=recipe.bs, seed=0, n_images=settings.images, device='cpu')
-    dls.train.rng = Random(0)
+    dls = cifar(10, 'digits', recipe.stats, recipe.padding, bs=recipe.bs, seed=seed, n_images=settings.images, device='cpu')
+    dls.train.rng = Random(seed)
     weights = []
     class Schedule(Callback):
         def before_train(self): self.opt.set_hyper('lr', lr(self.epoch))
@@ -113,6 +113,13 @@ def test_runs_that_share_their_first_epochs_end_as_each_would_by_itself(tmp_path
         assert [i for i, row in enumerate(rows) if row.get('swa_accuracy') is not None] == list(folded)
     average = torch.load(tmp_path/'seed-0-swa-average.pth')
     for (k, p), *ws in zip(learn.model.named_parameters(), *weights[4:]): torch.testing.assert_close(average[k], sum(ws).div(5).float(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_seed_is_of_the_weights_the_order_and_the_augmentation(tmp_path):
+    run_seed(TINY, 3, tmp_path, IMAGES, 'digits', 1)
+    learn, _, _ = by_hand(TINY, lambda e: sgd_lr(TINY, e, 6), 6, seed=3)
+    saved = torch.load(tmp_path/'seed-3-sgd-1b.pth')
+    assert all(torch.equal(v, saved[k]) for k, v in learn.model.state_dict().items())
 
 
 def test_the_average_of_an_sgd_run_is_its_end_alone_with_batch_norm_refreshed(tmp_path, whole):
@@ -590,6 +597,22 @@ def test_what_is_left_of_a_seed_whose_record_is_gone_is_not_gone_on_with(tmp_pat
 def test_a_part_whose_end_is_lost_is_trained_again(tmp_path, whole, damage):
     with pytest.raises(Stop): seed_0(tmp_path, show=lambda seed, line: stop(seed, line) if 'SGD 1.5B  epoch 7' in line else None)
     for file in tmp_path.glob('*.fork*'): damage(file)
+    with pytest.raises(TimeIsUp), pytest.MonkeyPatch.context() as m:    # in time or not
+        m.setattr(_Clock, 'next_epoch', lambda self: 1000.)
+        seed_0(tmp_path, until=time.time() + 100)
+    seed_0(tmp_path)
+    assert_same_seed(tmp_path, whole)
+
+
+def test_a_checkpoint_that_a_kill_left_behind_a_part_that_was_over_goes_away(tmp_path, whole, monkeypatch):
+    over = Record.part_is_over
+    def killed(self, *args):
+        over(self, *args)
+        raise Stop
+    with monkeypatch.context() as m, pytest.raises(Stop):
+        m.setattr(Record, 'part_is_over', killed)
+        seed_0(tmp_path)
+    assert list(tmp_path.glob('*.ckpt'))
     seed_0(tmp_path)
     assert_same_seed(tmp_path, whole)
 
