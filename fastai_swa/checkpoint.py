@@ -78,8 +78,13 @@ class CheckpointCallback(Callback):
         except BaseException:
             self._release()
             raise
-        if saved: past.fits, past.end, past.callbacks, settings = saved['fits'][:place], saved['end'], [], saved['fits'][place]
-        elif past.fits: past.end = past.end_of_last(learn, processes)
+        if saved:
+            past.fits, past.end, past.callbacks, settings = saved['fits'][:place], saved['end'], [], saved['fits'][place]
+            past.kept = saved['kept']
+        elif past.fits:
+            past.kept = [*past.kept[:len(past.fits) - 1], past.kept_by_last()]
+            past.end = take(learn)
+            past.end['random'] = processes.gather(past.end['random'])
         past.changing = {k: settings[k] for k in _CHANGING}
         if any(getattr(dl, 'persistent_workers', False) for dl in loaders(learn)):
             warnings.warn('a loader has persistent_workers, whose random state is not in the checkpoint: a resumed fit draws other augmentations')
@@ -151,7 +156,7 @@ class CheckpointCallback(Callback):
         if not self._due(): return
         state = take(learn, {name: _first_seen[cb] for name, cb in named_callbacks(learn) if cb in _first_seen})
         state['random'], state['data'] = fit.processes.gather(state['random']), _sizes(learn)
-        content = {'fits': [*fit.past.fits, fit.settings], 'end': fit.past.end, 'state': state}
+        content = {'fits': [*fit.past.fits, fit.settings], 'kept': fit.past.kept, 'end': fit.past.end, 'state': state}
         try: fit.processes.first(write, self.file, _KIND, _VERSION, content)
         except OSError as e:
             if learn.epoch == 0: raise
@@ -177,8 +182,8 @@ class CheckpointCallback(Callback):
     def _pass_by(self, fit):
         "End a fit that was completed before: the learner is as it was after that."
         fit.unmute()
-        end = fit.past.end
-        restore(self.learn, {**end, 'random': end['random'][fit.processes.rank]})
+        end, kept = fit.past.end, fit.past.kept[len(fit.past.fits)]
+        restore(self.learn, {**end, 'states': end['states'] | kept, 'random': end['random'][fit.processes.rank]})
         for cb in self.learn.cbs:
             if isinstance(cb, TrackerCallback): cb.run = False    # would load or save its best weights now
         fit.past.fits = [*fit.past.fits, fit.settings]
@@ -210,19 +215,15 @@ class _Past:
     "What a learner has done on one path so far."
     def __init__(self):
         self.fits, self.end = [], None    # the settings of the completed fits; the state after the last one, once another begins
-        self.callbacks = []    # of the last one: names, and weak references to those with a state of their own
+        self.callbacks = []    # of the last one: names, and those with a state of their own
+        self.kept = []    # for each of the fits, once another begins: what its callbacks kept, such as an average
         self.changing = {}    # settings that a fit may change by itself, as they were before the one begun last
 
     def completed(self, settings, learn):
         self.fits, self.changing = [*self.fits, settings], {}
-        kept = [(name, cb) for name, cb in named_callbacks(learn) if keeps_state(cb) and not isinstance(cb, CheckpointCallback)]
-        self.callbacks = [(name, weakref.ref(cb)) for name, cb in kept]
+        self.callbacks = [(name, cb) for name, cb in named_callbacks(learn) if keeps_state(cb) and not isinstance(cb, CheckpointCallback)]
 
-    def end_of_last(self, learn, processes) -> dict:
-        "The state now, before another fit; with what the callbacks passed to the last one still keep, such as its average."
-        state = take(learn)
-        state['states'].update({name: pack(cb.state_dict()) for name, ref in self.callbacks if (cb := ref()) is not None})
-        return state | {'random': processes.gather(state['random'])}
+    def kept_by_last(self) -> dict: return {name: pack(cb.state_dict()) for name, cb in self.callbacks}
 
 
 _pasts = weakref.WeakKeyDictionary()    # learner -> file -> _Past

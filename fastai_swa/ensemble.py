@@ -2,6 +2,7 @@
 import json, math, zipfile
 from contextlib import contextmanager
 from functools import partial, reduce
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ from fastai.learner import Learner
 from fastcore.foundation import L, noop
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import Subset
 
 from .files import replacing
 from .modules import clean_copy, unwrap
+from .passes import no_fit
 
 __all__ = ['Ensemble', 'Probabilities', 'load_into', 'write_weights', 'write_index', 'read_index']
 
@@ -24,7 +27,8 @@ class Ensemble:
       architecture or several; the folder that `fit_snapshots`, `fit_fge` or `save` wrote; or another `Ensemble`.
     - `learn`: the learner whose data, loss and metrics serve; default: the first learner among the members. State dicts are of its
       architecture, unless `archs` gives a module for each member.
-    - `combine`: 'mean' of the probabilities; 'vote', each class by the number of members that prefer it, ties by the mean; 'stack', see `stack`.
+    - `combine`: 'mean' of the probabilities, the default; 'vote', each class by the number of members that prefer it, ties by the mean; 'stack',
+      see `stack`.
     - `activation`: what makes probabilities of a model's output: 'softmax', 'sigmoid' (multi-label) or 'none' (regression); default: what the
       learner's loss says.
 
@@ -33,14 +37,15 @@ class Ensemble:
     Raises `ValueError` or `TypeError`, naming it, for a member that cannot be used: a missing or damaged file, weights of another
     architecture; for an unknown loss without `activation`; for a vote in regression.
     """
-    def __init__(self, members, learn: Learner | None = None, combine: str = 'mean', activation: str | None = None, archs=None):
+    def __init__(self, members, learn: Learner | None = None, combine: str | None = None, activation: str | None = None, archs=None):
         self.epochs, self.stacking, self._trained_on = [], None, []
         if isinstance(members, Ensemble):
             learn, archs = learn or members.learn, archs or members.archs
+            combine, activation = combine or members.combine, activation or members.probabilities.kind
             self.epochs, self.stacking, self._trained_on, members = members.epochs, members.stacking, members._trained_on, members.members
         elif isinstance(members, str | Path) and Path(members).is_dir():
             index = read_index(Path(members))
-            combine = index.get('combine', combine) if combine == 'mean' else combine
+            combine, activation = combine or index.get('combine'), activation or index.get('activation')
             self.epochs, self.stacking = index.get('epochs', []), index.get('stacking')
             members = [Path(members)/file for file in index['files']]
         elif isinstance(members, str | Path | nn.Module | Learner | dict): members = [members]
@@ -54,7 +59,7 @@ class Ensemble:
             if isinstance(m, str | Path): _check_file(Path(m))
             elif not isinstance(m, Learner | nn.Module | dict): raise TypeError(f'members must be learners, modules, state dicts or paths, not {m!r}')
         self.probabilities = Probabilities(self.learn.loss_func, activation)
-        self.combine = combine
+        self.combine = combine or 'mean'
         self._trained_on = [*self._trained_on, *(member.dls.train_ds for member in learners)]
 
     @property
@@ -71,7 +76,7 @@ class Ensemble:
 
     def __getitem__(self, i):
         "An ensemble of some of the members, as a slice of a list."
-        pick = (lambda o: o[i] if isinstance(i, slice) else [o[j] for j in i]) if not isinstance(i, int) else lambda o: [o[i]]
+        def pick(o): return o[i] if isinstance(i, slice) else [o[j] for j in i] if hasattr(i, '__iter__') else [o[i]]
         res = Ensemble(pick(self.members), self.learn, 'mean' if self.combine == 'stack' else self.combine, self.probabilities.kind, pick(self.archs))
         res._trained_on, res.epochs = self._trained_on, pick(self.epochs) if len(self.epochs) == len(self) else []
         return res
@@ -86,10 +91,11 @@ class Ensemble:
     def active(self):
         """Within this context the learner is the ensemble: it predicts, validates, shows and interprets with it; gives the learner.
 
-        All members are on the learner's device meanwhile. Its own model, its mode and those of the members come back at the end.
+        All members are in memory at once, and on the learner's device while it predicts. Its own model, its mode and those of the members come
+        back at the end. To train, save or export inside is refused with `RuntimeError`.
         """
         modules = [self._module(i) for i in range(len(self))]
-        with self._in_learner(_Combined(modules, self.probabilities, self.combine, self.stacking)) as learn: yield learn
+        with self._in_learner(_Combined(modules, self)) as learn: yield learn
 
     def get_preds(self, ds_idx: int = 1, dl=None, **kwargs):
         "Combined probabilities (regression: values) and targets, as `Learner.get_preds` gives them; `kwargs` as there."
@@ -107,7 +113,7 @@ class Ensemble:
         "Probabilities of each member, shape (members, samples, ...), and the targets; one member at a time is on the device."
         preds = []
         for i in range(len(self)):
-            with self._in_learner(_Combined([self._module(i)], self.probabilities, 'mean', None)) as learn, learn.no_bar(), learn.no_logging():
+            with self._in_learner(_Combined([self._module(i)], self[i])) as learn, learn.no_bar(), learn.no_logging():
                 raw, targets = learn.get_preds(ds_idx, dl, act=noop)
             preds.append(self.probabilities.of(raw))
         return torch.stack(preds), targets
@@ -120,8 +126,9 @@ class Ensemble:
         `dl`, or data set `ds_idx` of the learner: samples that no member was trained on. The penalty is the one of `alphas` with the
         least error in leave-one-out cross-validation. What the ensemble then scores on the same samples flatters it: judge it on others.
 
-        Raises `ValueError` if the samples are the training set of the learner or of a member, where all members are right and no weight can
-        be learned.
+        Raises `ValueError` if there are samples of the learner's training set among them, or of a member's, where all members are right and no
+        weight can be learned. (What a file or a module was trained on is not known. Samples are known again by what fastai's data sets are made
+        from: files, rows, indexes.) Also if they have no targets, or the targets are not one class, label vector or value for each sample.
         """
         from sklearn.linear_model import RidgeCV    # comes with fastai; slow to import
         dl = self.learn.dls[ds_idx] if dl is None else dl
@@ -129,6 +136,10 @@ class Ensemble:
             raise ValueError('stack needs data that no member was trained on, and these are the training set of one: hold samples out')
         preds, targets = self.member_preds(dl=dl)
         kind = self.probabilities.kind
+        if not isinstance(targets, torch.Tensor): raise ValueError('stack needs targets, and these data have none: test_dl(items, with_labels=True)')
+        if kind == 'softmax' and (preds.ndim != 3 or targets.ndim != 1 or targets.is_floating_point()):
+            raise ValueError(f'stack needs one class for each sample, not predictions of shape {tuple(preds.shape[1:])} for targets of shape '
+                             f'{tuple(targets.shape)}')
         y = F.one_hot(targets.flatten().long(), preds.shape[-1]) if kind == 'softmax' else targets.reshape(len(targets), -1)
         ridge = RidgeCV(alphas).fit(_features(preds).numpy(), y.double().numpy())
         self.stacking = {'weights': np.atleast_2d(ridge.coef_).tolist(), 'bias': np.atleast_1d(ridge.intercept_).tolist(),
@@ -136,18 +147,18 @@ class Ensemble:
         self.combine = 'stack'
 
     def _is_training_set(self, dl) -> bool:
-        return any(_same_data(getattr(dl, 'dataset', None), ds) for ds in (self.learn.dls.train_ds, *self._trained_on))
+        data = getattr(dl, 'dataset', None)
+        return _overlap(data, self.learn.dls.train_ds, indexes=True) or any(_overlap(data, ds) for ds in self._trained_on)
 
     # files
 
     def save(self, folder):
         "Write all members' weights, how they are combined, and one index into `folder`: `Ensemble(folder, learn)` reads it, and its `archs`."
-        folder, files = Path(folder), []
+        folder, weights = Path(folder), list(map(_weights, self.members))    # all read before any is written: they may be of that folder
         folder.mkdir(parents=True, exist_ok=True)
-        for i, member in enumerate(self.members):
-            files.append(f'member-{i + 1:02}.pth')
-            write_weights(folder/files[-1], _weights(member))
-        write_index(folder, files, epochs=self.epochs, combine=self.combine, stacking=self.stacking)
+        files = [f'member-{i + 1:02}.pth' for i in range(len(weights))]
+        for file, w in zip(files, weights): write_weights(folder/file, w)
+        write_index(folder, files, epochs=self.epochs, combine=self.combine, stacking=self.stacking, activation=self.probabilities.kind)
 
     @classmethod
     def load(cls, folder, learn: Learner, archs=None, **kwargs):
@@ -167,45 +178,57 @@ class Ensemble:
     def _in_learner(self, model):
         learn, own = self.learn, self.learn.model
         modes = [(m, m.training) for root in (own, model) for m in root.modules()]
-        try:
-            learn.model = model
-            yield learn
-        finally:
-            learn.model = own
-            for m, mode in modes: m.training = mode
+        def get_preds(*args, **kwargs):    # of a loss that is not fastai's own the learner does not know the activation
+            return type(learn).get_preds(learn, *args, **{'act': self.probabilities.of} | kwargs)
+        with no_fit(learn, 'active() is not possible: the learner is an ensemble there', also=('save', 'export', 'load', 'create_opt')):
+            kept = vars(learn).get('get_preds')
+            try:
+                learn.model, learn.get_preds = model, get_preds
+                yield learn
+            finally:
+                learn.model = own
+                if kept is None: del vars(learn)['get_preds']
+                else: learn.get_preds = kept
+                for m, mode in modes: m.training = mode
 
 
 class _Combined(nn.Module):
     "Members as one module, whose output is such that the activation makes the combined probabilities of it."
-    def __init__(self, members, probabilities, combine, stacking):
+    def __init__(self, members, ensemble):
         super().__init__()
-        self.members, self.probabilities, self.combine = nn.ModuleList(members), probabilities, combine
-        if combine == 'stack':
-            for name in 'weights', 'bias': self.register_buffer(name, torch.tensor(stacking[name], dtype=torch.float32))
+        self.members, self.probabilities, self.combine = nn.ModuleList(members), ensemble.probabilities, ensemble.combine
+        self.takes_first = any(type(cb).__name__ == 'RNNCallback' for cb in ensemble.learn.cbs)    # as that does in training
+        if self.combine == 'stack':
+            for name in 'weights', 'bias': self.register_buffer(name, torch.tensor(ensemble.stacking[name], dtype=torch.float32))
 
     def reset(self):
         for m in self.members:
             if hasattr(m, 'reset'): m.reset()
 
     def forward(self, *args):
-        outputs = [_forward(m, args) for m in self.members]
-        if len(outputs) == 1 and self.combine != 'stack': return outputs[0]
+        outputs = [self._output(m, args) for m in self.members]
+        for i, o in enumerate(outputs):
+            if o.shape != outputs[0].shape:
+                raise ValueError(f'member {i} predicts {tuple(o.shape)}, member 0 {tuple(outputs[0].shape)}: they cannot be combined')
+        if len(outputs) == 1 and self.combine != 'stack': return self._as_trained(outputs[0])
         mean = self.probabilities.mean(outputs)
-        if self.combine == 'mean': return mean
+        if self.combine == 'mean': return self._as_trained(mean)
         ps = torch.stack([self.probabilities.of(o) for o in outputs])
-        if self.combine == 'vote': return self.probabilities.log(_vote(ps, self.probabilities.of(mean), self.probabilities))
-        scores = _features(ps) @ self.weights.T + self.bias
-        if self.probabilities.kind == 'none': return scores.view_as(mean)
-        return self.probabilities.log(_as_probabilities(scores.view_as(mean), self.probabilities))
+        if self.combine == 'vote': return self._as_trained(self.probabilities.log(_vote(ps, self.probabilities.of(mean), self.probabilities)))
+        scores = (_features(ps).float() @ self.weights.T + self.bias).view_as(mean)
+        if self.probabilities.kind != 'none': scores = self.probabilities.log(_as_probabilities(scores, self.probabilities))
+        return self._as_trained(scores)
 
+    def _output(self, member, args):
+        "In the precision of the member's own weights; the output in float32 at least."
+        dtype = next((p.dtype for p in member.parameters() if p.is_floating_point()), torch.float32)
+        res = member(*(a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args))
+        if self.takes_first and isinstance(res, tuple | list): res = res[0]
+        if not isinstance(res, torch.Tensor):
+            raise TypeError(f'members must give one tensor, and {type(member).__name__} gives a {type(res).__name__}')
+        return res.to(torch.promote_types(res.dtype, torch.float32))
 
-def _forward(member, args):
-    "In the precision of the member's own weights; the output in float32 at least."
-    dtype = next((p.dtype for p in member.parameters() if p.is_floating_point()), torch.float32)
-    if dtype in (torch.float16, torch.bfloat16): args = [a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
-    res = member(*args)
-    if not isinstance(res, torch.Tensor): raise TypeError(f'a member must give one tensor, and {type(member).__name__} gives a {type(res).__name__}')
-    return res.float() if dtype in (torch.float16, torch.bfloat16) else res
+    def _as_trained(self, output): return (output, output, output) if self.takes_first else output    # RNNCallback takes it apart
 
 
 def _vote(ps, mean, probabilities):
@@ -214,7 +237,8 @@ def _vote(ps, mean, probabilities):
     else:
         axis = probabilities.axis % mean.ndim + 1
         votes = torch.zeros_like(ps).scatter_(axis, ps.argmax(axis, keepdim=True), 1).mean(0)
-    return (votes + _LITTLE * mean) / (1 + _LITTLE)
+    p = (votes + _LITTLE * mean) / (1 + _LITTLE)
+    return p.clamp(1e-6, 1 - 1e-6) if probabilities.kind == 'sigmoid' else p.clamp_min(1e-6)    # none is impossible: its log is finite
 
 _LITTLE = 1e-3    # below one vote of a hundred members, far above float32's resolution
 
@@ -284,12 +308,25 @@ _LOSSES = {
 }
 
 
-def _same_data(a, b) -> bool:
+def _overlap(a, b, indexes=False) -> bool:
+    "Have two data sets samples in common? `indexes`: items that are numbers count, because both are of one source."
     if a is None or b is None: return False
     if a is b: return True
-    items = [getattr(o, 'items', None) for o in (a, b)]    # of fastai's data sets
-    if any(i is None or callable(i) for i in items): return False
-    return len(a) == len(b) and len(a) > 0 and items[0] is items[1]
+    keys = [_keys(o, indexes) for o in (a, b)]
+    return bool(keys[0] & keys[1])
+
+
+def _keys(data, indexes) -> set:
+    if isinstance(data, Subset):
+        inner = data.dataset
+        return _keys([inner[i] for i in data.indices], indexes) if isinstance(inner, list) else _keys(inner, indexes)
+    items = data if isinstance(data, list | tuple) else getattr(data, 'items', None)
+    if items is None or callable(items): return set()
+    if hasattr(items, 'columns'): return set(map(str, items.index))    # a data frame
+    def key(item):
+        if isinstance(item, Integral): return int(item) if indexes else None
+        return item if isinstance(item, str | Path) else id(item)
+    return {key(item) for item in items} - {None}
 
 
 # files
@@ -303,8 +340,8 @@ def _read_weights(file: Path) -> dict:
     "The state dict in `file`, on the CPU; no code in it is run."
     _check_file(file)
     try: weights = torch.load(file, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f'{file} holds more than weights, or is damaged ({str(e).splitlines()[0][:100]}); save them with '
-                                            'learn.save(name, with_opt=False), or torch.save(model.state_dict(), file)') from None
+    except Exception: raise ValueError(f'{file} holds more than weights, such as an optimizer: save them with learn.save(name, with_opt=False), or '
+                                       'torch.save(model.state_dict(), file)') from None
     weights = weights.get('model', weights) if isinstance(weights, dict) else weights
     if not isinstance(weights, dict): raise ValueError(f'{file} holds no state dict')
     return weights
@@ -314,7 +351,9 @@ def _check_file(file):
     if not file.is_file(): raise FileNotFoundError(f'{file} is missing')
     try:
         with zipfile.ZipFile(file) as z: damaged = z.testzip()    # torch.load does not look at the checksums
-    except zipfile.BadZipFile: damaged = True
+    except zipfile.BadZipFile:    # torch's format before 1.6, perhaps, which has none
+        try: damaged = not isinstance(torch.load(file, map_location='cpu', weights_only=True), dict)
+        except Exception: damaged = True
     if damaged: raise ValueError(f'{file} is damaged, or it holds no weights')
 
 

@@ -227,12 +227,12 @@ def is_fitting(learn, method='fit', in_all_threads=False) -> bool:
 
 
 @contextmanager
-def no_fit(learn):
-    "Within this context the methods of `learn` that train raise `RuntimeError` before they change anything."
-    names = [n for n in dir(type(learn)) if n.startswith('fit') and callable(getattr(type(learn), n)) or n in ('fine_tune', 'lr_find')]
+def no_fit(learn, reason='averaged() would train the average; leave that context first, or call apply()', also=()):
+    "Within this context the methods of `learn` that train, and those named in `also`, raise `RuntimeError` before they change anything."
+    names = [n for n in dir(type(learn)) if n.startswith('fit') and callable(getattr(type(learn), n)) or n in ('fine_tune', 'lr_find', *also)]
     kept = {n: vars(learn)[n] for n in names if n in vars(learn)}
     def refuse(name, *args, **kwargs):
-        raise RuntimeError(f'{name} inside averaged() would train the average; leave that context first, or call apply()')
+        raise RuntimeError(f'{name} inside {reason}')
     def state():    # an export or a deepcopy made here is of the learner as it is outside
         state = type(learn).__getstate__(learn)
         return {k: v for k, v in state.items() if k not in (*names, '__getstate__')} | kept

@@ -1,7 +1,9 @@
 """Models kept along one fit: `SnapshotCallback` validates them together as they come, `average_checkpoints` makes one of them."""
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import LRFinder
@@ -25,13 +27,14 @@ class SnapshotCallback(Callback):
     The columns `ens_valid_loss` and `ens_<metric>` are added to the learner's table, `nan` in epochs without a snapshot. A snapshot is the model
     in training, so its predictions in the fit's own validation serve, and no pass is added; loss and metrics get the log of the mean
     probability. Training is left exactly as it is. With `folder` each snapshot is written there as it comes, and the index that
-    `Ensemble(folder, learn)` reads; else they stay in the host's memory. A later fit starts anew.
+    `Ensemble(folder, learn)` reads; else they stay in the host's memory. A later fit starts anew, in a folder of its own. Where a validation is
+    skipped or cut at a snapshot, or is of other samples, that is said, and the columns are `nan` from there on.
 
     Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used; `OSError` if a file cannot be written.
     """
     order = Recorder.order + 6    # after the columns of a SWACallback
     remove_on_fetch = True
-    _stateattrs = '_fit', '_learner'
+    _stateattrs = '_fit', 'epochs', 'snapshots', '_sums'    # an export carries the settings, not the snapshots
 
     def __init__(self,
         first:int,    # epoch of the first snapshot, from 0
@@ -41,18 +44,19 @@ class SnapshotCallback(Callback):
     ):
         self.first = check_count('first', first, least=0, optional=False)
         self.cycle_len = check_count('cycle_len', cycle_len, optional=False)
-        self.folder, self.activation = None if folder is None else Path(folder), activation
+        self.folder, self.activation = None if folder is None else Path(folder).resolve(), activation
         self._init_state()
 
     def _init_state(self):
         super()._init_state()
         self.epochs, self.snapshots = [], []    # the epochs kept; their state dicts, or paths
-        self._sums, self._targets = [], []    # of each validation batch: running sum over the snapshots, and a fingerprint of its targets
+        self._sums = []    # of each validation batch: running sum over the snapshots, their number, and a fingerprint of its targets
         self._fit = None
 
     def ensemble(self, learn) -> Ensemble:
         "The snapshots as an `Ensemble` on the data of `learn`. Raises `ValueError` if there are none."
-        if not self.snapshots: raise ValueError(f'no snapshot was taken: the first one is due at the end of epoch {self.first} (from 0)')
+        if not self.snapshots:
+            raise ValueError(f'no snapshot was taken: the first one is due at the end of epoch {self.first} (from 0), and the fit ended before')
         res = Ensemble(self.snapshots, learn, activation=self.activation)
         res.epochs = list(self.epochs)
         return res
@@ -60,23 +64,30 @@ class SnapshotCallback(Callback):
     # the events of a fit
 
     def before_fit(self):
+        if not is_fitting(self.learn): self._fit = None    # what Ctrl-C has left
         if self.learn.lock.locked() or is_fitting(self.learn, '_do_fit'): return
         self._fit = None
-        if any(isinstance(cb, LRFinder) for cb in self.learn.cbs): return
+        if not is_fitting(self.learn) or any(isinstance(cb, LRFinder) for cb in self.learn.cbs): return    # tta; not a fit
+        if self.folder is not None:
+            try: self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as e: raise ValueError(f'folder {self.folder} cannot be made: {e}') from None
         recorder = self._recorder()
         names = list(recorder.metric_names) if recorder else []
         at = len(names) - bool(recorder and recorder.add_time)
-        self._fit = SimpleNamespace(own=at, begun=False, is_due=False, probabilities=Probabilities(self.learn.loss_func, self.activation),
+        self._fit = SimpleNamespace(own=at, begun=False, epoch=-1, is_due=False, batch=0, measures=[], said=False,
+                                    probabilities=Probabilities(self.learn.loss_func, self.activation),
                                     columns=['ens_valid_loss', *(f'ens_{m.name}' for m in self.learn.metrics)] if recorder else [])
         if recorder: recorder.metric_names = L(names[:at] + self._fit.columns + names[at:])
 
     def before_epoch(self):
-        if self._fit: self._fit.is_due, self._fit.epoch = False, self.epoch
+        if self._fit: self._fit.is_due, self._fit.epoch, self._fit.batch, self._fit.measures = False, self.epoch, 0, []
 
     def before_train(self):
         if not self._fit or self._fit.begun: return
         self._fit.begun = True
-        self.epochs, self.snapshots, self._sums, self._targets = [], [], [], []
+        self.epochs, self.snapshots, self._sums = [], [], []
+        if self.folder is not None and (self.folder/'index.json').exists():
+            raise ValueError(f'folder {self.folder} holds the models of another fit: give another one, or remove it')
 
     def after_train(self):
         fit = self._fit
@@ -87,7 +98,7 @@ class SnapshotCallback(Callback):
 
     def before_validate(self):
         fit = self._fit
-        if fit: fit.measures, fit.batch = copied_measures(self.learn.metrics) if fit.is_due and fit.columns else [], 0
+        if fit and fit.is_due and fit.columns: fit.measures = copied_measures(self.learn.metrics)
 
     def after_batch(self):
         fit = self._fit
@@ -96,9 +107,13 @@ class SnapshotCallback(Callback):
         fit.batch += 1
 
     def after_validate(self):
-        if not self._fit or not self._fit.columns: return
-        values = [m.value for m in self._fit.measures] if self._fit.is_due and self._fit.batch else []
+        fit = self._fit
+        if not fit or not fit.columns: return
+        n = len(self.epochs)
+        whole = fit.is_due and fit.batch and fit.batch == self.n_iter == len(self._sums) and all(sums[1] == n for sums in self._sums)
+        values = [m.value for m in fit.measures] if whole else []
         self._log([v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for v in values])
+        if fit.is_due and not whole: self._say('the validation was cut or skipped at a snapshot')
 
     def after_cancel_epoch(self):
         if self._fit and self._fit.columns: self._log([])
@@ -113,28 +128,34 @@ class SnapshotCallback(Callback):
         if self.folder is not None:
             file = self.folder/f'snapshot-{len(self.snapshots) + 1:02}.pth'
             if not rank_distrib():    # one of several processes
-                self.folder.mkdir(parents=True, exist_ok=True)
                 write_weights(file, weights)
-                write_index(self.folder, [*(Path(s).name for s in self.snapshots), file.name], epochs=[*self.epochs, self._fit.epoch])
+                write_index(self.folder, [*(Path(s).name for s in self.snapshots), file.name], epochs=[*self.epochs, self._fit.epoch],
+                            activation=self._fit.probabilities.kind)
         self.snapshots.append(weights if self.folder is None else str(file))
         self.epochs.append(self._fit.epoch)
 
     def _add(self, i):
         "Add the predictions of validation batch `i` to the ensemble's, and measure those."
-        learn, probabilities = self.learn, self._fit.probabilities
-        terms = tuple(t.cpu() for t in probabilities.terms(learn.pred.detach().float()))
-        targets = [float(y.double().sum()) if isinstance(y, torch.Tensor) else None for y in learn.yb]
-        if len(self.epochs) == 1: self._sums.append(terms), self._targets.append(targets)
-        elif i < len(self._sums) and self._targets[i] == targets: self._sums[i] = probabilities.merged(self._sums[i], terms)
-        else:
-            raise ValueError('the validation set gives other samples than at the first snapshot, so that no ensemble can be validated on it: '
-                             'use one that is neither shuffled nor drawn at random')
+        learn, probabilities, n = self.learn, self._fit.probabilities, len(self.epochs)
+        if not isinstance(learn.pred, torch.Tensor):
+            raise TypeError(f'a model must give one tensor, and this one gives a {type(learn.pred).__name__}')
+        terms, targets = tuple(t.cpu() for t in probabilities.terms(learn.pred.detach().float())), _fingerprint(learn.yb)
+        if n == 1:
+            del self._sums[i:]
+            self._sums.append((terms, 1, targets))
+        elif i < len(self._sums) and self._sums[i][1] == n - 1 and np.allclose(self._sums[i][2], targets, rtol=1e-9, atol=1e-9, equal_nan=True):
+            self._sums[i] = probabilities.merged(self._sums[i][0], terms), n, targets
+        else: return self._say('the validation set gives other samples than at the first snapshot, as one that is shuffled does')
         kept = learn.pred, learn.loss, learn.loss_grad
         try:
-            learn.pred = probabilities.output(self._sums[i], len(self.epochs)).to(learn.pred.device)
+            learn.pred = probabilities.output(self._sums[i][0], n).to(learn.pred.device)
             learn.loss = learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
             for m in self._fit.measures: m.accumulate(learn)
         finally: learn.pred, learn.loss, learn.loss_grad = kept
+
+    def _say(self, why):
+        if not self._fit.said: warnings.warn(f'{why}: from there on the growing ensemble is not validated, and its columns are nan')
+        self._fit.said = True
 
     def _log(self, values):
         recorder, fit, nan = self._recorder(), self._fit, float('nan')
@@ -145,14 +166,27 @@ class SnapshotCallback(Callback):
 
     # for checkpoints
 
-    def fit_settings(self) -> dict: return {'first': self.first, 'cycle_len': self.cycle_len, 'in a folder': self.folder is not None}
+    def fit_settings(self) -> dict:
+        return {'first': self.first, 'cycle_len': self.cycle_len, 'folder': None if self.folder is None else str(self.folder)}
 
-    def state_dict(self) -> dict:
-        return {'epochs': list(self.epochs), 'snapshots': list(self.snapshots), 'sums': list(self._sums), 'targets': list(self._targets)}
+    def state_dict(self) -> dict: return {'epochs': list(self.epochs), 'snapshots': list(self.snapshots), 'sums': list(self._sums)}
 
     def load_state_dict(self, state: dict):
-        self.epochs, self.snapshots, self._sums, self._targets = (list(state[k]) for k in ('epochs', 'snapshots', 'sums', 'targets'))
+        "Take over a `state_dict`. Raises `ValueError` if one of its files is missing."
+        self.epochs, self.snapshots, self._sums = (list(state[k]) for k in ('epochs', 'snapshots', 'sums'))
+        missing = [s for s in self.snapshots if isinstance(s, str) and not Path(s).is_file()]
+        if missing: raise ValueError(f'{missing[0]} is missing: this fit wrote it before it was interrupted')
         if self._fit: self._fit.begun = True
+
+
+def _fingerprint(targets) -> list[float]:
+    "Numbers that other targets, or the same in another order, do not have."
+    res = []
+    for y in targets:
+        if not isinstance(y, torch.Tensor): continue
+        y = np.nan_to_num(y.detach().float().cpu().numpy().ravel().astype(float))
+        res += [float(y.sum()), float(y @ np.sin(np.arange(1, len(y) + 1)))]
+    return res
 
 
 def average_checkpoints(paths, model, loader=None, **kwargs) -> nn.Module:

@@ -348,3 +348,115 @@ def test_what_loss_and_metrics_get_is_the_log_of_the_mean_probability():
     torch.testing.assert_close(Probabilities(nn.CrossEntropyLoss()).mean(outputs), p.log())
     q = torch.stack([o.sigmoid() for o in outputs]).mean(0)
     torch.testing.assert_close(Probabilities(nn.BCEWithLogitsLoss()).mean(outputs), q.logit())
+
+
+# what a review found
+
+def test_probabilities_are_probabilities_with_torchs_own_losses_too():
+    learn, models = trained()
+    learn.loss_func = nn.CrossEntropyLoss()
+    p = naive(models, learn)
+    for ens in Ensemble(models, learn), Ensemble(models, learn, 'vote'): torch.testing.assert_close(ens.get_preds()[0].sum(1), torch.ones(40))
+    torch.testing.assert_close(Ensemble(models, learn).get_preds()[0].double(), p, rtol=0, atol=5e-7)
+    with Ensemble(models, learn).active() as inside: torch.testing.assert_close(inside.get_preds()[0].double(), p, rtol=0, atol=5e-7)
+    assert 'get_preds' not in vars(learn)
+
+
+@pytest.mark.parametrize('call', [lambda learn: learn.fit(1), lambda learn: learn.fit_one_cycle(1), lambda learn: learn.save('x'), lambda learn: learn.export('x')])
+def test_to_train_or_to_save_the_learner_while_it_is_an_ensemble_is_refused(call):
+    learn, models = trained()
+    own = learn.model
+    with pytest.raises(RuntimeError, match=r'inside active\(\) is not possible: the learner is an ensemble there'), Ensemble(models, learn).active() as inside: call(inside)
+    assert learn.model is own and learn.opt is None
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert not torch.equal(learn.model[0].weight, models[0][0].weight)
+
+
+def test_members_may_be_saved_over_their_own_files(tmp_path):
+    learn, models = trained()
+    Ensemble(models, learn).save(tmp_path)
+    ens = Ensemble(tmp_path, learn)
+    each = ens.member_preds()[0]
+    ens[::-1].save(tmp_path)
+    assert torch.equal(Ensemble(tmp_path, learn).member_preds()[0], each.flip(0))
+
+
+def test_what_is_asked_for_holds_and_what_is_known_is_kept(tmp_path):
+    learn, models = trained()
+    vote = Ensemble(models, learn, 'vote')
+    assert Ensemble(vote).combine == 'vote' and Ensemble(vote, combine='mean').combine == 'mean'
+    stacked = Ensemble(models, learn)
+    stacked.stack()
+    stacked.save(tmp_path)
+    assert Ensemble(tmp_path, learn).combine == 'stack' and Ensemble(tmp_path, learn, combine='mean').combine == 'mean' and Ensemble(stacked).combine == 'stack'
+    def my_loss(p, y): return F.cross_entropy(p, y)
+    learn.loss_func = my_loss
+    own = Ensemble(models, learn, activation='softmax')
+    own.save(tmp_path/'own')
+    assert Ensemble(tmp_path/'own', learn).probabilities.kind == Ensemble(own).probabilities.kind == 'softmax' and len(own[np.int64(1)]) == 1
+
+
+def test_samples_of_a_training_set_are_known_again_in_other_loaders():
+    dls = digits(n_train=100)
+    learn = Learner(dls, digits_net(), CrossEntropyLossFlat())
+    ens = Ensemble([digits_net() for _ in range(2)], learn)
+    items = list(dls.train_ds.items)
+    for few in items[:20], list(dls.valid_ds.items[:50]) + items[:1]:
+        with pytest.raises(ValueError, match='training set'): ens.stack(dls.test_dl(few, with_labels=True))
+    ens.stack(dls.test_dl(list(dls.valid_ds.items[:50]), with_labels=True))
+    learn, models = trained()
+    data = learn.dls.train.dataset
+    for part in data[:30], [data[3]], torch.utils.data.Subset(data, range(5)):
+        with pytest.raises(ValueError, match='training set'): Ensemble(models, learn).stack(DataLoader(part, bs=8, device='cpu'))
+
+
+@pytest.mark.parametrize('case, sentence', [('labels', 'these data have none'), ('one-hot', 'one class for each sample')])
+def test_stacking_without_a_class_for_each_sample_is_one_sentence(case, sentence):
+    learn, models = trained()
+    pairs = learn.dls.valid.dataset
+    data = [(x,) for x, _ in pairs] if case == 'labels' else [(x, F.one_hot(y, 3).float()) for x, y in pairs]
+    dl = DataLoader(data, bs=8, device='cpu')
+    if case == 'labels': dl.n_inp = learn.dls.n_inp = 1
+    learn.loss_func, learn.metrics = nn.CrossEntropyLoss(), []
+    with pytest.raises(ValueError, match=sentence): Ensemble(models, learn).stack(dl)
+
+
+def test_members_that_predict_different_things_are_refused_and_precisions_may_differ():
+    learn, models = trained()
+    for other in net(n_out=1), net(n_out=4):
+        with pytest.raises(ValueError, match=r'member 3 predicts \(32, .\), member 0 \(32, 3\): they cannot be combined'): Ensemble([*models, other], learn).get_preds()
+    double = net().double()
+    for how in 'mean', 'vote': assert Ensemble([*models, double], learn, how).get_preds()[0].shape == (40, 3)
+    ens = Ensemble([double, double], learn)
+    ens.stack()
+    assert torch.isfinite(ens.get_preds()[0]).all()
+
+
+@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat(), BCEWithLogitsLossFlat()])
+def test_a_vote_without_dissent_has_a_finite_loss(loss):
+    learn, sure = learner(), [nn.Linear(6, 3) for _ in range(2)]
+    for m in sure:
+        nn.init.zeros_(m.weight)
+        m.bias.data = torch.tensor([200., -200., -200.])
+    learn.loss_func = loss
+    if isinstance(loss, BCEWithLogitsLossFlat):
+        dls = [DataLoader([(x, F.one_hot(y, 3).float()) for x, y in dl.dataset], bs=16, device='cpu') for dl in learn.dls.loaders]
+        learn = Learner(DataLoaders(*dls, device='cpu'), net(), loss)
+    assert math.isfinite(Ensemble(sure, learn, 'vote').validate()[0])
+
+
+def test_recurrent_models_whose_first_output_counts_are_combined_as_they_are_trained():
+    from fastai.callback.rnn import RNNCallback
+    class Recurrent(nn.Linear):
+        def forward(self, x): return super().forward(x), [x], [x]
+    learn = learner(model=lambda: Recurrent(6, 3), cbs=RNNCallback())
+    ens = learn.fit_snapshots(2, 1, .1)
+    last = learn.recorder.values[-1]
+    assert list(ens.validate()) == pytest.approx(list(last[-2:]), rel=1e-5)
+    with pytest.raises(TypeError, match='members must give one tensor'): Ensemble([Recurrent(6, 3)], learner()).get_preds()
+
+
+def test_files_in_torchs_old_format_serve_too(tmp_path):
+    learn, models = trained()
+    torch.save(models[0].state_dict(), tmp_path/'old.pth', _use_new_zipfile_serialization=False)
+    assert torch.equal(Ensemble([tmp_path/'old.pth'], learn).get_preds()[0], Ensemble([models[0]], learn).get_preds()[0])

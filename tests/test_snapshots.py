@@ -5,16 +5,17 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from fastai.callback.core import Callback, CancelFitException, CancelTrainException
+from fastai.callback.core import Callback, CancelFitException, CancelTrainException, CancelValidException
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fastai.losses import BCEWithLogitsLossFlat, MSELossFlat
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import RocAucBinary, accuracy, accuracy_multi, mse
 from fastai_swa import CheckpointCallback, Ensemble, SnapshotCallback, SWACallback, average_checkpoints, update_bn
 from fastai_swa.learner import EpochScheduler
 from fastai_swa.schedules import fge_lr_factor, snapshot_lr_factor
+from fastai_swa.vision import digits
 from torch import nn
 
 from .helpers import At, assert_close, assert_same, column, fingerprint, learner, loaders, net, raising
@@ -126,10 +127,35 @@ def test_metrics_that_collect_predictions_keep_the_models_own_values():
     assert last == pytest.approx(ens.validate()[1])
 
 
-def test_a_validation_set_in_another_order_each_time_is_refused():
+@pytest.mark.parametrize('bs', [8, 64])    # several batches, or one, whose sum is the same in any order
+def test_a_validation_set_in_another_order_each_time_is_said_and_gives_no_column(bs):
     dls = loaders()
-    learn = learner(dls=DataLoaders(dls.train, DataLoader(dls.valid.dataset, bs=8, shuffle=True), device='cpu'))
-    with pytest.raises(ValueError, match='gives other samples than at the first snapshot'): learn.fit_snapshots(3, 1, .1)
+    learn = learner(dls=DataLoaders(dls.train, DataLoader(dls.valid.dataset, bs=bs, shuffle=True), device='cpu'))
+    with pytest.warns(UserWarning, match='gives other samples than at the first snapshot, .*: from there on the growing ensemble is not validated'):
+        ens = learn.fit_snapshots(3, 1, .1)
+    loss = column(learn, 'ens_valid_loss')
+    assert loss[0] == loss[0] and all(v != v for v in loss[1:]) and len(ens) == 3
+
+
+def test_targets_that_are_nan_are_the_same_targets():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 6, generator=g), torch.randn(60, 3, generator=g)
+    y[45, 1] = float('nan')
+    dls = DataLoaders(DataLoader(list(zip(x[:40], y[:40])), bs=16, shuffle=True), DataLoader(list(zip(x[40:], y[40:])), bs=16), device='cpu')
+    def masked(p, t): return (p - t).square().nanmean()
+    learn = Learner(dls, net(), masked)
+    with learn.no_bar(): learn.fit_snapshots(3, 1, .01, activation='none')
+    assert all(v == v for v in column(learn, 'ens_valid_loss'))
+
+
+@pytest.mark.parametrize('event, batch', [('before_validate', None), ('before_batch', 1)])
+@pytest.mark.parametrize('epoch', [0, 1])
+def test_a_validation_that_is_skipped_or_cut_at_a_snapshot_is_said_and_nothing_false_is_shown(event, batch, epoch):
+    learn, snapshots = learner(), SnapshotCallback(0)
+    with pytest.warns(UserWarning, match='growing ensemble is not validated'):
+        learn.fit(4, .1, cbs=[snapshots, At(event, epoch, raising(CancelValidException('skip')), batch=batch, training=False if batch else None)])
+    loss = column(learn, 'ens_valid_loss')
+    assert [v == v for v in loss] == [e < epoch for e in range(4)] and len(snapshots.ensemble(learn)) == 4
 
 
 # beside other callbacks
@@ -259,3 +285,64 @@ def test_callbacks_behind_see_the_models_own_predictions_and_loss():
         learner().fit(3, .1, cbs=[Look(), *cbs])
         return seen
     for a, b in zip(fit([SnapshotCallback(0)]), fit([]), strict=True): assert all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize('where', ['memory', 'folder'])
+def test_a_script_of_several_fits_that_is_run_again_has_the_snapshots_of_each(tmp_path, where):
+    def fits(learn, name, stop=None):
+        def folder(i): return tmp_path/f'{name}{i}' if where == 'folder' else None
+        def checkpoint(): return CheckpointCallback(tmp_path/f'{name}.ckpt')
+        a = learn.fit_snapshots(2, 1, .1, folder(0), cbs=checkpoint())
+        b = learn.fit_snapshots(3, 1, .05, folder(1), cbs=checkpoint())
+        swa = SWACallback(0)
+        c = learn.fit_fge(2, 2, .05, folder=folder(2), cbs=[checkpoint(), swa, *([stop] if stop else [])])
+        return a, b, c, Ensemble([swa.swa_model], learn)
+    ref = fits(learner(), 'whole')
+    with pytest.raises(KeyboardInterrupt): fits(learner(), 'part', At('before_batch', 1, raising(KeyboardInterrupt()), batch=2, training=True))
+    again = fits(learner(seed=5), 'part')
+    assert [ens.epochs for ens in again[:3]] == [[0, 1], [0, 1, 2], [0, 2]]
+    for x, y in zip(again, ref): assert torch.equal(x.get_preds()[0], y.get_preds()[0])
+
+
+def test_a_folder_with_other_models_is_not_written_to(tmp_path):
+    learn = learner()
+    first = learn.fit_snapshots(2, 1, .1, tmp_path/'a')
+    ref = first.get_preds()[0]
+    with pytest.raises(ValueError, match='folder .*/a holds the models of another fit: give another one, or remove it'): learn.fit_snapshots(2, 1, .1, tmp_path/'a')
+    assert torch.equal(first.get_preds()[0], ref)
+    (tmp_path/'file').write_text('')
+    before = [p.detach().clone() for p in learn.model.parameters()]
+    with pytest.raises(ValueError, match='folder .*/file cannot be made'): learn.fit_snapshots(2, 1, .1, tmp_path/'file')
+    assert all(torch.equal(p, q) for p, q in zip(learn.model.parameters(), before))
+
+
+def test_a_run_goes_on_in_its_own_folder_with_its_own_files_only(tmp_path):
+    def fit(folder): return learner().fit_snapshots(3, 1, .1, folder, cbs=CheckpointCallback(tmp_path/'run.ckpt'))
+    stop = At('before_batch', 2, raising(KeyboardInterrupt()), batch=2, training=True)
+    with pytest.raises(KeyboardInterrupt): learner().fit_snapshots(3, 1, .1, tmp_path/'a', cbs=[CheckpointCallback(tmp_path/'run.ckpt'), stop])
+    with pytest.raises(ValueError, match='is of another fit: SnapshotCallback: folder'): fit(tmp_path/'b')
+    kept = (tmp_path/'a'/'snapshot-01.pth').rename(tmp_path/'away.pth')
+    with pytest.raises(ValueError, match='snapshot-01.pth is missing: this fit wrote it'): fit(tmp_path/'a')
+    kept.rename(tmp_path/'a'/'snapshot-01.pth')
+    assert fit(tmp_path/'a').epochs == [0, 1, 2]
+
+
+def test_an_export_leaves_the_snapshots_out(tmp_path):
+    from fastai.learner import load_learner
+    learn, snapshots = Learner(digits(n_train=32), nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), CrossEntropyLossFlat()), SnapshotCallback(0)
+    learn.add_cb(snapshots)
+    learn.path = tmp_path
+    sizes = []
+    for n in (1, 30):
+        with learn.no_bar(): learn.fit(n)
+        learn.export('x.pkl')
+        sizes.append((tmp_path/'x.pkl').stat().st_size)
+    assert sizes[1] - sizes[0] < 6000 and len(snapshots.snapshots) == 30    # the recorder's few rows
+    assert load_learner(tmp_path/'x.pkl').snapshot.snapshots == []
+
+
+def test_a_validate_after_ctrl_c_has_no_columns_of_an_ensemble():
+    learn = learner()
+    learn.add_cb(SnapshotCallback(0))
+    with pytest.raises(KeyboardInterrupt): learn.fit(3, cbs=At('before_batch', 1, raising(KeyboardInterrupt()), batch=2, training=True))
+    assert len(learn.validate()) == 2
