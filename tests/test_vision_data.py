@@ -209,3 +209,10 @@ def test_the_default_folder_is_made_and_an_empty_variable_is_none(monkeypatch, t
     monkeypatch.setenv('CIFAR10_DIR', '')
     monkeypatch.setattr('torchvision.datasets.CIFAR10.download', lambda self: (_ for _ in ()).throw(RuntimeError('no network')))
     with pytest.raises(OSError, match='CIFAR-10 is not complete in .*/.fastai/data and could not be downloaded there: no network'): cifar(10)
+
+
+def test_training_and_test_images_are_cut_by_class(tmp_path):
+    dls = cifar(10, 'digits', n_images=55, n_valid=31)
+    assert len(dls.train_ds) == 55 and len(dls.valid_ds) == 31
+    for ds, counts in (dls.train_ds, [6]*5 + [5]*5), (dls.valid_ds, [4] + [3]*9): assert torch.bincount(ds.labels).tolist() == counts
+    assert len(cifar(10, 'digits', n_images=55).valid_ds) == 397 and len(cifar(10, 'digits', n_valid=20).train_ds) == 1400

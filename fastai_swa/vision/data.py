@@ -77,7 +77,7 @@ CIFAR_STATS = (.4914, .4822, .4465), (.2023, .1994, .2010)    # its other networ
 
 
 def cifar(n_classes: int = 10, source=None, stats=CIFAR_STATS, padding: str | None = 'constant', bs: int = 128, seed: int = 0,
-          n_images: int | None = None, device=None) -> DataLoaders:
+          n_images: int | None = None, n_valid: int | None = None, device=None) -> DataLoaders:
     """CIFAR-10 or CIFAR-100 (Krizhevsky 2009) in memory: 3x32x32 images as uint8 on `device` (default: fastai's), augmented and
     normalised there, a batch at once.
 
@@ -86,7 +86,8 @@ def cifar(n_classes: int = 10, source=None, stats=CIFAR_STATS, padding: str | No
       environment names as `CIFAR10_DIR` or `CIFAR100_DIR`, else `~/.fastai/data`.
     - `stats`: mean and standard deviation of each channel to normalise by; `padding`: 'constant' (the papers' zeros), 'reflect', or
       `None` for no augmentation; `seed`: of the augmentation.
-    - `n_images`: take only so many training images, and a fifth as many test images (of digits always all 397), the same number of each class.
+    - `n_images`, `n_valid`: take only so many training and test images, the same number of each class; `n_valid` defaults to a fifth of
+      `n_images`, of digits to all 397.
 
     The `kind` of what it returns is 'digits', 'CIFAR-10' (or 100) for torchvision's files, or, for a folder, that with the formats of the
     images in it, as in 'CIFAR-10, JPEG'.
@@ -103,7 +104,8 @@ def cifar(n_classes: int = 10, source=None, stats=CIFAR_STATS, padding: str | No
         kind = f'{kind}, {formats}'
     else: train, valid, vocab = _from_torchvision(Path(source), n_classes)
     if n_images is not None: train = _first(train, n_images, len(vocab))
-    if n_images is not None and kind != 'digits': valid = _first(valid, max(n_images // 5, len(vocab)), len(vocab))
+    if n_images is not None and n_valid is None and kind != 'digits': n_valid = max(n_images // 5, len(vocab))
+    if n_valid is not None: valid = _first(valid, n_valid, len(vocab))
     dls = tensor_loaders(train, valid, vocab, stats, bs=bs, padding=padding, seed=seed,
                          device=default_device() if device is None else device)
     dls.kind = kind
