@@ -9,15 +9,15 @@ from fastai.callback.schedule import LRFinder
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.learner import Learner, Recorder, save_model
 from fastai.torch_core import join_path_file, rank_distrib
-from fastcore.foundation import L
 from torch import nn
 
 from .averaging import WeightAverage, all_finite, check_match, check_swa_model, check_weight, equal
 from .batchnorm import check_count, tracked_bn
+from .columns import complete_row, insert_columns, recorder_of
 from .modules import check_copyable, clean_copy, named_tensors, unwrap
 from .passes import PassCancelled, check_engine, is_fitting, no_fit, refresh_bn, validate_aside
 from .schedules import start_epoch
-from .state import pack, unpack
+from .state import not_copied, pack, unpack
 
 __all__ = ['SWACallback', 'SaveSWAModelCallback']
 
@@ -134,11 +134,9 @@ class SWACallback(Callback):
         # counted in this fit: points folded, epochs with such, optimizer steps since `start`
         self._fit = SimpleNamespace(start=start_epoch(self.swa_start, self.n_epoch), n_folds=0, n_epochs=0, n_steps=0,
                                     begun=False, cancelled=False, said=set(), columns=[])
-        recorder = self._recorder()
+        recorder = recorder_of(self.learn)
         if recorder is None: return
-        names, at = list(recorder.metric_names), len(recorder.metric_names) - bool(recorder.add_time)
-        self._fit.own, self._fit.columns = at, ['swa_valid_loss', *(f'swa_{m.name}' for m in self.learn.metrics)]
-        recorder.metric_names = L(names[:at] + self._fit.columns + names[at:])
+        self._fit.own, self._fit.columns = insert_columns(recorder, 'swa')
         recorder.swa_epochs = []
 
     def before_epoch(self):
@@ -173,10 +171,10 @@ class SWACallback(Callback):
             if all_finite(unwrap(self.learn.model).parameters()): self._fold()
             else: self._say_infinite()
         if fit.folded: self._bn = list(tracked_bn(unwrap(self.learn.model)))    # frozen or not, as it ends
-        if (recorder := self._recorder()) is not None: recorder.swa_epochs = self.averaged_epochs
+        if (recorder := recorder_of(self.learn)) is not None: recorder.swa_epochs = self.averaged_epochs
 
     def after_validate(self):
-        if not self._fit or not self._fit.trained or self.learn.lock.locked() or self._recorder() is None: return
+        if not self._fit or not self._fit.trained or self.learn.lock.locked() or recorder_of(self.learn) is None: return
         fit = self._fit
         due = fit.folded and self.swa_eval_freq and (fit.n_epochs - 1) % self.swa_eval_freq == 0
         due = fit.n_folds and (due or fit.epoch == self.n_epoch - 1)
@@ -185,7 +183,7 @@ class SWACallback(Callback):
     def after_cancel_epoch(self):
         if not self._fit: return
         self._end_steps()
-        if self._recorder() is not None: self._log([])
+        if recorder_of(self.learn) is not None: self._log([])
 
     def after_cancel_fit(self):
         if not self._fit: return
@@ -263,7 +261,7 @@ class SWACallback(Callback):
         self._epochs, self._bn, self._stale = list(state['epochs']), list(state['bn']), state['stale']
         if self._fit: vars(self._fit).update(state['fit'])
 
-    def _shared(self): return self.learn, self.learn.dls, *self.learn.cbs    # never copied, should the model refer to them
+    def _shared(self): return not_copied(self.learn)
 
     # validating the average
 
@@ -284,18 +282,11 @@ class SWACallback(Callback):
         for kind, sentence in moments.remarks.items(): self._say(kind, sentence)
         self._stale = False
 
-    def _log(self, values):
-        "Complete the Recorder's row: what a cancelled part left out is `nan`, and so is an average that was not validated."
-        recorder, fit, nan = self._recorder(), self._fit, float('nan')
-        log = recorder.log
-        if len(log) < fit.own + len(fit.columns):    # else it is complete: the epoch was cancelled after it
-            recorder.log = log + [nan] * (fit.own - len(log)) + (values or [nan] * len(fit.columns))
+    def _log(self, values): complete_row(recorder_of(self.learn), self._fit.own, self._fit.columns, values)
 
     # small helpers
 
     def _grab(self, cls): return [cb for cb in self.learn.cbs if isinstance(cb, cls)]
-
-    def _recorder(self): return next(iter(self._grab(Recorder)), None)
 
     def _existing(self, call) -> Learner:
         self._settle()    # an interrupted epoch did not

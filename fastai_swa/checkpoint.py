@@ -6,11 +6,12 @@ from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import LRFinder, ParamScheduler
 from fastai.callback.tracker import TrackerCallback
-from fastai.learner import Learner, Recorder
+from fastai.learner import Learner
 from fastcore.foundation import L
 from torch import nn
 
 from .batchnorm import check_count
+from .columns import recorder_of
 from .files import Lock, read, write
 from .modules import named_tensors, unwrap
 from .passes import is_fitting
@@ -151,7 +152,7 @@ class CheckpointCallback(Callback):
 
     def _write(self):
         fit, learn = self._fit, self.learn
-        recorder = next((cb for cb in learn.cbs if isinstance(cb, Recorder)), None)
+        recorder = recorder_of(learn)
         if learn.epoch > 0 and recorder is not None: self._rows.append(list(recorder.log))
         if not self._due(): return
         state = take(learn, {name: _first_seen[cb] for name, cb in named_callbacks(learn) if cb in _first_seen})

@@ -16,6 +16,7 @@ from torch.utils.data import Subset
 from .files import replacing
 from .modules import clean_copy, unwrap
 from .passes import no_fit
+from .state import not_copied
 
 __all__ = ['Ensemble', 'Probabilities', 'load_into', 'write_weights', 'write_index', 'read_index']
 
@@ -95,7 +96,7 @@ class Ensemble:
         back at the end. To train, save or export inside is refused with `RuntimeError`.
         """
         modules = [self._module(i) for i in range(len(self))]
-        with self._in_learner(_Combined(modules, self)) as learn: yield learn
+        with self._in_learner(_Combined(modules, self, self.combine)) as learn: yield learn
 
     def get_preds(self, ds_idx: int = 1, dl=None, **kwargs):
         "Combined probabilities (regression: values) and targets, as `Learner.get_preds` gives them; `kwargs` as there."
@@ -113,7 +114,7 @@ class Ensemble:
         "Probabilities of each member, shape (members, samples, ...), and the targets; one member at a time is on the device."
         preds = []
         for i in range(len(self)):
-            with self._in_learner(_Combined([self._module(i)], self[i])) as learn, learn.no_bar(), learn.no_logging():
+            with self._in_learner(_Combined([self._module(i)], self, 'mean')) as learn, learn.no_bar(), learn.no_logging():
                 raw, targets = learn.get_preds(ds_idx, dl, act=noop)
             preds.append(self.probabilities.of(raw))
         return torch.stack(preds), targets
@@ -171,7 +172,7 @@ class Ensemble:
         member = self.members[i]
         if isinstance(member, Learner): return unwrap(member.model)
         if isinstance(member, nn.Module): return unwrap(member)
-        module = clean_copy(self.learn.model if self.archs[i] is None else self.archs[i], (self.learn, self.learn.dls, *self.learn.cbs))
+        module = clean_copy(self.learn.model if self.archs[i] is None else self.archs[i], not_copied(self.learn))
         return load_into(module, member, f'member {i}')
 
     @contextmanager
@@ -194,9 +195,9 @@ class Ensemble:
 
 class _Combined(nn.Module):
     "Members as one module, whose output is such that the activation makes the combined probabilities of it."
-    def __init__(self, members, ensemble):
+    def __init__(self, members, ensemble, combine):
         super().__init__()
-        self.members, self.probabilities, self.combine = nn.ModuleList(members), ensemble.probabilities, ensemble.combine
+        self.members, self.probabilities, self.combine = nn.ModuleList(members), ensemble.probabilities, combine
         self.takes_first = any(type(cb).__name__ == 'RNNCallback' for cb in ensemble.learn.cbs)    # as that does in training
         if self.combine == 'stack':
             for name in 'weights', 'bias': self.register_buffer(name, torch.tensor(ensemble.stacking[name], dtype=torch.float32))

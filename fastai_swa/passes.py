@@ -4,7 +4,6 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 
-import torch
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelTrainException
 from fastai.callback.hook import HookCallback
 from fastai.callback.progress import CSVLogger, ShowGraphCallback
@@ -18,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader as TorchDataLoader, IterableDataset
 
 from .batchnorm import Moments, batch_moments
+from .columns import plain_values
 from .modules import unwrap
 from .processes import Processes
 from .state import generators, loaders, own_generators, owned_modules
@@ -36,9 +36,7 @@ def validate_aside(learn) -> list:
     """
     collector = _Collector(learn.metrics, Processes(learn))
     with _aside(learn), learn.added_cbs(collector): _run(learn, _fresh_loader(learn.dls[1]))
-    values = [m.value for m in collector.measured]
-    values = [v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for v in values]
-    return [float('nan') if v is None else v for v in values]
+    return plain_values(collector.measured)
 
 
 def refresh_bn(learn, names, n_batches: int | None, in_fit: bool) -> Moments:

@@ -9,14 +9,15 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import LRFinder
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import rank_distrib
-from fastcore.foundation import L
 from torch import nn
 
 from .averaging import WeightAverage
 from .batchnorm import check_count, tracked_bn, update_bn
+from .columns import complete_row, insert_columns, plain_values, recorder_of
 from .ensemble import Ensemble, Probabilities, load_into, write_index, write_weights
 from .modules import clean_copy, unwrap
 from .passes import copied_measures, is_fitting, refresh_bn
+from .state import not_copied
 
 __all__ = ['SnapshotCallback', 'average_checkpoints']
 
@@ -71,13 +72,10 @@ class SnapshotCallback(Callback):
         if self.folder is not None:
             try: self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as e: raise ValueError(f'folder {self.folder} cannot be made: {e}') from None
-        recorder = self._recorder()
-        names = list(recorder.metric_names) if recorder else []
-        at = len(names) - bool(recorder and recorder.add_time)
-        self._fit = SimpleNamespace(own=at, begun=False, epoch=-1, is_due=False, batch=0, measures=[], said=False,
-                                    probabilities=Probabilities(self.learn.loss_func, self.activation),
-                                    columns=['ens_valid_loss', *(f'ens_{m.name}' for m in self.learn.metrics)] if recorder else [])
-        if recorder: recorder.metric_names = L(names[:at] + self._fit.columns + names[at:])
+        self._fit = SimpleNamespace(own=0, columns=[], begun=False, epoch=-1, is_due=False, batch=0, measures=[], said=False,
+                                    probabilities=Probabilities(self.learn.loss_func, self.activation))
+        recorder = recorder_of(self.learn)
+        if recorder is not None: self._fit.own, self._fit.columns = insert_columns(recorder, 'ens')
 
     def before_epoch(self):
         if self._fit: self._fit.is_due, self._fit.epoch, self._fit.batch, self._fit.measures = False, self.epoch, 0, []
@@ -111,8 +109,7 @@ class SnapshotCallback(Callback):
         if not fit or not fit.columns: return
         n = len(self.epochs)
         whole = fit.is_due and fit.batch and fit.batch == self.n_iter == len(self._sums) and all(sums[1] == n for sums in self._sums)
-        values = [m.value for m in fit.measures] if whole else []
-        self._log([v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for v in values])
+        self._log(plain_values(fit.measures) if whole else [])
         if fit.is_due and not whole: self._say('the validation was cut or skipped at a snapshot')
 
     def after_cancel_epoch(self):
@@ -157,12 +154,7 @@ class SnapshotCallback(Callback):
         if not self._fit.said: warnings.warn(f'{why}: from there on the growing ensemble is not validated, and its columns are nan')
         self._fit.said = True
 
-    def _log(self, values):
-        recorder, fit, nan = self._recorder(), self._fit, float('nan')
-        log = recorder.log
-        if len(log) < fit.own + len(fit.columns): recorder.log = log + [nan] * (fit.own - len(log)) + (values or [nan] * len(fit.columns))
-
-    def _recorder(self): return next((cb for cb in self.learn.cbs if isinstance(cb, Recorder)), None)
+    def _log(self, values): complete_row(recorder_of(self.learn), self._fit.own, self._fit.columns, values)
 
     # for checkpoints
 
@@ -201,7 +193,7 @@ def average_checkpoints(paths, model, loader=None, **kwargs) -> nn.Module:
     paths, learn = [paths] if isinstance(paths, str | Path) else list(paths), model if isinstance(model, Learner) else None
     if not paths: raise ValueError('paths is empty: there is nothing to average')
     if learn is not None: model = learn.model
-    current = clean_copy(model, () if learn is None else (learn, learn.dls, *learn.cbs))
+    current = clean_copy(model, () if learn is None else not_copied(learn))
     average = WeightAverage(current)
     for path in paths: average.update(load_into(current, path))
     names = list(tracked_bn(average.swa_model))

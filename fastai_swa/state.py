@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader as TorchDataLoader
 
 from .modules import named_tensors, plain_name, unwrap
 
-__all__ = ['take', 'restore', 'plain_attributes', 'named_callbacks', 'keeps_state', 'generators', 'own_generators', 'loaders', 'owned_modules',
-           'pack', 'unpack']
+__all__ = ['take', 'restore', 'plain_attributes', 'not_copied', 'named_callbacks', 'keeps_state', 'generators', 'own_generators', 'loaders',
+           'owned_modules', 'pack', 'unpack']
 
 
 def take(learn: Learner, unchanged: dict | None = None) -> dict:
@@ -164,6 +164,11 @@ def owned_modules(owner) -> list:
 
 
 # callbacks
+
+def not_copied(learn) -> tuple:
+    "What a copy of the model refers to instead of copying, should the model refer to it."
+    return learn, learn.dls, *learn.cbs
+
 
 def named_callbacks(learn):
     "(name, callback) pairs; callbacks of one class are counted."

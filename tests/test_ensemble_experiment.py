@@ -8,6 +8,7 @@ import pytest
 import torch
 from fastai_swa.experiments import RECIPES, Settings, report, reproduce
 from fastai_swa.experiments.ensembles import size_curves
+from fastai_swa.experiments.run import run_seed
 from fastai_swa.vision import cifar
 
 SMALL = replace(RECIPES['ensembles-digits'], name='small', budget=10, swa_start=6, images=100)
@@ -98,3 +99,24 @@ def test_a_report_without_the_evaluation_says_which_command_makes_it(folder, tmp
 def test_too_small_a_scale_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match='4 epochs are too few for 5 snapshots'): reproduce('ensembles-vgg16-cifar10', 1, tmp_path, 'digits', Settings(scale=.02))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_comparison_interrupted_again_and_again_keeps_the_same_snapshots(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, 'small', SMALL)
+    for n_before in (13, 12, 9, 7, 1, 99):    # epochs until the next interruption, most of them in the parts with snapshots
+        shown = []
+        def show(seed, line, n_before=n_before, shown=shown):
+            shown.append(line)
+            if len(shown) == n_before: raise KeyboardInterrupt
+        try: run_seed(SMALL, 0, tmp_path, threads=1, show=show)
+        except KeyboardInterrupt: continue
+        break
+    for file in folder.rglob('seed-0*/*.pth'):
+        a, b = torch.load(file), torch.load(tmp_path/file.relative_to(folder))
+        assert all(torch.equal(v, b[k]) for k, v in a.items()), file.name
+    assert len(list(tmp_path.rglob('seed-0*/*.pth'))) == 6
+
+
+def test_two_comparisons_of_ensembles_are_not_compared_row_by_row(folder):
+    from fastai_swa.experiments.report import compare
+    with pytest.raises(ValueError, match='ensembles cannot be compared row by row'): compare(folder, folder)

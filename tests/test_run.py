@@ -226,7 +226,8 @@ def test_a_seed_killed_while_it_writes_what_it_keeps_ends_bitwise_as_the_whole_o
 
 
 SCRIPT = '''
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job has it ignored
 from pathlib import Path
 from tests.test_run import TINY, IMAGES, RECIPES, reproduce
 RECIPES['tiny'] = TINY

@@ -9,6 +9,7 @@ import torch
 from ..ensemble import Ensemble, read_index
 from ..files import replacing
 from .measures import disagreement, measures
+from .record import json_number, snapshots_folder, weights_file
 from .tables import difference_rows, spread, table
 
 __all__ = ['METHODS', 'evaluate', 'sections', 'size_curves']
@@ -28,7 +29,7 @@ def evaluate(out: Path, seeds, learn) -> dict:
     preds, targets = {}, None
     for seed in seeds:
         for method in METHODS: preds[seed, method], targets = Ensemble(members[seed][method], learn).member_preds()
-    def row(ps, **keys): return keys | measures(ps.mean(0), targets) | {'members': len(ps), 'disagreement': _number(disagreement(ps))}
+    def row(ps, **keys): return keys | measures(ps.mean(0), targets) | {'members': len(ps), 'disagreement': json_number(disagreement(ps))}
     sizes = [row(ps[-m:] if method == 'snapshots' else ps[:m], seed=seed, method=method) for (seed, method), ps in preds.items()
              for m in range(1, len(ps) + 1)]
     groups = [(k, seeds[i:i + k]) for k in range(1, len(seeds) + 1) for i in range(0, len(seeds) - k + 1, k)]
@@ -39,14 +40,17 @@ def evaluate(out: Path, seeds, learn) -> dict:
 
 
 def _members(out, seed) -> dict:
-    def files(name):
-        folder = out/f'seed-{seed}-{name}'
+    def files(run):
+        folder = snapshots_folder(out, seed, run)
         return [folder/file for file in read_index(folder)['files']]
-    return {'SGD': [out/f'seed-{seed}-sgd-1b.pth'], 'SWA': [out/f'seed-{seed}-swa-average.pth'], 'snapshots': files('snapshots'), 'FGE': files('fge')}
+    return {'SGD': [weights_file(out, seed, 'SGD 1B')], 'SWA': [weights_file(out, seed, 'SWA average')], 'snapshots': files('snapshots'),
+            'FGE': files('FGE')}
 
 
 def _costs(members, learn) -> list[dict]:
-    batches = [x.as_subclass(torch.Tensor) for x, _ in learn.dls.valid]
+    batches, models = [x.as_subclass(torch.Tensor) for x, _ in learn.dls.valid], {}
+    for method, files in members.items():
+        with Ensemble(files, learn).active(): models[method] = learn.model
     def seconds(model, xs):
         start = perf_counter()
         for x in xs: out = model(x)
@@ -54,9 +58,9 @@ def _costs(members, learn) -> list[dict]:
         return perf_counter() - start
     best = {method: [float('inf')] * 2 for method in members}
     for _ in range(7):    # in turn, so that what else the machine does falls on all
-        for method, files in members.items():
-            with Ensemble(files, learn).active(), torch.no_grad():
-                model = learn.model.eval()
+        for method, model in models.items():
+            model.eval()
+            with torch.no_grad():
                 seconds(model, batches[:1])    # warm
                 best[method] = [min(old, seconds(model, xs)) for old, xs in zip(best[method], ([batches[0][:1]], batches))]
     size = sum(t.numel() * t.element_size() for t in learn.model.state_dict().values())
@@ -125,6 +129,3 @@ def sections(records: list[dict], found: dict):
             rows.append([name, *(spread(100 * _at(found, m, k, 'accuracy'), 2) for k in budgets)])
         yield table(rows)
     yield '![test error and loss over the number of models](curves.png)'
-
-
-def _number(v): return None if v != v else v    # JSON knows no nan

@@ -43,7 +43,7 @@ class Recipe:
     swa_start: int    # index from 0 of the first epoch folded
     wd: float
     stats: tuple = CIFAR_STATS    # mean and standard deviation that the images are normalised by
-    padding: str = 'constant'
+    padding: str | None = 'constant'    # or 'reflect'; None: no augmentation
     published: dict = field(default_factory=dict)    # row -> (mean, standard deviation of 3 runs; None where only one was)
     bs: int = 128
     fixed_lr: bool = False    # the SWA run has `swa_lr` from its first epoch on
@@ -52,7 +52,7 @@ class Recipe:
     images: int | None = None    # training images, if no number is given; None: all
 
     @property
-    def epochs(self) -> int: return self.budget * 3 // 2
+    def epochs(self) -> int: return self.epochs_at(1.5)
 
     def epochs_at(self, budgets: float) -> int:
         "Epochs of a run of so many budgets: 1, 1.25 or 1.5."

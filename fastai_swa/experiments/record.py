@@ -8,6 +8,7 @@ from statistics import median
 from time import gmtime, monotonic, strftime
 
 import torch
+
 from ..ensemble import write_weights
 from ..files import read, replacing, write
 from ..modules import unwrap
@@ -15,7 +16,7 @@ from ..state import take
 from ..version import __version__
 from .recipes import parts, runs
 
-__all__ = ['Settings', 'Record', 'what_is_run', 'read_record', 'seed_files', 'seconds_text']
+__all__ = ['Settings', 'Record', 'what_is_run', 'read_record', 'seed_files', 'weights_file', 'snapshots_folder', 'json_number', 'seconds_text']
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Record:
 
     def file(self, ending) -> Path: return self.out/f'seed-{self.seed}.{ending}'
 
-    def folder(self, run: str) -> Path: return self.out/f'seed-{self.seed}-{_plain(run)}'
+    def folder(self, run: str) -> Path: return snapshots_folder(self.out, self.seed, run)
 
     def _save(self):
         with replacing(self.file('json')) as f: f.write(_as_json(self.data).encode())
@@ -96,7 +97,7 @@ class Record:
             if children and all(map(self.is_done, children)): self.file(f'fork{i}').unlink(missing_ok=True)
 
     def _save_weights(self, model, name):
-        write_weights(self.out/f'{self.folder(name).name}.pth', {k: v.cpu() for k, v in unwrap(model).state_dict().items()})
+        write_weights(weights_file(self.out, self.seed, name), {k: v.cpu() for k, v in unwrap(model).state_dict().items()})
 
     def line(self) -> str:
         "Where the part in training stands, for a progress display."
@@ -130,7 +131,8 @@ class _Clock:
 
     def left(self) -> float:
         "Expected seconds to the end of the seed's last part."
-        return sum(self._expected(self._folds(i, e)) for i, (p, data) in enumerate(zip(self.record.parts, self.record.data['parts']))
+        seconds = {folds: self._expected(folds) for folds in (False, True)}
+        return sum(seconds[self._folds(i, e)] for i, (p, data) in enumerate(zip(self.record.parts, self.record.data['parts']))
                    for e in range(len(data['epochs']), p.end - p.begin))
 
     def _folds(self, number, epoch) -> bool:
@@ -144,7 +146,11 @@ class _Clock:
         return 0.
 
 
-def _plain(name) -> str: return re.sub(r'[^a-z0-9.]+', '-', name.lower())
+def snapshots_folder(out: Path, seed: int, run: str) -> Path: return out/f'seed-{seed}-{re.sub("[^a-z0-9.]+", "-", run.lower())}'
+
+def weights_file(out: Path, seed: int, run: str) -> Path:
+    folder = snapshots_folder(out, seed, run)
+    return folder.with_name(f'{folder.name}.pth')
 
 def what_is_run(recipe, settings: Settings, images: dict) -> dict:
     "What all seeds in a folder have in common."
@@ -170,9 +176,9 @@ def seed_files(folder: Path) -> dict[int, Path]:
 
 def seconds_text(seconds) -> str: return f'{seconds:.2f} s' if seconds < 10 else f'{seconds:.0f} s'
 
-def _cells(row) -> dict: return {k: _cell(float(v)) for k, v in row.items()}
+def _cells(row) -> dict: return {k: json_number(float(v)) for k, v in row.items()}
 
-def _cell(v): return v if abs(v) < float('inf') else None    # JSON knows neither nan nor infinity
+def json_number(v): return v if abs(v) < float('inf') else None    # JSON knows neither nan nor infinity
 
 def _as_json(data) -> str:
     "Indented, but an epoch a line."

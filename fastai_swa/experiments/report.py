@@ -63,11 +63,12 @@ def load(folder: Path) -> tuple[list[dict], list[dict]]:
 def compare(folder, other) -> str:
     """The paired differences between two folders of `reproduce`, row by row, for the seeds that both have, as Markdown.
 
-    Raises `ValueError` as `report` does, if their lengths differ, or if they have no seed in common.
+    Raises `ValueError` as `report` does, if their lengths differ, if they have no seed in common, or if they compare ensembles.
     """
     both = [{r['seed']: r for r in load(Path(f))[0]} for f in (folder, other)]
     seeds, names = sorted(both[0].keys() & both[1].keys()), [Path(f).name for f in (folder, other)]
     if not seeds: raise ValueError(f'{folder} and {other} have no seed in common')
+    if any(RECIPES[r['recipe']].ensembles for records in both for r in records.values()): raise ValueError('ensembles cannot be compared row by row')
     if len({r['budget'] for records in both for r in records.values()}) > 1: raise ValueError(f'{folder} and {other} are of different lengths')
     a, b = ({name: values for name, (_, values) in ends([records[s] for s in seeds], 'accuracy').items()} for records in both)
     gains = {f'{name}, {names[0]}': values for name, values in a.items()} | {f'{name}, {names[1]}': values for name, values in b.items()}
@@ -84,7 +85,7 @@ def column(record: dict, run: str, name: str) -> list:
 def ends(records: list[dict], name: str) -> dict[str, tuple[int, np.ndarray]]:
     "Row of the table -> its number of epochs, and `name` ('accuracy' or 'valid_loss') at its end for each seed."
     budget = records[0]['budget']
-    lengths = {'1B': budget, '1.25B': int(budget * 1.25), '1.5B': budget * 3 // 2}
+    lengths = {f'{b:g}B': int(budget * b) for b in (1, 1.25, 1.5)}
     def at(run, column_name, epochs): return epochs, np.array([_float(column(r, run, column_name)[epochs - 1]) for r in records])
     rows = {}
     for b in ('1B', '1.5B'):
