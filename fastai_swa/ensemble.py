@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import Subset
 
 from .files import replacing
-from .modules import clean_copy, unwrap
+from .modules import clean_copy, plain_name, unwrap
 from .passes import no_fit
 from .state import not_copied
 
@@ -369,7 +369,7 @@ def load_into(module: nn.Module, weights, name: str = '') -> nn.Module:
 
 def _weights(member) -> dict:
     if isinstance(member, str | Path): return _read_weights(Path(member))
-    if isinstance(member, dict): return member
+    if isinstance(member, dict): return {plain_name(k): v for k, v in member.items()}
     return {k: v.detach().cpu() for k, v in unwrap(member.model if isinstance(member, Learner) else member).state_dict().items()}
 
 

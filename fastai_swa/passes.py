@@ -4,15 +4,17 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 
+import torch
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelTrainException
 from fastai.callback.hook import HookCallback
-from fastai.callback.progress import CSVLogger, ShowGraphCallback
+from fastai.callback.progress import CSVLogger, ProgressCallback, ShowGraphCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.callback.training import ShortEpochCallback
 from fastai.data.load import DataLoader
 from fastai.learner import AvgLoss, Recorder
 from fastai.torch_core import num_distrib, get_random_states, set_random_states, to_detach
+from fastcore.foundation import L
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader as TorchDataLoader, IterableDataset
 
@@ -22,20 +24,27 @@ from .modules import unwrap
 from .processes import Processes
 from .state import generators, loaders, own_generators, owned_modules
 
-__all__ = ['PassCancelled', 'copied_measures', 'validate_aside', 'refresh_bn', 'no_fit', 'is_fitting', 'check_engine']
+__all__ = ['PassCancelled', 'copied_measures', 'validate_aside', 'refresh_bn', 'untouched', 'autocast_left', 'concerns_training', 'no_fit',
+           'is_fitting', 'check_engine']
 
 
 class PassCancelled(Exception):
     "A callback cancelled a pass; it must not cancel the fit that the pass stands aside from."
 
 
-def validate_aside(learn) -> list:
+def validate_aside(learn, train_batches: int | bool = False, in_fit: bool = True) -> list:
     """Loss and metrics of `learn.model` on the validation set, as floats (`nan` where there is no value).
+
+    - `train_batches`: on the training set instead, as it comes in training: all of it (`True`), each sample once, or so many batches.
+    - `in_fit`: as in `refresh_bn`.
 
     Raises `PassCancelled` if a callback cancels it.
     """
     collector = _Collector(learn.metrics, Processes(learn))
-    with _aside(learn), learn.added_cbs(collector): _run(learn, _fresh_loader(learn.dls[1]))
+    with _aside(learn), _events_around(learn, in_fit):
+        if train_batches: dl = _training_loader(learn, None if train_batches is True else train_batches)
+        else: dl = _fresh_loader(learn.dls[1])
+        with learn.added_cbs(collector): _run(learn, dl)
     return plain_values(collector.measured)
 
 
@@ -46,17 +55,17 @@ def refresh_bn(learn, names, n_batches: int | None, in_fit: bool) -> Moments:
     several processes each takes a share of the samples, or `n_batches` of its own.
     Raises `PassCancelled` if a callback cancels the pass; like any error that leaves the statistics as they were.
     """
-    with _aside(learn), nullcontext() if in_fit or is_fitting(learn, '_do_fit') else learn.validation_context():
+    with _aside(learn), _events_around(learn, in_fit):
         model = unwrap(learn.model)    # data-parallel replicas would each keep statistics of their own
         modules, processes = dict(model.named_modules()), Processes(learn)
-        if processes.size > 1: dl = _share(learn.dls.train, processes, n_batches)
-        else:
-            dl = _each_once(_fresh_loader(learn.dls.train, drop_last=False))
-            if n_batches is not None: dl = _FirstBatches(dl, n_batches)
+        dl = _share(learn.dls.train, processes, n_batches) if processes.size > 1 else _training_loader(learn, n_batches)
         with batch_moments(model, {name: modules[name] for name in names}, processes.gather if processes.size > 1 else None) as moments, \
              _replaced(learn, 'model', model), learn.added_cbs(_EndBatch(moments)):
             _run(learn, dl)
     return moments
+
+
+def _events_around(learn, in_fit): return nullcontext() if in_fit or is_fitting(learn, '_do_fit') else learn.validation_context()
 
 
 def _run(learn, dl):
@@ -107,6 +116,12 @@ class _EndBatch(Callback):
     def __init__(self, moments): self.moments = moments
     def after_batch(self): self.moments.end_batch()
     def after_cancel_validate(self): raise PassCancelled('batch norm')
+
+
+def _training_loader(learn, n_batches):
+    "The training set, or `n_batches` of it, each sample once."
+    dl = _each_once(_fresh_loader(learn.dls.train, drop_last=False))
+    return dl if n_batches is None else _FirstBatches(dl, n_batches)
 
 
 class _FirstBatches:
@@ -163,7 +178,7 @@ def _replaced(o, name, value):
 
 _LOOP = 'dl xb yb pred loss loss_grad iter n_iter training epoch n_epoch train_iter pct_train'.split()
 
-def _concerns_training(cb) -> bool:
+def concerns_training(cb) -> bool:
     "Does `cb` record, watch, steer or end training, so that a pass aside from it must not reach it?"
     return (getattr(cb, 'remove_on_fetch', False)
             or isinstance(cb, TerminateOnNaNCallback | ShortEpochCallback | ParamScheduler | HookCallback | CSVLogger | ShowGraphCallback)
@@ -173,7 +188,7 @@ def _concerns_training(cb) -> bool:
 @contextmanager
 def _aside(learn):
     "Within this context the learner's loop runs without what concerns training; all that it changes is put back."
-    muted = [cb for cb in learn.cbs if _concerns_training(cb)]
+    muted = [cb for cb in learn.cbs if concerns_training(cb)]
     runs = [(vars(cb), vars(cb).get('run')) for cb in muted]
     loop = {name: vars(learn)[name] for name in _LOOP if name in vars(learn)}
     bars = [(vars(cb), vars(cb)['pbar']) for cb in learn.cbs if 'pbar' in vars(cb)]
@@ -199,6 +214,39 @@ def _aside(learn):
         for attrs, run in runs:
             if run is None: attrs.pop('run', None)
             else: attrs['run'] = run
+
+
+@contextmanager
+def untouched(learn):
+    """Within this context passes can be made with other weights and without a progress bar for each; at its end, however that comes, learner and
+    callbacks hold what they held, and all random generators stand where they stood."""
+    kept = [(vars(o), dict(vars(o))) for o in (learn, *learn.cbs)]
+    with autocast_left(), _aside(learn):
+        try:
+            learn.cbs = L(cb for cb in learn.cbs if not isinstance(cb, ProgressCallback))
+            yield
+        finally:
+            for attrs, old in kept:
+                attrs.clear()
+                attrs.update(old)
+
+
+@contextmanager
+def autocast_left():
+    "fastai's MixedPrecision stays within autocast when a forward pass raises, and what is trained after that gets stale weights from its cache."
+    depth = _autocast_depth()
+    kept = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ('cuda', 'cpu')]
+    try: yield
+    finally:
+        for _ in range(_autocast_depth() - depth): torch.autocast_decrement_nesting()
+        for kind, enabled, dtype in kept:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        torch.clear_autocast_cache()
+
+def _autocast_depth():
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
 
 
 def check_engine(learn):

@@ -63,11 +63,13 @@ def without_times(data):
 
 def assert_same_seed(a, b, seed=0):
     "Two folders hold bitwise the same of a seed, and nothing else than that."
-    files = sorted(f.name for f in a.glob(f'seed-{seed}*'))
-    assert files == sorted(f.name for f in b.glob(f'seed-{seed}*')) == sorted(
-        [f'seed-{seed}.json', *(f'seed-{seed}-{n}.pth' for n in ('sgd-1b', 'sgd-1.5b', 'swa', 'swa-average'))])
+    def all_files(folder): return sorted(str(f.relative_to(folder)) for f in folder.rglob('*') if str(f.relative_to(folder)).startswith(f'seed-{seed}'))
+    files = [f for f in all_files(a) if f.endswith('.pth')]
+    assert all_files(a) == all_files(b)
+    assert [f for f in files if '/' not in f] == [f'seed-{seed}-{n}.pth' for n in ('sgd-1.5b', 'sgd-1b', 'swa-average', 'swa')]
+    assert {f for f in all_files(a)} - set(files) == {f'seed-{seed}.json', f'seed-{seed}-swa', f'seed-{seed}-swa/index.json'}
     assert without_times(json.loads((a/f'seed-{seed}.json').read_text())) == without_times(json.loads((b/f'seed-{seed}.json').read_text()))
-    for name in files[:-1]:
+    for name in files:
         x, y = torch.load(a/name), torch.load(b/name)
         assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
 
@@ -111,6 +113,11 @@ def test_runs_that_share_their_first_epochs_end_as_each_would_by_itself(tmp_path
         assert [(row['valid_loss'], row['accuracy']) for row in rows] == [tuple(r[1:]) for r in table]
         folded = range(4, 9) if name == 'SWA' else [n - 1]
         assert [i for i, row in enumerate(rows) if row.get('swa_accuracy') is not None] == list(folded)
+    folder = tmp_path/'seed-0-swa'
+    assert json.loads((folder/'index.json').read_text())['epochs'] == list(range(4 - 3, 9 - 3))    # of the part, which begins with epoch 3
+    for i, ws in enumerate(weights[4:]):
+        snapshot = torch.load(folder/f'snapshot-{i + 1:02}.pth')
+        assert all(torch.equal(snapshot[k].double(), w) for (k, _), w in zip(learn.model.named_parameters(), ws))
     average = torch.load(tmp_path/'seed-0-swa-average.pth')
     for (k, p), *ws in zip(learn.model.named_parameters(), *weights[4:]): torch.testing.assert_close(average[k], sum(ws).div(5).float(), rtol=1e-6, atol=1e-7)
 
@@ -301,7 +308,8 @@ def test_the_record_says_what_was_run_on_what_and_is_standard_json(whole):
     session, = data['sessions']
     assert session['versions']['torch'] == torch.__version__.partition('+')[0] and session['hardware']['cores'] == os.cpu_count() and session['jobs'] == 1
     assert data['settings'] == {'scale': 1., 'images': 200, 'device': 'cpu', 'precision': 'fp32', 'compile': None, 'deterministic': False}
-    assert list(data['parts'][-1]['epochs'][0]) == ['lr', 'train_loss', 'valid_loss', 'accuracy', 'swa_valid_loss', 'swa_accuracy', 'seconds']
+    assert list(data['parts'][-1]['epochs'][0]) == [
+        'lr', 'train_loss', 'valid_loss', 'accuracy', 'swa_valid_loss', 'swa_accuracy', 'ens_valid_loss', 'ens_accuracy', 'seconds']
     assert len(text.splitlines()) < 120    # an epoch a line
 
 
@@ -517,7 +525,7 @@ def test_a_seed_after_one_that_ran_out_of_memory_within_autocast_is_trained_as_a
 
 def processes(folder): return subprocess.run(['pgrep', '-f', str(folder)], capture_output=True, text=True).stdout.split()
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end: time.sleep(.05)
     assert condition()

@@ -120,8 +120,12 @@ def runs(recipe: Recipe) -> list[Run]:
     snapshots and FGE, none of which takes more than the budget."""
     def sgd(name, n): return Run(name, tuple(sgd_lr(recipe, e, n) for e in range(n)), n - 1)
     if recipe.ensembles: return [sgd('SGD 1B', recipe.budget), *_ensemble_runs(recipe)]
-    return [sgd('SGD 1B', recipe.budget), sgd('SGD 1.5B', recipe.epochs),
-            Run('SWA', tuple(swa_lr(recipe, e) for e in range(recipe.epochs)), recipe.swa_start)]
+    return [sgd('SGD 1B', recipe.budget), sgd('SGD 1.5B', recipe.epochs), _swa_run(recipe, recipe.epochs)]
+
+
+def _swa_run(recipe, n) -> Run:
+    "Of `n` epochs; ten snapshots of the weights that it averages, or fewer, show their path."
+    return Run('SWA', tuple(swa_lr(recipe, e) for e in range(n)), recipe.swa_start, (recipe.swa_start, -(-(n - recipe.swa_start) // 10)))
 
 
 def _ensemble_runs(recipe) -> list[Run]:
@@ -133,7 +137,7 @@ def _ensemble_runs(recipe) -> list[Run]:
     n_cycles = (budget - start + e.fge_len // 2) // e.fge_len    # the last of which ends at its low point
     if n_cycles < 1: raise ValueError(f'{budget - start} epochs are too few for a cycle of {e.fge_len}: take a greater scale')
     fge = tuple(FGEEpoch(i % e.fge_len, e.fge_len, e.fge_lr) for i in range(fge_epochs(n_cycles, e.fge_len)))
-    return [Run('SWA', tuple(swa_lr(recipe, i) for i in range(budget)), recipe.swa_start),
+    return [_swa_run(recipe, budget),
             Run('snapshots', snapshots, len(snapshots) - 1, (length - 1, length)),
             Run('FGE', tuple(sgd_lr(recipe, i, budget) for i in range(start)) + fge, start + len(fge) - 1, (start + e.fge_len // 2 - 1, e.fge_len))]
 

@@ -22,6 +22,7 @@ from ..callback import SWACallback
 from ..checkpoint import CheckpointCallback
 from ..files import InUse, Lock
 from ..learner import EpochScheduler
+from ..passes import autocast_left
 from ..snapshots import SnapshotCallback
 from ..state import restore
 from ..vision import cifar
@@ -121,7 +122,7 @@ def _train(record, number, state, dls, until, show):
         swa = SWACallback(run.swa_start - part.begin)
         cbs.append(swa)
         if run.snapshots: cbs.append(SnapshotCallback(run.snapshots[0] - part.begin, run.snapshots[1], record.folder(run.name)))
-    with learn.no_logging(), _autocast_left(record.settings.device):
+    with learn.no_logging(), autocast_left():
         learn.fit(part.end - part.begin, run.lr(part.begin, 0, 1), cbs=[*cbs, _Log(record, swa, show)])
     if not record.is_done(number): raise TimeIsUp
 
@@ -136,22 +137,6 @@ def _settings_restored():
         cudnn.benchmark, cudnn.deterministic = kept[:2]
         torch.use_deterministic_algorithms(kept[2])
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def _autocast_left(device):
-    "fastai's MixedPrecision stays within autocast when a forward pass raises, and what is trained after that gets stale weights from its cache."
-    kind = torch.device(device).type
-    depth, enabled = _autocast_depth(), torch.is_autocast_enabled(kind)
-    try: yield
-    finally:
-        for _ in range(_autocast_depth() - depth): torch.autocast_decrement_nesting()
-        torch.set_autocast_enabled(kind, enabled)
-        torch.clear_autocast_cache()
-
-def _autocast_depth():
-    torch.autocast_increment_nesting()
-    return torch.autocast_decrement_nesting()
 
 
 def _learner(recipe, seed, settings, dls) -> Learner:

@@ -1,0 +1,188 @@
+"""`Curve`: a way between two solutions along which the loss stays low."""
+import copy
+from numbers import Real
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import ParamScheduler, SchedLin, SchedNo, combine_scheds
+from fastai.learner import Learner, defaults
+from fastai.optimizer import OptimWrapper
+from fastai.torch_core import set_seed
+from fastcore.foundation import L
+from fastcore.meta import delegates
+from torch import nn
+from torch.func import functional_call
+
+from .batchnorm import check_count
+from .columns import recorder_of
+from .files import read, write
+from .geometry import CURVES, arc_lengths, inner_products
+from .landscape import Space, check_ts, fingerprints, line, measured, named_solutions, weighted_sum
+from .passes import concerns_training, untouched
+from .surfaces import Profile
+
+__all__ = ['Curve']
+
+
+class Curve:
+    """A curve between two solutions, whose bends are trained so that the loss along it stays low.
+
+    - `learn`: gives model, data, loss, metrics and optimizer; its own weights stay as they are.
+    - `solutions`: the two ends, which stay bitwise as they are; see `rays`.
+    - `n_bends`: points between them, which begin on the straight line at equal steps.
+    - `kind`: 'bezier', or 'chain' for straight pieces.
+
+    `fit` trains it, `evaluate` measures along it, `straight` along the line for comparison. Works with any model: the weights at a point of the curve
+    are handed to it by `torch.func.functional_call`. Parameters that require no gradient and are equal at both ends stay so.
+
+    Garipov et al. 2018 (arXiv 1802.10026), section 3. Raises `ValueError` or `TypeError`, naming it, for what cannot be used, such as
+    two equal solutions.
+    """
+    def __init__(self, learn: Learner, solutions, n_bends: int = 1, kind: str = 'bezier'):
+        if kind not in CURVES: raise ValueError(f'kind must be {" or ".join(map(repr, CURVES))}, not {kind!r}')
+        self.learn, self.kind, self.n_bends = learn, kind, check_count('n_bends', n_bends, optional=False)
+        self._space, named = Space(learn), named_solutions(solutions, 2, 'a curve')
+        self.names = list(named)
+        (a, self._buffers), (b, _) = (self._space.load(o, name) for name, o in named.items())
+        if torch.equal(a, b): raise ValueError(f'{" and ".join(named)} are the same weights: a curve needs two that differ')
+        self._points = [torch.lerp(a, b, i / (n_bends + 1)) for i in range(n_bends + 2)]    # flat, on the CPU
+        self._n_fits = 0
+
+    @property
+    def ends(self) -> dict[str, dict]:
+        "Name -> state dict of the two solutions."
+        return dict(zip(self.names, (self._state_dict(p) for p in (self._points[0], self._points[-1]))))
+
+    @property
+    def bends(self) -> list[dict]:
+        "State dicts. With those of the ends they span the plane that a curve with one bend lies in."
+        return [self._state_dict(p) for p in self._points[1:-1]]
+
+    def solution(self, t: float) -> dict:
+        "State dict of the point at `t`, from 0 to 1; its batch-norm statistics are the first end's, and not refreshed."
+        t, = check_ts([t], 0, 1)
+        return self._state_dict(weighted_sum(self._points, CURVES[self.kind](t, self.n_bends + 2)))
+
+    def _state_dict(self, weights): return self._space.state_dict(weights, self._buffers)
+
+    @property
+    def length(self) -> float:
+        "Of the curve, in Euclidean distance in weight space."
+        return float(arc_lengths(self.kind, inner_products(self._points), [1.])[0])
+
+    def fit(self,
+        n_epoch:int,    # number of epochs, to train on as many points of the curve as they have batches
+        lr:float=None,    # learning rate of the first half; then it falls to a hundredth in a straight line until 0.9. Default: the learner's
+        wd:float=0.,    # weight decay: `wd / 2` times the squared norm of the weights at the point of the curve is added to the loss
+        opt_func=None,    # optimizer; default: the learner's
+        cbs=None,    # callbacks, such as a CheckpointCallback
+        seed:int=0    # of the points, and of order and augmentation of the samples
+    ) -> 'Curve':
+        """Train the bends: each batch sees the model at a point drawn uniformly in t (Garipov et al. 2018, equation 2). A further fit goes on.
+
+        Callbacks of the learner that do not record, show or steer training, such as mixed precision, work here as they do there. The
+        learner is afterwards as it was. Interrupted, the curve keeps what it has learned. Raises `ValueError` or `TypeError`, naming the argument,
+        for one that cannot be used.
+        """
+        n_epoch = check_count('n_epoch', n_epoch, optional=False)
+        lr, wd = _check_rate('lr', self.learn.lr if lr is None else lr), _check_rate('wd', wd, least=0)
+        opt_func = opt_func or self.learn.opt_func
+        if isinstance(opt_func, OptimWrapper): raise TypeError("opt_func is needed: the learner's is bound to the parameters of its own model")
+        model = _OnCurve(self._space, self._points, self.kind)
+        falling = combine_scheds([.5, .4, .1], [SchedNo(lr, lr), SchedLin(lr, lr / 100), SchedNo(lr / 100, lr / 100)])
+        with untouched(self.learn):
+            set_seed(int(np.random.SeedSequence([check_count('seed', seed, least=0, optional=False), self._n_fits]).generate_state(1)[0]))
+            learn = _CurveLearner(self.learn, model, opt_func, lr, self._space.shows_progress)
+            self._n_fits += 1
+            try: learn.fit(n_epoch, lr, cbs=[_WeightDecay(wd), ParamScheduler({'lr': falling}), *L(cbs)])
+            finally: self._points[1:-1] = [p.detach().cpu() for p in model.bends]
+        return self
+
+    @delegates(measured)
+    def evaluate(self, ts=61, **kwargs) -> Profile:
+        "Loss and metrics at so many points along the curve, or at the points `ts` from 0 to 1; further arguments and errors as for `rays`."
+        n, ts = self.n_bends + 2, check_ts(ts, 0, 1)
+        products, prints = inner_products(self._points), fingerprints(dict(enumerate(self._points)))
+        about = {'kind': 'curve', 'curve': self.kind, 'solutions': dict(zip(self.names, np.sqrt(products.diagonal()[[0, -1]]).tolist())),
+                 'length': self.length, 'arc': arc_lengths(self.kind, products, ts).tolist(),
+                 'spec': {'curve': self.kind, 'points': list(prints.values()), 'ts': ts}}
+        points = [p.to(self._space.device) for p in self._points]
+        def at(i): return weighted_sum(points, CURVES[self.kind](ts[i], n)), self._buffers
+        return measured(self._space, Profile, about, [(t,) for t in ts], at, **kwargs)
+
+    @delegates(measured)
+    def straight(self, ts=61, **kwargs) -> Profile:
+        "The same along the straight line between the ends."
+        return line(self.learn, self.ends, ts=check_ts(ts, 0, 1), **kwargs)
+
+    def save(self, path):
+        "Write ends and bends to `path`, in one step; `torch.load(path, weights_only=True)` reads it, too. Raises `OSError`."
+        write(Path(path), 'curve', 1, {'kind': self.kind, 'ends': self.ends, 'bends': self._points[1:-1]})
+
+    @classmethod
+    def load(cls, path, learn: Learner) -> 'Curve':
+        "What `save` wrote. Raises `ValueError` if it is damaged, something else, or of another architecture than `learn` has."
+        saved = read(Path(path), 'curve', 1)
+        curve = cls(learn, saved['ends'], len(saved['bends']), saved['kind'])
+        curve._points[1:-1] = saved['bends']
+        return curve
+
+    def __repr__(self):
+        kind = {'bezier': 'Bezier curve', 'chain': 'Polygonal chain'}[self.kind]
+        return f'{kind} with {self.n_bends} bend{"s" * (self.n_bends > 1)} from {" to ".join(self.names)}, {self.length:.4g} long'
+
+
+class _OnCurve(nn.Module):
+    "The model of `space` with the weights of a random point of the curve, a new one for each batch."
+    def __init__(self, space, points, kind):
+        super().__init__()
+        self.inner, self.space, self.kind = space.scratch, space, kind
+        first, *bends, last = (p.to(space.device, copy=True) for p in points)
+        self.register_buffer('first', first)
+        self.register_buffer('last', last)
+        self.bends = nn.ParameterList(map(nn.Parameter, bends))
+        trained = [p.requires_grad for p in space.originals.values()]
+        held = torch.cat([torch.full((p.numel(),), not t, device=space.device) for p, t in zip(space.params, trained)])
+        held &= first == last
+        if held.any():
+            for p in self.bends: p.register_hook(lambda grad: grad.masked_fill(held, 0))
+
+    def forward(self, *args, **kwargs):
+        t, points = torch.rand(()).item(), [self.first, *self.bends, self.last]    # drawn on the host: the device does not wait
+        weights = sum(p * float(share) for p, share in zip(points, CURVES[self.kind](t, len(points))) if share)
+        self.squared_norm = weights.square().sum()
+        return functional_call(self.inner, self.space.named(weights), args, kwargs)
+
+    def reset(self):
+        if hasattr(self.inner, 'reset'): self.inner.reset()
+
+
+class _WeightDecay(Callback):
+    "Adds the penalty to what is differentiated; the loss that is shown is the plain one."
+    order = 0    # before the loss is divided or scaled
+    def __init__(self, wd): self.wd = wd
+    def after_loss(self):
+        if self.wd: self.learn.loss_grad = self.loss_grad + self.wd / 2 * self.model.squared_norm
+
+
+class _CurveLearner(Learner):
+    "Trains `model` as `learn` trains its own, without a validation: which point of the curve should it be at?"
+    def __init__(self, learn, model, opt_func, lr, shows_progress):
+        default = tuple(defaults.callbacks)
+        own = [copy.copy(cb) for cb in learn.cbs if not isinstance(cb, default) and not concerns_training(cb)]
+        super().__init__(learn.dls, model, learn.loss_func, opt_func, lr, lambda m: [list(m.bends)], own, path=learn.path, wd=0., wd_bn_bias=True,
+                         train_bn=False, moms=learn.moms)
+        recorder_of(self).valid_metrics = False
+        self.logger = learn.logger
+        if not shows_progress: self.remove_cbs(ProgressCallback)
+
+    def _do_epoch_validate(self, *args, **kwargs): pass
+
+
+def _check_rate(name, x, least=None):
+    if isinstance(x, bool) or not isinstance(x, Real): raise TypeError(f'{name} must be a number, not {x!r}')
+    if not (0 < x if least is None else least <= x) or x == float('inf'): raise ValueError(f'{name} must be positive, not {x!r}')
+    return float(x)

@@ -1,0 +1,293 @@
+"""Loss and metrics around and between solutions: along rays, on a line, in a plane. Each point is validated by the learner's own loop."""
+import hashlib, warnings
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from numbers import Integral, Real
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastai.callback.progress import ProgressCallback
+from fastai.learner import Learner
+from fastai.torch_core import set_seed
+from fastcore.meta import delegates
+from fastprogress.fastprogress import progress_bar
+from torch import nn
+
+from .averaging import WeightAverage, lent
+from .batchnorm import check_count, tracked_bn
+from .callback import SWACallback
+from .ensemble import Ensemble, load_into
+from .geometry import Frame, direction
+from .modules import clean_copy, unwrap
+from .passes import PassCancelled, refresh_bn, untouched, validate_aside
+from .snapshots import SnapshotCallback
+from .state import not_copied
+from .surfaces import MemoryRows, Plane, PointFile, Profile, Rays
+
+__all__ = ['rays', 'line', 'plane', 'Space', 'measured', 'named_solutions', 'weighted_sum',
+           'fingerprints', 'check_ts']
+
+
+class Space:
+    """The weights of a learner's model as one flat vector: all its parameters, in float32 at least, end to end.
+
+    - `scratch`: a clean copy of the model, on the device of the data, which takes on the weights of one point after the other.
+    """
+    def __init__(self, learn: Learner):
+        self.learn, self.scratch = learn, clean_copy(learn.model, not_copied(learn))
+        device = getattr(learn.dls, 'device', None)
+        if device is not None: self.scratch.to(device)
+        self.originals = {k: p for k, p in self.scratch.named_parameters() if p.is_floating_point() or p.is_complex()}
+        self.params = [torch.view_as_real(p.detach()) if p.is_complex() else p.detach() for p in self.originals.values()]
+        if not self.params: raise ValueError('the model has no parameters: there is nothing to move')
+        self.shows_progress = any(isinstance(cb, ProgressCallback) for cb in learn.cbs)
+        self.device, self.dtype = self.params[0].device, torch.float32
+        for p in self.params: self.dtype = torch.promote_types(self.dtype, p.dtype)
+
+    def named(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        "`weights` as the model's parameters have them, by name; gradients flow through."
+        pieces = [w.view(p.shape).to(p.dtype) for w, p in zip(weights.split([p.numel() for p in self.params]), self.params)]
+        return {k: torch.view_as_complex(w) if p.is_complex() else w for (k, p), w in zip(self.originals.items(), pieces)}
+
+    def load(self, solution, name: str):
+        "Weights, on the CPU, and buffers of a `solution`. Raises as `ensemble.load_into` does, and `ValueError` for weights that are not finite."
+        load_into(self.scratch, solution, name)
+        weights = torch.cat([p.to('cpu', self.dtype).flatten() for p in self.params])
+        if not weights.isfinite().all(): raise ValueError(f'{name} has weights that are not finite')
+        return weights, {k: b.clone() for k, b in self.scratch.named_buffers()}
+
+    def put(self, weights: torch.Tensor, buffers: dict):
+        "Give `scratch` these `weights` and `buffers`."
+        pieces = weights.to(self.device).split([p.numel() for p in self.params])
+        with torch.no_grad(): torch._foreach_copy_(self.params, [w.view(p.shape) for w, p in zip(pieces, self.params)])
+        for k, b in self.scratch.named_buffers(): b.data = buffers[k].clone()
+
+    def state_dict(self, weights: torch.Tensor, buffers: dict) -> dict:
+        "`weights` as a state dict of copies on the CPU."
+        self.put(weights, buffers)
+        return {k: v.detach().to('cpu', copy=True) if isinstance(v, torch.Tensor) else v for k, v in self.scratch.state_dict().items()}
+
+
+def named_solutions(solutions, n: int | None = None, what: str = '') -> dict:
+    """Name -> state dict, module, learner or path of `solutions`: one, a list, a dict that names them, an `Ensemble` or a `SnapshotCallback`.
+
+    Raises `ValueError` unless there are `n` of them, for `what`, and `TypeError` for what is none.
+    """
+    if isinstance(solutions, Ensemble): solutions = solutions.members
+    elif isinstance(solutions, SnapshotCallback): solutions = solutions.snapshots
+    is_state_dict = isinstance(solutions, Mapping) and all(isinstance(v, torch.Tensor) for v in solutions.values())
+    if isinstance(solutions, Mapping) and not is_state_dict: named = {str(name): o for name, o in solutions.items()}
+    else:
+        several = list(solutions) if isinstance(solutions, Iterable) and not isinstance(solutions, Mapping | nn.Module | str) else [solutions]
+        named = {_name(o, i + 1): o for i, o in enumerate(several)}
+        if len(named) < len(several): named = {f'solution {i + 1}': o for i, o in enumerate(several)}    # files of one name
+    if not named: raise ValueError('solutions is empty: one is needed at least')
+    if n is not None and len(named) != n: raise ValueError(f'solutions must be {n} for {what}, not {len(named)}')
+    return {name: _weights_of(o, name) for name, o in named.items()}
+
+
+def _name(solution, number):
+    if isinstance(solution, str | Path): return Path(solution).stem
+    return 'average' if isinstance(solution, SWACallback | WeightAverage) else f'solution {number}'
+
+
+def _weights_of(o, name):
+    if isinstance(o, SWACallback | WeightAverage):
+        if not o.n_averaged: raise ValueError(f'{name} has averaged nothing yet')
+        return o.swa_model
+    if isinstance(o, Learner | nn.Module | Mapping | str | Path): return o
+    raise TypeError(f'{name} must be a state dict, a module, a learner, a path or a SWACallback, not {o!r}')
+
+
+def weighted_sum(vectors, shares) -> torch.Tensor:
+    "One that has a share of 1 beside zeros comes out bitwise."
+    res = vectors[0] * float(shares[0])
+    for v, share in zip(vectors[1:], shares[1:]): res.add_(v, alpha=float(share))
+    return res
+
+
+def measured(space, kind, about, points, at,
+    sets=('train', 'valid'),    # on which data: 'train', 'valid' or both
+    bn_batches:int=None,    # training batches used to refresh batch norm at each point; None: the whole training set
+    train_batches:int=None,    # training batches that the 'train' columns are of; None: the whole training set
+    seed:int=0,    # of all that is drawn: directions, and order and augmentation of training samples, which are the same at each point
+    file=None,    # gets a line for each point as it is measured; the same call goes on with a file that is not complete
+):
+    """A surface of class `kind`, with loss and metrics at each of the `points`. `at(i)` gives weights and buffers of point i.
+
+    At each point batch norm is refreshed as a `SWACallback` does it, and the learner's own loop validates, with all its callbacks that do not
+    record, show or steer training. The learner is afterwards as it was, also after an error or Ctrl-C: weights, statistics, modes,
+    optimizer, callbacks and all random generators.
+    """
+    learn, sets = space.learn, _check_sets(sets)
+    bn_batches, train_batches = check_count('bn_batches', bn_batches), check_count('train_batches', train_batches)
+    columns = [f'{ds}_{name}' for ds in sets for name in ('loss', *(m.name for m in learn.metrics))] + ['norm']
+    spec = {'kind': about['kind'], **about['spec'], 'columns': columns, 'bn_batches': bn_batches,
+            'train_batches': train_batches, 'seed': check_count('seed', seed, least=0, optional=False),
+            'data': [_size(dl) for dl in (learn.dls.train, learn.dls[1])]}
+    surface = kind(about | {'columns': columns, 'spec': spec}, points)
+    rows = MemoryRows(surface) if file is None else PointFile(file, surface)
+    try:
+        todo, remarks = np.flatnonzero(~rows.surface.is_measured).tolist(), {}
+        with untouched(learn):
+            set_seed(seed)    # each pass puts the generators back, so that all begin the same
+            names = list(tracked_bn(unwrap(learn.model)))
+            for i in progress_bar(todo, display=space.shows_progress):
+                weights, buffers = at(i)
+                space.put(weights, buffers)
+                with lent(space.scratch, learn.model): row = _measure(learn, names, sets, bn_batches, train_batches, remarks)
+                rows.add(i, row | {'norm': _norm(weights)})
+    except PassCancelled: raise RuntimeError('a callback of the learner cancels validations or batch-norm passes: remove it first') from None
+    finally: rows.close()
+    if 'skipped' in remarks: warnings.warn(remarks['skipped'])
+    return rows.surface
+
+
+@delegates(measured)
+def rays(
+    learn:Learner,    # gives model, data, loss and metrics
+    solutions,    # from which the rays start, see `named_solutions`
+    distances=None,    # at which to measure: numbers, or the greatest, to which there are 20; default: the norm of the first solution's weights
+    n_rays:int=10,    # random directions, uniform on the sphere, the same for each solution
+    **kwargs
+) -> Rays:
+    """Loss and metrics along random rays from `solutions`: how wide the optimum is that each lies in.
+
+    Izmailov et al. 2018 (arXiv 1803.05407), section 4.1 and Fig. 4. Distances are Euclidean, in the space of all parameters. `Rays.widths` says
+    where a metric crosses a level. A solution is a state dict, a module, a learner, a path to what `learn.save(with_opt=False)` or `torch.save`
+    wrote, or a `SWACallback`, for its average; several are a list, a dict whose keys name them, an `Ensemble` or a `SnapshotCallback`.
+
+    For `sets` to `file` see `landscape.measured`. Raises `ValueError`, `TypeError` or `FileNotFoundError`, naming it, for what cannot be
+    used.
+    """
+    n_rays, space = check_count('n_rays', n_rays, optional=False), Space(learn)
+    named = named_solutions(solutions)
+    loaded = [space.load(o, name) for name, o in named.items()]
+    norms = [float(w.double().norm()) for w, _ in loaded]
+    distances = _check_distances(norms[0] if distances is None else distances)
+    spec = {'solutions': fingerprints({k: w for k, (w, _) in zip(named, loaded)}), 'n_rays': n_rays, 'distances': distances}
+    points = [(k, *p) for k in range(len(named)) for p in ((-1, 0), *((r, d) for r in range(n_rays) for d in distances))]
+    about = {'kind': 'rays', 'solutions': dict(zip(named, norms)), 'n_rays': n_rays, 'distances': distances, 'spec': spec}
+    starts = [(w.to(space.device), b) for w, b in loaded]
+    seed = kwargs.get('seed', 0)
+    @lru_cache(1)    # the points of a ray follow each other
+    def ray(number): return direction(len(starts[0][0]), seed, number).to(space.device, space.dtype)
+    def at(i):
+        k, number, distance = points[i]
+        weights, buffers = starts[k]
+        return weights if number < 0 else weights.add(ray(number), alpha=distance), buffers
+    return measured(space, Rays, about, points, at, **kwargs)
+
+
+@delegates(measured)
+def line(
+    learn:Learner,    # gives model, data, loss and metrics
+    solutions,    # two: from the first one, t = 0, through the second one, t = 1
+    ts=41,    # where to measure: values of t, or so many from -0.5 to 1.5
+    **kwargs
+) -> Profile:
+    """Loss and metrics on the straight line through two solutions, and beyond both.
+
+    Izmailov et al. 2018, section 4.2 and Fig. 5. Solutions, further arguments and errors as for `rays`; two equal solutions are a `ValueError`.
+    """
+    space, named = Space(learn), named_solutions(solutions, 2, 'a line')
+    (a, buffers), (b, _) = loaded = [space.load(o, name) for name, o in named.items()]
+    ts = check_ts(ts, -.5, 1.5) if isinstance(ts, Integral) else check_ts(ts)
+    length = float((b.double() - a.double()).norm())
+    if not length: raise ValueError(f'{" and ".join(named)} are the same weights: a line needs two that differ')
+    about = {'kind': 'line', 'solutions': {name: float(w.double().norm()) for name, (w, _) in zip(named, loaded)}, 'length': length,
+             'arc': [t * length for t in ts], 'spec': {'solutions': fingerprints({k: w for k, (w, _) in zip(named, loaded)}), 'ts': ts}}
+    a, b = a.to(space.device), b.to(space.device)
+    return measured(space, Profile, about, [(t,) for t in ts], lambda i: (torch.lerp(a, b, ts[i]), buffers), **kwargs)
+
+
+@delegates(measured)
+def plane(
+    learn:Learner,    # gives model, data, loss and metrics
+    solutions,    # three; the first is the origin, the second lies on the x axis
+    n_points=21,    # of the grid on each axis, or a pair for x and y
+    margin=.2,    # the grid goes beyond the solutions by this share of their spread on each axis, or a pair for x and y
+    marks=None,    # more solutions, as a dict that names them: projected onto the plane, for the figure
+    trajectory=(),    # a path of solutions, likewise
+    **kwargs
+) -> Plane:
+    """Loss and metrics on a grid in the plane through three solutions, with axes by Gram-Schmidt; x and y are Euclidean distances.
+
+    Garipov et al. 2018 (arXiv 1802.10026), appendix A.3; Izmailov et al. 2018, Figs. 1 and 3. Solutions, further arguments and errors as for
+    `rays`; solutions of which two are equal or that lie on a line are a `ValueError`.
+    """
+    space, named = Space(learn), named_solutions(solutions, 3, 'a plane')
+    counts = [check_count('n_points', n, least=2, optional=False) for n in _pair('n_points', n_points)]
+    margins = np.array([float(_numbers('margin', m)[0]) for m in _pair('margin', margin)])
+    if (margins < 0).any(): raise ValueError(f'margin must be at least 0, not {margin!r}')
+    loaded = [space.load(o, name) for name, o in named.items()]
+    frame, buffers = Frame.through([w for w, _ in loaded], list(named)), loaded[0][1]
+    def projected(others): return {name: frame.project(space.load(o, name)[0]) for name, o in others.items()}
+    trajectory = trajectory if isinstance(trajectory, list | tuple) and not trajectory else named_solutions(trajectory)
+    low, high = frame.corners.min(0), frame.corners.max(0)
+    beyond = margins * (high - low)
+    xs, ys = (np.linspace(*ends).tolist() for ends in zip(low - beyond, high + beyond, counts))
+    about = {'kind': 'plane', 'solutions': dict(zip(named, frame.corners.tolist())), 'xs': xs, 'ys': ys,
+             'marks': projected(named_solutions(marks)) if marks else {}, 'trajectory': list(projected(trajectory).values()) if trajectory else [],
+             'spec': {'solutions': fingerprints({k: w for k, (w, _) in zip(named, loaded)}), 'n_points': counts, 'margin': margins.tolist()}}
+    points, corners = [(x, y) for y in ys for x in xs], [w.to(space.device) for w, _ in loaded]
+    return measured(space, Plane, about, points, lambda i: (weighted_sum(corners, frame.shares(*points[i])), buffers), **kwargs)
+
+
+def _measure(learn, names, sets, bn_batches, train_batches, remarks) -> dict:
+    if names: remarks |= refresh_bn(learn, names, bn_batches, in_fit=False).remarks
+    row = {}
+    for ds in sets:
+        values = validate_aside(learn, (train_batches or True) if ds == 'train' else False, in_fit=False)
+        row |= {f'{ds}_{name}': _number(v) for name, v in zip(('loss', *(m.name for m in learn.metrics)), values)}
+    return row
+
+
+def _norm(weights): return float(torch.linalg.vector_norm(weights, dtype=None if weights.device.type == 'mps' else torch.float64))
+
+def _number(v):
+    try: return float(v)
+    except (TypeError, ValueError): return float('nan')    # a metric may give anything
+
+def _size(dl):
+    "Samples, if that is known, and batch size."
+    n = getattr(dl, 'n', None) or (len(dl.dataset) if hasattr(getattr(dl, 'dataset', None), '__len__') else None)
+    return [n, getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)]
+
+
+def fingerprints(vectors: dict) -> dict: return {name: hashlib.sha256(w.numpy().data).hexdigest()[:16] for name, w in vectors.items()}
+
+
+def _check_sets(sets):
+    sets = (sets,) if isinstance(sets, str) else tuple(sets)
+    if sets not in (('train',), ('valid',), ('train', 'valid'), ('valid', 'train')):
+        raise ValueError(f"sets must be 'train', 'valid' or both, not {sets!r}")
+    return sets
+
+
+def _check_distances(distances) -> list[float]:
+    if isinstance(distances, Real) and not isinstance(distances, bool): ds = np.linspace(0, distances, 21)[1:]
+    else: ds = _numbers('distances', distances)
+    ds = np.unique(ds[ds != 0])    # at 0 it is measured anyway
+    if not len(ds) or ds[0] < 0: raise ValueError(f'distances must be positive numbers, not {distances!r}')
+    return ds.tolist()
+
+def check_ts(ts, low=-float('inf'), high=float('inf')) -> list[float]:
+    "Points of a line or curve, ascending; a number of them goes from `low` to `high`."
+    if isinstance(ts, Integral) and not isinstance(ts, bool): return np.linspace(low, high, check_count('ts', ts, least=2)).round(12).tolist()
+    numbers = np.unique(_numbers('ts', ts))
+    if not len(numbers): raise ValueError('ts is empty: give points, of which 0 and 1 are the solutions')
+    if numbers[0] < low or numbers[-1] > high: raise ValueError(f'ts must be from {low} to {high}, not {ts!r}')
+    return numbers.tolist()
+
+def _pair(name, value):
+    if not isinstance(value, tuple | list): return value, value
+    if len(value) != 2: raise ValueError(f'{name} must be one for both axes or a pair for x and y, not {value!r}')
+    return value
+
+def _numbers(name, values) -> np.ndarray:
+    try: numbers = np.asarray(values, float).ravel()
+    except (TypeError, ValueError): raise TypeError(f'{name} must be numbers, not {values!r}') from None
+    if not np.isfinite(numbers).all(): raise ValueError(f'{name} must be finite, not {values!r}')
+    return numbers

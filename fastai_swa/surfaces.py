@@ -1,0 +1,251 @@
+"""What was measured at points of weight space: one small object for each question, that saves as JSON or npz. Plain NumPy."""
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .files import Lock, replacing
+from .geometry import crossing, mean_height
+
+__all__ = ['Surface', 'Rays', 'Profile', 'Plane', 'Width', 'MemoryRows', 'PointFile']
+
+
+class Surface:
+    """Loss and metrics at points of weight space.
+
+    - `points`: their coordinates, shape (n, d), see the subclass.
+    - `values`: column -> float64 of shape (n,), nan where a point is not measured (yet). The columns are 'train_loss', 'train_<metric>',
+      'valid_loss', 'valid_<metric>' and 'norm', the Euclidean norm of the weights.
+    - `about`: what it is of, as plain data; in it 'solutions', by name.
+
+    `save` and `Surface.load` keep it as JSON, or as NumPy's npz.
+    """
+    kinds = {}    # name in a file -> class
+
+    def __init_subclass__(cls, kinds=()): Surface.kinds |= dict.fromkeys(kinds, cls)
+
+    def __init__(self, about: dict, points, values: dict | None = None):
+        self.about, self.points = about, np.asarray(points, float)
+        self.values = values or {name: np.full(len(self.points), np.nan) for name in about['columns']}
+
+    @property
+    def names(self) -> list[str]:
+        "Of the solutions."
+        return list(self.about['solutions'])
+
+    @property
+    def is_measured(self) -> np.ndarray:
+        "Of each point: whether it is."
+        return ~np.isnan(self.values['norm'])
+
+    def column(self, name: str, wd: float = 0.) -> np.ndarray:
+        "Column `name`, shape (n,); `wd` adds `wd / 2 * norm**2`, as weight decay does to a loss. Raises `ValueError` if there is none of that name."
+        if name not in self.values: raise ValueError(f'column must be one of {", ".join(self.values)}, not {name!r}')
+        return self.values[name] + wd / 2 * self.values['norm']**2
+
+    def __repr__(self):
+        n, done = len(self.points), int(self.is_measured.sum())
+        return f'{self._said()}; {f"{done} of " * (done < n)}{n} points, with {", ".join(self.values)}'
+
+    # files
+
+    def save(self, path):
+        "Write it to `path`, as JSON or, if it ends so, as npz. Raises `OSError`."
+        with replacing(Path(path)) as f:
+            if Path(path).suffix == '.npz': np.savez(f, about=json.dumps(self.about), points=self.points, **self.values)
+            else: f.write((json.dumps(self._head() | {'values': {k: _plain(v) for k, v in self.values.items()}}) + '\n').encode())
+
+    def _head(self): return {'format': _FORMAT, 'about': self.about, 'points': self.points.tolist()}
+
+    @staticmethod
+    def load(path) -> 'Surface':
+        """What `save` wrote to `path`, or the `file` of a measurement, finished or not.
+
+        Raises `ValueError` if it is damaged or something else, `FileNotFoundError` if it is not there.
+        """
+        content = Path(path).read_bytes()
+        try:
+            if content[:2] == b'PK':
+                with np.load(path, allow_pickle=False) as z: arrays = {k: z[k] for k in z.files}
+                return _made(json.loads(str(arrays.pop('about'))), arrays.pop('points'), arrays)
+            head, _, rows = content.partition(b'\n')
+            head = json.loads(head)
+            if head['format'] != _FORMAT: raise ValueError
+            values = {k: np.array(v, float) for k, v in head['values'].items()} if 'values' in head else None
+            surface = _made(head['about'], head['points'], values)
+            _read_rows(surface, rows)
+            return surface
+        except (ValueError, KeyError, TypeError, IndexError, UnicodeDecodeError, OSError):
+            raise ValueError(f'{path} is damaged, or it is no surface that fastai_swa wrote') from None
+
+
+_FORMAT = 'fastai_swa surface 1'
+
+def _made(about, points, values=None): return Surface.kinds[about['kind']](about, points, values)
+
+def _plain(values): return [v if np.isfinite(v) else str(v) for v in np.asarray(values).tolist()]    # JSON knows neither nan nor infinity
+
+
+class Width(NamedTuple):
+    "The distance from a solution at which a level is crossed, over the rays."
+    distance: float    # mean over the rays; nan unless all of them cross it
+    std: float    # sample standard deviation over the rays
+    relative: float    # both, in units of the norm of the solution's weights
+    relative_std: float
+    n_crossed: int    # rays that cross it
+    distances: np.ndarray    # of each ray; nan where it does not
+
+
+class Rays(Surface, kinds=['rays']):
+    "Along rays from solutions, in the same directions from each. `points`: number of the solution, number of the ray (-1: the solution), distance."
+
+    @property
+    def distances(self) -> np.ndarray: return np.array([0, *self.about['distances']])
+
+    @property
+    def norms(self) -> dict[str, float]:
+        "Of the solutions' weights."
+        return self.about['solutions']
+
+    def profiles(self, column: str, wd: float = 0.) -> dict[str, np.ndarray]:
+        "Solution -> `column` on each ray at each of the `distances`, of which the first is 0: shape (rays, distances)."
+        values = self.column(column, wd).reshape(len(self.names), -1)
+        n_rays = self.about['n_rays']
+        return {name: np.concatenate([np.full((n_rays, 1), v[0]), v[1:].reshape(n_rays, -1)], 1) for name, v in zip(self.names, values)}
+
+    def widths(self, column: str, level: float, wd: float = 0.) -> dict[str, Width]:
+        "Solution -> how far from it `column` first comes to the other side of `level` (`geometry.crossing`)."
+        res = {}
+        for name, profiles in self.profiles(column, wd).items():
+            ds, norm = np.array([crossing(self.distances, ys, level) for ys in profiles]), self.norms[name]
+            mean, std = ds.mean(), ds.std(ddof=1) if len(ds) > 1 else np.nan
+            res[name] = Width(float(mean), float(std), float(mean / norm), float(std / norm), int((~np.isnan(ds)).sum()), ds)
+        return res
+
+    def _said(self): return f'{self.about["n_rays"]} rays from each of {", ".join(self.names)}, to distance {self.distances[-1]:.4g}'
+
+
+class Profile(Surface, kinds=['line', 'curve']):
+    "Along a line or a curve from one solution (t = 0) to another (t = 1), and beyond. `points`: t."
+
+    @property
+    def t(self) -> np.ndarray: return self.points[:, 0]
+
+    @property
+    def arc(self) -> np.ndarray:
+        "Of each point: the length of the way to it from the first solution, negative before that."
+        return np.array(self.about['arc'])
+
+    @property
+    def length(self) -> float:
+        "Of the way from the first solution to the second, in weight space."
+        return self.about['length']
+
+    def _between(self, column, wd):
+        inside = (self.t >= 0) & (self.t <= 1)
+        if not inside.any(): raise ValueError('no point lies between the two solutions: take some t from 0 to 1')
+        return self.arc[inside], self.column(column, wd)[inside]
+
+    def max(self, column: str, wd: float = 0.) -> float:
+        "The greatest value of `column` at the points between the solutions, these included."
+        return float(self._between(column, wd)[1].max())
+
+    def min(self, column: str, wd: float = 0.) -> float:
+        "The least one."
+        return float(self._between(column, wd)[1].min())
+
+    def mean(self, column: str, wd: float = 0.) -> float:
+        "The mean of `column` over the length of the way, straight between the points (Garipov et al. 2018, equation 1)."
+        arc, values = self._between(column, wd)
+        return mean_height(arc, values, 0., self.length)
+
+    def _said(self):
+        how = {'line': 'Line', 'bezier': 'Bezier curve', 'chain': 'Polygonal chain'}[self.about.get('curve', 'line')]
+        return f'{how} from {" to ".join(self.names)}, {self.length:.4g} long'
+
+
+class Plane(Surface, kinds=['plane']):
+    """On a grid in the plane through three solutions. `points`: x and y, in Euclidean distance in weight space from the first solution.
+
+    - `solutions`: name -> (x, y) of the three; `marks`: name -> (x, y, distance from the plane) of others, projected onto it; `trajectory`: the
+      same of the points of a path, shape (n, 3).
+    """
+    @property
+    def xs(self) -> np.ndarray: return np.array(self.about['xs'])
+    @property
+    def ys(self) -> np.ndarray: return np.array(self.about['ys'])
+    @property
+    def solutions(self) -> dict: return {k: tuple(v) for k, v in self.about['solutions'].items()}
+    @property
+    def marks(self) -> dict: return {k: tuple(v) for k, v in self.about['marks'].items()}
+    @property
+    def trajectory(self) -> np.ndarray: return np.array(self.about['trajectory']).reshape(-1, 3)
+
+    def grid(self, column: str, wd: float = 0.) -> np.ndarray:
+        "`column` over the grid, shape (len(ys), len(xs))."
+        return self.column(column, wd).reshape(len(self.ys), len(self.xs))
+
+    def _said(self): return f'Plane through {", ".join(self.names)}, {len(self.xs)} x {len(self.ys)}'
+
+
+# where points go as they are measured
+
+class MemoryRows:
+    "Into the `surface`."
+    def __init__(self, surface: Surface): self.surface = surface
+
+    def add(self, i: int, row: dict):
+        for name, values in self.surface.values.items(): values[i] = row[name]
+
+    def close(self): pass
+
+
+class PointFile(MemoryRows):
+    """Into the `surface`, and a file that gets a line for each point as it is measured; what the file holds of it already is taken over.
+
+    Raises `ValueError` if the file is damaged or of another measurement; `InUse` if another process writes it; `OSError`.
+    """
+    def __init__(self, path, surface: Surface):
+        super().__init__(surface)
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = Lock(self.path)
+        try:
+            if self.path.exists() and self.path.stat().st_size: self._take_over()
+            else:
+                with replacing(self.path) as f: f.write((json.dumps(surface._head()) + '\n').encode())
+            self.handle = open(self.path, 'ab')
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _take_over(self):
+        there, new = Surface.load(self.path), self.surface.about
+        old, spec = there.about['spec'], json.loads(json.dumps(new['spec']))
+        if old != spec:
+            k = next(k for k in {**old, **spec} if old.get(k) != spec.get(k))
+            raise ValueError(f'{self.path} is of another measurement, with {k}={old.get(k)!r}, not {spec.get(k)!r}: give another file, or remove it')
+        there.about |= {k: new[k] for k in ('marks', 'trajectory') if k in new}    # what is drawn in it may have changed since
+        _, *rows = self.path.read_bytes().split(b'\n')[:-1]    # without a line that was not written to its end
+        with replacing(self.path) as f: f.write(b'\n'.join([json.dumps(there._head()).encode(), *rows, b'']))
+        self.surface = there
+
+    def add(self, i: int, row: dict):
+        super().add(i, row)
+        try:
+            self.handle.write((json.dumps([i, *_plain(list(row[name] for name in self.surface.about['columns']))]) + '\n').encode())
+            self.handle.flush()
+        except OSError as e: raise OSError(f'{self.path} cannot be written: {e}') from e
+
+    def close(self):
+        self.handle.close()
+        self.lock.release()
+
+
+def _read_rows(surface, rows: bytes):
+    columns = surface.about['columns']
+    for line in rows.split(b'\n')[:-1]:    # behind the last end of a line there is nothing, or what was not written to its end
+        i, *values = json.loads(line)
+        if len(values) != len(columns) or not 0 <= i < len(surface.points): raise ValueError
+        for name, v in zip(columns, values): surface.values[name][i] = float(v)
