@@ -16,7 +16,7 @@ import torch
 from fastai.learner import Recorder
 from fastai.optimizer import SGD
 from fastai_swa.experiments import RECIPES, Recipe, Settings
-from fastai_swa.experiments.run import EpochRecorder, _learner, _loaded
+from fastai_swa.experiments.learners import EpochRecorder, _loaded, recipe_learner
 from torch import nn
 
 
@@ -27,17 +27,17 @@ RECIPES['host'] = Recipe('host', tiny, 10, 4, .05, .01, 3, 5e-4, bs=16)    # sma
 
 def learners(recipe, settings, dls, modes):
     "Variant -> a learner."
-    res = {'the runner': _learner(recipe, 0, settings, dls)}
-    res["fastai's Recorder"] = learn = _learner(recipe, 0, settings, dls)
+    res = {'the runner': recipe_learner(recipe, 0, settings, dls)}
+    res["fastai's Recorder"] = learn = recipe_learner(recipe, 0, settings, dls)
     learn.remove_cb(EpochRecorder)
     learn.add_cb(Recorder())
-    res['a batch at a time'] = learn = _learner(recipe, 0, settings, dls)
+    res['a batch at a time'] = learn = recipe_learner(recipe, 0, settings, dls)
     learn.dls.train.chunk = 1
-    res["fastai's SGD"] = learn = _learner(recipe, 0, settings, dls)
+    res["fastai's SGD"] = learn = recipe_learner(recipe, 0, settings, dls)
     learn.opt_func = partial(SGD, mom=.9, decouple_wd=False)
     learn.create_opt()
-    if settings.precision == 'bf16': res['fp32'] = _learner(recipe, 0, replace(settings, precision='fp32'), dls)
-    for mode in modes: res[f'compiled, {mode}'] = _learner(recipe, 0, replace(settings, compile=mode), dls)
+    if settings.precision == 'bf16': res['fp32'] = recipe_learner(recipe, 0, replace(settings, precision='fp32'), dls)
+    for mode in modes: res[f'compiled, {mode}'] = recipe_learner(recipe, 0, replace(settings, compile=mode), dls)
     return res
 
 

@@ -34,7 +34,7 @@ def main(argv=None):
     p.add_argument('--out', help='folder for what is found and kept (default: results/NAME)')
     p.add_argument('--data', metavar='FOLDER', help="images as train/<class>/* and test/<class>/*, or torchvision's files (downloaded if they are "
                    'missing); "digits" to try things (default: the environment\'s CIFAR10_DIR or CIFAR100_DIR, else ~/.fastai/data)')
-    p.add_argument('--scale', type=float, default=1., help='multiply all lengths by this')
+    p.add_argument('--scale', type=float, default=1., help='multiply all lengths by this, and numbers of points')
     p.add_argument('--images', type=_positive, help='so many training images, and a fifth as many test images (default: all)')
     p.add_argument('--jobs', type=_positive, default=1, help='so many seeds at a time, on one GPU or on shares of the CPU')
     p.add_argument('--threads', type=_positive, help="of the CPU for each seed (default: an equal share); results depend on it in the last bits")
@@ -42,6 +42,8 @@ def main(argv=None):
     p.add_argument('--device', help='default: cuda if there is one, else cpu')
     p.add_argument('--precision', choices=('fp32', 'bf16'), help='bf16: autocast, weights in float32 (default: bf16 on a GPU, fp32 on a CPU)')
     p.add_argument('--compile', choices=('default', 'reduce-overhead', 'max-autotune'), help='torch.compile; reduce-overhead captures steps')
+    p.add_argument('--solutions', metavar='FOLDER', help='for width-, plane- and curve-: where reproduce has left the weights (default: the folder '
+                   'of their recipe beside --out)')
     p.add_argument('--deterministic', action='store_true', help='use only GPU kernels that always give the same: slower, and an interrupted run '
                    'ends bitwise as the whole one')
     p = commands.add_parser('report', help='tables and figures of what reproduce has found; of two folders also the differences')
@@ -69,7 +71,8 @@ def _reproduce(args, start):
     settings = Settings(args['scale'], args['images'], device, args['precision'] or ('bf16' if device.startswith('cuda') else 'fp32'),
                         args['compile'], args['deterministic'])
     until = start + (float('inf') if args['until'] is None else args['until'])
-    missing = reproduce(args['name'], args['seeds'], args['out'], args['data'], settings, args['jobs'], args['threads'], until)
+    missing = reproduce(args['name'], args['seeds'], args['out'], args['data'], settings, args['jobs'], args['threads'], until,
+                        solutions=args['solutions'])
     for sentence in dict.fromkeys(missing.values()):
         seeds = [str(seed) for seed, s in missing.items() if s == sentence]
         print(f'seed{"s" * (len(seeds) > 1)} {", ".join(seeds)}: {sentence}', file=sys.stderr)

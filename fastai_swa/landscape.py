@@ -113,6 +113,7 @@ def measured(space, kind, about, points, at,
     train_batches:int=None,    # training batches that the 'train' columns are of; None: the whole training set
     seed:int=0,    # of all that is drawn: directions, and order and augmentation of training samples, which are the same at each point
     file=None,    # gets a line for each point as it is measured; the same call goes on with a file that is not complete
+    progress=None,    # called with the numbers of points done and of all before each, instead of a progress bar
 ):
     """A surface of class `kind`, with loss and metrics at each of the `points`. `at(i)` gives weights and buffers of point i.
 
@@ -133,7 +134,9 @@ def measured(space, kind, about, points, at,
         with untouched(learn):
             set_seed(seed)    # each pass puts the generators back, so that all begin the same
             names = list(tracked_bn(unwrap(learn.model)))
-            for i in progress_bar(todo, display=space.shows_progress):
+            bar = progress_bar(todo) if space.shows_progress and progress is None else todo
+            for done, i in enumerate(bar, len(points) - len(todo)):
+                if progress is not None: progress(done, len(points))
                 weights, buffers = at(i)
                 space.put(weights, buffers)
                 with lent(space.scratch, learn.model): row = _measure(learn, names, sets, bn_batches, train_batches, remarks)
@@ -148,7 +151,7 @@ def measured(space, kind, about, points, at,
 def rays(
     learn:Learner,    # gives model, data, loss and metrics
     solutions,    # from which the rays start, see `named_solutions`
-    distances=None,    # at which to measure: numbers, or the greatest, to which there are 20; default: the norm of the first solution's weights
+    distances=None,    # at which to measure: numbers, or the greatest, to which there are 20; default: twice the norm of the first one's weights
     n_rays:int=10,    # random directions, uniform on the sphere, the same for each solution
     **kwargs
 ) -> Rays:
@@ -165,7 +168,7 @@ def rays(
     named = named_solutions(solutions)
     loaded = [space.load(o, name) for name, o in named.items()]
     norms = [float(w.double().norm()) for w, _ in loaded]
-    distances = _check_distances(norms[0] if distances is None else distances)
+    distances = _check_distances(float(f'{2 * norms[0]:.6g}') if distances is None else distances)
     spec = {'solutions': fingerprints({k: w for k, (w, _) in zip(named, loaded)}), 'n_rays': n_rays, 'distances': distances}
     points = [(k, *p) for k in range(len(named)) for p in ((-1, 0), *((r, d) for r in range(n_rays) for d in distances))]
     about = {'kind': 'rays', 'solutions': dict(zip(named, norms)), 'n_rays': n_rays, 'distances': distances, 'spec': spec}
@@ -184,7 +187,7 @@ def rays(
 def line(
     learn:Learner,    # gives model, data, loss and metrics
     solutions,    # two: from the first one, t = 0, through the second one, t = 1
-    ts=41,    # where to measure: values of t, or so many from -0.5 to 1.5
+    ts=41,    # where to measure: values of t, or so many from -0.5 to 1.5, and the two solutions
     **kwargs
 ) -> Profile:
     """Loss and metrics on the straight line through two solutions, and beyond both.
@@ -193,7 +196,7 @@ def line(
     """
     space, named = Space(learn), named_solutions(solutions, 2, 'a line')
     (a, buffers), (b, _) = loaded = [space.load(o, name) for name, o in named.items()]
-    ts = check_ts(ts, -.5, 1.5) if isinstance(ts, Integral) else check_ts(ts)
+    ts = check_ts([0, 1, *check_ts(ts, -.5, 1.5)]) if isinstance(ts, Integral) else check_ts(ts)
     length = float((b.double() - a.double()).norm())
     if not length: raise ValueError(f'{" and ".join(named)} are the same weights: a line needs two that differ')
     about = {'kind': 'line', 'solutions': {name: float(w.double().norm()) for name, (w, _) in zip(named, loaded)}, 'length': length,

@@ -9,7 +9,7 @@ from torch import nn, optim
 from ..schedules import fge_epochs, fge_lr_factor, snapshot_lr_factor, swa_lr_factor
 from ..vision import CIFAR_STATS, IMAGENET_STATS, VGG16, PreResNet, WideResNet, digits_net
 
-__all__ = ['Recipe', 'Ensembles', 'RECIPES', 'Run', 'Part', 'sgd_lr', 'swa_lr', 'scaled', 'runs', 'parts', 'optimizer']
+__all__ = ['Recipe', 'Ensembles', 'RECIPES', 'Landscape', 'LANDSCAPES', 'Run', 'Part', 'sgd_lr', 'swa_lr', 'scaled', 'runs', 'parts', 'optimizer']
 
 
 @dataclass(frozen=True)
@@ -214,3 +214,38 @@ RECIPES['ensembles-digits'] = Recipe('ensembles-digits', _small_digits_net, 10, 
 # the question that the 2018 replication left open: does padding by reflection, its library's default, explain its higher accuracy?
 for _name in ('vgg16-cifar10', 'preresnet110-cifar10'):
     RECIPES[f'{_name}-reflection'] = replace(RECIPES[_name], name=f'{_name}-reflection', padding='reflect', published={})
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """What is measured around and between the solutions that the seeds of a recipe have left.
+
+    'width': along random rays from SGD's and SWA's solution, and on the line through both (Izmailov et al. 2018, Figs. 4 and 5). 'plane': through
+    the first, the middle and the last of the weights that the SWA run averages, and through SGD's solution, SWA's and the first of these (Figs. 3
+    and 1). 'curve': along chains and Bezier curves with one bend between the SGD solutions of two seeds (Garipov et al. 2018, Table 2).
+    """
+    name: str
+    kind: str
+    base: str    # the recipe
+    n_rays: int = 10
+    n_distances: int = 20    # up to twice the norm of SGD's weights
+    level: float = .5    # of the test error, for the width
+    n_line: int = 41
+    n_plane: int = 21    # on each axis
+    n_curve: int = 61
+    epochs: int = 200    # of a curve
+    lr: float = .03
+
+    def scaled(self, scale: float) -> 'Landscape':
+        "With all numbers of points and epochs times `scale`, but for a few at least."
+        def n(least, count): return max(least, round(count * scale))
+        return replace(self, n_rays=n(2, self.n_rays), n_distances=n(4, self.n_distances), n_line=n(5, self.n_line), n_plane=n(3, self.n_plane),
+                       n_curve=n(5, self.n_curve), epochs=n(1, self.epochs))
+
+
+_landscape_bases = {
+    'vgg16-cifar10': dict(epochs=600, lr=.015), 'vgg16-cifar100': dict(epochs=600, lr=.015), 'preresnet110-cifar10': {}, 'preresnet110-cifar100': {},
+    'preresnet164-cifar10': {}, 'preresnet164-cifar100': {}, 'wrn28-10-cifar10': {}, 'wrn28-10-cifar100': {},
+    'wrn16-1-cifar10-fixed': dict(epochs=20), 'ensembles-digits': dict(epochs=20)}
+LANDSCAPES = {f'{kind}-{base.removeprefix("ensembles-")}': Landscape(f'{kind}-{base.removeprefix("ensembles-")}', kind, base, **curve)
+              for base, curve in _landscape_bases.items() for kind in ('width', 'plane', 'curve')}

@@ -16,7 +16,8 @@ from ..state import take
 from ..version import __version__
 from .recipes import parts, runs
 
-__all__ = ['Settings', 'Record', 'what_is_run', 'read_record', 'seed_files', 'weights_file', 'snapshots_folder', 'json_number', 'seconds_text']
+__all__ = ['Settings', 'Record', 'what_is_run', 'read_record', 'seed_files', 'weights_file', 'snapshots_folder', 'json_number', 'seconds_text',
+           'duration', 'now', 'versions', 'hardware']
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class Record:
         else:
             # what an earlier run has left whose record is gone
             for file in (*out.glob(f'seed-{seed}.part*.ckpt'), *out.glob(f'seed-{seed}.fork*')): file.unlink()
-            self.data = fixed | {'threads': threads, 'started': _now(), 'finished': None, 'sessions': [], 'parts': [
+            self.data = fixed | {'threads': threads, 'started': now(), 'finished': None, 'sessions': [], 'parts': [
                 {'runs': [r.name for r in p.runs], 'begin': p.begin, 'end': p.end, 'done': False, 'epochs': []} for p in self.parts]}
         if not self.data['finished']:
-            self.data['sessions'].append({'started': _now(), 'jobs': jobs, 'versions': _versions(), 'hardware': _hardware(settings.device)})
+            self.data['sessions'].append({'started': now(), 'jobs': jobs, 'versions': versions(), 'hardware': hardware(settings.device)})
             self._save()
         self.clock = _Clock(self)
 
@@ -86,7 +87,7 @@ class Record:
             if part.runs[0].name == 'SWA' and swa_model is not None: self._save_weights(swa_model, 'SWA average')    # `None`: nothing finite
         else: write(self.file(f'fork{self.number}'), 'fork', 1, {'state': take(learn)})
         data['epochs'], data['done'] = list(map(_cells, rows)), True
-        if all(p['done'] for p in self.data['parts']): self.data['finished'] = _now()
+        if all(p['done'] for p in self.data['parts']): self.data['finished'] = now()
         self._save()
 
     def clean_up(self):
@@ -106,7 +107,7 @@ class Record:
         average = f' (average {100 * average:.2f} %)' if average is not None else ''
         return (f'seed {self.seed}  {", ".join(r.name for r in part.runs)}  epoch {part.begin + len(rows)} of {part.end}  '
                 f'accuracy {100 * rows[-1]["accuracy"]:.2f} %{average}  {seconds_text(rows[-1]["seconds"])} an epoch  '
-                f'{_duration(self.clock.left())} left')
+                f'{duration(self.clock.left())} left')
 
 
 class _Clock:
@@ -191,15 +192,15 @@ def _difference(was, now, name) -> str:
     name = next(k for k in {**was, **now} if was.get(k) != now.get(k))
     return f'{name}={was.get(name)!r}, not {now.get(name)!r}'
 
-def _duration(seconds) -> str:
+def duration(seconds) -> str:
     minutes = seconds / 60
     return f'{seconds:.0f} s' if seconds < 90 else f'{minutes:.0f} min' if minutes < 90 else f'{minutes / 60:.1f} h'
 
-def _now(): return strftime('%Y-%m-%dT%H:%M:%SZ', gmtime())
+def now(): return strftime('%Y-%m-%dT%H:%M:%SZ', gmtime())
 
-def _versions() -> dict:
+def versions() -> dict:
     return {'python': platform.python_version()} | {name: version(name) for name in ('torch', 'torchvision', 'fastai')} | {'fastai_swa': __version__}
 
-def _hardware(device) -> dict:
+def hardware(device) -> dict:
     gpu = {'gpu': torch.cuda.get_device_name(device), 'cuda': torch.version.cuda} if device.startswith('cuda') else {}
     return gpu | {'machine': platform.machine(), 'cores': os.cpu_count()}

@@ -9,6 +9,7 @@ from torch import nn
 from ..files import replacing
 from ..plot import plot_runs, plot_sizes
 from . import ensembles
+from .landscape_report import landscape_files, report_landscapes
 from .recipes import RECIPES
 from .record import read_record, seconds_text, seed_files
 from .tables import difference_rows, spread, table
@@ -25,6 +26,7 @@ def report(folder) -> str:
     Only complete seeds count. Raises `ValueError` if `folder` has none, if a file in it is damaged, or if its seeds are of different settings.
     """
     folder = Path(folder)
+    if landscape_files(folder): return report_landscapes(folder)
     records, unfinished = load(folder)
     fig, axs = plt.subplots(1, 2, figsize=(12, 4.2), layout='constrained')
     if RECIPES[records[0]['recipe']].ensembles:

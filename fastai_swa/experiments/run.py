@@ -1,21 +1,13 @@
 """Runs a recipe: seed by seed, resumable, on `Learner` with `SWACallback` and `CheckpointCallback`."""
-import gc, hashlib, os, re, shutil, sys, traceback
-from contextlib import contextmanager
-from functools import cache, partial
+import gc, os, re, shutil, sys, traceback
+from functools import partial
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
-from random import Random
 from threading import Thread
 from time import monotonic, time
 
 import torch
 from fastai.callback.core import Callback, CancelFitException
-from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.progress import ProgressCallback
-from fastai.learner import Learner, Metric, Recorder
-from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import accuracy
-from fastai.torch_core import set_seed
 from fastcore.foundation import noop
 
 from ..callback import SWACallback
@@ -25,24 +17,23 @@ from ..learner import EpochScheduler
 from ..passes import autocast_left
 from ..snapshots import SnapshotCallback
 from ..state import restore
-from ..vision import cifar
-from ..vision.tensors import tensor_loaders
 from .ensembles import evaluate
-from .recipes import RECIPES, Recipe, optimizer, runs, scaled
+from .landscapes import check_solutions, measure_seed
+from .learners import TimeIsUp, recipe_images, recipe_learner, settings_restored
+from .recipes import LANDSCAPES, RECIPES, Recipe, runs, scaled
 from .record import Record, Settings, read_record, seed_files, what_is_run
 
-__all__ = ['reproduce', 'run_seed', 'TimeIsUp', 'STOPPED', 'EpochRecorder']
-
-
-class TimeIsUp(Exception):
-    "There is no time for another epoch; the same call goes on."
+__all__ = ['reproduce', 'run_seed', 'STOPPED']
 
 
 def reproduce(name: str, seeds: int = 1, out=None, source=None, settings: Settings = Settings(), jobs: int = 1, threads: int | None = None,
-              until: float = float('inf'), stream=None) -> dict:
+              until: float = float('inf'), stream=None, solutions=None) -> dict:
     """Train the recipe `name` with the seeds 0 to `seeds` - 1, or what earlier calls have left of them, into the folder `out`.
 
-    - `out`: default results/`name`; for each seed what `run_seed` writes. More seeds join those that are there.
+    A name in `LANDSCAPES` measures the loss surface around the weights that the seeds of another recipe have left.
+
+    - `out`: default results/`name`; for each seed what `run_seed` writes, or `measure_seed`. More seeds join those that are there.
+    - `solutions`: where the weights are that a landscape is of; default: the folder beside `out` that has the recipe's name.
     - `jobs`: so many seeds at a time, each in a process of its own; `threads`: of the CPU for each (default: an equal share).
     - `source`, `settings`, `until`: as in `run_seed`. `stream`: where a line of progress for each seed goes; default: stdout.
 
@@ -50,19 +41,26 @@ def reproduce(name: str, seeds: int = 1, out=None, source=None, settings: Settin
     to do. Raises `ValueError` for an unknown name, settings that cannot be used, and a folder whose seeds were run with others; and what `cifar`
     raises.
     """
-    if name not in RECIPES: raise ValueError(f'name must be one of {", ".join(RECIPES)}, not {name!r}')
     _check(settings)
-    recipe = scaled(RECIPES[name], settings.scale)
-    runs(recipe)    # raises where the scale leaves too little
-    out, jobs = Path(out or f'results/{name}'), min(jobs, seeds)
-    lines, common = _Lines(stream or sys.stdout), what_is_run(recipe, settings, _images(recipe, source, settings)[1])
-    for file in seed_files(out).values(): read_record(file, common)    # all of a folder are of one kind
-    attempt = partial(_attempt, name, out=out, settings=settings, source=source, threads=threads or max(1, torch.get_num_threads() // jobs),
-                      until=until, jobs=jobs)
+    out, jobs, lines = Path(out or f'results/{name}'), min(jobs, seeds), _Lines(stream or sys.stdout)
+    threads, recipe = threads or max(1, torch.get_num_threads() // jobs), None
+    kwargs = {'out': out, 'settings': settings, 'source': source, 'threads': threads, 'until': until}
+    if name in LANDSCAPES:
+        kwargs['solutions'] = Path(solutions or out.parent/LANDSCAPES[name].base)
+        for seed in range(seeds): check_solutions(LANDSCAPES[name], seed, kwargs['solutions'])
+    elif name in RECIPES:
+        if solutions is not None: raise ValueError(f'solutions are of width-, plane- and curve- only, and {name} trains its own')
+        recipe = scaled(RECIPES[name], settings.scale)
+        runs(recipe)    # raises where the scale leaves too little
+        common = what_is_run(recipe, settings, recipe_images(recipe, source, settings)[1])
+        for file in seed_files(out).values(): read_record(file, common)    # all of a folder are of one kind
+        kwargs['jobs'] = jobs
+    else: raise ValueError(f'name must be one of {", ".join((*RECIPES, *LANDSCAPES))}, not {name!r}')
+    attempt = partial(_attempt, name, **kwargs)
     outcomes = {seed: attempt(seed, show=lines.show) for seed in range(seeds)} if jobs == 1 else _side_by_side(attempt, seeds, jobs, lines)
     lines.end()
     missing = {seed: sentence for seed, sentence in outcomes.items() if sentence}
-    if recipe.ensembles and not missing: _predict_together(recipe, out, range(seeds), settings, source, attempt.keywords['threads'])
+    if recipe is not None and recipe.ensembles and not missing: _predict_together(recipe, out, range(seeds), settings, source, threads)
     return missing
 
 
@@ -74,9 +72,9 @@ def _check(settings):
 
 
 def _predict_together(recipe, out, seeds, settings, source, threads):
-    with _settings_restored():
+    with settings_restored():
         if settings.device == 'cpu': torch.set_num_threads(threads)
-        evaluate(out, seeds, _learner(recipe, 0, settings, _images(recipe, source, settings)[0]))
+        evaluate(out, seeds, recipe_learner(recipe, 0, settings, recipe_images(recipe, source, settings)[0]))
 
 
 def run_seed(recipe: Recipe, seed: int, out: Path, settings: Settings = Settings(), source=None, threads: int | None = None,
@@ -98,8 +96,8 @@ def run_seed(recipe: Recipe, seed: int, out: Path, settings: Settings = Settings
     out.mkdir(parents=True, exist_ok=True)
     lock = Lock(out/f'seed-{seed}.json')
     try:
-        with _settings_restored():
-            dls, images = _images(recipe, source, settings)
+        with settings_restored():
+            dls, images = recipe_images(recipe, source, settings)
             record = Record(recipe, seed, out, settings, images, threads or torch.get_num_threads(), jobs)
             if settings.device == 'cpu': torch.set_num_threads(record.data['threads'])
             while (task := record.next()) is not None:
@@ -114,7 +112,7 @@ def run_seed(recipe: Recipe, seed: int, out: Path, settings: Settings = Settings
 def _train(record, number, state, dls, until, show):
     "Train one part of a seed's runs, from the `state` in which its parent ended."
     part = record.parts[number]
-    run, learn = part.runs[0], _learner(record.recipe, record.seed, record.settings, dls)
+    run, learn = part.runs[0], recipe_learner(record.recipe, record.seed, record.settings, dls)
     if state is not None: restore(learn, state)
     schedule = EpochScheduler({'lr': lambda epoch, step, n_steps: run.lr(part.begin + epoch, step, n_steps)})
     cbs, swa = [schedule, _Checkpoint(record, until)], None
@@ -127,82 +125,7 @@ def _train(record, number, state, dls, until, show):
     if not record.is_done(number): raise TimeIsUp
 
 
-@contextmanager
-def _settings_restored():
-    "What a seed sets for the whole process."
-    cudnn, threads = torch.backends.cudnn, torch.get_num_threads()
-    kept = cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
-    try: yield
-    finally:
-        cudnn.benchmark, cudnn.deterministic = kept[:2]
-        torch.use_deterministic_algorithms(kept[2])
-        torch.set_num_threads(threads)
-
-
-def _learner(recipe, seed, settings, dls) -> Learner:
-    set_seed(seed)
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not settings.deterministic, settings.deterministic
-    torch.use_deterministic_algorithms(settings.deterministic)
-    if settings.deterministic: os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')    # or cuBLAS refuses
-    device = torch.device(settings.device)
-    model = recipe.network(recipe.n_classes).to(device, memory_format=torch.channels_last)
-    if settings.compile: model = torch.compile(model, mode=settings.compile, dynamic=False)    # a graph for each size of batch
-    dls = tensor_loaders(*((ds.images, ds.labels) for ds in (dls.train_ds, dls.valid_ds)), dls.vocab, recipe.stats, bs=recipe.bs,
-                         padding=recipe.padding, seed=seed, chunk=16, device=device)
-    dls.train.rng = Random(seed)
-    learn = Learner(dls, model, CrossEntropyLossFlat(), opt_func=optimizer(recipe, fused=device.type == 'cuda' or None), lr=recipe.lr, wd=recipe.wd,
-                    wd_bn_bias=True, metrics=accuracy)
-    learn.remove_cbs([Recorder, ProgressCallback])
-    learn.add_cb(EpochRecorder())
-    if settings.precision == 'bf16': learn.add_cb(MixedPrecision('bf16'))
-    learn.create_opt()
-    return learn
-
-
-def _images(recipe, source, settings): return _loaded(recipe.n_classes, source or recipe.source, settings.images or recipe.images)
-
-@cache    # the seeds of a process share the images
-def _loaded(n_classes, source, n_images):
-    dls = cifar(n_classes, source, n_images=n_images, device=torch.device('cpu'))
-    return dls, {'kind': dls.kind, 'train': len(dls.train_ds), 'valid': len(dls.valid_ds), 'sha256': _fingerprint(dls)}
-
-def _fingerprint(dls) -> str:
-    digest = hashlib.sha256()
-    for ds in (dls.train_ds, dls.valid_ds):
-        for t in (ds.images, ds.labels): digest.update(t.contiguous().numpy())
-    return digest.hexdigest()[:16]
-
-
 # callbacks
-
-class _EpochMean(Metric):
-    "The mean of the training loss over an epoch's samples, summed on the device."
-    def __init__(self): self.reset()
-    def reset(self): self.val, self.count = 0., 0
-    def accumulate(self, learn):
-        n = len(learn.yb[0])
-        self.val, self.count = self.val + learn.loss.detach() * n, self.count + n
-    @property
-    def value(self): return self.val / max(self.count, 1)
-
-
-class EpochRecorder(Recorder):
-    """A Recorder that reads nothing from the device in a step; fastai's reads the loss of each.
-
-    It keeps no losses of single steps, and `train_loss` is the mean over the samples of the epoch, not the smoothed loss at its end.
-    """
-    name = 'recorder'
-
-    def __init__(self):
-        super().__init__(add_time=False)
-        self.smooth_loss = _EpochMean()
-
-    def before_train(self): self.smooth_loss.reset()
-
-    def after_batch(self):
-        if self.training: self.smooth_loss.accumulate(self.learn)
-        else: super().after_batch()
-
 
 _SECONDS = 30    # between two checkpoints
 
@@ -261,7 +184,8 @@ STOPPED = 'stopped in time; the same command goes on from there'
 
 def _attempt(name, seed, show, **kwargs) -> str | None:
     "Run a seed; `None`, or a sentence that says why it is not complete."
-    try: run_seed(RECIPES[name], seed, show=show, **kwargs)
+    run = partial(measure_seed, LANDSCAPES[name]) if name in LANDSCAPES else partial(run_seed, RECIPES[name])
+    try: run(seed, show=show, **kwargs)
     except TimeIsUp: return STOPPED
     except (ValueError, OSError, InUse) as e: return _said(e)
     except RuntimeError as e:    # torch.AcceleratorError is one, too

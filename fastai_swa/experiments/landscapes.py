@@ -1,0 +1,184 @@
+"""The loss surface around the weights that a recipe's seeds have left: measured seed by seed, resumable."""
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from time import monotonic, time
+
+import numpy as np
+import torch
+from fastai.callback.core import Callback
+from fastai.metrics import error_rate
+from fastcore.foundation import L, noop
+
+from ..checkpoint import CheckpointCallback
+from ..connectivity import Curve
+from ..ensemble import read_index
+from ..files import Lock, replacing
+from ..landscape import Space, line, plane, rays
+from .learners import TimeIsUp, recipe_images, recipe_learner, settings_restored
+from .recipes import RECIPES
+from .record import duration, hardware, now, read_record, snapshots_folder, versions, weights_file
+
+__all__ = ['measure_seed', 'check_solutions', 'read_note', 'images_text']
+
+
+def check_solutions(recipe, seed: int, solutions: Path) -> list[dict]:
+    """The records of the seeds whose solutions number `seed` of `recipe` needs: one of the same number, or for a curve the pair 2n and 2n + 1.
+
+    Raises `ValueError` if one is not there or not complete.
+    """
+    res = []
+    for s in _seeds_of(recipe, seed):
+        file = solutions/f'seed-{s}.json'
+        if not file.exists(): raise ValueError(f'{file} is missing: reproduce {recipe.base} with {s + 1} seeds makes it, or give --solutions')
+        res.append(read_record(file))
+        if res[-1]['recipe'] != recipe.base: raise ValueError(f'{file} is of the recipe {res[-1]["recipe"]}, not {recipe.base}')
+        if not res[-1]['finished']: raise ValueError(f'{file} is not complete: reproduce {recipe.base} goes on with it')
+    return res
+
+
+def _seeds_of(recipe, seed): return (2 * seed, 2 * seed + 1) if recipe.kind == 'curve' else (seed,)
+
+
+def measure_seed(recipe, seed: int, out: Path, settings, source=None, threads: int | None = None, until: float = float('inf'), show=noop,
+                 solutions: Path | None = None) -> dict:
+    """Measure what `recipe` says around the solutions number `seed` in the folder `solutions` (default: beside `out`), or go on with it.
+
+    Each measurement is a file in `out` that grows point by point, seed-<seed>.<what>.jsonl; seed-<seed>.landscape.json says what was measured on
+    what. `settings.images`: so many of the training images, and a fifth as many test images; default: those that the solutions were trained on.
+
+    Raises `TimeIsUp` if time does not suffice; `ValueError` if solutions are missing, or of other data, or a file is of another measurement;
+    `OSError`; and what `cifar` raises. Nothing is lost by any of them.
+    """
+    solutions = Path(solutions or out.parent/recipe.base)
+    records, base, recipe = check_solutions(recipe, seed, solutions), RECIPES[recipe.base], recipe.scaled(settings.scale)
+    trained, n_images = records[0]['images'], settings.images or records[0]['settings']['images']
+    dls, images = recipe_images(base, source, replace(settings, images=n_images))
+    if settings.images is None and images != trained or images['kind'] != trained['kind'] or images['train'] > trained['train']:
+        raise ValueError(f'{solutions} was trained on {images_text(trained)}, and these are {images_text(images)}: give the same')
+    out.mkdir(parents=True, exist_ok=True)
+    lock = Lock(out/f'seed-{seed}')
+    try:
+        with settings_restored():
+            if settings.device == 'cpu': torch.set_num_threads(threads or torch.get_num_threads())
+            learn = recipe_learner(base, seed, settings, dls)
+            learn.metrics = L(error_rate)
+            note, watch, complete = _Note(recipe, seed, out, settings, images, records), _Watch(seed, until, show), False
+            try:
+                with learn.no_logging(): {'width': _width, 'plane': _plane, 'curve': _curve}[recipe.kind](recipe, seed, out, learn, solutions, watch)
+                complete = True
+            finally: note.end(watch, complete)
+            return note.data
+    finally: lock.release()
+
+
+def _width(recipe, seed, out, learn, solutions, watch):
+    both = {'SGD': weights_file(solutions, seed, 'SGD 1B'), 'SWA': weights_file(solutions, seed, 'SWA average')}
+    def measure(f, what, **kwargs): return f(learn, both, seed=seed, file=out/f'seed-{seed}.{what}.jsonl', progress=watch.of(what), **kwargs)
+    furthest = 2 * float(Space(learn).load(both['SGD'], 'SGD')[0].double().norm())
+    measure(rays, 'rays', n_rays=recipe.n_rays, distances=np.linspace(0, float(f'{furthest:.6g}'), recipe.n_distances + 1)[1:])
+    measure(line, 'line', ts=recipe.n_line)
+
+
+def _plane(recipe, seed, out, learn, solutions, watch):
+    path, average = _trajectory(solutions, seed), {'SWA': weights_file(solutions, seed, 'SWA average')}
+    names = list(path)
+    if len(path) < 3: raise ValueError(f'the SWA run in {solutions} has averaged {len(path)} weights only, and the plane needs 3')
+    def measure(what, three, **kwargs):
+        plane(learn, three, recipe.n_plane, seed=seed, file=out/f'seed-{seed}.{what}.jsonl', progress=watch.of(what), **kwargs)
+    measure('trajectory', {name: path[name] for name in (names[0], names[len(names) // 2], names[-1])}, marks=average, trajectory=path)
+    measure('solutions', {'SGD': weights_file(solutions, seed, 'SGD 1B'), **average, names[0]: path[names[0]]})
+
+
+def _trajectory(solutions, seed) -> dict:
+    "Name -> file of the weights that the SWA run has kept on its way, and of its last."
+    folder = snapshots_folder(solutions, seed, 'SWA')
+    try: index = read_index(folder)
+    except FileNotFoundError: raise ValueError(f'{folder} is missing: the run is of an older version, which kept no weights on the way') from None
+    record = read_record(solutions/f'seed-{seed}.json')
+    begin, end = next((p['begin'], p['end']) for p in record['parts'] if p['runs'] == ['SWA'])
+    path = {f'epoch {begin + e + 1}': folder/file for e, file in zip(index['epochs'], index['files'])}
+    return path | ({} if f'epoch {end}' in path else {f'epoch {end}': weights_file(solutions, seed, 'SWA')})
+
+
+def _curve(recipe, seed, out, learn, solutions, watch):
+    ends, straight = {f'seed {s}': weights_file(solutions, s, 'SGD 1B') for s in _seeds_of(recipe, seed)}, np.linspace(0, 1, 21)
+    for kind in ('chain', 'bezier'):
+        file = out/f'seed-{seed}.{kind}.pth'
+        if file.exists(): curve = Curve.load(file, learn)
+        else:
+            curve, checkpoint = Curve(learn, ends, kind=kind), CheckpointCallback(file.with_suffix('.ckpt'))
+            curve.fit(recipe.epochs, recipe.lr, RECIPES[recipe.base].wd, cbs=[checkpoint, _EpochWatch(watch, kind)], seed=seed)
+            curve.save(file)
+        def measure(f, what, *args, **kwargs): f(*args, seed=seed, file=out/f'seed-{seed}.{what}.jsonl', progress=watch.of(what), **kwargs)
+        measure(curve.evaluate, f'{kind}-path', recipe.n_curve)
+        if kind == 'chain': measure(curve.straight, 'line-path', recipe.n_curve)
+        on_it = [curve.solution(t) for t in straight]
+        measure(plane, f'{kind}-plane', learn, {**curve.ends, 'bend': curve.bends[0]}, recipe.n_plane, trajectory=on_it)
+
+
+class _Watch:
+    "Says where a measurement stands, ends it when there is no time for another point or epoch, and counts both."
+    def __init__(self, seed, until, show):
+        self.seed, self.until, self.show, self.points, self.longest, self.began = seed, until, show, 0, 0., monotonic()
+
+    @property
+    def seconds(self): return monotonic() - self.began
+
+    def of(self, what):
+        times = []
+        def progress(done, total):
+            times.append(monotonic())
+            self.points += 1
+            self.step(times)
+            pace = (times[-1] - times[0]) / max(1, len(times) - 1)
+            self.show(self.seed, f'seed {self.seed}  {what}  {done} of {total} points' + f'  {duration(pace * (total - done))} left' * bool(pace))
+        return progress
+
+    def step(self, times):
+        if len(times) > 1: self.longest = max(self.longest, times[-1] - times[-2])
+        if time() + 1.2 * self.longest > self.until: raise TimeIsUp('there is no time for more')
+
+
+class _EpochWatch(Callback):
+    order = 70    # behind the checkpoint of this moment
+    def __init__(self, watch, what): self.watch, self.what, self.times = watch, what, []
+    def before_epoch(self):
+        self.times.append(monotonic())
+        self.watch.step(self.times)
+        self.watch.show(self.watch.seed, f'seed {self.watch.seed}  {self.what}  epoch {self.epoch} of {self.n_epoch}')
+
+
+class _Note:
+    "seed-<seed>.landscape.json: what was measured on what, and in which sessions."
+    def __init__(self, recipe, seed, out, settings, images, records):
+        self.file = out/f'seed-{seed}.landscape.json'
+        fixed = {'recipe': recipe.name, 'seed': seed, 'landscape': {k: v for k, v in asdict(recipe).items() if k not in ('name', 'kind', 'base')},
+                 'settings': asdict(settings), 'images': images,
+                 'solutions': [{k: r[k] for k in ('recipe', 'seed', 'budget', 'swa_start', 'settings', 'images')} for r in records]}
+        self.data = read_note(self.file) if self.file.exists() else {**fixed, 'finished': None, 'sessions': []}
+        for k, v in fixed.items():
+            if self.data[k] != v: raise ValueError(f'{self.file} was measured with {k} {self.data[k]}, not {v}: give the same, or another folder')
+        self.session = {'started': now(), 'versions': versions(), 'hardware': hardware(settings.device), 'threads': torch.get_num_threads()}
+        if not self.data['finished']: self.data['sessions'].append(self.session)
+        self._write()
+
+    def end(self, watch, complete: bool):
+        self.session |= {'seconds': round(watch.seconds, 1), 'points': watch.points}
+        if complete and not self.data['finished']: self.data['finished'] = now()
+        self._write()
+        return self.data
+
+    def _write(self):
+        with replacing(self.file) as f: f.write((json.dumps(self.data, indent=1) + '\n').encode())
+
+
+def read_note(file) -> dict:
+    try: data = json.loads(file.read_text())
+    except ValueError: data = None
+    if not isinstance(data, dict) or not {'recipe', 'seed', 'landscape', 'settings', 'images', 'solutions', 'finished', 'sessions'} <= data.keys():
+        raise ValueError(f'{file} is damaged, or no note on a measurement: move it away')
+    return data
+
+
+def images_text(images): return f'{images["train"]:,} + {images["valid"]:,} images of {images["kind"]} (SHA-256 {images["sha256"]}...)'
