@@ -4,10 +4,14 @@ from .averaging import WeightAverage, ema, equal
 from .batchnorm import update_bn
 from .callback import SaveSWAModelCallback, SWACallback
 from .checkpoint import CheckpointCallback
+from .connectivity import Curve
 from .ensemble import Ensemble
-from .plot import plot_swa
+from .landscape import line, plane, rays
+from .plot import plot_line, plot_paths, plot_plane, plot_planes, plot_swa, plot_width
 from .snapshots import SnapshotCallback, average_checkpoints
+from .surfaces import Surface
 from .version import __version__    # noqa: F401
 
 __all__ = ['SWACallback', 'SaveSWAModelCallback', 'CheckpointCallback', 'SnapshotCallback', 'Ensemble', 'average_checkpoints', 'WeightAverage',
-           'equal', 'ema', 'update_bn', 'plot_swa']
+           'equal', 'ema', 'update_bn', 'rays', 'line', 'plane', 'Curve', 'Surface', 'plot_swa', 'plot_width', 'plot_line', 'plot_plane',
+           'plot_planes', 'plot_paths']

@@ -5,6 +5,8 @@ from itertools import combinations
 import numpy as np
 import torch
 from scipy.integrate import quad, trapezoid
+from scipy.interpolate import BarycentricInterpolator
+from scipy.optimize import brentq
 from scipy.special import comb
 
 __all__ = ['direction', 'Frame', 'bezier', 'chain', 'CURVES', 'inner_products', 'norm_at', 'arc_lengths', 'crossing', 'mean_height']
@@ -107,17 +109,10 @@ def crossing(xs, ys, level: float) -> float:
         if not np.isfinite(ys[i:i + 2]).all(): return float('nan')
         if ys[i + 1] == 0: return float(xs[i + 1])
         if (ys[i] > 0) == (ys[i + 1] > 0): continue
-        near = slice(max(0, min(i - 1, len(xs) - 4)), max(0, min(i - 1, len(xs) - 4)) + 4)
-        return _root(xs[near], ys[near], xs[i], xs[i + 1]) if np.isfinite(ys[near]).all() else _root(xs[i:i + 2], ys[i:i + 2], xs[i], xs[i + 1])
+        first = max(0, min(i - 1, len(xs) - 4))
+        near = slice(first, first + 4) if np.isfinite(ys[first:first + 4]).all() else slice(i, i + 2)
+        return float(brentq(BarycentricInterpolator(xs[near], ys[near]), xs[i], xs[i + 1], xtol=1e-12 * xs[-1], rtol=1e-12))
     return float('nan')
-
-
-def _root(xs, ys, low, high):
-    "The least root between `low` and `high` of the polynomial through the points."
-    at = (xs - low) / (high - low)
-    roots = np.polynomial.Polynomial.fit(at, ys, len(at) - 1, domain=[0, 1], window=[0, 1]).roots()
-    real = [r.real for r in roots if abs(r.imag) < 1e-9 and -1e-9 <= r.real <= 1 + 1e-9]
-    return float(low + (high - low) * min(real)) if real else float('nan')
 
 
 def mean_height(xs, ys, low: float, high: float) -> float:

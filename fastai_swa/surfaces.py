@@ -1,5 +1,5 @@
 """What was measured at points of weight space: one small object for each question, that saves as JSON or npz. Plain NumPy."""
-import json
+import json, zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ class Surface:
     def column(self, name: str, wd: float = 0.) -> np.ndarray:
         "Column `name`, shape (n,); `wd` adds `wd / 2 * norm**2`, as weight decay does to a loss. Raises `ValueError` if there is none of that name."
         if name not in self.values: raise ValueError(f'column must be one of {", ".join(self.values)}, not {name!r}')
-        return self.values[name] + wd / 2 * self.values['norm']**2
+        return self.values[name] + wd / 2 * self.values['norm']**2 if wd else self.values[name]
 
     def __repr__(self):
         n, done = len(self.points), int(self.is_measured.sum())
@@ -76,7 +76,7 @@ class Surface:
             surface = _made(head['about'], head['points'], values)
             _read_rows(surface, rows)
             return surface
-        except (ValueError, KeyError, TypeError, IndexError, UnicodeDecodeError, OSError):
+        except (ValueError, KeyError, TypeError, IndexError, OSError, zipfile.BadZipFile):
             raise ValueError(f'{path} is damaged, or it is no surface that fastai_swa wrote') from None
 
 
@@ -118,7 +118,7 @@ class Rays(Surface, kinds=['rays']):
         "Solution -> how far from it `column` first comes to the other side of `level` (`geometry.crossing`)."
         res = {}
         for name, profiles in self.profiles(column, wd).items():
-            ds, norm = np.array([crossing(self.distances, ys, level) for ys in profiles]), self.norms[name]
+            ds, norm = np.array([crossing(self.distances, ys, level) for ys in profiles]), self.norms[name] or np.nan
             mean, std = ds.mean(), ds.std(ddof=1) if len(ds) > 1 else np.nan
             res[name] = Width(float(mean), float(std), float(mean / norm), float(std / norm), int((~np.isnan(ds)).sum()), ds)
         return res

@@ -35,7 +35,8 @@ def test_the_lowest_floors_are_plain_pytorch(name):
 def test_a_star_import_brings_the_public_names_and_nothing_else():
     space = {}
     exec('from fastai_swa import *', space)
-    public = {'SWACallback', 'SaveSWAModelCallback', 'WeightAverage', 'equal', 'ema', 'update_bn', 'plot_swa', 'CheckpointCallback', 'SnapshotCallback', 'Ensemble', 'average_checkpoints'}
+    public = {'SWACallback', 'SaveSWAModelCallback', 'WeightAverage', 'equal', 'ema', 'update_bn', 'plot_swa', 'CheckpointCallback', 'SnapshotCallback', 'Ensemble', 'average_checkpoints',
+              'rays', 'line', 'plane', 'Curve', 'Surface', 'plot_width', 'plot_line', 'plot_plane', 'plot_planes', 'plot_paths'}
     assert set(space) - {'__builtins__'} == public == set(fastai_swa.__all__)
 
 
