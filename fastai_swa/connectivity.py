@@ -184,5 +184,6 @@ class _CurveLearner(Learner):
 
 def _check_rate(name, x, least=None):
     if isinstance(x, bool) or not isinstance(x, Real): raise TypeError(f'{name} must be a number, not {x!r}')
-    if not (x > 0 or x == least) or x == float('inf'): raise ValueError(f'{name} must {"be positive" if least is None else "not be negative"}, not {x!r}')
+    if not (x > 0 or x == least) or x == float('inf'):
+        raise ValueError(f'{name} must {"be positive" if least is None else "not be negative"}, not {x!r}')
     return float(x)

@@ -6,10 +6,13 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.foundation import L
+from fastcore.meta import delegates
 
+from . import plot
 from .batchnorm import check_count
 from .callback import SWACallback
 from .ensemble import Ensemble
+from .landscape import line, named_solutions, plane, rays
 from .schedules import fge_epochs, fge_lr_factor, snapshot_lr_factor, start_epoch, swa_lr_factor
 from .snapshots import SnapshotCallback
 
@@ -109,6 +112,52 @@ def fit_fge(self:Learner,
     def schedule(epoch, step, n_steps): return lrs * fge_lr_factor(epoch, step, n_steps, cycle_len, factor)
     self.fit(fge_epochs(n_cycles, cycle_len), lr, wd=wd, cbs=[EpochScheduler({'lr': schedule}), snapshots, *L(cbs)])
     return snapshots.ensemble(self)
+
+
+@patch
+@delegates(rays)
+def plot_width(self:Learner,
+    solutions,    # as for `rays`; a SWACallback stands for its average, and the learner's own weights beside it
+    column:str=None, level:float=None, ax=None, wd:float=0.,    # as for `plot.plot_width`
+    **kwargs
+):
+    """Draw how loss or metric rise with the distance from `solutions`, on random rays; returns the axes.
+
+    `rays(learn, solutions)` gives the numbers, `plot.plot_width` draws them; this does both. With `file` it can be interrupted and the
+    numbers stay. Raises what `rays` raises.
+    """
+    return plot.plot_width(rays(self, _beside_own(self, solutions), **kwargs), column, level, ax, wd)
+
+
+@patch
+@delegates(line)
+def plot_line(self:Learner,
+    solutions,    # two, as for `line`; a SWACallback stands for the way from the learner's own weights through its average
+    columns=None, ax=None, wd:float=0.,    # as for `plot.plot_line`
+    **kwargs
+):
+    "Draw loss and metric on the straight line through two solutions; returns the array of axes. Raises what `line` raises."
+    return plot.plot_line(line(self, _beside_own(self, solutions), **kwargs), columns, ax, wd)
+
+
+@patch
+@delegates(plane)
+def plot_plane(self:Learner,
+    solutions,    # three, as for `plane`; a SnapshotCallback or an Ensemble stands for its first, middle and last models, and all as the trajectory
+    column:str=None, ax=None, wd:float=0., top:float=None,    # as for `plot.plot_plane`
+    **kwargs
+):
+    "Draw loss or metric in the plane through three solutions; returns the axes. Raises what `plane` raises."
+    if isinstance(solutions, SnapshotCallback | Ensemble):
+        path = named_solutions(solutions)
+        names = list(path)
+        if len(path) > 3: kwargs = {'trajectory': path} | kwargs
+        if len(path) > 2: solutions = {name: path[name] for name in (names[0], names[len(names) // 2], names[-1])}
+    return plot.plot_plane(plane(self, solutions, **kwargs), column, ax, wd, top)
+
+
+def _beside_own(learn, solutions):
+    return {'own weights': learn, 'average': solutions} if isinstance(solutions, SWACallback) else solutions
 
 
 class EpochScheduler(ParamScheduler):

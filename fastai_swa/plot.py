@@ -170,7 +170,7 @@ def plot_paths(profiles: dict, column: str | None = None, ax=None, wd: float = 0
 def plot_plane(plane: Plane, column: str | None = None, ax=None, wd: float = 0., top: float | None = None):
     """`column` over a plane in contours, with the solutions, marks and trajectory of the plane (Izmailov et al. 2018, Figs. 1 and 3).
 
-    The levels' distances from the least value are spaced in log, up to `top`, in the unit of the column; default: the greatest value. Points that are
+    The levels' distances from the best value are spaced in log, up to `top`, in the unit of the column; default: the worst value. Points that are
     not measured yet stay white. Returns the axes. Raises `ValueError` for a column that there is not.
     """
     return plot_planes({'': plane}, column, None if ax is None else [ax], wd, top)[0]
@@ -189,12 +189,14 @@ def plot_planes(planes: dict, column: str | None = None, axs=None, wd: float = 0
     finite = np.concatenate([g.compressed() for g in grids])
     finite = finite[np.isfinite(finite)]
     if not len(finite): raise ValueError('no point of the plane is measured, or none is finite')
-    low, high = finite.min(), finite.max() if top is None else scale * top
-    levels = low + max(high - low, 1e-12) * np.concatenate([[0], np.geomspace(.01, 1, 9)])
-    norm = BoundaryNorm(levels, 256, extend='max')
+    sign = 1 if any(word in column for word in ('loss', 'error', 'norm')) else -1    # fastai's rule: of other metrics more is better
+    best, worst = (sign * finite).min(), (sign * finite).max() if top is None else sign * scale * top
+    levels = np.sort(sign * (best + max(worst - best, 1e-12) * np.concatenate([[0], np.geomspace(.01, 1, 9)])))
+    beyond, colours = ('max', 'viridis_r') if sign > 0 else ('min', 'viridis')
+    norm = BoundaryNorm(levels, 256, extend=beyond)
     for (title, p), grid, ax in zip(planes.items(), grids, axs):
-        shown = np.ma.where(np.isfinite(grid.filled(0)), grid, 2 * levels[-1] + 1)    # it diverged: above all levels
-        filled = ax.contourf(p.xs, p.ys, shown, levels, cmap='viridis_r', norm=norm, extend='max')
+        shown = np.ma.where(np.isfinite(grid.filled(0)), grid, sign * (2 * abs(worst) + 1))    # it diverged: beyond all levels
+        filled = ax.contourf(p.xs, p.ys, shown, levels, cmap=colours, norm=norm, extend=beyond)
         ax.contour(p.xs, p.ys, shown, levels, colors='0.25', linewidths=.4)
         _draw_points(ax, p)
         is_flat = not .4 < np.ptp(p.xs) / np.ptp(p.ys) < 2.5    # it would be a strip

@@ -36,7 +36,7 @@ def quiet(learn):
 @pytest.mark.parametrize('kind', CURVES)
 def test_the_highest_loss_on_a_curve_lies_well_below_the_straight_lines_and_its_ends_stay_bitwise(two, kind):
     learn = quiet(two[0])
-    states = [l.model.state_dict() for l in two]
+    states = [learn.model.state_dict() for learn in two]
     before = [{k: v.clone() for k, v in s.items()} for s in states]
     curve = Curve(learn, {'one': two[0], 'two': two[1]}, kind=kind)
     straight = curve.straight(15)
@@ -70,7 +70,7 @@ def test_a_step_moves_the_bends_down_the_gradient_at_a_random_point_with_decay_o
     monkeypatch.setattr('torch.rand', lambda *size: torch.tensor(.3))
     curve = Curve(quiet(a), [a, b], n_bends, kind)
     curve.fit(1, .5, wd=wd, opt_func=SGD)
-    names, ends = ['0.weight', '0.bias', '2.weight', '2.bias'], [l.model.state_dict() for l in (a, b)]
+    names, ends = ['0.weight', '0.bias', '2.weight', '2.bias'], [learn.model.state_dict() for learn in (a, b)]
     points = [{k: ends[0][k].double() * (1 - t) + ends[1][k].double() * t for k in names} for t in np.linspace(0, 1, n_bends + 2)]
     for p in points[1:-1]:
         for v in p.values(): v.requires_grad_()

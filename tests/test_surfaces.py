@@ -51,7 +51,7 @@ def test_along_a_path_the_ends_count_and_what_lies_beyond_does_not():
     p = a_path([-.5, 0, .25, 1, 1.5])
     p.values['valid_loss'] = np.array([9., 1, 5, 3, -9])
     assert (p.max('valid_loss'), p.min('valid_loss')) == (5, 1)
-    assert p.mean('valid_loss') == pytest.approx((.25 * 3 + .75 * 4))
+    assert p.mean('valid_loss') == pytest.approx(.25 * 3 + .75 * 4)
     assert p.arc.tolist() == [-2, 0, 1, 4, 6] and p.length == 4
     with pytest.raises(ValueError, match='no point lies between'): a_path([-1, 2]).max('valid_loss')
 

@@ -80,7 +80,8 @@ def _report_width(landscape, surfaces, wd):
              'rays that reach it']]
     for name, ws in widths.items():
         def at_it(column, name=name): return _over(surfaces, lambda s: s['rays'].profiles(column)[name][0, 0])
-        distance, relative = (_distance(*zip(*pairs)) for pairs in (((w.distance, w.std) for w in ws), ((w.relative, w.relative_std) for w in ws)))
+        distance = _distance([w.distance for w in ws], [w.std for w in ws], 2)
+        relative = _distance([w.relative for w in ws], [w.relative_std for w in ws], 3)
         rows.append([name, spread(at_it('norm'), 2), _percent(at_it('valid_error_rate')), spread(at_it('train_loss'), 4), distance, relative,
                      f'{sum(w.n_crossed for w in ws)} of {sum(len(w.distances) for w in ws)}'])
     def draw_width():
@@ -92,11 +93,12 @@ def _report_width(landscape, surfaces, wd):
         yield (f'Random rays, {landscape["n_rays"]} from each solution, in the same directions; in brackets the standard deviation over the rays'
                + '; mean +- std over the seeds' * (n > 1) + '.')
         yield table(rows)
-        gains = np.concatenate([b.distances - a.distances for a, b in zip(widths['SGD'], widths['SWA'])])
+        gains, of = [b.distances - a.distances for a, b in zip(widths['SGD'], widths['SWA'])], 'seeds' if n > 1 else 'rays'
+        gains = np.mean(gains, 1) if n > 1 else gains[0]    # rays of one seed share its solutions
         if np.isfinite(gains).all():
             mean, half = mean_and_half(gains)
-            yield (f"SWA's distance is greater by {mean:.2f} (95 % interval over the {len(gains)} rays: {mean - half:+.2f} to {mean + half:+.2f}), "
-                   f'on {(gains > 0).sum()} of them.')
+            yield (f'The distance from SWA less that from SGD, on the same rays: {mean:+.2f} (95 % interval over the {len(gains)} {of}: '
+                   f'{mean - half:+.2f} to {mean + half:+.2f}); positive in {(gains > 0).sum()} of {len(gains)}.')
         yield '![error and loss over the distance](width.png)'
         lines = [s['line'] for s in surfaces.values()]
         errors = np.array([p.column('valid_error_rate') for p in lines])
@@ -108,9 +110,9 @@ def _report_width(landscape, surfaces, wd):
     return {'width.png': draw_width, 'line.png': lambda: plot_line(first['line'], wd=wd)[0].figure}, sections()
 
 
-def _distance(means, stds):
+def _distance(means, stds, digits):
     means, stds = np.array(means), np.array(stds)
-    return 'not reached on all' if np.isnan(means).any() else f'{spread(means, 3)} ({stds.mean():.3f})'
+    return 'not reached on all' if np.isnan(means).any() else f'{spread(means, digits)} ({stds.mean():.{digits}f})'
 
 
 def _report_plane(landscape, surfaces, wd):
