@@ -223,7 +223,7 @@ def untouched(learn):
     kept = [(vars(o), dict(vars(o))) for o in (learn, *learn.cbs)]
     with autocast_left(), _aside(learn):
         try:
-            learn.cbs = L(cb for cb in learn.cbs if not isinstance(cb, ProgressCallback))
+            learn.cbs = L(cb for cb in learn.cbs if not isinstance(cb, ProgressCallback) and not concerns_training(cb))
             yield
         finally:
             for attrs, old in kept:

@@ -30,7 +30,8 @@ def check_solutions(recipe, seed: int, solutions: Path) -> list[dict]:
     res = []
     for s in _seeds_of(recipe, seed):
         file = solutions/f'seed-{s}.json'
-        if not file.exists(): raise ValueError(f'{file} is missing: reproduce {recipe.base} with {s + 1} seed{"s" * (s > 0)} makes it, or give --solutions')
+        if not file.exists():
+            raise ValueError(f'{file} is missing: reproduce {recipe.base} with {s + 1} seed{"s" * (s > 0)} makes it, or give --solutions')
         res.append(read_record(file))
         if res[-1]['recipe'] != recipe.base: raise ValueError(f'{file} is of the recipe {res[-1]["recipe"]}, not {recipe.base}')
         if not res[-1]['finished']: raise ValueError(f'{file} is not complete: reproduce {recipe.base} goes on with it')
