@@ -20,7 +20,8 @@ from .callback import SWACallback
 from .ensemble import Ensemble, load_into
 from .geometry import Frame, direction
 from .modules import clean_copy, unwrap
-from .passes import PassCancelled, refresh_bn, untouched, validate_aside
+from .passes import PassCancelled, kept_batches, refresh_bn, untouched, validate_aside
+from .processes import Processes
 from .snapshots import SnapshotCallback
 from .state import not_copied
 from .surfaces import MemoryRows, Plane, PointFile, Profile, Rays
@@ -35,6 +36,7 @@ class Space:
     - `scratch`: a clean copy of the model, on the device of the data, which takes on the weights of one point after the other.
     """
     def __init__(self, learn: Learner):
+        if Processes(learn).size > 1: raise RuntimeError('the loss surface is measured in one process: call it outside of distrib_ctx')
         self.learn, self.scratch = learn, clean_copy(learn.model, not_copied(learn))
         device = getattr(learn.dls, 'device', None)
         if device is not None: self.scratch.to(device)
@@ -118,8 +120,8 @@ def measured(space, kind, about, points, at,
     """A surface of class `kind`, with loss and metrics at each of the `points`. `at(i)` gives weights and buffers of point i.
 
     At each point batch norm is refreshed as a `SWACallback` does it, and the learner's own loop validates, with all its callbacks that do not
-    record, show or steer training. The learner is afterwards as it was, also after an error or Ctrl-C: weights, statistics, modes,
-    optimizer, callbacks and all random generators.
+    record, show or steer training. Batches are drawn once and kept, if they are not more than a GiB. The learner is afterwards as it was,
+    also after an error or Ctrl-C: weights, statistics, modes, optimizer, callbacks and all random generators.
     """
     learn, sets = space.learn, _check_sets(sets)
     bn_batches, train_batches = check_count('bn_batches', bn_batches), check_count('train_batches', train_batches)
@@ -134,12 +136,13 @@ def measured(space, kind, about, points, at,
         with untouched(learn):
             set_seed(seed)    # each pass puts the generators back, so that all begin the same
             names = list(tracked_bn(unwrap(learn.model)))
+            batches = _Batches(learn, names, sets, bn_batches, train_batches) if todo else None
             bar = progress_bar(todo) if space.shows_progress and progress is None else todo
             for done, i in enumerate(bar, len(points) - len(todo)):
                 if progress is not None: progress(done, len(points))
                 weights, buffers = at(i)
                 space.put(weights, buffers)
-                with lent(space.scratch, learn.model): row = _measure(learn, names, sets, bn_batches, train_batches, remarks)
+                with lent(space.scratch, learn.model): row = _measure(learn, names, batches, remarks)
                 rows.add(i, row | {'norm': _norm(weights)})
     except PassCancelled: raise RuntimeError('a callback of the learner cancels validations or batch-norm passes: remove it first') from None
     finally: rows.close()
@@ -192,7 +195,8 @@ def line(
 ) -> Profile:
     """Loss and metrics on the straight line through two solutions, and beyond both.
 
-    Izmailov et al. 2018, section 4.2 and Fig. 5. Solutions, further arguments and errors as for `rays`; two equal solutions are a `ValueError`.
+    Izmailov et al. 2018, section 4.2 and Fig. 5. Solutions and further arguments as for `rays`. Raises what that raises, and
+    `ValueError` for two equal solutions.
     """
     space, named = Space(learn), named_solutions(solutions, 2, 'a line')
     (a, buffers), (b, _) = loaded = [space.load(o, name) for name, o in named.items()]
@@ -217,8 +221,8 @@ def plane(
 ) -> Plane:
     """Loss and metrics on a grid in the plane through three solutions, with axes by Gram-Schmidt; x and y are Euclidean distances.
 
-    Garipov et al. 2018 (arXiv 1802.10026), appendix A.3; Izmailov et al. 2018, Figs. 1 and 3. Solutions, further arguments and errors as for
-    `rays`; solutions of which two are equal or that lie on a line are a `ValueError`.
+    Garipov et al. 2018 (arXiv 1802.10026), appendix A.3; Izmailov et al. 2018, Figs. 1 and 3. Solutions and further arguments as for
+    `rays`. Raises what that raises, and `ValueError` for solutions of which two are equal or that lie on a line.
     """
     space, named = Space(learn), named_solutions(solutions, 3, 'a plane')
     counts = [check_count('n_points', n, least=2, optional=False) for n in _pair('n_points', n_points)]
@@ -238,11 +242,20 @@ def plane(
     return measured(space, Plane, about, points, lambda i: (weighted_sum(corners, frame.shares(*points[i])), buffers), **kwargs)
 
 
-def _measure(learn, names, sets, bn_batches, train_batches, remarks) -> dict:
-    if names: remarks |= refresh_bn(learn, names, bn_batches, in_fit=False).remarks
+class _Batches:
+    "What is run through the model at each point: for batch norm, and for each of the `sets`."
+    def __init__(self, learn, names, sets, bn_batches, train_batches):
+        wanted = [bn_batches] * bool(names) + [train_batches] * ('train' in sets)
+        training = {n: kept_batches(learn, n) for n in dict.fromkeys(wanted)}    # for both the same, if as many
+        self.bn = training.get(bn_batches)
+        self.sets = {ds: training[train_batches] if ds == 'train' else kept_batches(learn, train=False) for ds in sets}
+
+
+def _measure(learn, names, batches, remarks) -> dict:
+    if names: remarks |= refresh_bn(learn, names, None, in_fit=False, dl=batches.bn).remarks
     row = {}
-    for ds in sets:
-        values = validate_aside(learn, (train_batches or True) if ds == 'train' else False, in_fit=False)
+    for ds, dl in batches.sets.items():
+        values = validate_aside(learn, dl, in_fit=False)
         row |= {f'{ds}_{name}': _number(v) for name, v in zip(('loss', *(m.name for m in learn.metrics)), values)}
     return row
 

@@ -1,8 +1,7 @@
 """Passes through a learner's own loop, aside from its training: to validate other weights, to refresh batch norm."""
-import copy, math, sys
+import copy, sys
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import islice
 
 import torch
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelTrainException
@@ -11,45 +10,40 @@ from fastai.callback.progress import CSVLogger, ProgressCallback, ShowGraphCallb
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.callback.training import ShortEpochCallback
-from fastai.data.load import DataLoader
 from fastai.learner import AvgLoss, Recorder
 from fastai.torch_core import num_distrib, get_random_states, set_random_states, to_detach
 from fastcore.foundation import L
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader as TorchDataLoader, IterableDataset
 
+from .batches import KeptBatches, fresh_loader, share, training_loader
 from .batchnorm import Moments, batch_moments
 from .columns import plain_values
 from .modules import unwrap
 from .processes import Processes
-from .state import generators, loaders, own_generators, owned_modules
+from .state import loaders, own_generators, owned_modules
 
-__all__ = ['PassCancelled', 'copied_measures', 'validate_aside', 'refresh_bn', 'untouched', 'autocast_left', 'concerns_training', 'no_fit',
-           'is_fitting', 'check_engine']
+__all__ = ['PassCancelled', 'copied_measures', 'validate_aside', 'refresh_bn', 'kept_batches', 'untouched', 'autocast_left', 'concerns_training',
+           'no_fit', 'is_fitting', 'check_engine']
 
 
 class PassCancelled(Exception):
     "A callback cancelled a pass; it must not cancel the fit that the pass stands aside from."
 
 
-def validate_aside(learn, train_batches: int | bool = False, in_fit: bool = True) -> list:
-    """Loss and metrics of `learn.model` on the validation set, as floats (`nan` where there is no value).
+def validate_aside(learn, dl=None, in_fit: bool = True) -> list:
+    """Loss and metrics of `learn.model` on the validation set, or on `dl`, as floats (`nan` where there is no value).
 
-    - `train_batches`: on the training set instead, as it comes in training: all of it (`True`), each sample once, or so many batches.
     - `in_fit`: as in `refresh_bn`.
 
     Raises `PassCancelled` if a callback cancels it.
     """
     collector = _Collector(learn.metrics, Processes(learn))
-    with _aside(learn), _events_around(learn, in_fit):
-        if train_batches: dl = _training_loader(learn, None if train_batches is True else train_batches)
-        else: dl = _fresh_loader(learn.dls[1])
-        with learn.added_cbs(collector): _run(learn, dl)
+    with _aside(learn), _events_around(learn, in_fit), learn.added_cbs(collector): _run(learn, fresh_loader(learn.dls[1]) if dl is None else dl)
     return plain_values(collector.measured)
 
 
-def refresh_bn(learn, names, n_batches: int | None, in_fit: bool) -> Moments:
-    """Refresh the batch-norm layers `names` of `learn.model` on the training set, or `n_batches` of it, each sample once.
+def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None) -> Moments:
+    """Refresh the batch-norm layers `names` of `learn.model` on the training set, or `n_batches` of it, each sample once; or on `dl`.
 
     Outside a fit the events around a validation are sent as well: they set mixed precision and the like up and tear them down. Of
     several processes each takes a share of the samples, or `n_batches` of its own.
@@ -58,11 +52,16 @@ def refresh_bn(learn, names, n_batches: int | None, in_fit: bool) -> Moments:
     with _aside(learn), _events_around(learn, in_fit):
         model = unwrap(learn.model)    # data-parallel replicas would each keep statistics of their own
         modules, processes = dict(model.named_modules()), Processes(learn)
-        dl = _share(learn.dls.train, processes, n_batches) if processes.size > 1 else _training_loader(learn, n_batches)
+        if dl is None: dl = share(learn.dls.train, processes, n_batches) if processes.size > 1 else training_loader(learn, n_batches)
         with batch_moments(model, {name: modules[name] for name in names}, processes.gather if processes.size > 1 else None) as moments, \
              _replaced(learn, 'model', model), learn.added_cbs(_EndBatch(moments)):
             _run(learn, dl)
     return moments
+
+
+def kept_batches(learn, n_batches: int | None = None, train: bool = True) -> KeptBatches:
+    "Of the training set, each sample once, or `n_batches` of it; or of the validation set: for several passes over the same."
+    with _aside(learn): return KeptBatches(partial(training_loader, learn, n_batches) if train else partial(fresh_loader, learn.dls[1]))
 
 
 def _events_around(learn, in_fit): return nullcontext() if in_fit or is_fitting(learn, '_do_fit') else learn.validation_context()
@@ -116,57 +115,6 @@ class _EndBatch(Callback):
     def __init__(self, moments): self.moments = moments
     def after_batch(self): self.moments.end_batch()
     def after_cancel_validate(self): raise PassCancelled('batch norm')
-
-
-def _training_loader(learn, n_batches):
-    "The training set, or `n_batches` of it, each sample once."
-    dl = _each_once(_fresh_loader(learn.dls.train, drop_last=False))
-    return dl if n_batches is None else _FirstBatches(dl, n_batches)
-
-
-class _FirstBatches:
-    "The first `n` batches of a loader."
-    def __init__(self, dl, n): self.dl, self.n = dl, n
-    def __len__(self): return min(len(self.dl), self.n)
-    def __iter__(self): return islice(iter(self.dl), self.n)
-    def __getattr__(self, name): return getattr(self.dl, name)
-
-
-def _each_once(dl):
-    if hasattr(dl, 'wgts'): dl.get_idxs = partial(DataLoader.get_idxs, dl)    # fastai's weighted loaders repeat and omit samples
-    return dl
-
-
-def _share(dl, processes, n_batches):
-    "Of the samples of `dl`, fastai's loader for several processes, those of this one: each sample once, where `dl` itself repeats some."
-    inner = _each_once(_fresh_loader(dl.dl, drop_last=False))
-    idxs = processes.first(lambda: list(inner.get_idxs()))    # shuffled, in one order for all
-    low, high = (len(idxs) * r // processes.size for r in (processes.rank, processes.rank + 1))
-    mine = idxs[low:high][:None if n_batches is None else n_batches * dl.bs]
-    class Share(type(dl)):    # the learner would distribute any other loader once more
-        def get_idxs(self): return mine
-        def __len__(self): return math.ceil(len(mine) / self.bs)
-    return Share(inner, dl.rank, dl.world_size, dl.device)
-
-
-def _fresh_loader(dl, **kwargs):
-    "A loader like `dl`, over the same data; `kwargs` as for fastai's `DataLoader.new`. `dl` itself where its class makes none."
-    if isinstance(dl, DataLoader) and hasattr(dl, 'world_size'):    # fastai's DistributedDL, which has no `new`
-        return type(dl)(_fresh_loader(dl.dl, **kwargs), dl.rank, dl.world_size, dl.device)
-    if isinstance(dl, DataLoader):
-        # at its first `new` a loader may send a sample through its transforms: what they draw must not depend on whether it is the first
-        states, kept = get_random_states(), [(put, get()) for _, get, put in generators(dl)]
-        try: new = dl.new(**kwargs)
-        except TypeError: return dl    # the constructor of a subclass asks for what `new` does not know
-        finally:
-            set_random_states(**states)
-            for put, state in kept: put(state)
-        if dl.n is not None and new.dataset is dl.dataset: new.n = dl.n    # `new` forgets that the loader stops early
-        return new
-    if type(dl) is TorchDataLoader and dl.batch_size is not None and kwargs and not isinstance(dl.dataset, IterableDataset):
-        names = 'dataset', 'batch_size', 'sampler', 'num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn', 'generator'
-        return type(dl)(**{name: getattr(dl, name) for name in names}, **kwargs)
-    return dl
 
 
 @contextmanager

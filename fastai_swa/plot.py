@@ -179,7 +179,7 @@ def plot_plane(plane: Plane, column: str | None = None, ax=None, wd: float = 0.,
 def plot_planes(planes: dict, column: str | None = None, axs=None, wd: float = 0., top: float | None = None):
     """Planes side by side, in the same colours for the same values; with a curve as its `trajectory` each, the panels of mode connectivity.
 
-    `planes`: title -> `Plane`; the rest as in `plot_plane`. Returns the array of axes.
+    `planes`: title -> `Plane`; the rest as in `plot_plane`. Returns the array of axes. Raises as that does.
     """
     column = column or _main_column(next(iter(planes.values())))
     scale, label = _scale_and_label(column, wd)

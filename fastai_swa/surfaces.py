@@ -19,7 +19,8 @@ class Surface:
       'valid_loss', 'valid_<metric>' and 'norm', the Euclidean norm of the weights.
     - `about`: what it is of, as plain data; in it 'solutions', by name.
 
-    `save` and `Surface.load` keep it as JSON, or as NumPy's npz.
+    `save` and `Surface.load` keep it as JSON, or as NumPy's npz. Raises `ValueError`, naming it, for a column that there is not and a file that
+    cannot be read.
     """
     kinds = {}    # name in a file -> class
 

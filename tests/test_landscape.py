@@ -232,6 +232,49 @@ def test_what_is_drawn_is_the_same_at_each_point_and_depends_on_the_seed_alone()
     assert np.array_equal(measure(), found) and not np.allclose(measure(1), found, rtol=1e-4)
 
 
+class Draws(Callback):
+    "Adds noise of its own to each batch."
+    def before_batch(self): self.learn.xb = (self.xb[0] + .1 * torch.randn_like(self.xb[0]),)
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+@pytest.mark.parametrize('cbs', [None, Draws()])
+def test_batches_that_are_kept_give_what_batches_drawn_anew_give(num_workers, cbs, monkeypatch):
+    def noisy(): return DataLoaders(loaders(num_workers=num_workers).train.new(after_batch=lambda b: (b[0] + torch.randn_like(b[0]), b[1])), loaders().valid, device='cpu')
+    def measure(**kwargs):
+        learn = learner(net, noisy(), cbs=copy.copy(cbs))
+        drawn = []
+        monkeypatch.setattr(type(learn.dls.train), 'before_iter', lambda self: drawn.append(self))
+        return rows(line(learn, [learn, OTHERS[0]], ts=[0, .3, 1], **kwargs)), len(drawn)
+    for kwargs, n_sets in (({}, 2), ({'bn_batches': 2}, 3), ({'bn_batches': 2, 'train_batches': 2}, 2)):
+        kept, n_drawn = measure(**kwargs)
+        assert n_drawn == n_sets    # once for each set of batches, however many points
+        if cbs is None:
+            monkeypatch.setattr('fastai_swa.batches._LIMIT', 100)
+            anew, n_drawn = measure(**kwargs)
+            assert np.array_equal(anew, kept) and n_drawn == n_sets + 3 * 3
+            monkeypatch.undo()
+
+
+@pytest.mark.parametrize('limit', [2**30, 100])
+def test_what_a_callback_draws_is_the_same_at_each_point_too(limit, monkeypatch):
+    monkeypatch.setattr('fastai_swa.batches._LIMIT', limit)
+    learn = learner(cbs=Draws())
+    found = rows(line(learn, [learn, OTHERS[0]], ts=[0., 1e-12, 2e-12]))
+    np.testing.assert_allclose(found[1:], found[[0, 0]], rtol=1e-6)
+
+
+def test_a_model_that_changes_its_input_in_place_changes_no_later_batch():
+    class Greedy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+        def forward(self, x): return self.net(x.mul_(.5))
+    learn = learner(Greedy)
+    found = rows(line(learn, [learn, {f'net.{k}': v for k, v in OTHERS[0].items()}], ts=[0., 1e-12]))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
+
+
 # solutions
 
 def test_solutions_come_as_state_dicts_modules_learners_paths_callbacks_and_ensembles(tmp_path):

@@ -1,0 +1,103 @@
+"""The batches of passes aside from training: each sample once, drawn from loaders of their own, kept where they are the same again and again."""
+import math
+from functools import partial
+from itertools import islice
+
+import torch
+from fastai.data.load import DataLoader
+from fastai.torch_core import apply, get_random_states, set_random_states
+from torch.utils.data import DataLoader as TorchDataLoader, IterableDataset
+
+from .state import generators
+
+__all__ = ['fresh_loader', 'training_loader', 'share', 'KeptBatches']
+
+
+def training_loader(learn, n_batches):
+    "The training set, or `n_batches` of it, each sample once."
+    dl = _each_once(fresh_loader(learn.dls.train, drop_last=False))
+    return dl if n_batches is None else _FirstBatches(dl, n_batches)
+
+
+class _FirstBatches:
+    "The first `n` batches of a loader."
+    def __init__(self, dl, n): self.dl, self.n = dl, n
+    def __len__(self): return min(len(self.dl), self.n)
+    def __iter__(self): return islice(iter(self.dl), self.n)
+    def __getattr__(self, name): return getattr(self.dl, name)
+
+
+def _each_once(dl):
+    if hasattr(dl, 'wgts'): dl.get_idxs = partial(DataLoader.get_idxs, dl)    # fastai's weighted loaders repeat and omit samples
+    return dl
+
+
+def share(dl, processes, n_batches):
+    "Of the samples of `dl`, fastai's loader for several processes, those of this one: each sample once, where `dl` itself repeats some."
+    inner = _each_once(fresh_loader(dl.dl, drop_last=False))
+    idxs = processes.first(lambda: list(inner.get_idxs()))    # shuffled, in one order for all
+    low, high = (len(idxs) * r // processes.size for r in (processes.rank, processes.rank + 1))
+    mine = idxs[low:high][:None if n_batches is None else n_batches * dl.bs]
+    class Share(type(dl)):    # the learner would distribute any other loader once more
+        def get_idxs(self): return mine
+        def __len__(self): return math.ceil(len(mine) / self.bs)
+    return Share(inner, dl.rank, dl.world_size, dl.device)
+
+
+def fresh_loader(dl, **kwargs):
+    "A loader like `dl`, over the same data; `kwargs` as for fastai's `DataLoader.new`. `dl` itself where its class makes none."
+    if isinstance(dl, DataLoader) and hasattr(dl, 'world_size'):    # fastai's DistributedDL, which has no `new`
+        return type(dl)(fresh_loader(dl.dl, **kwargs), dl.rank, dl.world_size, dl.device)
+    if isinstance(dl, DataLoader):
+        # at its first `new` a loader may send a sample through its transforms: what they draw must not depend on whether it is the first
+        states, kept = get_random_states(), [(put, get()) for _, get, put in generators(dl)]
+        try: new = dl.new(**kwargs)
+        except TypeError: return dl    # the constructor of a subclass asks for what `new` does not know
+        finally:
+            set_random_states(**states)
+            for put, state in kept: put(state)
+        if dl.n is not None and new.dataset is dl.dataset: new.n = dl.n    # `new` forgets that the loader stops early
+        return new
+    if type(dl) is TorchDataLoader and dl.batch_size is not None and kwargs and not isinstance(dl.dataset, IterableDataset):
+        names = 'dataset', 'batch_size', 'sampler', 'num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn', 'generator'
+        return type(dl)(**{name: getattr(dl, name) for name in names}, **kwargs)
+    return dl
+
+
+class KeptBatches:
+    """The batches of `make()`, a loader that gives the same ones each time: drawn once and kept, or drawn anew if they are more than `_LIMIT` bytes.
+
+    Each pass gets copies of its own.
+    """
+    def __init__(self, make):
+        self.make, self.dl, self.batches, n_bytes = make, make(), [], 0
+        for batch in self.dl:
+            size = _n_bytes(batch)
+            n_bytes += math.inf if size is None else size
+            if n_bytes > _limit(batch):
+                self.batches = None
+                break
+            self.batches.append(batch)
+
+    def __len__(self): return len(self.dl if self.batches is None else self.batches)
+    def __iter__(self): return iter(self.make()) if self.batches is None else map(partial(apply, _copy), self.batches)
+    def __getattr__(self, name): return getattr(self.dl, name)
+
+
+_LIMIT = 2**30
+
+def _limit(batch):
+    device = next((t.device for t in _leaves(batch) if isinstance(t, torch.Tensor)), None)
+    return min(_LIMIT, torch.cuda.mem_get_info(device)[0] // 4) if device is not None and device.type == 'cuda' else _LIMIT
+
+def _leaves(o):
+    if isinstance(o, list | tuple): return [leaf for v in o for leaf in _leaves(v)]
+    return [leaf for v in o.values() for leaf in _leaves(v)] if isinstance(o, dict) else [o]
+
+def _n_bytes(batch) -> int | None:
+    "`None` for what cannot be copied as a tensor can."
+    leaves = _leaves(batch)
+    if not all(isinstance(t, torch.Tensor | bool | int | float | str | None) for t in leaves): return None
+    return sum(t.numel() * t.element_size() for t in leaves if isinstance(t, torch.Tensor))
+
+def _copy(o): return o.clone() if isinstance(o, torch.Tensor) else o
