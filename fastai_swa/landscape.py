@@ -43,9 +43,11 @@ class Space:
         self.originals = {k: p for k, p in self.scratch.named_parameters() if p.is_floating_point() or p.is_complex()}
         self.params = [torch.view_as_real(p.detach()) if p.is_complex() else p.detach() for p in self.originals.values()]
         if not self.params: raise ValueError('the model has no parameters: there is nothing to move')
-        self.shows_progress = any(isinstance(cb, ProgressCallback) for cb in learn.cbs)
         self.device, self.dtype = self.params[0].device, torch.float32
         for p in self.params: self.dtype = torch.promote_types(self.dtype, p.dtype)
+
+    @property
+    def shows_progress(self) -> bool: return any(isinstance(cb, ProgressCallback) for cb in self.learn.cbs)
 
     def named(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
         "`weights` as the model's parameters have them, by name; gradients flow through."

@@ -203,8 +203,16 @@ def plot_planes(planes: dict, column: str | None = None, axs=None, wd: float = 0
         ax.set(xlabel='distance in weight space, Euclidean', ylabel='distance in weight space, Euclidean', title=title,
                aspect='auto' if is_flat else 'equal')
     bar = axs[0].figure.colorbar(filled, ax=list(axs), label=label, ticks=levels, spacing='uniform')
-    bar.ax.set_yticklabels([f'{v:.3g}' for v in levels])
+    bar.ax.set_yticklabels(_told_apart(levels))
     return axs
+
+
+def _told_apart(numbers):
+    "With as few digits as tell them apart, three at least."
+    for digits in range(3, 9):
+        texts = [f'{v:.{digits}g}' for v in numbers]
+        if len(set(texts)) == len(texts): break
+    return texts
 
 
 def _draw_points(ax, plane):

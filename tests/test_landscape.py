@@ -14,7 +14,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, Metric
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
-from fastai_swa import Ensemble, SnapshotCallback, Surface, SWACallback, WeightAverage, line, plane, rays, update_bn
+from fastai_swa import Curve, Ensemble, SnapshotCallback, Surface, SWACallback, WeightAverage, line, plane, rays, update_bn
 from fastprogress import fastprogress
 from torch import nn
 from torch.nn import functional as F
@@ -473,7 +473,10 @@ def test_there_is_a_bar_over_the_points_and_none_where_the_learner_shows_none(mo
     monkeypatch.setattr(fastprogress.ProgressBar, '__init__', lambda self, *args, **kwargs: drawn.append(args))
     learn = learner()
     line(learn, [learn, OTHERS[0]], ts=3, sets='valid')
-    with learn.no_bar(): line(learn, [learn, OTHERS[0]], ts=3, sets='valid')
+    curve = Curve(learn, [learn, OTHERS[0]])
+    with learn.no_bar(), learn.no_logging():
+        line(learn, [learn, OTHERS[0]], ts=3, sets='valid')
+        curve.fit(1, .1).evaluate(3)
     assert shown == [5] and drawn == []    # none for each pass
 
 

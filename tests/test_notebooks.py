@@ -15,7 +15,7 @@ def code_cells(nb): return [cell for cell in nb.cells if cell.cell_type == 'code
 
 
 def test_there_are_notebooks_to_run():
-    assert {'01_toggle_swa.ipynb', '02_functional_tests.ipynb', '03_vgg16_cifar10.ipynb', '04_preresnet110_cifar10.ipynb', '05_ensembles.ipynb'} <= {path.name for path in NOTEBOOKS}
+    assert {'01_toggle_swa.ipynb', '02_functional_tests.ipynb', '03_vgg16_cifar10.ipynb', '04_preresnet110_cifar10.ipynb', '05_ensembles.ipynb', '06_loss_surface.ipynb'} <= {path.name for path in NOTEBOOKS}
 
 
 @each_notebook

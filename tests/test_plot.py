@@ -125,6 +125,8 @@ def test_a_plane_shows_its_solutions_marks_and_trajectory_on_contours_spaced_in_
     assert ax.get_xlabel() == ax.get_ylabel() == 'distance in weight space, Euclidean'
     bar = ax.figure.axes[-1]
     assert bar.get_ylabel() == 'validation error rate, %'
+    texts = [t.get_text() for t in bar.get_yticklabels()]
+    assert [float(t) for t in texts] == pytest.approx(levels, rel=.01) and len(set(texts)) == len(levels)
 
 
 def test_of_a_metric_of_which_more_is_better_the_levels_are_close_below_the_greatest_value():
@@ -136,6 +138,13 @@ def test_of_a_metric_of_which_more_is_better_the_levels_are_close_below_the_grea
     assert levels[-1] == pytest.approx(95) and np.diff(levels)[-1] < np.diff(levels)[0] / 20
     greys = [.299 * r + .587 * g + .114 * b for r, g, b in map(to_rgb, ax.collections[0].get_facecolor())]
     assert (np.diff(greys) > .02).all()
+
+
+def test_levels_that_lie_close_are_written_with_digits_enough_to_tell_them_apart():
+    p = bowl()
+    p.values['valid_error_rate'] = .5 + p.values['valid_error_rate'] * 1e-3
+    texts = [t.get_text() for t in plot_plane(p).figure.axes[-1].get_yticklabels()]
+    assert len(set(texts)) == len(texts) == 10
 
 
 def test_the_colours_of_a_plane_can_be_read_in_grey():
