@@ -17,6 +17,7 @@ from torch import nn
 from torch.func import functional_call
 
 from .batchnorm import check_count
+from .checkpoint import CheckpointCallback
 from .columns import recorder_of
 from .files import read, write
 from .geometry import CURVES, arc_lengths, inner_products
@@ -152,7 +153,7 @@ class _OnCurve(nn.Module):
 
     def forward(self, *args, **kwargs):
         t, points = torch.rand(()).item(), [self.first, *self.bends, self.last]    # drawn on the host: the device does not wait
-        weights = sum(p * float(share) for p, share in zip(points, CURVES[self.kind](t, len(points))) if share)
+        weights = sum(p * float(share) for p, share in zip(points, CURVES[self.kind](t, len(points))))
         self.squared_norm = weights.square().sum()
         return functional_call(self.inner, self.space.named(weights), args, kwargs)
 
@@ -171,8 +172,8 @@ class _WeightDecay(Callback):
 class _CurveLearner(Learner):
     "Trains `model` as `learn` trains its own, without a validation: which point of the curve should it be at?"
     def __init__(self, learn, model, opt_func, lr, shows_progress):
-        default = tuple(defaults.callbacks)
-        own = [copy.copy(cb) for cb in learn.cbs if not isinstance(cb, default) and not concerns_training(cb)]
+        left = *defaults.callbacks, CheckpointCallback    # the learner's files are of its own fits
+        own = [copy.copy(cb) for cb in learn.cbs if not isinstance(cb, left) and not concerns_training(cb)]
         super().__init__(learn.dls, model, learn.loss_func, opt_func, lr, lambda m: [list(m.bends)], own, path=learn.path, wd=0., wd_bn_bias=True,
                          train_bn=False, moms=learn.moms)
         recorder_of(self).valid_metrics = False

@@ -78,7 +78,7 @@ def test_a_step_moves_the_bends_down_the_gradient_at_a_random_point_with_decay_o
     out = (batch[0].double() @ w['0.weight'].T + w['0.bias']).tanh() @ w['2.weight'].T + w['2.bias']
     (F.cross_entropy(out, batch[1]) + wd / 2 * sum((v**2).sum() for v in w.values())).backward()
     for p, bend in zip(points[1:-1], curve.bends, strict=True):
-        for k in names: torch.testing.assert_close(bend[k].double(), p[k].detach() - .5 * (0 if p[k].grad is None else p[k].grad), rtol=1e-5, atol=1e-6)
+        for k in names: torch.testing.assert_close(bend[k].double(), p[k].detach() - .5 * p[k].grad, rtol=1e-5, atol=1e-6)
 
 
 def test_the_points_are_drawn_uniformly_and_anew_for_each_batch(monkeypatch):
@@ -172,6 +172,13 @@ def test_the_learners_callbacks_work_there_as_they_do_here(monkeypatch):
     Curve(quiet(a), [a, b]).fit(2, .05, wd=.01)
     assert seen[:2] == [True, (torch.float32, True)] and len(seen) == 2 * 2 * 6 and not torch.is_autocast_enabled('cpu')
     assert a.swa.n_averaged == 0
+
+
+def test_a_checkpoint_of_the_learners_own_fits_is_not_touched(tmp_path):
+    a, b = solution(0, 1), solution(1, 1)
+    a.add_cb(CheckpointCallback(tmp_path/'own.ckpt'))
+    Curve(quiet(a), [a, b]).fit(2, .05, cbs=At('after_batch', 1, lambda cb: list(tmp_path.iterdir()) and pytest.fail('it wrote a file')))
+    assert not list(tmp_path.iterdir())
 
 
 def test_gradients_that_accumulate_are_the_mean_with_the_decay():
