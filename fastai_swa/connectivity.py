@@ -10,7 +10,6 @@ from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler, SchedLin, SchedNo, combine_scheds
 from fastai.learner import Learner, defaults
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import set_seed
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import nn
@@ -47,7 +46,8 @@ class Curve:
         self.learn, self.kind, self.n_bends = learn, kind, check_count('n_bends', n_bends, optional=False)
         self._space, named = Space(learn), named_solutions(solutions, 2, 'a curve')
         self.names = list(named)
-        (a, self._buffers), (b, _) = (self._space.load(o, name) for name, o in named.items())
+        (a, _), (b, _) = loaded = [self._space.load(o, name) for name, o in named.items()]
+        self._buffers = self._space.one_set_of_buffers(loaded)
         if torch.equal(a, b): raise ValueError(f'{" and ".join(named)} are the same weights: a curve needs two that differ')
         self._points = [torch.lerp(a, b, i / (n_bends + 1)) for i in range(n_bends + 2)]    # flat, on the CPU
         self._n_fits = 0
@@ -94,9 +94,10 @@ class Curve:
         if isinstance(opt_func, OptimWrapper): raise TypeError("opt_func is needed: the learner's is bound to the parameters of its own model")
         model = _OnCurve(self._space, self._points, self.kind)
         falling = combine_scheds([.5, .4, .1], [SchedNo(lr, lr), SchedLin(lr, lr / 100), SchedNo(lr / 100, lr / 100)])
-        with untouched(self.learn):
-            set_seed(int(np.random.SeedSequence([check_count('seed', seed, least=0, optional=False), self._n_fits]).generate_state(1)[0]))
-            learn = _CurveLearner(self.learn, model, opt_func, lr, self._space.shows_progress)
+        shows_progress = self._space.shows_progress
+        seed = np.random.SeedSequence([check_count('seed', seed, least=0, optional=False), self._n_fits]).generate_state(1)[0]
+        with untouched(self.learn, int(seed)):
+            learn = _CurveLearner(self.learn, model, opt_func, lr, shows_progress)
             self._n_fits += 1
             try: learn.fit(n_epoch, lr, cbs=[_WeightDecay(wd), ParamScheduler({'lr': falling}), *L(cbs)])
             finally: self._points[1:-1] = [p.detach().cpu() for p in model.bends]
@@ -109,7 +110,7 @@ class Curve:
         products, prints = inner_products(self._points), fingerprints(dict(enumerate(self._points)))
         about = {'kind': 'curve', 'curve': self.kind, 'solutions': dict(zip(self.names, np.sqrt(products.diagonal()[[0, -1]]).tolist())),
                  'length': self.length, 'arc': arc_lengths(self.kind, products, ts).tolist(),
-                 'spec': {'curve': self.kind, 'points': list(prints.values()), 'ts': ts}}
+                 'spec': {'curve': self.kind, 'points': prints, 'ts': ts}}
         points = [p.to(self._space.device) for p in self._points]
         def at(i): return weighted_sum(points, CURVES[self.kind](ts[i], n)), self._buffers
         return measured(self._space, Profile, about, [(t,) for t in ts], at, **kwargs)
@@ -121,14 +122,14 @@ class Curve:
 
     def save(self, path):
         "Write ends and bends to `path`, in one step; `torch.load(path, weights_only=True)` reads it, too. Raises `OSError`."
-        write(Path(path), 'curve', 1, {'kind': self.kind, 'ends': self.ends, 'bends': self._points[1:-1]})
+        write(Path(path), 'curve', 1, {'kind': self.kind, 'ends': self.ends, 'bends': self._points[1:-1], 'n_fits': self._n_fits})
 
     @classmethod
     def load(cls, path, learn: Learner) -> 'Curve':
         "What `save` wrote. Raises `ValueError` if it is damaged, something else, or of another architecture than `learn` has."
         saved = read(Path(path), 'curve', 1)
         curve = cls(learn, saved['ends'], len(saved['bends']), saved['kind'])
-        curve._points[1:-1] = saved['bends']
+        curve._points[1:-1], curve._n_fits = saved['bends'], saved['n_fits']
         return curve
 
     def __repr__(self):
@@ -155,7 +156,7 @@ class _OnCurve(nn.Module):
         t, points = torch.rand(()).item(), [self.first, *self.bends, self.last]    # drawn on the host: the device does not wait
         weights = sum(p * float(share) for p, share in zip(points, CURVES[self.kind](t, len(points))))
         self.squared_norm = weights.square().sum()
-        return functional_call(self.inner, self.space.named(weights), args, kwargs)
+        return functional_call(self.inner, self.space.named(weights), args, kwargs, tie_weights=False)
 
     def reset(self):
         if hasattr(self.inner, 'reset'): self.inner.reset()

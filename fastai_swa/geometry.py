@@ -5,7 +5,6 @@ from itertools import combinations
 import numpy as np
 import torch
 from scipy.integrate import quad, trapezoid
-from scipy.interpolate import BarycentricInterpolator
 from scipy.optimize import brentq
 from scipy.special import comb
 
@@ -111,8 +110,13 @@ def crossing(xs, ys, level: float) -> float:
         if (ys[i] > 0) == (ys[i + 1] > 0): continue
         first = max(0, min(i - 1, len(xs) - 4))
         near = slice(first, first + 4) if np.isfinite(ys[first:first + 4]).all() else slice(i, i + 2)
-        return float(brentq(BarycentricInterpolator(xs[near], ys[near]), xs[i], xs[i + 1], xtol=1e-12 * xs[-1], rtol=1e-12))
+        return float(brentq(lambda x: _through(xs[near], ys[near], x), xs[i], xs[i + 1], xtol=1e-12 * xs[-1], rtol=1e-12))
     return float('nan')
+
+
+def _through(xs, ys, x):
+    "Value at `x` of Lagrange's polynomial through the points; at these it is exact."
+    return sum(y * np.prod([(x - other) / (own - other) for j, other in enumerate(xs) if j != i]) for i, (own, y) in enumerate(zip(xs, ys)))
 
 
 def mean_height(xs, ys, low: float, high: float) -> float:

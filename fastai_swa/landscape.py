@@ -1,6 +1,6 @@
 """Loss and metrics around and between solutions: along rays, on a line, in a plane. Each point is validated by the learner's own loop."""
 import hashlib, warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
-from fastai.torch_core import set_seed
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 from torch import nn
@@ -23,7 +22,7 @@ from .modules import clean_copy, unwrap
 from .passes import PassCancelled, kept_batches, refresh_bn, untouched, validate_aside
 from .processes import Processes
 from .snapshots import SnapshotCallback
-from .state import not_copied
+from .state import loaders, not_copied
 from .surfaces import MemoryRows, Plane, PointFile, Profile, Rays
 
 __all__ = ['rays', 'line', 'plane', 'Space', 'measured', 'named_solutions', 'weighted_sum',
@@ -50,9 +49,12 @@ class Space:
     def shows_progress(self) -> bool: return any(isinstance(cb, ProgressCallback) for cb in self.learn.cbs)
 
     def named(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-        "`weights` as the model's parameters have them, by name; gradients flow through."
+        """`weights` as `functional_call(tie_weights=False)` takes them: a name for each place of a parameter, but one only where a module has
+        several names, or it would put back what it has put there itself. Gradients flow through."""
         pieces = [w.view(p.shape).to(p.dtype) for w, p in zip(weights.split([p.numel() for p in self.params]), self.params)]
-        return {k: torch.view_as_complex(w) if p.is_complex() else w for (k, p), w in zip(self.originals.items(), pieces)}
+        of = {id(p): torch.view_as_complex(w) if p.is_complex() else w for p, w in zip(self.originals.values(), pieces)}
+        return {f'{name}.{leaf}' if name else leaf: of[id(p)] for name, m in self.scratch.named_modules() for leaf, p in m._parameters.items()
+                if id(p) in of}
 
     def load(self, solution, name: str):
         "Weights, on the CPU, and buffers of a `solution`. Raises as `ensemble.load_into` does, and `ValueError` for weights that are not finite."
@@ -60,6 +62,14 @@ class Space:
         weights = torch.cat([p.to('cpu', self.dtype).flatten() for p in self.params])
         if not weights.isfinite().all(): raise ValueError(f'{name} has weights that are not finite')
         return weights, {k: b.clone() for k, b in self.scratch.named_buffers()}
+
+    def one_set_of_buffers(self, loaded: list) -> dict:
+        "The buffers of the first of `loaded` solutions, which serve for all points; if others have others that are not recomputed, that is said."
+        recomputed = {f'{name}.{k}' for name in tracked_bn(unwrap(self.learn.model)) for k in ('running_mean', 'running_var')}
+        first, *others = (buffers for _, buffers in loaded)
+        differ = [k for k, b in first.items() if b.is_floating_point() and k not in recomputed and not all(torch.equal(b, o[k]) for o in others)]
+        if differ: warnings.warn(f'{differ[0]} is not recomputed and differs between the solutions: all points have that of the first')
+        return first
 
     def put(self, weights: torch.Tensor, buffers: dict):
         "Give `scratch` these `weights` and `buffers`."
@@ -80,7 +90,7 @@ def named_solutions(solutions, n: int | None = None, what: str = '') -> dict:
     """
     if isinstance(solutions, Ensemble): solutions = solutions.members
     elif isinstance(solutions, SnapshotCallback): solutions = solutions.snapshots
-    is_state_dict = isinstance(solutions, Mapping) and all(isinstance(v, torch.Tensor) for v in solutions.values())
+    is_state_dict = isinstance(solutions, Mapping) and any(isinstance(v, torch.Tensor) for v in solutions.values())
     if isinstance(solutions, Mapping) and not is_state_dict: named = {str(name): o for name, o in solutions.items()}
     else:
         several = list(solutions) if isinstance(solutions, Iterable) and not isinstance(solutions, Mapping | nn.Module | str) else [solutions]
@@ -101,7 +111,7 @@ def _weights_of(o, name):
         if not o.n_averaged: raise ValueError(f'{name} has averaged nothing yet')
         return o.swa_model
     if isinstance(o, Learner | nn.Module | Mapping | str | Path): return o
-    raise TypeError(f'{name} must be a state dict, a module, a learner, a path or a SWACallback, not {o!r}')
+    raise TypeError(f'{name} must be a state dict, a module, a learner, a path or a SWACallback, not {repr(o)[:60]}')
 
 
 def weighted_sum(vectors, shares) -> torch.Tensor:
@@ -126,20 +136,20 @@ def measured(space, kind, about, points, at,
     also after an error or Ctrl-C: weights, statistics, modes, optimizer, callbacks and all random generators.
     """
     learn, sets = space.learn, _check_sets(sets)
+    if 'valid' in sets and len(loaders(learn)) < 2: raise ValueError("sets='valid' needs a validation set, and the learner has none: sets='train'")
     bn_batches, train_batches = check_count('bn_batches', bn_batches), check_count('train_batches', train_batches)
-    columns = [f'{ds}_{name}' for ds in sets for name in ('loss', *(m.name for m in learn.metrics))] + ['norm']
+    columns = [f'{ds}_{name}' for ds in sets for name in _measures(learn)] + ['norm']
     spec = {'kind': about['kind'], **about['spec'], 'columns': columns, 'bn_batches': bn_batches,
             'train_batches': train_batches, 'seed': check_count('seed', seed, least=0, optional=False),
-            'data': [_size(dl) for dl in (learn.dls.train, learn.dls[1])]}
+            'data': [_size(dl) for dl in loaders(learn)[:1 + ('valid' in sets)]]}
     surface = kind(about | {'columns': columns, 'spec': spec}, points)
     rows = MemoryRows(surface) if file is None else PointFile(file, surface)
     try:
         todo, remarks = np.flatnonzero(~rows.surface.is_measured).tolist(), {}
-        with untouched(learn):
-            set_seed(seed)    # each pass puts the generators back, so that all begin the same
+        bar = progress_bar(todo) if space.shows_progress and progress is None else todo
+        with untouched(learn, seed):    # each pass puts the generators back, so that all begin the same
             names = list(tracked_bn(unwrap(learn.model)))
             batches = _Batches(learn, names, sets, bn_batches, train_batches) if todo else None
-            bar = progress_bar(todo) if space.shows_progress and progress is None else todo
             for done, i in enumerate(bar, len(points) - len(todo)):
                 if progress is not None: progress(done, len(points))
                 weights, buffers = at(i)
@@ -195,13 +205,15 @@ def line(
     ts=41,    # where to measure: values of t, or so many from -0.5 to 1.5, and the two solutions
     **kwargs
 ) -> Profile:
-    """Loss and metrics on the straight line through two solutions, and beyond both.
+    """Loss and metrics on the straight line through two solutions, and beyond both. What is neither a parameter nor a statistic that is recomputed,
+    as of frozen batch norm, is the first solution's everywhere.
 
     Izmailov et al. 2018, section 4.2 and Fig. 5. Solutions and further arguments as for `rays`. Raises what that raises, and
     `ValueError` for two equal solutions.
     """
     space, named = Space(learn), named_solutions(solutions, 2, 'a line')
-    (a, buffers), (b, _) = loaded = [space.load(o, name) for name, o in named.items()]
+    (a, _), (b, _) = loaded = [space.load(o, name) for name, o in named.items()]
+    buffers = space.one_set_of_buffers(loaded)
     ts = check_ts([0, 1, *check_ts(ts, -.5, 1.5)]) if isinstance(ts, Integral) else check_ts(ts)
     length = float((b.double() - a.double()).norm())
     if not length: raise ValueError(f'{" and ".join(named)} are the same weights: a line needs two that differ')
@@ -221,7 +233,8 @@ def plane(
     trajectory=(),    # a path of solutions, likewise
     **kwargs
 ) -> Plane:
-    """Loss and metrics on a grid in the plane through three solutions, with axes by Gram-Schmidt; x and y are Euclidean distances.
+    """Loss and metrics on a grid in the plane through three solutions, with axes by Gram-Schmidt; x and y are Euclidean distances. What is neither a
+    parameter nor a statistic that is recomputed is the first solution's everywhere.
 
     Garipov et al. 2018 (arXiv 1802.10026), appendix A.3; Izmailov et al. 2018, Figs. 1 and 3. Solutions and further arguments as for
     `rays`. Raises what that raises, and `ValueError` for solutions of which two are equal or that lie on a line.
@@ -231,9 +244,9 @@ def plane(
     margins = np.array([float(_numbers('margin', m)[0]) for m in _pair('margin', margin)])
     if (margins < 0).any(): raise ValueError(f'margin must be at least 0, not {margin!r}')
     loaded = [space.load(o, name) for name, o in named.items()]
-    frame, buffers = Frame.through([w for w, _ in loaded], list(named)), loaded[0][1]
+    frame, buffers = Frame.through([w for w, _ in loaded], list(named)), space.one_set_of_buffers(loaded)
     def projected(others): return {name: frame.project(space.load(o, name)[0]) for name, o in others.items()}
-    trajectory = trajectory if isinstance(trajectory, list | tuple) and not trajectory else named_solutions(trajectory)
+    trajectory = {} if trajectory is None or isinstance(trajectory, Sized) and not len(trajectory) else named_solutions(trajectory)
     low, high = frame.corners.min(0), frame.corners.max(0)
     beyond = margins * (high - low)
     xs, ys = (np.linspace(*ends).tolist() for ends in zip(low - beyond, high + beyond, counts))
@@ -258,8 +271,14 @@ def _measure(learn, names, batches, remarks) -> dict:
     row = {}
     for ds, dl in batches.sets.items():
         values = validate_aside(learn, dl, in_fit=False)
-        row |= {f'{ds}_{name}': _number(v) for name, v in zip(('loss', *(m.name for m in learn.metrics)), values)}
+        row |= {f'{ds}_{name}': _number(v) for name, v in zip(_measures(learn), values)}
     return row
+
+
+def _measures(learn) -> list[str]:
+    "'loss' and the names of the metrics, numbered where two have the same."
+    names = ['loss', *(m.name for m in learn.metrics)]
+    return [name if names.index(name) == i else f'{name}_{names[:i + 1].count(name)}' for i, name in enumerate(names)]
 
 
 def _norm(weights): return float(torch.linalg.vector_norm(weights, dtype=None if weights.device.type == 'mps' else torch.float64))
@@ -274,7 +293,9 @@ def _size(dl):
     return [n, getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)]
 
 
-def fingerprints(vectors: dict) -> dict: return {name: hashlib.sha256(w.numpy().data).hexdigest()[:16] for name, w in vectors.items()}
+def fingerprints(vectors: dict) -> list:
+    "Pairs of a name and a fingerprint, in their order."
+    return [[name, hashlib.sha256(w.numpy().data).hexdigest()[:16]] for name, w in vectors.items()]
 
 
 def _check_sets(sets):

@@ -11,7 +11,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.callback.training import ShortEpochCallback
 from fastai.learner import AvgLoss, Recorder
-from fastai.torch_core import num_distrib, get_random_states, set_random_states, to_detach
+from fastai.torch_core import num_distrib, get_random_states, set_random_states, set_seed, to_detach
 from fastcore.foundation import L
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,7 +20,7 @@ from .batchnorm import Moments, batch_moments
 from .columns import plain_values
 from .modules import unwrap
 from .processes import Processes
-from .state import loaders, own_generators, owned_modules
+from .state import loaders, own_generators, owned_modules, seed_generators
 
 __all__ = ['PassCancelled', 'copied_measures', 'validate_aside', 'refresh_bn', 'kept_batches', 'untouched', 'autocast_left', 'concerns_training',
            'no_fit', 'is_fitting', 'check_engine']
@@ -165,18 +165,26 @@ def _aside(learn):
 
 
 @contextmanager
-def untouched(learn):
-    """Within this context passes can be made with other weights and without a progress bar for each; at its end, however that comes, learner and
-    callbacks hold what they held, and all random generators stand where they stood."""
+def untouched(learn, seed: int):
+    """Within this context passes can be made with other weights and without a progress bar for each, and all random generators begin with `seed`;
+    at its end, however that comes, learner and callbacks hold what they held, and the generators stand where they stood."""
     kept = [(vars(o), dict(vars(o))) for o in (learn, *learn.cbs)]
+    held = [(v, copy.copy(v)) for cb in learn.cbs for v in vars(cb).values() if type(v) in (list, dict, set)]    # what a callback collects
+    grads = [(p, None if p.grad is None else p.grad.clone()) for m in owned_modules(learn.loss_func) for p in m.parameters()]
     with autocast_left(), _aside(learn):
         try:
+            set_seed(seed)
+            seed_generators(learn, seed)
             learn.cbs = L(cb for cb in learn.cbs if not isinstance(cb, ProgressCallback) and not concerns_training(cb))
             yield
         finally:
             for attrs, old in kept:
                 attrs.clear()
                 attrs.update(old)
+            for o, old in held:
+                o.clear()
+                o.extend(old) if isinstance(o, list) else o.update(old)
+            for p, grad in grads: p.grad = grad
 
 
 @contextmanager

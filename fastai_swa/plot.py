@@ -129,15 +129,15 @@ def plot_width(rays: Rays, column: str | None = None, level: float | None = None
 def plot_line(profile: Profile, columns=None, ax=None, wd: float = 0.):
     """Two columns along a line through two solutions, which are marked (Izmailov et al. 2018, Fig. 5).
 
-    `columns`: one on the left axis, another on the right; default: the training loss, with `wd` (see `Surface.column`), and the last metric of the
-    validation set. Returns the array of axes. Raises `ValueError` for a column that there is not.
+    `columns`: one on the left axis, another on the right; default: the training loss and the last metric of the validation set. `wd` (see
+    `Surface.column`) is added to losses. Returns the array of axes. Raises `ValueError` for a column that there is not.
     """
     if ax is None: _, ax = plt.subplots(figsize=(6, 4.2), layout='constrained')
     columns = (columns,) if isinstance(columns, str) else columns
     if columns is None: columns = list(dict.fromkeys(c for c in ('train_loss', _main_column(profile)) if c in profile.values))
     axs = [ax, *(ax.twinx() for _ in columns[1:])]
     for side, column, style in zip(axs, columns, _styles(len(columns))):
-        decay = wd if column == 'train_loss' else 0.
+        decay = wd if column.endswith('_loss') else 0.
         scale, label = _scale_and_label(column, decay)
         side.plot(profile.arc, scale * profile.column(column, decay), lw=2, label=label, **style)
         side.set_ylabel(label, color=style['color'])
@@ -189,9 +189,11 @@ def plot_planes(planes: dict, column: str | None = None, axs=None, wd: float = 0
     finite = np.concatenate([g.compressed() for g in grids])
     finite = finite[np.isfinite(finite)]
     if not len(finite): raise ValueError('no point of the plane is measured, or none is finite')
-    sign = 1 if any(word in column for word in ('loss', 'error', 'norm')) else -1    # fastai's rule: of other metrics more is better
+    sign = 1 if any(word in column for word in _LESS_IS_BETTER) else -1
     best, worst = (sign * finite).min(), (sign * finite).max() if top is None else sign * scale * top
-    levels = np.sort(sign * (best + max(worst - best, 1e-12) * np.concatenate([[0], np.geomspace(.01, 1, 9)])))
+    if top is not None and worst <= best: raise ValueError(f'top must be worse than the best value, {sign * best / scale:.4g}, not {top!r}')
+    spread = max(worst - best, 1e-6 * max(1, abs(best)))    # a plane may be flat
+    levels = np.sort(sign * (best + spread * np.concatenate([[0], np.geomspace(.01, 1, 9)])))
     beyond, colours = ('max', 'viridis_r') if sign > 0 else ('min', 'viridis')
     norm = BoundaryNorm(levels, 256, extend=beyond)
     for (title, p), grid, ax in zip(planes.items(), grids, axs):
@@ -205,6 +207,9 @@ def plot_planes(planes: dict, column: str | None = None, axs=None, wd: float = 0
     bar = axs[0].figure.colorbar(filled, ax=list(axs), label=label, ticks=levels, spacing='uniform')
     bar.ax.set_yticklabels(_told_apart(levels))
     return axs
+
+
+_LESS_IS_BETTER = 'loss', 'error', 'norm', 'mse', 'mae', 'msle', 'rmspe', 'perplexity', 'hamming'    # of other metrics more is, as fastai has it
 
 
 def _told_apart(numbers):
@@ -243,7 +248,8 @@ def _scale_and_label(column, wd):
 
 def _styles(n):
     "Told apart without colour, too."
-    return [dict(color=c, ls=ls) for c, ls in zip(('C0', 'C3', 'C2', '0.3', 'C4', 'C1'), ('-', '--', '-.', ':', (0, (5, 1, 1, 1)), (0, (1, 1))))][:n]
+    colours, strokes = ('C0', 'C3', 'C2', '0.3', 'C4', 'C1', 'C5'), ('-', '--', '-.', ':', (0, (5, 1, 1, 1)), (0, (1, 1)))
+    return [dict(color=colours[i % len(colours)], ls=strokes[i % len(strokes)]) for i in range(n)]
 
 
 def _clip_top(ax, values):

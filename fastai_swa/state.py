@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader as TorchDataLoader
 
 from .modules import named_tensors, plain_name, unwrap
 
-__all__ = ['take', 'restore', 'plain_attributes', 'not_copied', 'named_callbacks', 'keeps_state', 'generators', 'own_generators', 'loaders',
-           'owned_modules', 'pack', 'unpack']
+__all__ = ['take', 'restore', 'plain_attributes', 'not_copied', 'named_callbacks', 'keeps_state', 'generators', 'own_generators',
+           'seed_generators', 'loaders', 'owned_modules', 'pack', 'unpack']
 
 
 def take(learn: Learner, unchanged: dict | None = None) -> dict:
@@ -226,6 +226,15 @@ def own_generators(learn):
     others = [(name, cb) for name, cb in named_callbacks(learn) if not keeps_state(cb)]
     for name, root in (('model', unwrap(learn.model)), ('loss', learn.loss_func), *others):
         yield from generators(root, name, seen, but=(DataLoader, TorchDataLoader))
+
+
+def seed_generators(learn, seed: int):
+    "Begin all random generators that `own_generators` finds with `seed`."
+    for _, _, put in own_generators(learn):
+        o = put.args[0] if isinstance(put, partial) else getattr(put, '__self__', None)
+        if isinstance(o, torch.Generator): o.manual_seed(seed)
+        elif isinstance(o, random.Random | np.random.RandomState): o.seed(seed)
+        elif isinstance(o, np.random.BitGenerator): o.state = type(o)(seed).state
 
 
 def loaders(learn) -> list:

@@ -222,14 +222,16 @@ class PointFile(MemoryRows):
             raise
 
     def _take_over(self):
+        head, _, rows = self.path.read_bytes().partition(b'\n')
+        if head[:2] == b'PK' or b'"values": {' in head: raise ValueError(f'{self.path} was written by save, and does not grow: give another file')
         there, new = Surface.load(self.path), self.surface.about
         old, spec = there.about['spec'], json.loads(json.dumps(new['spec']))
         if old != spec:
             k = next(k for k in {**old, **spec} if old.get(k) != spec.get(k))
             raise ValueError(f'{self.path} is of another measurement, with {k}={old.get(k)!r}, not {spec.get(k)!r}: give another file, or remove it')
         there.about |= {k: new[k] for k in ('marks', 'trajectory') if k in new}    # what is drawn in it may have changed since
-        _, *rows = self.path.read_bytes().split(b'\n')[:-1]    # without a line that was not written to its end
-        with replacing(self.path) as f: f.write(b'\n'.join([json.dumps(there._head()).encode(), *rows, b'']))
+        whole = rows[:rows.rfind(b'\n') + 1]    # without a line that was not written to its end
+        with replacing(self.path) as f: f.write(json.dumps(there._head()).encode() + b'\n' + whole)
         self.surface = there
 
     def add(self, i: int, row: dict):

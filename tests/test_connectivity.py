@@ -233,6 +233,30 @@ def test_any_model_is_trained_along_a_curve():
     assert np.isfinite(rows(Curve(quiet(a), [a, b]).fit(1, .1).evaluate(3))).all()
 
 
+class Shared(nn.Module):
+    "One module under two names, and one parameter in two modules."
+    def __init__(self):
+        super().__init__()
+        self.a, self.tied, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.b, self.tied.weight = self.a, self.a.weight
+    def forward(self, x): return self.out(self.tied(self.b(self.a(x).relu()).relu()))
+
+
+def test_a_module_with_two_names_and_a_parameter_in_two_modules_are_moved_as_one():
+    a, b = solution(0, 1, Shared), solution(1, 1, Shared)
+    curve = Curve(quiet(a), [a, b])
+    before = curve.ends
+    kinds = [type(p) for p in curve._space.scratch.parameters()]
+    curve.fit(2, .05)
+    for (name, old), (_, new) in zip(before.items(), curve.ends.items()): assert all(torch.equal(old[k], new[k]) for k in old), name
+    assert [type(p) for p in curve._space.scratch.parameters()] == kinds and not curve._space.scratch.a.weight.grad_fn
+    bend = curve.bends[0]
+    assert torch.equal(bend['a.weight'], bend['b.weight']) and torch.equal(bend['a.weight'], bend['tied.weight']) and not torch.equal(bend['a.weight'], before['solution 1']['a.weight'])
+    point = learner(Shared)
+    point.model.load_state_dict(curve.solution(.3))
+    assert curve.evaluate([.3]).values['valid_loss'][0] == pytest.approx(point.validate()[0], rel=1e-5)
+
+
 # nothing is changed
 
 @pytest.mark.parametrize('how', ['success', 'error', 'Ctrl-C'])
@@ -250,6 +274,20 @@ def test_the_learner_is_bitwise_as_before_a_curve_was_trained_whatever_ends_it(h
         with pytest.raises(KeyboardInterrupt if how == 'Ctrl-C' else ValueError):
             curve.fit(2, .1, cbs=At('after_backward', 1, raising(KeyboardInterrupt() if how == 'Ctrl-C' else ValueError('here'))))
     assert_same(before, everything(learn))
+
+
+def test_parameters_of_the_loss_get_no_gradient():
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(()))
+        def forward(self, pred, y): return F.cross_entropy(pred, y) * self.w
+    a, b = solution(0, 1), solution(1, 1)
+    a.loss_func = Weighted()
+    for grad in (None, torch.tensor(3.)):
+        a.loss_func.w.grad = None if grad is None else grad.clone()
+        Curve(quiet(a), [a, b]).fit(1, .05)
+        assert a.loss_func.w.grad is None if grad is None else a.loss_func.w.grad == grad
 
 
 # along the curve
@@ -298,6 +336,8 @@ def test_a_curve_that_is_saved_is_loaded_bitwise(tmp_path):
     again = Curve.load(tmp_path/'curve.pth', learn)
     assert repr(again) == repr(curve) and repr(curve).startswith('Polygonal chain with 2 bends from one to two, ')
     for t in (0, .2, .7, 1): assert all(torch.equal(v, again.solution(t)[k]) for k, v in curve.solution(t).items())
+    more = [c.fit(1, .1).bends[0]['0.weight'] for c in (curve, again)]
+    assert torch.equal(*more)    # it goes on where the other one goes on
     with pytest.raises(ValueError, match='does not hold weights of this architecture'): Curve.load(tmp_path/'curve.pth', learner(net(width=5)))
     (tmp_path/'other.pth').write_bytes(b'nothing')
     with pytest.raises(ValueError, match='is damaged, or it is no curve of fastai_swa'): Curve.load(tmp_path/'other.pth', learn)

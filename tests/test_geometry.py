@@ -138,6 +138,12 @@ def test_crossings_of_polynomials_up_to_the_third_degree_are_exact(f, level, rad
         assert crossing(xs, f(xs), level) == pytest.approx(radius, rel=1e-9)
 
 
+def test_a_crossing_draws_nothing():
+    state = np.random.get_state()[1].copy()
+    crossing(np.arange(6.), np.arange(6.)**2, 7)
+    assert np.array_equal(np.random.get_state()[1], state)
+
+
 def test_a_crossing_is_the_first_one_whichever_side_the_values_come_from():
     xs = np.arange(8.)
     assert 1 < crossing(xs, [0, 0, 1, 1, 0, 0, 1, 1], .5) < 2

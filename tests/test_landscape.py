@@ -18,6 +18,7 @@ from fastai_swa import Curve, Ensemble, SnapshotCallback, Surface, SWACallback, 
 from fastprogress import fastprogress
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader as TorchDataLoader
 
 from .helpers import At, assert_same, fingerprint, learner, loaders, net, raising
 
@@ -182,6 +183,40 @@ def test_at_each_point_batch_norm_is_that_of_a_separate_update_bn(bn_batches):
         moved, steps = dict(states[0]), direction(sum(states[0][k].numel() for k in names), 0, i).split([states[0][k].numel() for k in names])
         for k, step in zip(names, steps): moved[k] = moved[k] + (.7 * step).view(moved[k].shape).float()
         np.testing.assert_allclose(rows(on_rays)[1 + i], by_hand(learn, moved, bn_batches), rtol=2e-5, atol=1e-6)
+
+
+class Scaled(nn.Module):
+    "A buffer that counts, and a norm whose statistics nobody recomputes."
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+        self.register_buffer('scale', torch.ones(()))
+        self.register_buffer('calls', torch.zeros(()))
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(x) * self.scale / self.calls
+
+
+def test_what_is_not_recomputed_is_the_first_solutions_and_that_is_said():
+    learn, other = learner(Scaled), learner(Scaled, seed=1)
+    other.model.scale.fill_(2.)
+    with pytest.warns(UserWarning, match='^scale is not recomputed and differs between the solutions: all points have that of the first$'):
+        found = line(learn, [learn, other], ts=[0, 1], sets='valid')
+    other.model.scale.fill_(1.)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert line(learn, [learn, other], ts=[0, 1], sets='valid').values['valid_loss'].tolist() == found.values['valid_loss'].tolist()
+        trained_bn = trained(1)
+        line(trained(), [trained(), trained_bn], ts=[0, 1], sets='valid')    # batch norm is recomputed
+
+
+def test_a_buffer_that_a_point_changes_in_place_begins_anew_at_the_next():
+    learn = learner(Scaled)
+    found = rows(line(learn, [learn, {k: v for k, v in learner(Scaled, seed=1).model.state_dict().items()}], ts=[0, 1e-12, 2e-12]))
+    np.testing.assert_allclose(found[1:], found[[0, 0]], rtol=1e-6)
+    start = learner(Scaled).model
+    many = rows(rays(learn, {'a': start, 'b': start}, [1e-12], 1))
+    np.testing.assert_allclose(many[1:], many[[0] * 3], rtol=1e-6)
 
 
 def test_frozen_batch_norm_keeps_the_statistics_of_the_first_solution():
@@ -353,8 +388,11 @@ class Fickle(Metric):
 
 class Counting(Callback):
     "A user's callback with a state of its own."
-    def __init__(self): self.n = 0
-    def after_batch(self): self.n += 1
+    def __init__(self): self.n, self.seen, self.by_size = 0, [], {}
+    def after_batch(self):
+        self.n += 1
+        self.seen.append(self.n)
+        self.by_size[len(self.xb[0])] = self.n
 
 
 def everything(learn):
@@ -363,7 +401,7 @@ def everything(learn):
     state |= {f'buffer.{k}': v.clone() for k, v in learn.model.named_buffers()}
     state |= {'pointers': [p.data_ptr() for p in (*learn.model.parameters(), *learn.model.buffers())], 'grads': [p.grad is None for p in learn.model.parameters()],
               'attributes': sorted(vars(learn)), 'callbacks': [(type(cb).__name__, sorted(vars(cb)), cb.run) for cb in learn.cbs],
-              'counted': [cb.n for cb in learn.cbs if isinstance(cb, Counting)], 'lock': learn.lock.locked(), 'metrics': [m.name for m in learn.metrics],
+              'counted': [(cb.n, list(cb.seen), id(cb.seen), dict(cb.by_size)) for cb in learn.cbs if isinstance(cb, Counting)], 'lock': learn.lock.locked(), 'metrics': [m.name for m in learn.metrics],
               'ids': [id(learn.model), id(learn.opt), id(learn.cbs), id(learn.dls), id(learn.logger)], 'autocast': torch.is_autocast_enabled('cpu'),
               'grad': torch.is_grad_enabled(), 'requires': [p.requires_grad for p in learn.model.parameters()]}
     return state
@@ -464,6 +502,40 @@ def test_a_file_of_other_solutions_or_settings_is_refused(tmp_path):
     with pytest.raises(ValueError, match='with kind='): rays(learn, {'a': learn}, file=tmp_path/'it')
 
 
+@pytest.mark.parametrize('n', [2, 3])
+def test_a_file_of_the_same_solutions_in_another_order_is_refused(tmp_path, n):
+    learn = learner()
+    named = dict(zip('abc', (learn, *OTHERS)))
+    measure, kwargs = (line, {'ts': [0, 1]}) if n == 2 else (plane, {'n_points': 2})
+    measure(learn, {k: named[k] for k in 'abc'[:n]}, file=tmp_path/'it', **kwargs)
+    with pytest.raises(ValueError, match='with solutions='): measure(learn, {k: named[k] for k in ('ba' if n == 2 else 'bca')}, file=tmp_path/'it', **kwargs)
+
+
+def test_generators_that_loaders_own_begin_with_the_seed(tmp_path):
+    def make(n_drawn):
+        sampled, rng, state, bits = torch.Generator(), random.Random(7), np.random.RandomState(7), np.random.default_rng(7)
+        class Noise:
+            def __init__(self): self.held = rng, state, bits
+            def __call__(self, b): return b[0] + rng.gauss(0, 1) + float(state.randn()) + float(bits.normal()), b[1]
+        data = list(loaders().train.dataset)
+        train = TorchDataLoader(data, batch_size=16, shuffle=True, generator=sampled)
+        dls = DataLoaders(train, loaders().valid.new(after_batch=Noise()), device='cpu')
+        for _ in range(n_drawn): next(iter(train)), next(iter(dls.valid))
+        return learner(net, dls)
+    def measure(n_drawn, **kwargs):
+        learn = make(n_drawn)
+        before = [t.sum().item() for b in (next(iter(make(n_drawn).dls.valid)),) for t in b[:1]]
+        found = line(learn, [learn, OTHERS[0]], ts=[0, .5, 1], file=tmp_path/'it', **kwargs)
+        assert [t.sum().item() for b in (next(iter(learn.dls.valid)),) for t in b[:1]] == before    # they stand where they stood
+        return found
+    def stop(i, n):
+        if i == 1: raise KeyboardInterrupt
+    whole = rows(measure(0))
+    (tmp_path/'it').unlink()
+    with pytest.raises(KeyboardInterrupt): measure(0, progress=stop)
+    assert np.array_equal(rows(measure(3)), whole)
+
+
 # progress, and what callbacks see
 
 def test_there_is_a_bar_over_the_points_and_none_where_the_learner_shows_none(monkeypatch):
@@ -499,6 +571,36 @@ def test_metrics_that_are_no_numbers_are_nan_and_do_not_stop_it():
     learn = learner(metrics=[Table()])
     found = line(learn, [learn, OTHERS[0]], ts=[0, 1])
     assert np.isnan(found.values['valid_table']).all() and found.is_measured.all()
+
+
+def test_metrics_of_one_name_have_a_column_each():
+    def low(inp, targ): return torch.tensor(.25)
+    def high(inp, targ): return torch.tensor(.75)
+    high.__name__ = 'low'
+    learn = learner(metrics=[low, high, low])
+    found = line(learn, [learn, OTHERS[0]], ts=[0, 1], sets='valid')
+    assert {k: v[0] for k, v in found.values.items() if 'low' in k} == {'valid_low': .25, 'valid_low_2': .75, 'valid_low_3': .25}
+
+
+def test_a_learner_without_a_validation_set_is_measured_on_the_training_set():
+    learn = learner(dls=DataLoaders(loaders().train, device='cpu'))
+    assert np.isfinite(line(learn, [learn, OTHERS[0]], ts=[0, 1], sets='train').values['train_loss']).all()
+    with pytest.raises(ValueError, match="sets='valid' needs a validation set, and the learner has none: sets='train'"): line(learn, [learn, OTHERS[0]])
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self): return {'x': 1}
+    def set_extra_state(self, state): pass
+
+
+def test_a_state_dict_with_extra_state_is_a_solution_too():
+    learn = learner(lambda: Extra(6, 3))
+    assert rays(learn, learn.model.state_dict(), [1.], 1, sets='valid').names == ['solution 1']
+
+
+def test_a_plane_without_a_trajectory_has_none():
+    learn = learner()
+    for none in (None, (), []): assert plane(learn, [learn, *OTHERS], 2, trajectory=none, sets='valid').trajectory.shape == (0, 3)
 
 
 # any model

@@ -117,6 +117,9 @@ def test_a_measurement_that_is_stopped_again_and_again_ends_as_a_whole_one(store
     assert n > 1
     note = json.loads((tmp_path/'seed-0.landscape.json').read_text())
     assert note['finished'] and len(note['sessions']) == n + 1 and all('seconds' in s for s in note['sessions'])
+    n_points = sum(len(Surface.load(file).points) for file in tmp_path.glob('*.jsonl'))
+    n_epochs = 2 * SMALL[kind].epochs * (kind == 'curve')
+    assert n_points + n_epochs <= sum(s['steps'] for s in note['sessions']) <= n_points + n_epochs * (n + 1)    # an epoch may be begun twice
     for file in (stored/f'{kind}-longer').glob('*.jsonl'): same(Surface.load(file), Surface.load(tmp_path/file.name))
     assert {f.name for f in tmp_path.iterdir()} == {f.name for f in (stored/f'{kind}-longer').iterdir()} - {'report.md', *(f.name for f in (stored/f'{kind}-longer').glob('*.png'))}
 

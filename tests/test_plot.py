@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from fastai_swa import SnapshotCallback, Surface, SWACallback, plot_line, plot_paths, plot_plane, plot_planes, plot_swa, plot_width
 from fastai_swa.plot import plot_sizes
+from fastai_swa.surfaces import Rays
 from matplotlib.colors import to_rgb
 
 from .helpers import column, learner
@@ -77,6 +78,24 @@ def test_widths_show_each_ray_their_mean_and_where_they_cross_the_level():
     assert [x.get_xdata()[0] for x in marks] == [w.distance for w in widths.values()] and {x.get_ydata()[0] for x in marks} == {40}
 
 
+def test_weight_decay_counts_for_the_curves_and_for_the_distances():
+    r = rays_of((([0, 1, 2, 3.],) * 2, ([0, 1, 2, 3.],) * 2))
+    r.values['norm'] = np.full(len(r.points), 2.)
+    ax = plot_width(r, 'valid_error_rate', level=1.5, wd=.5)
+    thick = [x for x in ax.lines if x.get_lw() > 2]
+    assert thick[0].get_ydata().tolist() == [100, 200, 300, 400]
+    assert [x.get_xdata()[0] for x in ax.lines if x.get_marker() == 'o'] == pytest.approx([.5, .5])
+
+
+def test_each_of_many_solutions_is_drawn():
+    n = 9
+    about = {'kind': 'rays', 'solutions': {f's{i}': 1. for i in range(n)}, 'n_rays': 1, 'distances': [1.], 'columns': ['valid_loss', 'norm'], 'spec': {}}
+    r = filled(Rays(about, [(k, *p) for k in range(n) for p in ((-1, 0), (0, 1))]))
+    ax = plot_width(r)
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == list(r.names)
+    assert len({(x.get_color(), str(x.get_linestyle())) for x in ax.lines if x.get_lw() > 2}) == n
+
+
 def test_a_level_that_not_all_rays_reach_is_drawn_without_a_distance():
     ax = plot_width(rays_of((([.1, .2, .2, .2],) * 2, ([.1, .2, .5, .6],) * 2)), level=.4, ax=plt.subplots()[1])
     assert [t.get_text().partition(':')[0] for t in ax.get_legend().get_texts()] == ['SGD', 'SWA'] and ax.get_legend().get_texts()[0].get_text() == 'SGD'
@@ -92,6 +111,8 @@ def test_a_line_shows_loss_and_metric_on_axes_of_their_own_and_marks_both_soluti
     assert left.get_xlabel() == 'distance from a in weight space, Euclidean' and 'training loss + 0.1/2 |w|' in left.get_ylabel()
     assert right.get_ylabel() == 'validation error rate, %' and is_told_apart_without_colour([left.lines[0], right.lines[0]])
     assert len(plot_line(p, 'valid_error_rate')) == 1
+    p.values['valid_loss'] = np.array([1., 1, 1, 1])
+    np.testing.assert_allclose(plot_line(p, 'valid_loss', wd=.1)[0].lines[0].get_ydata(), 1 + .05 * np.array([1., 4, 9, 16]))
 
 
 def test_paths_are_drawn_over_the_share_of_the_way():
@@ -138,6 +159,26 @@ def test_of_a_metric_of_which_more_is_better_the_levels_are_close_below_the_grea
     assert levels[-1] == pytest.approx(95) and np.diff(levels)[-1] < np.diff(levels)[0] / 20
     greys = [.299 * r + .587 * g + .114 * b for r, g, b in map(to_rgb, ax.collections[0].get_facecolor())]
     assert (np.diff(greys) > .02).all()
+
+
+@pytest.mark.parametrize('value', [0, 1e-9, .9, 1, 1e4])
+@pytest.mark.parametrize('column', ['valid_accuracy', 'valid_loss'])
+def test_a_flat_plane_is_drawn(value, column):
+    p = bowl()
+    p.values[column] = np.full(len(p.points), float(value))
+    assert (np.diff(plot_plane(p, column).collections[0].levels) > 0).all()
+
+
+def test_a_top_that_is_not_above_the_least_value_is_one_clear_sentence():
+    with pytest.raises(ValueError, match='top must be worse than the best value, 0.05, not 0.01'): plot_plane(bowl(), top=.01)
+
+
+@pytest.mark.parametrize('name', ['mse', '_rmse', 'mae', 'perplexity', 'error_rate', 'hamming_loss'])
+def test_of_errors_by_other_names_less_is_better_too(name):
+    p = bowl()
+    p.values[f'valid_{name}'] = p.values['valid_error_rate']
+    levels = np.array(plot_plane(p, f'valid_{name}').collections[0].levels)
+    assert np.diff(levels)[0] < np.diff(levels)[-1] / 20
 
 
 def test_levels_that_lie_close_are_written_with_digits_enough_to_tell_them_apart():

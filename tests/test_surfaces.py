@@ -172,6 +172,15 @@ def test_a_file_of_another_measurement_is_refused_and_left_as_it_is(tmp_path):
     assert file.read_bytes() == before
 
 
+@pytest.mark.parametrize('ending', ['json', 'npz'])
+def test_what_save_wrote_is_not_taken_for_a_file_that_grows(tmp_path, ending):
+    file = tmp_path/f'it.{ending}'
+    filled(a_plane()).save(file)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match='was written by save, and does not grow: give another file'): PointFile(file, a_plane())
+    assert file.read_bytes() == before
+
+
 def test_a_file_goes_on_with_new_marks(tmp_path):
     file, other = tmp_path/'it.jsonl', a_plane()
     rows = PointFile(file, a_plane())

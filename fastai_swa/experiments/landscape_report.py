@@ -61,8 +61,8 @@ def _head(recipe, notes, all_notes):
     sessions = [s for n in notes for s in n['sessions']]
     def machine(s): return s['hardware'].get('gpu') or f'CPU, {s["hardware"]["machine"]}, {s["threads"]} thread{"s" * (s["threads"] > 1)}'
     kinds = dict.fromkeys(map(machine, sessions))
-    seconds, points = (sum(s.get(k, 0) for s in sessions) for k in ('seconds', 'points'))
-    said.append(f'{"; ".join(kinds)}; {settings["precision"]}; {duration(seconds)} for {points:,} points and epochs; '
+    seconds, steps = (sum(s.get(k, 0) for s in sessions) for k in ('seconds', 'steps'))
+    said.append(f'{"; ".join(kinds)}; {settings["precision"]}; {duration(seconds)} for {steps:,} points and epochs; '
                 + ' / '.join(dict.fromkeys(', '.join(f'{k} {v}' for k, v in s['versions'].items()) for s in sessions)))
     said += [f'seed {n["seed"]} is not complete and not counted' for n in all_notes if not n['finished']]
     yield '\n'.join(f'- {s}' for s in said)
@@ -105,7 +105,7 @@ def _report_width(landscape, surfaces, wd):
         at = [[np.interp(t, p.t, e) for p, e in zip(lines, errors)] for t in (0, 1)]
         yield f'On the line from SGD (t = 0) through SWA (t = 1), which are {spread(np.array([p.length for p in lines]), 2)} apart:'
         yield table([['test error, %', 'at SGD', 'at SWA', 'least', 'at t'],
-                     ['', *(_percent(np.array(e)) for e in (*at, errors.min(1))), spread(lines[0].t[errors.argmin(1)], 2)]])
+                     ['', *(_percent(np.array(e)) for e in (*at, np.nanmin(errors, 1))), spread(lines[0].t[np.nanargmin(errors, 1)], 2)]])
         yield '![training loss and test error on the line](line.png)'
     return {'width.png': draw_width, 'line.png': lambda: plot_line(first['line'], wd=wd)[0].figure}, sections()
 
@@ -134,7 +134,7 @@ def _report_plane(landscape, surfaces, wd):
             rows = [['', 'x', 'y', 'distance from the plane']]
             for name, (x, y, *off) in {**p.solutions, **p.marks}.items(): rows.append([name, f'{x:.2f}', f'{y:.2f}', f'{off[0] if off else 0:.2f}'])
             for column, label in (('train_loss', 'least training loss + decay on the grid'), ('valid_error_rate', 'least test error on the grid')):
-                x, y = p.points[p.column(column, wd if column == 'train_loss' else 0).argmin()]
+                x, y = p.points[np.nanargmin(p.column(column, wd if column == 'train_loss' else 0))]
                 rows.append([label, f'{x:.2f}', f'{y:.2f}', '0.00'])
             yield table(rows)
     return {'trajectory.png': draw('trajectory'), 'solutions.png': draw('solutions')}, sections()

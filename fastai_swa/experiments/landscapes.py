@@ -121,7 +121,7 @@ def _curve(recipe, seed, out, learn, solutions, watch):
 class _Watch:
     "Says where a measurement stands, ends it when there is no time for another point or epoch, and counts both."
     def __init__(self, seed, until, show):
-        self.seed, self.until, self.show, self.points, self.longest, self.began = seed, until, show, 0, 0., monotonic()
+        self.seed, self.until, self.show, self.steps, self.longest, self.began = seed, until, show, 0, 0., monotonic()
 
     @property
     def seconds(self): return monotonic() - self.began
@@ -130,8 +130,8 @@ class _Watch:
         times = []
         def progress(done, total):
             times.append(monotonic())
-            self.points += 1
             self.step(times)
+            self.steps += 1
             pace = (times[-1] - times[0]) / max(1, len(times) - 1)
             self.show(self.seed, f'seed {self.seed}  {what}  {done} of {total} points' + f'  {duration(pace * (total - done))} left' * bool(pace))
         return progress
@@ -147,6 +147,7 @@ class _EpochWatch(Callback):
     def before_epoch(self):
         self.times.append(monotonic())
         self.watch.step(self.times)
+        self.watch.steps += 1
         self.watch.show(self.watch.seed, f'seed {self.watch.seed}  {self.what}  epoch {self.epoch} of {self.n_epoch}')
 
 
@@ -165,7 +166,7 @@ class _Note:
         self._write()
 
     def end(self, watch, complete: bool):
-        self.session |= {'seconds': round(watch.seconds, 1), 'points': watch.points}
+        self.session |= {'seconds': round(watch.seconds, 1), 'steps': watch.steps}
         if complete and not self.data['finished']: self.data['finished'] = now()
         self._write()
         return self.data
