@@ -648,3 +648,10 @@ def test_a_model_in_low_precision_is_moved_in_float32_and_measured_in_its_own():
 
 def test_arguments_that_all_measurements_share_are_in_their_signatures():
     for f in (rays, line, plane): assert list(inspect.signature(f).parameters)[-6:] == 'sets bn_batches train_batches seed file progress'.split()
+
+
+def test_several_processes_are_refused(monkeypatch):
+    from types import SimpleNamespace
+    monkeypatch.setattr('fastai_swa.landscape.Processes', lambda learn: SimpleNamespace(size=2))
+    learn = learner()
+    with pytest.raises(RuntimeError, match='the loss surface is measured in one process: call it outside of distrib_ctx'): rays(learn, learn)
