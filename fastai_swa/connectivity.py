@@ -20,9 +20,10 @@ from .checkpoint import CheckpointCallback
 from .columns import recorder_of
 from .files import read, write
 from .geometry import CURVES, arc_lengths, inner_products
-from .landscape import Space, check_ts, fingerprints, line, measured, named_solutions, weighted_sum
+from .landscape import line
 from .passes import concerns_training, untouched
 from .surfaces import Profile
+from .weight_space import Space, check_ts, fingerprints, measured, named_solutions, weighted_sum
 
 __all__ = ['Curve']
 

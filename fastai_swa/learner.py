@@ -12,9 +12,10 @@ from . import plot
 from .batchnorm import check_count
 from .callback import SWACallback
 from .ensemble import Ensemble
-from .landscape import line, named_solutions, plane, rays
+from .landscape import line, plane, rays
 from .schedules import fge_epochs, fge_lr_factor, snapshot_lr_factor, start_epoch, swa_lr_factor
 from .snapshots import SnapshotCallback
+from .weight_space import named_solutions
 
 __all__ = ['EpochScheduler']
 

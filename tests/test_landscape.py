@@ -540,7 +540,7 @@ def test_generators_that_loaders_own_begin_with_the_seed(tmp_path):
 
 def test_there_is_a_bar_over_the_points_and_none_where_the_learner_shows_none(monkeypatch):
     shown = []
-    monkeypatch.setattr('fastai_swa.landscape.progress_bar', lambda todo: shown.append(len(todo)) or todo)
+    monkeypatch.setattr('fastai_swa.weight_space.progress_bar', lambda todo: shown.append(len(todo)) or todo)
     drawn = []
     monkeypatch.setattr(fastprogress.ProgressBar, '__init__', lambda self, *args, **kwargs: drawn.append(args))
     learn = learner()
@@ -652,6 +652,6 @@ def test_arguments_that_all_measurements_share_are_in_their_signatures():
 
 def test_several_processes_are_refused(monkeypatch):
     from types import SimpleNamespace
-    monkeypatch.setattr('fastai_swa.landscape.Processes', lambda learn: SimpleNamespace(size=2))
+    monkeypatch.setattr('fastai_swa.weight_space.Processes', lambda learn: SimpleNamespace(size=2))
     learn = learner()
     with pytest.raises(RuntimeError, match='the loss surface is measured in one process: call it outside of distrib_ctx'): rays(learn, learn)

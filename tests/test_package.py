@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [{'modules', 'files', 'processes', 'version'}, {'averaging', 'batchnorm', 'schedules', 'geometry'}, {'vision', 'state', 'columns', 'surfaces'},
-          {'batches'}, {'passes'}, {'ensemble'}, {'callback', 'checkpoint', 'snapshots'}, {'landscape'}, {'connectivity', 'plot'}, {'learner'}, {'experiments'}, {'demo'}, {'__main__', '__init__'}]
+          {'batches'}, {'passes'}, {'ensemble'}, {'callback', 'checkpoint', 'snapshots'}, {'weight_space'}, {'landscape'}, {'connectivity', 'plot'}, {'learner'}, {'experiments'}, {'demo'}, {'__main__', '__init__'}]
 SOURCES = sorted((ROOT/'fastai_swa').rglob('*.py'))
 
 

@@ -14,7 +14,8 @@ from ..checkpoint import CheckpointCallback
 from ..connectivity import Curve
 from ..ensemble import read_index
 from ..files import Lock, replacing
-from ..landscape import Space, line, plane, rays
+from ..landscape import line, plane, rays
+from ..weight_space import Space
 from .learners import TimeIsUp, recipe_images, recipe_learner, settings_restored
 from .recipes import RECIPES
 from .record import duration, hardware, now, read_record, snapshots_folder, versions, weights_file
