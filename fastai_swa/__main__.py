@@ -80,9 +80,10 @@ def _reproduce(args, start):
 
 
 def _report(args, start):
+    from .experiments.landscape_report import landscape_files
     from .experiments.report import compare, report
     for folder in args['folders']: print(report(folder))
-    if len(args['folders']) == 2: print(compare(*args['folders']))
+    if len(args['folders']) == 2 and not any(map(landscape_files, args['folders'])): print(compare(*args['folders']))
 
 
 def _positive(text):

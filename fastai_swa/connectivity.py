@@ -16,6 +16,7 @@ from torch import nn
 from torch.func import functional_call
 
 from .batchnorm import check_count
+from .callback import SWACallback
 from .checkpoint import CheckpointCallback
 from .columns import recorder_of
 from .files import read, write
@@ -29,7 +30,7 @@ __all__ = ['Curve']
 
 
 class Curve:
-    """A curve between two solutions, whose bends are trained so that the loss along it stays low.
+    """A curve between two solutions, whose bends are trained so that the loss along it stays low. At first it is the straight line.
 
     - `learn`: gives model, data, loss, metrics and optimizer; its own weights stay as they are.
     - `solutions`: the two ends, which stay bitwise as they are; see `rays`.
@@ -91,6 +92,7 @@ class Curve:
         """
         n_epoch = check_count('n_epoch', n_epoch, optional=False)
         lr, wd = _check_rate('lr', self.learn.lr if lr is None else lr), _check_rate('wd', wd, least=0)
+        if any(isinstance(cb, SWACallback) for cb in L(cbs)): raise TypeError('cbs has a SWACallback, and a curve is no model that could be averaged')
         opt_func = opt_func or self.learn.opt_func
         if isinstance(opt_func, OptimWrapper): raise TypeError("opt_func is needed: the learner's is bound to the parameters of its own model")
         model = _OnCurve(self._space, self._points, self.kind)

@@ -30,7 +30,12 @@ def rays(
     where a metric crosses a level. A solution is a state dict, a module, a learner, a path to what `learn.save(with_opt=False)` or `torch.save`
     wrote, or a `SWACallback`, for its average; several are a list, a dict whose keys name them, an `Ensemble` or a `SnapshotCallback`.
 
-    For `sets` to `file` see `weight_space.measured`. Raises `ValueError`, `TypeError` or `FileNotFoundError`, naming it, for what cannot be
+    - `sets`: 'train', 'valid' or both; `bn_batches`, `train_batches`: training batches that batch norm is refreshed on, and that the 'train' columns
+      are of (default: all); `seed`: of the directions, and of the order and augmentation of the training samples, the same at each point.
+    - `file`: gets a line for each point as it is measured, and the same call goes on with it; `progress(done, total)` is called before each
+      point, instead of a progress bar.
+
+    Raises `ValueError`, `TypeError` or `FileNotFoundError`, naming it, for what cannot be
     used.
     """
     n_rays, space = check_count('n_rays', n_rays, optional=False), Space(learn)

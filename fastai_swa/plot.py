@@ -107,21 +107,28 @@ def plot_width(rays: Rays, column: str | None = None, level: float | None = None
     """`column` over the distance from each solution: each ray in a thin line, their mean in a thick one (Izmailov et al. 2018, Fig. 4).
 
     - `column`: default: the last metric of the validation set, or its loss if there is none. `wd`: see `Surface.column`.
-    - `level`: is drawn, with the distances at which the rays cross it: mean and standard deviation.
+    - `level`: in the unit of the column (of an error rate a share, though the axis shows per cent); it is drawn, with the distances at which the
+      rays cross it: mean and standard deviation, or how many do.
 
-    Returns the axes. Raises `ValueError` for a column that there is not.
+    Returns the axes. Raises `ValueError` for a column that there is not or a level in per cent, `TypeError` for what is no `Rays`.
     """
+    _check_kind('plot_width', rays, Rays)
     column = column or _main_column(rays)
     scale, label = _scale_and_label(column, wd)
+    if level is not None and scale == 100 and not 0 <= level <= 1: raise ValueError(f'level must be a share from 0 to 1, not {level!r}')
     if ax is None: _, ax = plt.subplots(figsize=(6, 4.2), layout='constrained')
     widths = {} if level is None else rays.widths(column, level, wd)
     for (name, values), style in zip(rays.profiles(column, wd).items(), _styles(len(rays.names))):
         ax.plot(rays.distances, scale * values.T, color=style['color'], ls=style['ls'], lw=.6, alpha=.5)
         w = widths.get(name)
-        reached = f': {w.distance:.3g} +- {w.std:.2g}' if w is not None and w.n_crossed == len(w.distances) else ''
-        ax.plot(rays.distances, scale * values.mean(0), lw=2.2, label=name + reached, **style)
-        if reached: ax.errorbar(w.distance, scale * level, xerr=w.std, color=style['color'], capsize=4, lw=1.5, marker='o', ms=5)
-    if level is not None: ax.axhline(scale * level, color='0.4', lw=.8, ls=':')
+        is_crossed = w is not None and w.n_crossed == len(w.distances)
+        said = '' if w is None else f': {w.distance:.3g} +- {w.std:.2g}' if is_crossed else f': {w.n_crossed} of {len(w.distances)} rays reach it'
+        ax.plot(rays.distances, scale * values.mean(0), lw=2.2, label=name + said, **style)
+        if is_crossed: ax.errorbar(w.distance, scale * level, xerr=w.std, color=style['color'], capsize=4, lw=1.5, marker='o', ms=5)
+    if level is not None:
+        seen = ax.get_ylim()
+        ax.axhline(scale * level, color='0.4', lw=.8, ls=':')
+        ax.set_ylim(seen)    # a level far off must not flatten the rest
     _clip_top(ax, scale * np.concatenate([v.mean(0) for v in rays.profiles(column, wd).values()]))
     return _dressed(ax, 'distance in weight space, Euclidean', label)
 
@@ -132,6 +139,7 @@ def plot_line(profile: Profile, columns=None, ax=None, wd: float = 0.):
     `columns`: one on the left axis, another on the right; default: the training loss and the last metric of the validation set. `wd` (see
     `Surface.column`) is added to losses. Returns the array of axes. Raises `ValueError` for a column that there is not.
     """
+    _check_kind('plot_line', profile, Profile)
     if ax is None: _, ax = plt.subplots(figsize=(6, 4.2), layout='constrained')
     columns = (columns,) if isinstance(columns, str) else columns
     if columns is None: columns = list(dict.fromkeys(c for c in ('train_loss', _main_column(profile)) if c in profile.values))
@@ -158,6 +166,7 @@ def plot_paths(profiles: dict, column: str | None = None, ax=None, wd: float = 0
 
     `profiles`: name -> `Profile`. Returns the axes. Raises `ValueError` for a column that there is not (Garipov et al. 2018, Fig. 2).
     """
+    _check_kind('plot_paths', profiles, Profile, several=True)
     if ax is None: _, ax = plt.subplots(figsize=(6, 4.2), layout='constrained')
     column = column or _main_column(next(iter(profiles.values())))
     scale, label = _scale_and_label(column, wd)
@@ -173,6 +182,7 @@ def plot_plane(plane: Plane, column: str | None = None, ax=None, wd: float = 0.,
     The levels' distances from the best value are spaced in log, up to `top`, in the unit of the column; default: the worst value. Points that are
     not measured yet stay white. Returns the axes. Raises `ValueError` for a column that there is not.
     """
+    _check_kind('plot_plane', plane, Plane)
     return plot_planes({'': plane}, column, None if ax is None else [ax], wd, top)[0]
 
 
@@ -181,6 +191,7 @@ def plot_planes(planes: dict, column: str | None = None, axs=None, wd: float = 0
 
     `planes`: title -> `Plane`; the rest as in `plot_plane`. Returns the array of axes. Raises as that does.
     """
+    _check_kind('plot_planes', planes, Plane, several=True)
     column = column or _main_column(next(iter(planes.values())))
     scale, label = _scale_and_label(column, wd)
     if axs is None: _, axs = plt.subplots(1, len(planes), figsize=(1 + 4.6*len(planes), 4.4), layout='constrained', squeeze=False)
@@ -202,8 +213,8 @@ def plot_planes(planes: dict, column: str | None = None, axs=None, wd: float = 0
         ax.contour(p.xs, p.ys, shown, levels, colors='0.25', linewidths=.4)
         _draw_points(ax, p)
         is_flat = not .4 < np.ptp(p.xs) / np.ptp(p.ys) < 2.5    # it would be a strip
-        ax.set(xlabel='distance in weight space, Euclidean', ylabel='distance in weight space, Euclidean', title=title,
-               aspect='auto' if is_flat else 'equal')
+        distance = 'distance in weight space, Euclidean'
+        ax.set(xlabel=distance + ' (axes not to scale)' * bool(is_flat), ylabel=distance, title=title, aspect='auto' if is_flat else 'equal')
     bar = axs[0].figure.colorbar(filled, ax=list(axs), label=label, ticks=levels, spacing='uniform')
     bar.ax.set_yticklabels(_told_apart(levels))
     return axs
@@ -229,7 +240,14 @@ def _draw_points(ax, plane):
         ax.plot(x, y, ls='', color='black', path_effects=halo, **style)
         ax.annotate(name, (x, y), xytext=(6, 5), textcoords='offset points', path_effects=halo, fontsize='small')
     for name, (x, y) in plane.solutions.items(): put(x, y, name, marker='x', ms=8, mew=2)
-    for name, (x, y, _) in plane.marks.items(): put(x, y, name, marker='*', ms=12)
+    for name, (x, y, off) in plane.marks.items(): put(x, y, name + f', {off:.2g} off' * bool(off > 1e-3 * np.ptp(plane.xs)), marker='*', ms=12)
+
+
+def _check_kind(call, given, kind, several=False):
+    surfaces = given.values() if several and isinstance(given, dict) else [given]
+    if several and not isinstance(given, dict) or not all(isinstance(s, kind) for s in surfaces):
+        what = f'a dict of {kind.__name__} objects by name' if several else f'a {kind.__name__}'
+        raise TypeError(f'{call} draws {what}, as rays, line, plane and Curve.evaluate measure them, not {type(given).__name__}')
 
 
 def _main_column(surface: Surface):
@@ -241,7 +259,7 @@ def _main_column(surface: Surface):
 def _scale_and_label(column, wd):
     "What to multiply `column` by, and what to call it then."
     data, _, name = column.partition('_')
-    label = f'{ {"train": "training", "valid": "validation"}.get(data, data)} {name.replace("_", " ")}'
+    label = f'{ {"train": "training", "valid": "validation"}.get(data, data)} {name.strip("_").replace("_", " ")}'
     if name in ('accuracy', 'error_rate'): return 100, f'{label}, %'
     return 1, label + f' + {wd:g}/2 |w|²' * bool(wd)
 

@@ -149,7 +149,7 @@ class Profile(Surface, kinds=['line', 'curve']):
         return self.arc[inside], self.column(column, wd)[inside]
 
     def max(self, column: str, wd: float = 0.) -> float:
-        "The greatest value of `column` at the points between the solutions, these included."
+        "The greatest value of `column` at the points between the solutions and at these: on a way that rises nowhere, an end's."
         return float(self._between(column, wd)[1].max())
 
     def min(self, column: str, wd: float = 0.) -> float:

@@ -31,6 +31,7 @@ class Space:
     - `scratch`: a clean copy of the model, on the device of the data, which takes on the weights of one point after the other.
     """
     def __init__(self, learn: Learner):
+        if not isinstance(learn, Learner): raise TypeError(f'learn must be a Learner, which comes first, not {type(learn).__name__}')
         if Processes(learn).size > 1: raise RuntimeError('the loss surface is measured in one process: call it outside of distrib_ctx')
         self.learn, self.scratch = learn, clean_copy(learn.model, not_copied(learn))
         device = getattr(learn.dls, 'device', None)
@@ -84,8 +85,10 @@ def named_solutions(solutions, n: int | None = None, what: str = '') -> dict:
 
     Raises `ValueError` unless there are `n` of them, for `what`, and `TypeError` for what is none.
     """
-    if isinstance(solutions, Ensemble): solutions = solutions.members
-    elif isinstance(solutions, SnapshotCallback): solutions = solutions.snapshots
+    if isinstance(solutions, Ensemble | SnapshotCallback):
+        members = solutions.members if isinstance(solutions, Ensemble) else solutions.snapshots
+        if not members: raise ValueError('the SnapshotCallback has kept nothing yet')
+        solutions = {f'epoch {e}': m for e, m in zip(solutions.epochs, members)} if len(solutions.epochs) == len(members) else members
     is_state_dict = isinstance(solutions, Mapping) and any(isinstance(v, torch.Tensor) for v in solutions.values())
     if isinstance(solutions, Mapping) and not is_state_dict: named = {str(name): o for name, o in solutions.items()}
     else:

@@ -353,6 +353,7 @@ def test_a_curve_that_is_saved_is_loaded_bitwise(tmp_path):
     (lambda a, b: Curve(a, [a, b]).fit(1, 'fast'), TypeError, "lr must be a number, not 'fast'"),
     (lambda a, b: Curve(a, [a, b]).fit(1, wd=-1), ValueError, 'wd must not be negative, not -1'),
     (lambda a, b: Curve(a, [a, b]).fit(1, seed=.5), TypeError, 'seed must be an int'),
+    (lambda a, b: Curve(a, [a, b]).fit(1, cbs=SWACallback(0)), TypeError, 'cbs has a SWACallback'),
     (lambda a, b: Curve(a, [a, b]).solution(1.5), ValueError, 'ts must be from 0 to 1'),
     (lambda a, b: Curve(a, [a, b]).evaluate([-.1, 1]), ValueError, 'ts must be from 0 to 1'),
 ])

@@ -326,7 +326,8 @@ def test_solutions_come_as_state_dicts_modules_learners_paths_callbacks_and_ense
     for same in (swa.swa_model, swa, tmp_path/'mine.pth', str(tmp_path/'mine.pth'), compiled, mean, {'SWA': swa}): assert at(same) == expected
     assert at(learn) == at(last) == at(tmp_path/'saved.pth') == at(snapshots.snapshots[-1]) != expected
     def names(solutions): return rays(learn, solutions, [1.], 1, sets='valid').names
-    assert names(snapshots) == names(snapshots.ensemble(learn)) == names(Ensemble(snapshots.snapshots, learn)) == ['solution 1', 'solution 2', 'solution 3']
+    assert names(snapshots) == names(snapshots.ensemble(learn)) == ['epoch 1', 'epoch 2', 'epoch 3']
+    assert names(Ensemble(snapshots.snapshots, learn)) == ['solution 1', 'solution 2', 'solution 3']
     assert names([tmp_path/'mine.pth', swa, learn]) == ['mine', 'average', 'solution 3'] and names({'a': learn, 'b': swa}) == ['a', 'b']
     assert names([tmp_path/'mine.pth'] * 2) == ['solution 1', 'solution 2'] and names(swa) == ['average']
     with swa.averaged(): assert at(learn) == expected    # the learner is the average there
@@ -334,6 +335,8 @@ def test_solutions_come_as_state_dicts_modules_learners_paths_callbacks_and_ense
 
 @pytest.mark.parametrize('call, error, said', [
     (lambda learn: rays(learn, []), ValueError, 'solutions is empty'),
+    (lambda learn: rays(learn, SnapshotCallback(0)), ValueError, 'the SnapshotCallback has kept nothing yet'),
+    (lambda learn: rays(SWACallback(1), learn), TypeError, 'learn must be a Learner, which comes first, not SWACallback'),
     (lambda learn: rays(learn, [3]), TypeError, 'solution 1 must be a state dict, a module, a learner, a path or a SWACallback, not 3'),
     (lambda learn: rays(learn, 'missing.pth'), FileNotFoundError, 'missing.pth is missing'),
     (lambda learn: rays(learn, {'SWA': SWACallback(1)}), ValueError, 'SWA has averaged nothing yet'),

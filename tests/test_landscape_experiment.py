@@ -167,7 +167,7 @@ def test_solutions_that_cannot_be_used_are_one_sentence(stored, tmp_path):
 def test_what_was_measured_otherwise_is_refused(stored, tmp_path):
     shutil.copytree(stored/'width-longer', tmp_path/'out')
     missing = go('width', stored, tmp_path/'out', Settings(scale=.8), solutions=stored/'longer')
-    assert 'seed-0.landscape.json was measured with landscape' in missing[0]
+    assert 'seed-0.landscape.json was measured with n_distances=5, not 4: give the same, or another folder' in missing[0]
     (tmp_path/'out'/'seed-0.landscape.json').write_text('{}')
     assert 'is damaged, or no note on a measurement' in go('width', stored, tmp_path/'out', solutions=stored/'longer')[0]
 
@@ -220,6 +220,21 @@ def test_the_report_on_curves_compares_the_three_ways(stored):
         assert cells(text, name)[1:] == [f'{p.length:.2f}', *(f'{100 * v:.2f}' for v in (p.min('valid_error_rate'), p.max('valid_error_rate'), p.mean('valid_error_rate'))),
                                          f'{p.max("train_loss"):.4f}', f'{p.mean("train_loss"):.4f}']
     assert '1 pair of solutions of longer (0+1)' in text and all((stored/'curve-longer'/f'{name}.png').stat().st_size > 5000 for name in ('paths', 'panels'))
+
+
+def test_two_folders_are_reported_one_after_the_other(stored, capsys):
+    with pytest.raises(SystemExit) as e: main(['report', str(stored/'width-longer'), str(stored/'longer')])
+    said = capsys.readouterr().out
+    assert not e.value.code and '# width-longer' in said and '# longer' in said and 'Paired differences of' not in said
+
+
+def test_a_path_too_short_for_a_plane_is_said_before_anything_is_written(stored, tmp_path):
+    shutil.copytree(stored/'longer', tmp_path/'longer')
+    index = tmp_path/'longer'/'seed-0-swa'/'index.json'
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps(content | {'epochs': content['epochs'][:1], 'files': content['files'][:1]}))
+    with pytest.raises(ValueError, match='has averaged 2 weights only, and a plane needs 3: reproduce longer with a greater scale'): go('plane', tmp_path)
+    assert not (tmp_path/'plane-longer').exists()
 
 
 def test_several_seeds_are_compared_seed_by_seed(stored, tmp_path):

@@ -80,10 +80,10 @@ def test_widths_show_each_ray_their_mean_and_where_they_cross_the_level():
 
 def test_weight_decay_counts_for_the_curves_and_for_the_distances():
     r = rays_of((([0, 1, 2, 3.],) * 2, ([0, 1, 2, 3.],) * 2))
-    r.values['norm'] = np.full(len(r.points), 2.)
-    ax = plot_width(r, 'valid_error_rate', level=1.5, wd=.5)
+    r.values['norm'], r.values['train_loss'] = np.full(len(r.points), 2.), r.values['valid_error_rate']
+    ax = plot_width(r, 'train_loss', level=1.5, wd=.5)
     thick = [x for x in ax.lines if x.get_lw() > 2]
-    assert thick[0].get_ydata().tolist() == [100, 200, 300, 400]
+    assert thick[0].get_ydata().tolist() == [1, 2, 3, 4]
     assert [x.get_xdata()[0] for x in ax.lines if x.get_marker() == 'o'] == pytest.approx([.5, .5])
 
 
@@ -98,7 +98,10 @@ def test_each_of_many_solutions_is_drawn():
 
 def test_a_level_that_not_all_rays_reach_is_drawn_without_a_distance():
     ax = plot_width(rays_of((([.1, .2, .2, .2],) * 2, ([.1, .2, .5, .6],) * 2)), level=.4, ax=plt.subplots()[1])
-    assert [t.get_text().partition(':')[0] for t in ax.get_legend().get_texts()] == ['SGD', 'SWA'] and ax.get_legend().get_texts()[0].get_text() == 'SGD'
+    assert [t.get_text().partition(':')[0] for t in ax.get_legend().get_texts()] == ['SGD', 'SWA'] and ax.get_legend().get_texts()[0].get_text() == 'SGD: 0 of 2 rays reach it'
+    ax = plot_width(rays_of((([.1, .2, .2, .2],) * 2,) * 2), level=1.)
+    assert ax.get_ylim()[1] < 30    # per cent: the level does not flatten the rest
+    with pytest.raises(ValueError, match='level must be a share from 0 to 1, not 50'): plot_width(rays_of((([.1, .2, .2, .2],) * 2,) * 2), level=50)
 
 
 def test_a_line_shows_loss_and_metric_on_axes_of_their_own_and_marks_both_solutions():
@@ -139,7 +142,7 @@ def test_a_plane_shows_its_solutions_marks_and_trajectory_on_contours_spaced_in_
     assert levels[0] == pytest.approx(low) and levels[-1] == pytest.approx(high)
     np.testing.assert_allclose(np.diff(np.log(levels[1:] - low)), np.log(100) / 8, rtol=1e-6)    # equal steps of the log of what lies above the least
     drawn = {text.get_text(): text.xy for text in ax.texts}
-    assert drawn == {'a': (0, 0), 'b': (1, 0), 'c': (.5, 2), 'SWA': (.5, 1)}
+    assert drawn == {'a': (0, 0), 'b': (1, 0), 'c': (.5, 2), 'SWA, 0.25 off': (.5, 1)}
     path = next(x for x in ax.lines if len(x.get_xdata()) == 2)
     assert path.get_xydata().tolist() == [[0, 0], [1, 1]]
     assert {x.get_marker() for x in ax.lines if len(x.get_xdata()) == 1} == {'x', '*'}
@@ -220,6 +223,18 @@ def test_a_column_that_there_is_not_is_one_clear_sentence():
         with pytest.raises(ValueError, match="column must be one of train_loss, .* not 'valid_f1'"): call()
 
 
+@pytest.mark.parametrize('call', [lambda: plot_width(learner()), lambda: plot_line(a_plane()), lambda: plot_plane(some_rays()), lambda: plot_paths([a_path([0])]),
+                                  lambda: plot_paths(a_path([0])), lambda: plot_planes({'a': a_path([0])}), lambda: plot_paths({'a': a_plane()})])
+def test_what_is_not_measured_that_way_is_one_clear_sentence(call):
+    with pytest.raises(TypeError, match='^plot_[a-z]+ draws .* as rays, line, plane and Curve.evaluate measure them, not '): call()
+
+
+def test_axes_that_are_not_to_scale_say_so():
+    p = bowl()
+    p.about['ys'] = [y / 100 for y in p.about['ys']]
+    assert plot_plane(p).get_xlabel().endswith('(axes not to scale)') and plot_plane(bowl()).get_xlabel().endswith('Euclidean')
+
+
 def test_a_learner_after_a_fit_draws_width_line_and_plane(tmp_path):
     learn, swa, snapshots = learner(), SWACallback(1), SnapshotCallback(0)
     with learn.no_bar(), learn.no_logging(): learn.fit(5, cbs=[swa, snapshots])
@@ -229,6 +244,6 @@ def test_a_learner_after_a_fit_draws_width_line_and_plane(tmp_path):
     np.testing.assert_allclose(right.lines[0].get_ydata(), 100 * Surface.load(tmp_path/'line').column('valid_accuracy'))
     ax = learn.plot_plane(snapshots, n_points=2, marks={'SWA': swa}, file=tmp_path/'plane')
     found = Surface.load(tmp_path/'plane')
-    assert found.names == ['solution 1', 'solution 3', 'solution 5'] and len(found.trajectory) == 5 and list(found.marks) == ['SWA']
+    assert found.names == ['epoch 0', 'epoch 2', 'epoch 4'] and len(found.trajectory) == 5 and list(found.marks) == ['SWA']
     assert ax.figure.axes[-1].get_ylabel() == 'validation accuracy, %'
     assert learn.plot_plane(snapshots.snapshots[:3], 'train_loss', n_points=2, ax=plt.subplots()[1]).get_title() == ''

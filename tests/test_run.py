@@ -503,9 +503,9 @@ def epochs_of_all_parts_or_0(folder): return epochs_of_all_parts(folder) if (fol
 def bf16_learner(monkeypatch):
     "The runner's learners with fastai's mixed precision, whose autocast is for a GPU, on the CPU."
     from fastai.callback import fp16
-    real, autocast = run_module._learner, fp16.autocast
+    real, autocast = run_module.recipe_learner, fp16.autocast
     monkeypatch.setattr(fp16, 'autocast', lambda kind, dtype: autocast('cpu', dtype=dtype))
-    monkeypatch.setattr(run_module, '_learner', lambda *args: real(*args).add_cb(fp16.MixedPrecision('bf16')))
+    monkeypatch.setattr(run_module, 'recipe_learner', lambda *args: real(*args).add_cb(fp16.MixedPrecision('bf16')))
 
 
 def test_a_seed_after_one_that_ran_out_of_memory_within_autocast_is_trained_as_any_other(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from ..landscape import line, plane, rays
 from ..weight_space import Space
 from .learners import TimeIsUp, recipe_images, recipe_learner, settings_restored
 from .recipes import RECIPES
-from .record import duration, hardware, now, read_record, snapshots_folder, versions, weights_file
+from .record import difference, duration, hardware, now, read_record, snapshots_folder, versions, weights_file
 
 __all__ = ['measure_seed', 'check_solutions', 'read_note', 'images_text']
 
@@ -36,6 +36,9 @@ def check_solutions(recipe, seed: int, solutions: Path) -> list[dict]:
         res.append(read_record(file))
         if res[-1]['recipe'] != recipe.base: raise ValueError(f'{file} is of the recipe {res[-1]["recipe"]}, not {recipe.base}')
         if not res[-1]['finished']: raise ValueError(f'{file} is not complete: reproduce {recipe.base} goes on with it')
+    if recipe.kind == 'plane' and (n := len(_trajectory(solutions, seed))) < 3:
+        raise ValueError(f'the SWA run in {solutions} has averaged {n} weights only, and a plane needs 3: reproduce {recipe.base} with a greater '
+                         'scale')
     return res
 
 
@@ -85,7 +88,6 @@ def _width(recipe, seed, out, learn, solutions, watch):
 def _plane(recipe, seed, out, learn, solutions, watch):
     path, average = _trajectory(solutions, seed), {'SWA': weights_file(solutions, seed, 'SWA average')}
     names = list(path)
-    if len(path) < 3: raise ValueError(f'the SWA run in {solutions} has averaged {len(path)} weights only, and the plane needs 3')
     def measure(what, three, **kwargs):
         plane(learn, three, recipe.n_plane, seed=seed, file=out/f'seed-{seed}.{what}.jsonl', progress=watch.of(what), **kwargs)
     measure('trajectory', {name: path[name] for name in (names[0], names[len(names) // 2], names[-1])}, marks=average, trajectory=path)
@@ -161,7 +163,9 @@ class _Note:
                  'solutions': [{k: r[k] for k in ('recipe', 'seed', 'budget', 'swa_start', 'settings', 'images')} for r in records]}
         self.data = read_note(self.file) if self.file.exists() else {**fixed, 'finished': None, 'sessions': []}
         for k, v in fixed.items():
-            if self.data[k] != v: raise ValueError(f'{self.file} was measured with {k} {self.data[k]}, not {v}: give the same, or another folder')
+            if self.data[k] == v: continue
+            said = difference(self.data[k], v, k) if isinstance(v, dict) else f'other {k}'
+            raise ValueError(f'{self.file} was measured with {said}: give the same, or another folder')
         self.session = {'started': now(), 'versions': versions(), 'hardware': hardware(settings.device), 'threads': torch.get_num_threads()}
         if not self.data['finished']: self.data['sessions'].append(self.session)
         self._write()

@@ -17,7 +17,7 @@ from ..version import __version__
 from .recipes import parts, runs
 
 __all__ = ['Settings', 'Record', 'what_is_run', 'read_record', 'seed_files', 'weights_file', 'snapshots_folder', 'json_number', 'seconds_text',
-           'duration', 'now', 'versions', 'hardware']
+           'difference', 'duration', 'now', 'versions', 'hardware']
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def read_record(file: Path, fixed: dict | None = None) -> dict:
     if not isinstance(data, dict) or not {'recipe', 'seed', 'settings', 'images', 'parts', 'finished'} <= data.keys():
         raise ValueError(f'{file} is damaged, or no record of a seed: move it away')
     for k, v in (fixed or {}).items():
-        if data.get(k) != v: raise ValueError(f'{file} was run with {_difference(data.get(k), v, k)}: give the same, or another folder')
+        if data.get(k) != v: raise ValueError(f'{file} was run with {difference(data.get(k), v, k)}: give the same, or another folder')
     return data
 
 
@@ -187,7 +187,7 @@ def _as_json(data) -> str:
     for i, p in enumerate(data['parts']): text = text.replace(f'"@{i}"', '[' + ',\n   '.join(map(json.dumps, p['epochs'])) + ']', 1)
     return text + '\n'
 
-def _difference(was, now, name) -> str:
+def difference(was, now, name) -> str:
     if not isinstance(was, dict) or not isinstance(now, dict): return f'{name}={was!r}, not {now!r}'
     name = next(k for k in {**was, **now} if was.get(k) != now.get(k))
     return f'{name}={was.get(name)!r}, not {now.get(name)!r}'
