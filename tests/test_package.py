@@ -7,8 +7,24 @@ import fastai_swa
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = [{'modules', 'files', 'processes', 'version'}, {'averaging', 'batchnorm', 'schedules', 'geometry'}, {'vision', 'state', 'columns', 'surfaces'},
-          {'batches'}, {'passes'}, {'ensemble'}, {'callback', 'checkpoint', 'snapshots'}, {'weight_space'}, {'landscape'}, {'connectivity', 'plot'}, {'learner'}, {'experiments'}, {'demo'}, {'__main__', '__init__'}]
+FLOORS = [
+    {'interrupts', 'version'},
+    {'modules', 'files', 'processes', 'packing'},
+    {'averaging', 'batchnorm', 'schedules', 'geometry', 'probabilities'},
+    {'vision', 'randomness', 'fitting', 'columns', 'surfaces'},
+    {'state'},
+    {'batches'},
+    {'passes'},
+    {'ensemble'},
+    {'callback', 'checkpoint', 'snapshots'},
+    {'weight_space'},
+    {'landscape'},
+    {'connectivity', 'plot'},
+    {'learner'},
+    {'experiments'},
+    {'demo'},
+    {'__main__', '__init__'},
+]
 SOURCES = sorted((ROOT/'fastai_swa').rglob('*.py'))
 
 
@@ -25,7 +41,7 @@ def test_each_floor_imports_only_from_floors_below_it(path):
             for name in names: assert floor(name) < floor(place(path)), f'{path.name} imports {name}'
 
 
-@pytest.mark.parametrize('name', ['modules', 'files', 'processes', 'averaging', 'batchnorm', 'schedules'])
+@pytest.mark.parametrize('name', ['interrupts', 'modules', 'files', 'processes', 'averaging', 'batchnorm', 'schedules'])
 def test_the_lowest_floors_are_plain_pytorch(name):
     for node in ast.walk(ast.parse((ROOT/'fastai_swa'/f'{name}.py').read_text())):
         modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ''] if isinstance(node, ast.ImportFrom) else []
