@@ -1,5 +1,5 @@
 """Passes through a learner's own loop, aside from its training: to validate other weights, to refresh batch norm."""
-import copy, sys
+import copy
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .batches import KeptBatches, fresh_loader, share, training_loader
 from .batchnorm import Moments, batch_moments
 from .columns import plain_values
+from .fitting import is_fitting, no_fit    # noqa: F401
 from .modules import unwrap
 from .processes import Processes
 from .state import loaders, own_generators, owned_modules, seed_generators
@@ -216,30 +217,3 @@ def check_engine(learn):
                                   '`with learn.distrib_ctx():`')
     if processes.size > 1 and not isinstance(learn.model, DistributedDataParallel):
         raise NotImplementedError(f'SWACallback knows several processes with DistributedDataParallel only, not {type(learn.model).__name__}')
-
-
-def is_fitting(learn, method='fit', in_all_threads=False) -> bool:
-    """Is `learn.fit` under way in this thread, or with `_do_fit` an epoch of it? (Its own state does not tell: Ctrl-C leaves no trace in it,
-    and `tta` sends the events of a fit.)"""
-    for frame in sys._current_frames().values() if in_all_threads else [sys._getframe()]:
-        while frame is not None:
-            if frame.f_code.co_name == method and frame.f_locals.get('self') is learn: return True
-            frame = frame.f_back
-    return False
-
-
-@contextmanager
-def no_fit(learn, reason='averaged() would train the average; leave that context first, or call apply()', also=()):
-    "Within this context the methods of `learn` that train, and those named in `also`, raise `RuntimeError` before they change anything."
-    names = [n for n in dir(type(learn)) if n.startswith('fit') and callable(getattr(type(learn), n)) or n in ('fine_tune', 'lr_find', *also)]
-    kept = {n: vars(learn)[n] for n in names if n in vars(learn)}
-    def refuse(name, *args, **kwargs):
-        raise RuntimeError(f'{name} inside {reason}')
-    def state():    # an export or a deepcopy made here is of the learner as it is outside
-        state = type(learn).__getstate__(learn)
-        return {k: v for k, v in state.items() if k not in (*names, '__getstate__')} | kept
-    vars(learn).update({n: partial(refuse, n) for n in names}, __getstate__=state)
-    try: yield
-    finally:
-        for n in (*names, '__getstate__'): vars(learn).pop(n, None)
-        vars(learn).update(kept)

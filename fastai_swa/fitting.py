@@ -1,0 +1,181 @@
+"""Is this a real fit? A base class for callbacks that get the events of one training fit alone, and what may not end it."""
+import sys
+import warnings
+from collections import Counter
+from contextlib import contextmanager
+from functools import partial
+
+from fastai.callback.core import Callback, _inner_loop
+from fastai.callback.schedule import LRFinder
+
+__all__ = ['FitCallback', 'SideWork', 'is_fitting', 'no_fit']
+
+_IN_A_BATCH = frozenset(_inner_loop)
+_AROUND_EPOCHS = 'before_fit', 'after_cancel_fit', 'after_fit'
+
+
+class FitCallback(Callback):
+    """A callback that gets the events of one training fit alone, from its own `before_fit` to its own `after_fit`.
+
+    It gets none of `validate`, `get_preds`, `predict`, `lr_find` and `tta`, nor of a fit within the fit, also where another callback calls
+    these in the middle of it. (fastai sends `before_fit` and many other events in all of them.)
+
+    - `_fit`: what a subclass keeps about the fit under way. Its `before_fit` sets it; where that leaves `None`, the fit goes on without it.
+    - `over()`: called when the fit is over, however it ended, and `_fit` is about to become `None`. After Ctrl-C or an error, which fastai
+      announces by no event, that is when the callback is taken from the learner, or, if it is attached for good, when it is needed next.
+    """
+    _fit = None
+    _is_listening = False    # whether the event sent last was one of the fit under way
+    _loss_func = None    # the learner's when the fit began
+
+    @property
+    def learn(self):
+        "The learner; `None` once the callback is taken from it, as after a fit that it was passed to."
+        return vars(self).get('learn')
+
+    @learn.setter
+    def learn(self, learn):
+        before, vars(self)['learn'] = self.learn, learn
+        if learn is None and before is not None and not is_fitting(before, '_do_fit'):    # else it is back in a moment: a pass within the fit
+            self._end(before)
+
+    def __call__(self, event_name):
+        if event_name in _IN_A_BATCH and not hasattr(type(self), event_name):
+            return
+        if not self._concerns(event_name):
+            return
+        if event_name == 'before_fit':
+            self._begin()
+        elif self._fit is not None:
+            super().__call__(event_name)
+        if event_name == 'after_fit':
+            self.run = True    # as fastai has it: switched off, a callback is off for one fit
+            self._loss_func = None
+            self._end(self.learn)
+
+    def _begin(self):
+        self._end(self.learn)    # what an interruption has left
+        learn = self.learn
+        if not is_fitting(learn) or any(isinstance(cb, LRFinder) for cb in learn.cbs):    # the former: a learner as a context manager
+            return
+        self._loss_func = learn.loss_func
+        try:
+            super().__call__('before_fit')
+        except BaseException:
+            self._end(learn)
+            raise
+
+    def over(self):
+        "The fit is over, however it ended."
+
+    def clean_up(self):
+        "If an interruption has ended the fit under way, what should have been done at its end is done now."
+        if self.learn is not None and not is_fitting(self.learn):
+            self._end(self.learn)
+
+    def _end(self, learn):
+        if self._loss_func is not None:    # no `after_fit` has come
+            _take_back_loss(learn, self._loss_func)
+            self._loss_func = None
+        if self._fit is None:
+            return
+        try:
+            self.over()
+        finally:
+            self._fit = None
+
+    def _concerns(self, event_name) -> bool:
+        "Is this an event of the fit under way, or the beginning of one?"
+        learn = self.learn
+        if learn.lock.locked():    # validate, get_preds and predict hold it
+            return False
+        if event_name in _IN_A_BATCH and self._is_listening:    # to look through the stack in each batch would cost too much
+            return True
+        depth = _count_frames(learn, '_do_fit')
+        is_own = depth == (0 if event_name in _AROUND_EPOCHS else 1) and not is_fitting(learn, 'tta')
+        is_end_of_another = event_name == 'after_fit' and depth == 1
+        self._is_listening = is_own or is_end_of_another
+        return is_own
+
+
+def _take_back_loss(learn, loss_func):
+    "MixUp and its like put a method of theirs in the loss's place while they train; an interruption leaves it there."
+    function = learn.loss_func
+    while isinstance(function, partial):
+        function = function.func
+    if isinstance(function, Callback) or isinstance(getattr(function, '__self__', None), Callback):
+        learn.loss_func = loss_func
+
+
+class SideWork:
+    """What a callback does beside a training, which must not end it: a failure is said once for each kind of work, and counted.
+
+    KeyboardInterrupt and other exceptions that are no `Exception` pass through.
+    """
+    def __init__(self):
+        self.failures = Counter()    # kind of work -> how often it failed
+
+    @contextmanager
+    def attempt(self, work: str, consequence: str = ''):
+        """Within this context an exception ends the context and nothing else.
+
+        - `work`: what is attempted, as in 'validating the average'; `consequence`: what follows if it fails, as in 'its columns are nan'.
+        """
+        try:
+            yield
+        except Exception as e:
+            self.note(work, e, consequence)
+
+    def note(self, work: str, error: Exception, consequence: str = ''):
+        "Count a failure, and warn at the first of its kind."
+        self.failures[work] += 1
+        if self.failures[work] == 1:
+            text = ' '.join(str(error).split()) or 'no message'
+            then = f'; {consequence}' if consequence else ''
+            warnings.warn(f'{work} failed, and training goes on{then}: {type(error).__name__}: {text}', stacklevel=2)
+
+    def conclude(self):
+        "Say how often each kind of work failed, if any did."
+        for work, n in self.failures.items():
+            warnings.warn(f'{work} failed {n} time{"s" if n > 1 else ""} in this fit', stacklevel=2)
+
+
+def is_fitting(learn, method='fit', in_all_threads=False) -> bool:
+    """Is `learn.fit` under way in this thread, or with `_do_fit` an epoch of it? (Its own state does not tell: Ctrl-C leaves no trace in it,
+    and `tta` sends the events of a fit.)"""
+    frames = sys._current_frames().values() if in_all_threads else [sys._getframe()]
+    return any(_count_frames(learn, method, frame) for frame in frames)
+
+
+def _count_frames(learn, method, frame=None) -> int:
+    "How many calls of `learn.method` are under way on the stack of `frame`, by default this one."
+    frame = frame or sys._getframe()
+    n = 0
+    while frame is not None:
+        if frame.f_code.co_name == method and frame.f_locals.get('self') is learn:
+            n += 1
+        frame = frame.f_back
+    return n
+
+
+@contextmanager
+def no_fit(learn, reason='averaged() would train the average; leave that context first, or call apply()', also=()):
+    "Within this context the methods of `learn` that train, and those named in `also`, raise `RuntimeError` before they change anything."
+    cls = type(learn)
+    names = [n for n in dir(cls) if n.startswith('fit') and callable(getattr(cls, n)) or n in ('fine_tune', 'lr_find', *also)]
+    kept = {n: vars(learn)[n] for n in names if n in vars(learn)}
+
+    def refuse(name, *args, **kwargs):
+        raise RuntimeError(f'{name} inside {reason}')
+
+    def state():    # an export or a deepcopy made here is of the learner as it is outside
+        state = cls.__getstate__(learn)
+        return {k: v for k, v in state.items() if k not in (*names, '__getstate__')} | kept
+
+    vars(learn).update({n: partial(refuse, n) for n in names}, __getstate__=state)
+    try:
+        yield
+    finally:
+        for n in (*names, '__getstate__'):
+            vars(learn).pop(n, None)
+        vars(learn).update(kept)
