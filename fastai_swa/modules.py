@@ -1,12 +1,15 @@
-"""What lies under a wrapper, and a clean copy of it. Plain PyTorch."""
+"""What lies under a wrapper, a clean copy of it, and models whose modes move weights. Plain PyTorch."""
 import copy, functools, gc, types
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ['unwrap', 'plain_name', 'named_tensors', 'clean_copy', 'check_copyable']
+from .interrupts import uninterrupted, unwound_whole
+
+__all__ = ['unwrap', 'plain_name', 'named_tensors', 'clean_copy', 'check_copyable', 'moves_weights', 'in_train_mode', 'written_in_train_mode']
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -108,3 +111,134 @@ def _copy_tensor(t, is_attribute):
     if t.grad_fn is not None and not is_attribute: return None           # an activation that a training forward left in a hook
     res = t.detach().clone()                                             # deepcopy takes gradients along and refuses non-leaves
     return nn.Parameter(res, t.requires_grad) if isinstance(t, nn.Parameter) else res
+
+
+# modes that move weights
+
+def moves_weights(model: nn.Module) -> bool:
+    """May `train()` and `eval()` do more to `model` than set modes, as where LoRA merges its update into the weights in `eval()`?
+
+    So it is taken to be where the class of one of its modules, or the module itself, has a `train` or an `eval` of its own.
+    """
+    return any(map(has_own_modes, unwrap(model).modules()))
+
+
+def has_own_modes(module: nn.Module) -> bool:
+    "Does `module` itself have a `train` or an `eval` of its own?"
+    cls = type(module)
+    return cls.train is not nn.Module.train or cls.eval is not nn.Module.eval or not {'train', 'eval'}.isdisjoint(vars(module))
+
+
+def away_from_training(model: nn.Module) -> list[nn.Module]:
+    "The modules whose `eval()` may have moved weights: those with modes of their own that are not in train mode, the outer ones first."
+    return [m for m in model.modules() if has_own_modes(m) and not m.training]
+
+
+@contextmanager
+def in_train_mode(model: nn.Module):
+    """Within this context the weights of `model` can be *read* as training has them: not merged, where its `eval()` merges something into them.
+
+    Afterwards all is bitwise as before, since it is put back and not moved back: `(w + d) - d` is not always `w`. The price is a copy of
+    the tensors that could have moved. Where no weights move, or the model is in train mode, nothing is done. Modes of modules whose
+    `train` is PyTorch's own stay as they are throughout.
+    """
+    model = unwrap(model)
+    moved = away_from_training(model)
+    if not moved:
+        yield
+        return
+    with unwound_whole():
+        kept = Kept(moved)
+        try:
+            to_train_form(model)
+            yield
+        finally:
+            with uninterrupted():
+                kept.put_back()
+
+
+@contextmanager
+def written_in_train_mode(model: nn.Module):
+    """Within this context the weights of `model` can be *written* as training has them; afterwards the model is in the modes it was in.
+
+    Both by real calls of `train` and `eval`, so that the new weights are merged where the modes ask for it. Where no weights move, or
+    the model is in train mode, nothing is done.
+    """
+    model = unwrap(model)
+    if not away_from_training(model):
+        yield
+        return
+    with unwound_whole():
+        modes = modes_of(model)
+        try:
+            to_train_form(model)
+            yield
+        finally:
+            with uninterrupted():
+                set_modes(model, modes)
+
+
+def modes_of(model: nn.Module) -> dict[nn.Module, bool]:
+    "Module -> whether it is in train mode."
+    return {m: m.training for m in model.modules()}
+
+
+def to_train_form(model: nn.Module):
+    "Put the modules of `model` that have modes of their own into train mode, by their `train()`; all others keep their modes."
+    modes = modes_of(model)
+    set_modes(model, {m: mode or has_own_modes(m) for m, mode in modes.items()})
+
+
+def set_modes(model: nn.Module, modes: dict[nn.Module, bool]):
+    """Give the modules of `model` the `modes`, by their own `train` and `eval` where they have such.
+
+    As in PyTorch, `model.eval()` reaches the `eval` of `model` itself, and the `train` of the modules inside.
+    """
+    for m, mode in modes.items():
+        if has_own_modes(m) and m.training != mode:
+            if m is model and not mode:
+                m.eval()
+            else:
+                m.train(mode)
+    for m, mode in modes.items():
+        m.training = mode
+
+
+class Kept:
+    """What `train()` and `eval()` of `modules` can change in them and in their submodules: to be put back bitwise, without calling these.
+
+    That is which tensors, submodules and other attributes they have, what is in tensors, and what is in their lists, dicts and sets.
+    """
+    def __init__(self, modules):
+        inner = dict.fromkeys(m for outer in modules for m in outer.modules())    # each once
+        self.containers = []    # (container, shallow copy)
+        self.tensors = []    # (tensor, its data, copy of these)
+        seen = set()
+        for m in inner:
+            self._keep(vars(m), seen)    # parameters, buffers and submodules are dicts among the attributes
+
+    def _keep(self, value, seen):
+        if id(value) in seen:
+            return
+        if isinstance(value, torch.Tensor):
+            seen.add(id(value))
+            if value.grad_fn is None and not isinstance(value, nn.parameter.UninitializedTensorMixin):
+                self.tensors.append((value, value.data, value.detach().clone()))
+        elif type(value) in (*_CONTAINERS, tuple):
+            seen.add(id(value))
+            if type(value) is not tuple:
+                self.containers.append((value, copy.copy(value)))
+            for inner in value.values() if isinstance(value, dict) else value:
+                self._keep(inner, seen)
+
+    def put_back(self):
+        "Put everything back as it was."
+        for container, before in self.containers:
+            container.clear()
+            container.extend(before) if isinstance(container, list | deque) else container.update(before)
+        for tensor, data, bits in self.tensors:
+            tensor.data = data
+            data.copy_(bits)
+
+
+_CONTAINERS = (list, dict, set, deque, OrderedDict)
