@@ -1,5 +1,5 @@
 """What lies under a wrapper, a clean copy of it, and models whose modes move weights. Plain PyTorch."""
-import copy, functools, gc, types
+import copy, dis, functools, gc, types, weakref
 from collections import OrderedDict, deque
 from contextlib import contextmanager
 
@@ -9,7 +9,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .interrupts import uninterrupted, unwound_whole
 
-__all__ = ['unwrap', 'plain_name', 'named_tensors', 'clean_copy', 'check_copyable', 'moves_weights', 'in_train_mode', 'written_in_train_mode']
+__all__ = ['unwrap', 'plain_name', 'named_tensors', 'clean_copy', 'check_copyable', 'dropped_hooks',
+           'moves_weights', 'in_train_mode', 'written_in_train_mode']
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -34,14 +35,19 @@ def named_tensors(named) -> dict[str, torch.Tensor]:
 
 
 def clean_copy(model: nn.Module, shared=()) -> nn.Module:
-    """A copy of `model` that shares no tensor with it and carries nothing foreign along.
+    """A copy of `model` that computes the same, shares no tensor with it and carries nothing foreign along.
 
-    The copy has the model's modes, ties and memory formats, and neither wrappers (`unwrap`), nor compiled code, nor gradients.
-    Hooks that belong to the model stay, as copies: those of `torch.nn.utils`, and those whose function or object the model's
-    modules hold as an attribute (how a U-Net gets at its encoder's features). All other hooks are left out, so that what they
-    point to (a callback, its `Learner`, its data) is never copied. `shared`: objects that the copy refers to instead of copying.
+    The copy has the model's modes, ties and memory formats, and neither wrappers (`unwrap`), nor compiled code, nor gradients. A model
+    whose modes move weights is copied as it stands: weights and attributes fit each other in the copy, too.
 
-    Raises `ValueError` for a lazy module that has not seen a batch yet, and for a model that holds something that cannot be copied.
+    Functions, such as a `forward` set on a module, are copied with what their closures and defaults hold: what refers to the model
+    there refers to the copy here. Hooks stay, as copies, but for those of fastai's `Hook` and callbacks, which watch, and those that
+    reach a learner, a loader or something `shared` (`dropped_hooks` names these): what such a hook points to is never copied.
+
+    - `shared`: objects that the copy refers to instead of copying.
+
+    Raises `ValueError` for a lazy module that has not seen a batch yet, for a model that holds something that cannot be copied, and,
+    naming the module, where the copy would go on using the model in training, as a function does that knows it by a global variable.
     """
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(t, nn.parameter.UninitializedTensorMixin):
@@ -55,23 +61,43 @@ def check_copyable(model: nn.Module, shared=()):
     _copy(model, shared, lambda tensor, is_attribute: tensor)
 
 
+def dropped_hooks(model: nn.Module, shared=()) -> list[str]:
+    """The names of the modules of `model` with hooks that `clean_copy` leaves out although they may change what the model computes.
+
+    Hooks of fastai's `Hook` and of callbacks are not counted: these watch. The model itself is `''`.
+    """
+    model = unwrap(model)
+    origin = _Origin(model, shared)
+    names = []
+    for name, m in model.named_modules():
+        hooks = [hook for d in _hook_dicts(m) for hook in d.values() if hook is not True]
+        if any(origin.kind(hook) == 'foreign' for hook in hooks):
+            names.append(plain_name(name))
+    return names
+
+
 def _copy(model, shared, copy_tensor):
     model = unwrap(model)
-    hooks = [[vars(m)[k] for k in _HOOK_DICTS if k in vars(m)] for m in model.modules()]
-    held = _reachable(model, stop=[*(d for dicts in hooks for d in dicts), *shared])
+    origin = _Origin(model, shared)
     attributes = {id(o) for m in model.modules() for d in (vars(m), m._parameters, m._buffers) for o in d.values()}
+    hooks = origin.kept_hooks()
+    reached = _reachable([model, hooks], origin.stop)
     # deepcopy consults `memo` first: what stands in it is taken, not copied
     memo = {id(o): o for o in shared}
-    memo |= {id(d): OrderedDict() for dicts in hooks for d in dicts}
-    memo |= {id(o): copy_tensor(o, id(o) in attributes) for o in held.values() if isinstance(o, torch.Tensor)}
+    memo |= {id(o): o for o in reached.values() if _is_stranger(o)}
+    memo |= {id(d): OrderedDict() for d in origin.hook_dicts}
+    memo |= {id(o): copy_tensor(o, id(o) in attributes) for o in reached.values() if isinstance(o, torch.Tensor)}
+    functions = _Functions(reached, origin, memo)
     try:
         for m in reversed(list(model.modules())):    # the innermost first
             if _is_compiled(m): memo[id(m)] = copy.deepcopy(unwrap(m), memo)
         res = copy.deepcopy(model, memo)
-        for dicts in hooks:
-            kept = {number for d in dicts for number, hook in d.items() if hook is not True and _belongs(hook, held)}
-            for d in dicts: memo[id(d)].update({k: copy.deepcopy(hook, memo) for k, hook in d.items() if k in kept})
+        for d, kept in zip(origin.hook_dicts, hooks):
+            memo[id(d)].update({number: copy.deepcopy(hook, memo) for number, hook in kept.items()})
+        functions.fill()
+    except _Refused: raise
     except Exception as e: raise ValueError(f'cannot copy the model ({e}); pass a swa_model of your own') from e
+    _check_apart(res, origin)
     return res
 
 
@@ -82,25 +108,256 @@ def _one_chunk(model):
     return model
 
 
-_HOOK_DICTS = [name for name in vars(nn.Module()) if 'hooks' in name]    # hooks, and flags (True) under their hook's number
-_ATOMIC = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, torch.Tensor, torch.Generator)
+class _Refused(ValueError):
+    "The copy would go on using the model in training."
 
-def _reachable(root, stop) -> dict:
-    "id -> object for all that a deepcopy of `root` would meet without passing through an object in `stop`."
-    seen, stopped, stack = {}, {id(o) for o in stop}, [root]
+
+_HOOK_DICTS = [name for name in vars(nn.Module()) if 'hooks' in name]    # hooks, and flags (True) under their hook's number
+
+
+def _hook_dicts(module): return [vars(module)[k] for k in _HOOK_DICTS if k in vars(module)]
+
+
+class _Origin:
+    "A model that is to be copied: what belongs to it, and which of its hooks do."
+    def __init__(self, model, shared):
+        self.model = model
+        self.hook_dicts = [d for m in model.modules() for d in _hook_dicts(m)]
+        self.shared = {id(o): o for o in shared}
+        self.stop = [*self.hook_dicts, *shared]
+        self.tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        self.parts = self.tensors | {id(m): m for m in model.modules()}
+        self.held = _reachable([model], self.stop)
+
+    def kept_hooks(self) -> list[dict]:
+        "For each of the `hook_dicts` what a copy keeps of it: hooks, and the flags that stand beside them under the same number."
+        kept = []
+        for m in self.model.modules():
+            dicts = _hook_dicts(m)
+            numbers = {n for d in dicts for n, hook in d.items() if hook is not True and self.kind(hook) == 'own'}
+            kept.extend({n: hook for n, hook in d.items() if n in numbers} for d in dicts)
+        return kept
+
+    def kind(self, hook) -> str:
+        "'own': part of what the model computes. 'observer': of fastai's `Hook` or a callback. 'foreign': it reaches what is not copied."
+        function = hook
+        if type(function).__name__ == '_WrappedHook':    # how load_state_dict's hooks are kept
+            function = function.hook
+        while isinstance(function, functools.partial):
+            function = function.func
+        owner = getattr(function, '__self__', function)
+        if _is_stranger(owner):
+            return 'observer'
+        if (getattr(function, '__module__', None) or '').startswith('torch.nn.utils.') or id(owner) in self.held:
+            return 'own'
+        if _is_of(owner, _HOOK):
+            return 'observer'
+        reached = _reachable([hook], self.hook_dicts).values()
+        if any(_is_stranger(o) or id(o) in self.shared for o in reached):
+            return 'foreign'
+        return 'foreign' if any(map(_names_learner, reached)) else 'own'
+
+    def names_model(self, o) -> bool:
+        "Is `o` a function whose code knows a part of the model by a global variable?"
+        return any(isinstance(v, nn.Module | torch.Tensor) and {id(v), id(unwrap(v))} & self.parts.keys() for v in _globals_of(o))
+
+    def is_view(self, o) -> bool:
+        "Is `o` a tensor of its own that shares its memory with one of the model's?"
+        return (isinstance(o, torch.Tensor) and id(o) not in self.tensors and o.grad_fn is None
+                and _address(o) in {_address(t) for t in self.tensors.values()} - {0})
+
+
+def _refused(model, is_culprit, what) -> _Refused:
+    "The error that names the module of `model` with an attribute or a hook that reaches an object for which `is_culprit` holds."
+    where = 'something that it holds'
+    for name, m in model.named_modules():
+        for attribute, value in vars(m).items():
+            values = value.values() if attribute in _HOOK_DICTS else [value]
+            if attribute not in _MODULE_DICTS and any(map(is_culprit, _reachable(values, model.modules()).values())):
+                where = f'{attribute!r} of ' + (f'module {plain_name(name)!r}' if name else 'the model itself')
+    return _Refused(f'cannot copy the model: {where} {what}, so that the copy would go on using the model in training; '
+                    'pass a swa_model of your own')
+
+
+_MODULE_DICTS = ('_parameters', '_buffers', '_modules')
+
+def _address(t):
+    try: return t.untyped_storage().data_ptr()
+    except Exception: return 0    # no memory of its own: sparse, meta
+
+
+# classes that are told by their names, since importing them is for the floors above
+_LEARNER = {('fastai.learner', 'Learner')}
+_HOOK = {('fastai.callback.hook', 'Hook')}
+_STRANGERS = _LEARNER | {('fastai.callback.core', 'Callback'), ('fastai.data.core', 'DataLoaders'), ('fastai.data.load', 'DataLoader'),
+                         ('torch.utils.data.dataloader', 'DataLoader')}
+
+
+def _is_of(o, classes) -> bool: return any((c.__module__, c.__qualname__) in classes for c in type(o).__mro__)
+
+
+def _is_stranger(o) -> bool:
+    "Is `o` a learner, a callback or a loader, which a model may refer to and which no copy takes along?"
+    return _is_of(o, _STRANGERS)
+
+
+_VALUES = (str, bytes, int, float, complex, types.NoneType, type, types.ModuleType, types.BuiltinFunctionType, torch.dtype, torch.device)
+_ATOMIC = (*_VALUES, torch.Tensor, torch.Generator)    # what refers to nothing that a copy would have to copy
+
+
+def _reachable(roots, stop) -> dict:
+    "id -> object for all that a copy of `roots` would meet without passing through an object in `stop`."
+    seen, stopped, stack = {}, {id(o) for o in stop}, [*roots]
     while stack:
         o = stack.pop()
         if id(o) in seen or id(o) in stopped: continue
         seen[id(o)] = o
-        if not isinstance(o, _ATOMIC): stack.extend(gc.get_referents(o))
+        stack.extend(_referents(o))
     return seen
 
 
-def _belongs(hook, held) -> bool:
-    "Is `hook` PyTorch's own (weight_norm, spectral_norm, pruning), or does the model hold it, or the object whose method it is?"
-    if type(hook).__name__ == '_WrappedHook': hook = hook.hook           # how load_state_dict's hooks are kept
-    while isinstance(hook, functools.partial): hook = hook.func
-    return (getattr(hook, '__module__', None) or '').startswith('torch.nn.utils.') or id(getattr(hook, '__self__', hook)) in held
+def _referents(o):
+    if isinstance(o, _ATOMIC) or _is_stranger(o):
+        return ()
+    if isinstance(o, types.MethodType):
+        return (o.__self__,) if _is_of_its_class(o) else (o.__self__, o.__func__)
+    if not isinstance(o, types.FunctionType):
+        return gc.get_referents(o)
+    if _original(o) is not None:
+        return (_original(o),)
+    return (*(o.__closure__ or ()), *(o.__defaults__ or ()), *(o.__kwdefaults__ or {}).values(), *vars(o).values())
+
+
+def _original(function):
+    "What `torch.compile` made `function` from; `None` for any other."
+    return getattr(function, '_torchdynamo_orig_callable', None)
+
+
+def _is_of_its_class(method) -> bool:
+    return any(vars(c).get(method.__func__.__name__) is method.__func__ for c in type(method.__self__).__mro__)
+
+
+def _names_learner(o) -> bool:
+    "Is `o` a function whose code knows a learner by a global variable?"
+    return any(_is_of(v, _LEARNER) for v in _globals_of(o))
+
+
+def _globals_of(function) -> list:
+    "The values of the global variables that the code of `function` reads; none for any other object."
+    if not isinstance(function, types.FunctionType) or _original(function) is not None:
+        return []
+    codes, names = [function.__code__], set()
+    while codes:
+        code = codes.pop()
+        codes.extend(o for o in code.co_consts if isinstance(o, types.CodeType))
+        names.update(i.argval for i in dis.get_instructions(code) if i.opname in ('LOAD_GLOBAL', 'LOAD_NAME'))
+    return [function.__globals__[name] for name in names if name in function.__globals__]
+
+
+class _Functions:
+    """The copies of functions, which `copy.deepcopy` would take as they are, with all that they refer to.
+
+    A function may refer to the model that refers to it, so its copy is made empty, entered in `memo`, and filled when the model's copy is there.
+    """
+    def __init__(self, reached, origin, memo):
+        self.origin, self.memo = origin, memo
+        self.empty = []    # (function or method, its copy)
+        self.cells = {}    # id of a closure's cell -> its copy: several functions may share one
+        for o in reached.values():
+            new = self._hollow(o)
+            if new is not None:
+                self.empty.append((o, new))
+                memo[id(o)] = new
+
+    def _hollow(self, o):
+        "An empty copy of `o`; `None` where it is no function, or refers to nothing that could change."
+        if isinstance(o, types.MethodType):
+            return None if _is_of_its_class(o) else _delegate()
+        if not isinstance(o, types.FunctionType):
+            return None
+        if _original(o) is not None:
+            return _delegate()
+        if all(isinstance(r, _UNCHANGING) for r in _reachable([o], ()).values()):
+            return None
+        cells = tuple(self.cells.setdefault(id(cell), types.CellType()) for cell in o.__closure__ or ())
+        new = types.FunctionType(o.__code__, o.__globals__, o.__name__, None, cells)
+        new.__qualname__, new.__module__, new.__doc__ = o.__qualname__, o.__module__, o.__doc__
+        return new
+
+    def fill(self):
+        "Give the copies what they refer to. Raises `_Refused` where that is the model in training."
+        model = self.origin.model
+        for o, new in self.empty:
+            if any(map(self.origin.is_view, _reachable([o], [*self.origin.stop, *model.modules()]).values())):
+                raise _refused(model, self.origin.is_view, "has a function that holds a view of one of the model's tensors")
+            try:
+                self._fill(o, new, self._copied)
+            except Exception as e:
+                if self.origin.parts.keys() & _reachable([o], self.origin.stop).keys():
+                    raise _refused(model, lambda r, o=o: r is o, f'has a function that cannot be copied ({e})') from e
+                self._fill(o, new, lambda held: held)    # it does not know the model: it may be shared with it
+        for m in model.modules():
+            if not _is_compiled(m):
+                self._set_attributes(m, self.memo[id(m)])
+
+    def _set_attributes(self, m, copied):
+        "Functions that are attributes of `m` need no delegate in its copy; weak references to the model, atoms to deepcopy, are made anew."
+        for attribute, value in vars(m).items():
+            if isinstance(value, _FUNCTIONS) and id(value) in self.memo:
+                vars(copied)[attribute] = _target(self.memo[id(value)])
+            elif isinstance(value, weakref.ref) and id(value()) in self.origin.parts and id(value()) in self.memo:
+                vars(copied)[attribute] = weakref.ref(self.memo[id(value())])
+
+    def _copied(self, o): return copy.deepcopy(o, self.memo)
+
+    def _fill(self, o, new, copied):
+        if isinstance(o, types.MethodType):
+            new.__closure__[0].cell_contents = types.MethodType(self.memo.get(id(o.__func__), o.__func__), copied(o.__self__))
+        elif _original(o) is not None:
+            new.__closure__[0].cell_contents = copied(_original(o))
+        else:
+            new.__defaults__, new.__kwdefaults__ = copied(o.__defaults__), copied(o.__kwdefaults__)
+            vars(new).update(copied(vars(o)))
+            for cell, own in zip(new.__closure__ or (), o.__closure__ or ()):
+                if own != types.CellType():    # an empty one has no contents
+                    cell.cell_contents = copied(own.cell_contents)
+
+
+_FUNCTIONS = (types.FunctionType, types.MethodType)
+_UNCHANGING = (*_VALUES, types.FunctionType, types.CellType, tuple, frozenset)
+
+
+def _delegate():
+    "A function that calls what its one cell holds: stands for what cannot be made before that is there."
+    target = None
+    def delegate(*args, **kwargs): return target(*args, **kwargs)
+    return delegate
+
+
+def _target(function):
+    "What a delegate calls; any other function itself."
+    while isinstance(function, types.FunctionType) and function.__code__ is _delegate().__code__:
+        function = function.__closure__[0].cell_contents
+    return function
+
+
+def _check_apart(res, origin):
+    "Raise `_Refused` if `res`, the copy, refers to the model that it was copied from, or one of its functions to a learner."
+    def is_of_model(o):
+        return id(o) in origin.parts and isinstance(o, nn.Module) or origin.names_model(o)
+
+    def is_of_learner(o):
+        if _names_learner(o):
+            return True
+        reached = _reachable([o], res.modules()).values() if isinstance(o, _FUNCTIONS) else ()
+        return any(_is_of(r, _LEARNER) for r in reached)
+
+    shared = origin.shared.values()
+    held = _reachable([res], [o for o in shared if not _is_stranger(o)]).values()
+    if any(map(is_of_model, held)):
+        raise _refused(res, is_of_model, 'refers to it')
+    if any(map(is_of_learner, held)):
+        raise _refused(res, is_of_learner, 'has a function that refers to a learner')
 
 
 def _copy_tensor(t, is_attribute):

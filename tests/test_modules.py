@@ -1,6 +1,8 @@
 import copy
 import functools
 import gc
+import threading
+import types
 import weakref
 
 import pytest
@@ -9,7 +11,7 @@ from fastai.callback.hook import ActivationStats, Hook
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import get_language_model
 from fastai.vision.models.unet import DynamicUnet
-from fastai_swa.modules import clean_copy, unwrap
+from fastai_swa.modules import check_copyable, clean_copy, dropped_hooks, unwrap
 from torch import nn
 
 from .helpers import learner, net
@@ -113,19 +115,171 @@ class Owner(nn.Module):
     def forward(self, x): return self.lin(x)
 
 
-def test_hooks_that_belong_to_the_model_are_copied_and_all_others_left_out():
-    model, foreign = Owner(), []
-    model.lin.register_forward_hook(lambda m, i, o: foreign.append(1))
-    model.lin.register_forward_pre_hook(lambda m, a, k: None, with_kwargs=True)
-    model.register_full_backward_hook(lambda *a: None)
-    Hook(model.lin, lambda *a: foreign.append(2))
+def test_a_models_own_hooks_are_copied_and_fastais_left_out():
+    model, watched = Owner(), []
+    Hook(model.lin, lambda *a: watched.append(1))
     res, x = clean_copy(model), torch.randn(2, 3)
     assert torch.equal(res(x), nn.functional.linear(2*x, model.lin.weight, model.lin.bias) + 1)
-    assert foreign == [] and res.seen == [id(res.lin)] and model.seen == []
+    assert watched == [] and res.seen == [id(res.lin)] and model.seen == []
     assert len(res.lin._forward_hooks) == 2 and len(res.lin._forward_pre_hooks) == len(res.lin._forward_pre_hooks_with_kwargs) == 1
-    assert not res._backward_hooks
+    assert not res._backward_hooks and dropped_hooks(model) == []
     res.load_state_dict(model.state_dict())
     assert res.seen[-1] == 'loading' and model.seen == []
+
+
+# what is set on the instance: hooks, patched methods
+
+def three_layers(): return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+
+
+class Scaling:
+    "A hook with a state of its own."
+    def __init__(self): self.scale = 2.
+    def __call__(self, m, args, out): return out * self.scale
+    def shift(self, m, args, out): return out + self.scale
+
+
+def doubled(m, args, out): return out * 2
+
+
+def two_hooks(model):
+    model[0].register_forward_hook(doubled)
+    model[2].register_forward_pre_hook(lambda m, args: (args[0] + 1,))
+
+def hooks_of_objects(model):
+    model[0].register_forward_hook(Scaling())
+    model[2].register_forward_hook(Scaling().shift)
+
+def a_hook_with_arguments(model):
+    model[1].register_forward_hook(functools.partial(lambda scale, m, args, out: out * scale, 3.))
+
+def a_hook_that_reads_another_layers_weight(model):
+    weight = model[2].weight
+    model[0].register_forward_hook(lambda m, args, out: out @ weight)
+
+def compiled_forward(model): model.forward = torch.compile(model.forward, backend='eager')
+
+def compiled_forward_inside(model): model[0].forward = torch.compile(model[0].forward, backend='eager')
+
+def a_closure(model):
+    old = model.forward
+    def forward(x): return old(x) * 2
+    model.forward = forward
+
+def a_bound_closure(model):
+    old = model.forward
+    def forward(self, x): return old(x) + self[0](x)
+    model.forward = types.MethodType(forward, model)
+
+def a_default(model): model.forward = lambda x, model=model: model[0](x)
+
+def a_partial(model): model.forward = functools.partial(lambda model, scale, x: model[2](model[0](x)) * scale, model, 2.)
+
+def decorated(model): model.forward = torch.no_grad()(model.forward)
+
+def an_object(model):
+    class Forward:
+        def __init__(self, model): self.model = model
+        def __call__(self, x): return self.model[0](x)
+    model.forward = Forward(model)
+
+def a_weak_reference(model):
+    model[1].owner = weakref.ref(model)
+    model[1].forward = types.MethodType(reads_owner, model[1])
+
+def reads_owner(self, x): return x @ self.owner()[0].weight
+
+PATCHES = [two_hooks, hooks_of_objects, a_hook_with_arguments, a_hook_that_reads_another_layers_weight, compiled_forward,
+           compiled_forward_inside, a_closure, a_bound_closure, a_default, a_partial, decorated, an_object, a_weak_reference]
+
+
+@pytest.mark.parametrize('patch', PATCHES, ids=lambda f: f.__name__)
+def test_what_hooks_and_patched_methods_compute_the_copy_computes_with_its_own_weights(patch):
+    torch.manual_seed(0)
+    model, x = three_layers(), torch.randn(3, 4)
+    patch(model)
+    check_copyable(model)
+    res = clean_copy(model)
+    twin = three_layers()
+    twin.load_state_dict(model.state_dict())
+    patch(twin)    # made anew instead of copied
+    assert torch.equal(model(x), twin(x)) and torch.equal(res(x), twin(x))
+    for changed in (model, twin):
+        with torch.no_grad(): [p.add_(1.) for p in changed.parameters()]
+        assert torch.equal(model(x), twin(x)) == (changed is twin), 'the twin follows the model only once both have changed'
+        before = res(x)
+        assert not torch.equal(before, model(x))
+    with torch.no_grad(): [p.add_(1.) for p in res.parameters()]
+    assert torch.equal(res(x), twin(x))
+    assert dropped_hooks(model) == []
+    ref = weakref.ref(model)
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert ref() is None, 'the copy keeps the model alive'
+
+
+def test_the_state_of_a_hook_is_not_shared_with_the_model():
+    model, calls = three_layers(), []
+    model[0].register_forward_hook(lambda m, args, out: calls.append(1))
+    res = clean_copy(model)
+    res(torch.randn(2, 4))
+    assert calls == []
+    model(torch.randn(2, 4))
+    assert calls == [1]
+
+
+def by_a_global(model):
+    global the_model
+    the_model = model
+    model.forward = lambda x: the_model[0](x)
+
+def a_hook_by_a_global(model):
+    global the_model
+    the_model = model
+    model[2].register_forward_hook(lambda m, args, out: out @ the_model[0].weight)
+
+def a_view(model):
+    weight = model[0].weight.data
+    model[0].forward = lambda x: x @ weight
+
+def cached(model): model[0].forward = functools.lru_cache(model[0].forward)
+
+def a_lock(model):
+    old, lock = model[0].forward, threading.Lock()
+    def forward(x):
+        with lock: return old(x)
+    model[0].forward = forward
+
+
+@pytest.mark.parametrize('patch, where', [(by_a_global, "'forward' of the model itself"), (a_hook_by_a_global, "'_forward_hooks' of module '2'"),
+                                          (a_view, "'forward' of module '0'"), (cached, "'forward' of module '0'"), (a_lock, "'forward' of module '0'")],
+                         ids=lambda f: getattr(f, '__name__', ''))
+def test_what_would_go_on_using_the_model_in_training_is_refused_by_name(patch, where):
+    model = three_layers()
+    patch(model)
+    for f in (check_copyable, clean_copy):
+        with pytest.raises(ValueError, match='^cannot copy the model: .*; pass a swa_model of your own$') as e: f(model)
+        assert where in str(e.value)
+
+
+def test_a_function_that_cannot_be_copied_and_does_not_know_the_model_is_shared():
+    model, lock = three_layers(), threading.Lock()
+    def twice(x):
+        with lock: return x * 2
+    model[1].forward = twice
+    x = torch.randn(2, 4)
+    assert torch.equal(clean_copy(model)(x), model(x))
+
+
+def test_hooks_that_reach_a_learner_are_left_out_and_named():
+    learn = learner()
+    learn.model[2].register_forward_hook(lambda m, args, out: out * learn.epoch)
+    learn.model.register_forward_hook(lambda m, args, out: None)
+    for shared in ((), (learn,)):
+        assert dropped_hooks(learn.model, shared) == ['2']
+        res = clean_copy(learn.model, shared)
+        assert not res[2]._forward_hooks and len(res._forward_hooks) == 1
 
 
 def test_a_hook_of_a_callback_never_takes_the_learner_along():
