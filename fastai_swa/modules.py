@@ -1,11 +1,13 @@
 """What lies under a wrapper, a clean copy of it, and models whose modes move weights. Plain PyTorch."""
-import copy, dis, functools, gc, types, weakref
+import copy, dis, functools, gc, random, types, weakref
 from collections import OrderedDict, deque
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from .interrupts import uninterrupted, unwound_whole
 
@@ -303,6 +305,8 @@ class _Functions:
     def _set_attributes(self, m, copied):
         "Functions that are attributes of `m` need no delegate in its copy; weak references to the model, atoms to deepcopy, are made anew."
         for attribute, value in vars(m).items():
+            if attribute not in vars(copied):    # what `compile()` left on the module
+                continue
             if isinstance(value, _FUNCTIONS) and id(value) in self.memo:
                 vars(copied)[attribute] = _target(self.memo[id(value)])
             elif isinstance(value, weakref.ref) and id(value()) in self.origin.parts and id(value()) in self.memo:
@@ -407,7 +411,8 @@ def in_train_mode(model: nn.Module):
     with unwound_whole():
         kept = Kept(moved)
         try:
-            to_train_form(model)
+            with uninterrupted():
+                to_train_form(model)
             yield
         finally:
             with uninterrupted():
@@ -428,7 +433,8 @@ def written_in_train_mode(model: nn.Module):
     with unwound_whole():
         modes = modes_of(model)
         try:
-            to_train_form(model)
+            with uninterrupted():
+                to_train_form(model)
             yield
         finally:
             with uninterrupted():
@@ -464,12 +470,15 @@ def set_modes(model: nn.Module, modes: dict[nn.Module, bool]):
 class Kept:
     """What `train()` and `eval()` of `modules` can change in them and in their submodules: to be put back bitwise, without calling these.
 
-    That is which tensors, submodules and other attributes they have, what is in tensors, and what is in their lists, dicts and sets.
+    That is which tensors, submodules and other attributes they have, what is in their lists, dicts and sets, and what is in the tensors.
+
+    - `bits`: whether to keep copies of what is in the tensors.
     """
-    def __init__(self, modules):
+    def __init__(self, modules, bits: bool = True):
+        self.bits = bits
         inner = dict.fromkeys(m for outer in modules for m in outer.modules())    # each once
         self.containers = []    # (container, shallow copy)
-        self.tensors = []    # (tensor, its data, copy of these)
+        self.tensors = []    # (tensor, its data, a copy of these or None)
         seen = set()
         for m in inner:
             self._keep(vars(m), seen)    # parameters, buffers and submodules are dicts among the attributes
@@ -480,7 +489,7 @@ class Kept:
         if isinstance(value, torch.Tensor):
             seen.add(id(value))
             if value.grad_fn is None and not isinstance(value, nn.parameter.UninitializedTensorMixin):
-                self.tensors.append((value, value.data, value.detach().clone()))
+                self.tensors.append((value, value.data, value.detach().clone() if self.bits else None))
         elif type(value) in (*_CONTAINERS, tuple):
             seen.add(id(value))
             if type(value) is not tuple:
@@ -495,7 +504,64 @@ class Kept:
             container.extend(before) if isinstance(container, list | deque) else container.update(before)
         for tensor, data, bits in self.tensors:
             tensor.data = data
-            data.copy_(bits)
+            if bits is not None:
+                data.copy_(bits)
 
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict)
+
+
+# plain attributes of modules
+
+def plain_data(module: nn.Module) -> dict:
+    """Name -> value of what `module` has as plain data in attributes: numbers, strings, tensors, arrays, containers and objects of these.
+
+    What PyTorch itself keeps on a module (parameters, buffers, submodules, hooks, its mode), and values that hold modules, parameters,
+    results of a forward pass, functions with a state, random generators, learners and the like are not among them.
+    """
+    return {name: value for name, value in vars(module).items() if name not in MODULES_OWN and is_plain(value)}
+
+
+MODULES_OWN = frozenset(vars(nn.Module())) | {'_compiled_call_impl', '_parameters', '_buffers', '_modules'}
+
+
+def is_plain(value) -> bool:
+    "Is `value` data, with nothing in it that is or knows a part of a model or of a program?"
+    if isinstance(value, _VALUES):
+        return True
+    if isinstance(value, torch.Tensor):
+        return not isinstance(value, nn.Parameter) and value.grad_fn is None
+    return not any(isinstance(o, _NOT_DATA) or _is_stranger(o) or isinstance(o, torch.Tensor) and not is_plain(o)
+                   for o in _reachable([value], ()).values())
+
+
+_NOT_DATA = (nn.Module, types.MethodType, types.CellType, types.GeneratorType, weakref.ref, torch.Generator, random.Random,
+             np.random.Generator, np.random.RandomState, RemovableHandle)
+
+
+def same_data(a, b, known=None) -> bool:
+    "Are two plain values equal? Tensors and arrays bitwise; objects where they are of one class and their attributes are equal."
+    known = set() if known is None else known    # pairs that have been, or are being, compared
+    if a is b or (id(a), id(b)) in known:
+        return True
+    if type(a) is not type(b):
+        return False
+    known.add((id(a), id(b)))
+    if isinstance(a, torch.Tensor):
+        return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return (a.shape, a.dtype) == (b.shape, b.dtype) and a.tobytes() == b.tobytes()
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_data(v, b[k], known) for k, v in a.items())
+    if isinstance(a, list | tuple | deque):
+        return len(a) == len(b) and all(same_data(v, w, known) for v, w in zip(a, b))
+    if not isinstance(a, _VALUES) and getattr(a, '__dict__', None):
+        return same_data(vars(a), vars(b), known)
+    return bool(a == b)
+
+
+def paired_modules(source: nn.Module, model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    "(module of `source`, module of `model`) for each name that both have."
+    theirs = {plain_name(name): m for name, m in source.named_modules()}
+    pairs = [(theirs.get(plain_name(name)), m) for name, m in model.named_modules() if not _is_compiled(m)]
+    return [(s, m) for s, m in pairs if s is not None]
