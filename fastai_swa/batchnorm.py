@@ -77,21 +77,21 @@ def statistics(module: nn.Module) -> dict[str, torch.Tensor]:
     They are its floating-point buffers, if it is
 
     - one of torch's batch or instance norms, or of a subclass, that keeps `running_mean` and `running_var`,
-    - of any class and keeps `running_mean` beside `running_var` or `running_std`,
-    - of a class, or a subclass of one, with "norm" in its name, and has a buffer whose name begins with `running_` or `moving_`, or
-      the two buffers `sums` and `sqrs`.
+    - of any class and keeps a mean beside a variance or deviation (names that begin with `running_` or `moving_`, one with "mean",
+      one with "var", "std" or "sigma" in it),
+    - of a class, or a subclass of one, with "norm" in its name, and has a buffer whose name begins like that, or the two buffers
+      `sums` and `sqrs`.
 
     So not the vectors of `spectral_norm`, observers of quantisation, codebooks, or averages that a loss keeps.
     """
     buffers = {k: b for k, b in module._buffers.items() if b is not None}
-    names = set(buffers)
+    running = [k for k in buffers if k.startswith(_RUNNING)]
     if isinstance(module, _NormBase):
-        keeps = {'running_mean', 'running_var'} <= names
-    elif 'running_mean' in names and names & {'running_var', 'running_std'}:
+        keeps = {'running_mean', 'running_var'} <= buffers.keys()
+    elif any('mean' in k for k in running) and any(spread in k for k in running for spread in ('var', 'std', 'sigma')):
         keeps = True
     else:
-        running = any(k.startswith(_RUNNING) for k in names)
-        keeps = (running or {'sums', 'sqrs'} <= names) and _is_called_norm(type(module))
+        keeps = (running or {'sums', 'sqrs'} <= buffers.keys()) and _is_called_norm(type(module))
     if not keeps:
         return {}
     return {k: b for k, b in buffers.items() if b.is_floating_point()}
@@ -343,6 +343,12 @@ class Moments:
             self._pool_batch()
             self.n_batches += 1
         self._reset()
+
+    def unreached(self) -> list[str]:
+        "Names of the layers that nothing has reached so far, in this process."
+        reached = {m for pool in self.pools.values() for m in pool.layers} | set(self._called)
+        return [name for m, name in self.names.items()
+                if m not in reached and not (m in self._others and (self._others[m].was_called or self._others[m].share.was_called))]
 
     # the layers' side
 

@@ -1,15 +1,29 @@
 import copy
 import random
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fastai_swa import update_bn
-from fastai_swa.batchnorm import tracked_bn
+from fastai_swa.batchnorm import StatisticsWatch, batch_moments, moved_anywhere, statistics, tracked_bn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from .helpers import net
+from .norms import (
+    BatchNormAct,
+    BatchRenorm,
+    ChunkedBatchNorm,
+    FrozenBatchNorm2d,
+    GhostBatchNorm,
+    NormEval,
+    OtherWayRound,
+    OtherWayRoundNorm,
+    RunningBatchNorm,
+)
 from .reference import twins
 
 TOL = dict(rtol=2e-5, atol=2e-5)
@@ -96,33 +110,332 @@ def test_a_layer_used_twice_pools_both_uses():
 
 # frozen layers
 
-def frozen_by_mode(m): m.train(); m[1].eval()
-def frozen_by_grad(m): m.train(); m[1].weight.requires_grad_(False)
-def frozen_by_grad_in_eval(m): m.eval(); m[1].weight.requires_grad_(False)
+def in_eval(m): m.eval()
+def standing_still(m): m.momentum = 0.
+def not_tracking(m): m.track_running_stats = False
 
-@pytest.mark.parametrize('freeze', [frozen_by_mode, frozen_by_grad, frozen_by_grad_in_eval])
+@pytest.mark.parametrize('freeze', [in_eval, standing_still, not_tracking])
 def test_frozen_layers_keep_their_statistics_and_normalise_by_them(freeze):
     torch.manual_seed(0)
-    model = net()
+    model = net().train()
     model[1].running_mean.uniform_(), model[1].running_var.uniform_(.5, 2)
-    freeze(model)
+    freeze(model[1])
     before, x = copy.deepcopy(model), torch.randn(30, 6)
     update_bn(list(x.split(10)), model)
     for k in ('running_mean', 'running_var', 'num_batches_tracked'): assert torch.equal(getattr(model[1], k), getattr(before[1], k))
     assert_exact(model, [(b,) for b in x.split(10)], before, frozen=('1',))
 
 
-def test_in_a_model_wholly_in_eval_mode_every_layer_with_trainable_weight_is_refreshed():
+@pytest.mark.parametrize('mode', [True, False])
+def test_batch_norm_whose_gamma_is_fixed_is_refreshed_like_any_other(mode):
+    torch.manual_seed(0)
+    model, x = net().train(mode), torch.randn(30, 6)
+    for m in (model[1], model[5]): m.weight.requires_grad_(False), m.bias.requires_grad_(False)
+    before = copy.deepcopy(model)
+    update_bn(list(x.split(10)), model)
+    assert_exact(model, [(b,) for b in x.split(10)], before)
+
+
+@pytest.mark.parametrize('mode', [True, False])
+def test_batch_norm_that_the_models_own_train_freezes_is_frozen_whatever_the_mode_the_model_is_in(mode):
+    torch.manual_seed(0)
+    backbone = NormEval(nn.Linear(6, 6), nn.BatchNorm1d(6))
+    model, x = nn.Sequential(backbone, nn.Linear(6, 4), nn.BatchNorm1d(4)).train(mode), torch.randn(30, 6)
+    modes = [m.training for m in model.modules()]
+    assert list(tracked_bn(model)) == ['2'] and list(tracked_bn(backbone)) == []
+    assert modes == [m.training for m in model.modules()]
+    before = copy.deepcopy(model)
+    update_bn(list(x.split(10)), model)
+    assert torch.equal(backbone[1].running_mean, before[0][1].running_mean)
+    assert_exact(model, [(b,) for b in x.split(10)], before, frozen=('0.1',))
+    assert modes == [m.training for m in model.modules()]
+
+
+def test_asking_a_model_in_eval_mode_changes_nothing_in_it_though_its_train_does():
+    class Merges(nn.Linear):    # as LoRA, and not bitwise back
+        def __init__(self): super().__init__(4, 4); self.delta, self.calls, self.merged = nn.Parameter(torch.randn(4, 4)/3), 0, False
+        def train(self, mode=True):
+            super().train(mode)
+            if mode == self.merged: self.weight.data += self.delta*(-1 if mode else 1)
+            self.merged, self.calls = not mode, self.calls + 1
+            return self
+    model = nn.Sequential(Merges(), nn.Sequential(nn.BatchNorm1d(4), nn.Dropout())).train().eval()
+    model[0].delta.data *= 1.1
+    bits, calls = [p.clone() for p in model.parameters()], model[0].calls
+    assert list(tracked_bn(model)) == ['1.0']
+    assert all(map(torch.equal, bits, model.parameters())) and model[0].calls == calls and model[0].merged
+    assert not any(m.training for m in model.modules())
+
+
+def test_in_a_model_wholly_in_eval_mode_every_layer_is_refreshed():
     assert list(tracked_bn(net().eval())) == list(tracked_bn(net().train())) == ['1', '5']
 
 
 def test_without_batch_norm_or_with_all_of_it_frozen_the_loader_is_not_touched():
     def untouchable(): raise AssertionError('the loader was read'); yield
     update_bn(untouchable(), nn.Linear(2, 2))
-    model = net()
-    for m in (model[1], model[5]): m.weight.requires_grad_(False)
+    model = net().train()
+    for m in (model[1], model[5]): m.eval()
     update_bn(untouchable(), model)
     update_bn(untouchable(), nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)))
+    update_bn(untouchable(), nn.Sequential(nn.InstanceNorm1d(3), nn.LayerNorm(3), FrozenBatchNorm2d(3)))
+
+
+# Layers of all kinds, drawn: (make, given the number of channels; can it be frozen by momentum 0?)
+KINDS = [nn.BatchNorm2d, partial(nn.BatchNorm2d, momentum=None), partial(nn.BatchNorm2d, affine=False), nn.SyncBatchNorm, BatchNormAct, BatchRenorm,
+         partial(OtherWayRoundNorm, dim=4), partial(GhostBatchNorm, num_splits=2), partial(nn.InstanceNorm2d, track_running_stats=True), FrozenBatchNorm2d,
+         RunningBatchNorm, partial(RunningBatchNorm, factors=True), partial(nn.BatchNorm2d, track_running_stats=False)]
+FREEZES = [in_eval, standing_still, lambda m: [p.requires_grad_(False) for p in m.parameters()], lambda m: None]
+
+
+@st.composite
+def networks(draw, kinds=KINDS):
+    "A network with normalising layers of drawn kinds, some frozen in one of several ways; perhaps one that freezes some of its layers in `train()`."
+    torch.manual_seed(draw(st.integers(0, 99)))
+    width, blocks = draw(st.integers(1, 3)), []
+    for make in draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=3)):
+        layer = make(width)
+        for p in layer.parameters(): nn.init.uniform_(p, .5, 1.5)
+        block = draw(st.sampled_from([nn.Sequential, nn.Sequential, NormEval]))(nn.Conv2d(blocks and width or 2, width, 3), layer, nn.Dropout(.3))
+        blocks.append(block.train())
+        freeze = draw(st.sampled_from(FREEZES))
+        if freeze is not standing_still or isinstance(layer, nn.modules.batchnorm._NormBase): freeze(layer)
+    model = nn.Sequential(*blocks)
+    return model if draw(st.booleans()) else model.eval()
+
+
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(networks())
+def test_what_moves_in_training_is_what_a_model_is_asked_for_and_what_a_watch_sees(model):
+    batches = [(torch.randn(4, 2, 8, 8)*2 + 1,) for _ in range(2)]
+    moved = twins.moved_by_training(model, batches)
+    asked, bits, modes = tracked_bn(model), twins.running_bits(model), [m.training for m in model.modules()]
+    assert list(asked) == moved and twins.running_bits(model) == bits and modes == [m.training for m in model.modules()]
+    if not any(modes): model.train()
+    watch = StatisticsWatch(model)
+    assert watch.moved() == []
+    for m in model.modules():    # counters and versions say nothing
+        if getattr(m, 'num_batches_tracked', None) is not None: m.num_batches_tracked += 1
+        for b in m._buffers.values():
+            if b is not None: b.copy_(b.clone())
+    assert watch.moved() == []
+    opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], .01)
+    for x, in batches:
+        model(x).square().mean().backward()
+        opt.step()
+    assert watch.moved() == moved
+    assert StatisticsWatch(model).moved() == []
+
+
+def test_a_watch_compares_bits_and_copes_with_layers_that_come_go_or_change():
+    model = nn.ModuleDict({'nan_': nn.BatchNorm1d(2), 'zero_': nn.BatchNorm1d(2), 'half_': nn.BatchNorm1d(3).half(), 'one_': nn.InstanceNorm1d(1, track_running_stats=True),
+                           'gone_': nn.BatchNorm1d(2), 'lazy_': nn.LazyBatchNorm1d(), 'rebound_': OtherWayRound(2), 'named_': OtherWayRoundNorm(2)})
+    model['nan_'].running_mean.fill_(float('nan'))
+    watch = StatisticsWatch(model)
+    assert watch.moved() == []
+    model['zero_'].running_mean.neg_()    # -0. is not 0. bitwise
+    assert watch.moved() == ['zero_']
+    model['half_'].running_var[1] = 2
+    model['one_'].running_var += 1
+    model['named_'].moving_mean = model['named_'].moving_mean + 1
+    model['rebound_'].moving_mean = model['rebound_'].moving_mean + 1    # no norm by its name, one by what it keeps
+    assert watch.moved() == ['zero_', 'half_', 'one_', 'rebound_', 'named_']
+    del model['gone_']
+    model['lazy_'](torch.randn(4, 2)), model.add_module('new_', nn.BatchNorm1d(2))
+    assert watch.moved() == ['zero_', 'half_', 'one_', 'lazy_', 'rebound_', 'named_', 'new_']
+    model['nan_'].running_mean = torch.zeros(2)
+    assert watch.moved()[0] == 'nan_'
+
+
+def test_what_moved_in_several_processes_is_their_union_in_the_first_ones_order():
+    assert moved_anywhere([['b', 'a'], ['c', 'a'], [], ['d', 'b', 'c']]) == ['b', 'a', 'c', 'd'] and moved_anywhere([[]]) == []
+
+
+# layers that normalise in a way of their own
+
+def of_channels(xs): return torch.cat([x.transpose(0, 1).flatten(1) for x in xs], 1)
+def weighted(xs, statistic):
+    "Mean over the samples of what `statistic` gives for each batch."
+    return sum(len(x)*statistic(x) for x in xs)/sum(map(len, xs))
+
+def split(x, n): return x.reshape(-1, n*x.shape[1], *x.shape[2:]).transpose(0, 1).flatten(1)
+
+# class -> statistic -> its value, from all inputs of a layer
+TWINS = {
+    nn.InstanceNorm2d: {'running_mean': lambda xs, m: torch.cat([x.mean((2, 3)) for x in xs]).mean(0),
+                        'running_var': lambda xs, m: torch.cat([x.var((2, 3)) for x in xs]).mean(0)},
+    GhostBatchNorm: {'running_mean': lambda xs, m: weighted(xs, lambda x: split(x, m.num_splits).mean(1)),
+                     'running_var': lambda xs, m: weighted(xs, lambda x: split(x, m.num_splits).var(1))},
+    BatchRenorm: {'running_mean': lambda xs, m: of_channels(xs).mean(1), 'running_std': lambda xs, m: of_channels(xs).std(1, correction=0) + m.eps},
+    OtherWayRoundNorm: {'moving_mean': lambda xs, m: of_channels(xs).mean(1), 'moving_var': lambda xs, m: of_channels(xs).var(1, correction=0)},
+    RunningBatchNorm: {'sums': lambda xs, m: weighted(xs, lambda x: x.sum((0, 2, 3))), 'sqrs': lambda xs, m: weighted(xs, lambda x: (x*x).sum((0, 2, 3))),
+                       'count': lambda xs, m: weighted(xs, lambda x: torch.tensor(x.numel()/x.shape[1]).double())},
+    nn.BatchNorm2d: {'running_mean': lambda xs, m: of_channels(xs).mean(1), 'running_var': lambda xs, m: of_channels(xs).var(1)},
+}
+EXACT = [k for k in KINDS if k not in (RunningBatchNorm,) and getattr(k, 'func', k) is not RunningBatchNorm and k is not FrozenBatchNorm2d and k is not nn.SyncBatchNorm]
+
+
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(networks(EXACT), st.lists(st.sampled_from([2, 4, 6, 10]), min_size=1, max_size=4))
+def test_layers_of_all_kinds_hold_what_a_slow_twin_takes_from_the_batches(model, sizes):
+    batches = [(torch.randn(n, 2, 8, 8)*2 + 1,) for n in sizes]
+    for m in model.modules():    # statistics far from right, as those of other weights are
+        for b in statistics(m).values(): b.uniform_(.5, 3)
+    names, before = list(tracked_bn(model)), copy.deepcopy(model)
+    for m in before.modules():    # normalises by its batch alone
+        if isinstance(m, BatchRenorm): m.r_max, m.d_max = 1., 0.
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        update_bn([x for x, in batches], model)
+    inputs = twins.inputs_of(before, names, batches)
+    for name, m in model.named_modules():
+        if name in names:
+            expected = next(v for cls, v in TWINS.items() if isinstance(m, cls))
+            for k, f in expected.items(): torch.testing.assert_close(m._buffers[k].double().flatten(), f(inputs[name], m), rtol=2e-4, atol=2e-4)
+        else:
+            for k, b in m._buffers.items(): assert b is None or torch.equal(b, before.get_submodule(name)._buffers[k])
+    for a, b in zip(model.modules(), before.modules()):
+        assert a.training == b.training and vars(a).keys() == vars(b).keys() and getattr(a, 'momentum', 0) == getattr(b, 'momentum', 0) and 'forward' not in vars(a)
+
+
+def trained(layer, x):
+    "A network with `layer` whose statistics are right for its weights, and the same with statistics of other weights."
+    torch.manual_seed(0)
+    right = nn.Sequential(nn.Conv2d(2, 4, 3), layer, nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).train()
+    with torch.no_grad():
+        for i in torch.randperm(200) % 4: right(x[16*i:16*i + 16])
+    other = copy.deepcopy(right)
+    for m in other.modules():
+        for k, b in statistics(m).items():
+            if k not in ('batch', 'step'): b.mul_(1.7).add_(.6)
+    return right, other
+
+
+def distance(a, b, x):
+    with torch.no_grad(): return ((a.eval()(x) - b.eval()(x)).abs().mean()/b(x).std()).item()
+
+
+@pytest.mark.parametrize('layer, said, share', [
+    (BatchRenorm(4), None, .1), (BatchRenorm(4, momentum=.01), None, .1), (GhostBatchNorm(4, num_splits=4), None, .1),
+    (BatchNormAct(4), None, .1), (OtherWayRoundNorm(4, 4), None, .1), (nn.InstanceNorm2d(4, affine=True, track_running_stats=True), None, .1),
+    (RunningBatchNorm(4), None, .1), (RunningBatchNorm(4, factors=True), "statistics of layer '1' are no running averages", .25)])
+def test_statistics_of_other_weights_become_right_for_these_and_what_is_not_exact_is_said(layer, said, share):
+    torch.manual_seed(1)
+    x = torch.randn(64, 2, 7, 7)*2 + 1
+    right, other = trained(layer, x)
+    far = distance(copy.deepcopy(other), right, x)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter('always')
+        update_bn(list(x.split(16)), other.train())
+    assert len(warned) == (said is not None) and all(said in str(w.message) for w in warned)
+    assert far > .3 and distance(other, right, x) < share*far
+
+
+def test_a_layer_that_can_take_some_batches_has_the_statistics_of_these_and_the_others_of_all():
+    torch.manual_seed(0)
+    model = nn.Sequential(GhostBatchNorm(2, num_splits=4), nn.BatchNorm2d(2)).train()
+    batches = torch.randn(22, 2, 3, 3).split(8)    # the last one of 6
+    with pytest.warns(UserWarning, match=r"layer '0' cannot take every batch .*RuntimeError: .*: the statistics there are those of the other batches") as said:
+        update_bn(batches, model)
+    assert len(said) == 1 and model[1].num_batches_tracked == 3
+    torch.testing.assert_close(model[0].running_mean.double(), TWINS[GhostBatchNorm]['running_mean']([b.double() for b in batches[:2]], model[0]), **TOL)
+
+
+def test_a_layer_that_works_in_place_or_is_used_twice_is_seen_right():
+    torch.manual_seed(0)
+    class Twice(nn.Module):
+        def __init__(self): super().__init__(); self.norm = BatchNormAct(2)
+        def forward(self, x): return self.norm(self.norm(x.clone())*2)
+    model, x = Twice(), torch.randn(20, 2, 3, 3)
+    update_bn(list(x.split(10)), model)
+    seen = twins.inputs_of(Twice(), ['norm'], [(b,) for b in x.split(10)])['norm']
+    torch.testing.assert_close(model.norm.running_var.double(), of_channels(seen).var(1), **TOL)
+
+
+def test_channels_may_be_the_last_axis_and_buffers_may_have_been_pruned():
+    class Last(nn.Module):
+        def __init__(self): super().__init__(); self.register_buffer('running_mean', torch.zeros(3)); self.register_buffer('running_var', torch.ones(3))
+        def forward(self, x):
+            if self.training:
+                self.running_mean.lerp_(x.mean((0, 1)), .1)
+                self.running_var.lerp_(x.var((0, 1)), .1)
+            return (x - self.running_mean)/self.running_var.sqrt()
+    model, x = nn.Sequential(Last()), torch.randn(20, 5, 3)*3 + 2
+    update_bn(list(x.split(6)), model)
+    torch.testing.assert_close(model[0].running_var, x.flatten(0, 1).var(0), **TOL)
+    pruned = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(5, 4), nn.BatchNorm1d(4))
+    for k in ('running_mean', 'running_var'): setattr(pruned[0], k, getattr(pruned[0], k)[:5].clone())
+    for k in ('weight', 'bias'): setattr(pruned[0], k, nn.Parameter(getattr(pruned[0], k)[:5].detach().clone()))
+    before, x = copy.deepcopy(pruned), torch.randn(30, 5)
+    update_bn(list(x.split(10)), pruned)
+    assert_exact(pruned, [(b,) for b in x.split(10)], before)
+
+
+def test_codebooks_losses_and_spectral_norm_are_not_touched():
+    class NormEMAVectorQuantizer(nn.Module):
+        def __init__(self): super().__init__(); self.register_buffer('cluster_size', torch.zeros(4))
+        def forward(self, x):
+            if self.training: self.cluster_size += 1
+            return x
+    class Loss(nn.Module):
+        def __init__(self): super().__init__(); self.register_buffer('running_loss', torch.zeros(1))
+        def forward(self, x):
+            if self.training: self.running_loss += 1
+            return x
+    model = nn.Sequential(torch.nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), nn.utils.spectral_norm(nn.Linear(3, 3)), NormEMAVectorQuantizer(), Loss(),
+                          nn.BatchNorm1d(3)).train()
+    model(torch.randn(8, 3))
+    before = {k: v.clone() for k, v in model.named_buffers() if not k.startswith('4.')}
+    assert list(tracked_bn(model)) == ['4']
+    update_bn([torch.randn(8, 3)], model)
+    assert all(torch.equal(v, dict(model.named_buffers())[k]) for k, v in before.items())
+
+
+def test_running_statistics_outside_of_buffers_are_named():
+    class PlainNorm(nn.Module):
+        def __init__(self): super().__init__(); self.running_mean = torch.zeros(3)
+        def forward(self, x): return x - self.running_mean
+    class FixedNorm(nn.Module):
+        def __init__(self): super().__init__(); self.running_mean = nn.Parameter(torch.zeros(3), requires_grad=False)
+        def forward(self, x): return x - self.running_mean
+    for model in (nn.Sequential(PlainNorm(), FixedNorm()), nn.Sequential(PlainNorm(), FixedNorm(), nn.BatchNorm1d(3))):
+        with pytest.warns(UserWarning, match="layers '0', '1' keeps running statistics outside of buffers") as said: update_bn([torch.randn(8, 3)], model)
+        assert len(said) == 1
+
+
+# modes that others set
+
+class Detector(nn.Module):
+    "Another signature in train mode, as detectors have it."
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(.5), nn.BatchNorm1d(4))
+        self.head = nn.Sequential(nn.Linear(4, 8), nn.Unflatten(1, (4, 2)), nn.InstanceNorm1d(4, track_running_stats=True), nn.BatchNorm1d(4))
+    def forward(self, x, targets=None):
+        if self.training: assert targets is not None
+        return self.head(self.body(x)).sum()
+
+
+def test_a_callback_that_sets_train_mode_before_each_batch_changes_signatures_and_nothing_else():
+    torch.manual_seed(0)
+    model = Detector().train()
+    model.body[3].eval(), model.head[2].eval(), model.head[3].running_var.uniform_(1, 2)
+    before, x = copy.deepcopy(model), torch.randn(40, 3)
+    layers, modes = {'body.1': model.body[1]}, [m.training for m in model.modules()]
+    with batch_moments(model, layers) as moments:
+        for b in x.split(10):
+            model.train()
+            model(b, targets=b)
+            assert model.training and model.head.training
+            moments.end_batch()
+    assert modes == [m.training for m in model.modules()] and moments.unreached() == []
+    torch.testing.assert_close(model.body[1].running_mean, before.body[0](x).mean(0), **TOL)
+    for (k, a), b in zip(model.named_buffers(), before.buffers()): assert k.startswith('body.1') or torch.equal(a, b), k
+    with batch_moments(model, tracked_bn(model)) as moments:    # dropout stays off: what reaches later layers does not depend on chance
+        model.train(), model(x, targets=x), moments.end_batch()
+    once = model.head[3].running_mean.clone()
+    with batch_moments(model, tracked_bn(model)) as moments: model.train(), model(x, targets=x), moments.end_batch()
+    assert torch.equal(once, model.head[3].running_mean)
 
 
 # kinds of batches
@@ -242,13 +555,14 @@ def test_statistics_are_written_in_place():
     assert pointers == [t.data_ptr() for t in model.buffers()]
 
 
-def test_a_layer_that_nothing_reaches_keeps_its_statistics():
+def test_a_layer_that_nothing_reaches_keeps_its_statistics_and_is_named():
     class Unused(nn.Module):
         def __init__(self): super().__init__(); self.used, self.unused = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
         def forward(self, x): return self.used(x)
     model = Unused()
     model.unused.running_mean.fill_(3)
-    update_bn([torch.randn(8, 2)], model)
+    with pytest.warns(UserWarning, match="no batch of the batch-norm pass reached layer 'unused'") as said: update_bn([torch.randn(8, 2)], model)
+    assert len(said) == 1
     assert (model.unused.running_mean == 3).all() and (model.unused.running_var == 1).all()
 
 
@@ -266,7 +580,7 @@ def test_a_layer_called_through_its_function_keeps_its_statistics_and_does_not_d
             return self.b(x)
     model, x = Functional(), torch.randn(50, 3)*2 + 1
     model.a.running_mean.fill_(1), model.a.running_var.fill_(4)
-    update_bn(list(x.split(10)), model)
+    with pytest.warns(UserWarning, match="reached layer 'a'"): update_bn(list(x.split(10)), model)
     assert (model.a.running_mean == 1).all() and (model.a.running_var == 4).all()
     torch.testing.assert_close(model.b.running_var, ((x - 1)/2).var(0), rtol=1e-3, atol=1e-3)
 

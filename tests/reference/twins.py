@@ -32,20 +32,43 @@ def bn_statistics(model: nn.Module, batches: list[tuple], frozen=()) -> dict[str
 
     A float64 copy of the model runs in eval mode, its batch-norm layers (but for those named in `frozen`) in train mode.
     """
-    model = copy.deepcopy(model).double().eval()
+    names = [name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and name not in frozen]
+    inputs = inputs_of(model, names, batches)
+    values = {name: torch.cat([x.transpose(0, 1).flatten(1) for x in xs], 1) for name, xs in inputs.items()}
+    return {name: (v.mean(1), v.var(1)) for name, v in values.items()}
+
+
+def inputs_of(model: nn.Module, names, batches: list[tuple]) -> dict[str, list[torch.Tensor]]:
+    "Name -> all inputs, float64, of each layer in `names` over `batches`, while these layers are in train mode and all else is in eval mode."
+    model = copy.deepcopy(model).double()
+    for m in model.modules(): m.training = False
     seen = {}
     for name, m in model.named_modules():
-        if isinstance(m, _BatchNorm) and name not in frozen:
-            m.train()
+        if name in names:
+            m.training = True
             seen[name] = []
-            m.register_forward_pre_hook(lambda m, args, name=name: seen[name].append(args[0].detach()))
+            m.register_forward_pre_hook(lambda m, args, name=name: seen[name].append(args[0].detach().clone()))
     with torch.no_grad():
         for args in batches: model(*(a.double() if a.is_floating_point() else a for a in args))
+    return seen
+
+
+def running_bits(model: nn.Module) -> dict[str, list[bytes]]:
+    "Name -> the bytes of the running statistics of each layer that has such."
     res = {}
-    for name, xs in seen.items():
-        values = torch.cat([x.transpose(0, 1).flatten(1) for x in xs], 1)
-        res[name] = values.mean(1), values.var(1)
+    for name, m in model.named_modules():
+        buffers = [b for k, b in m.named_buffers(recurse=False) if k.startswith(('running_', 'moving_', 'sums', 'sqrs'))]
+        if buffers: res[name] = [b.detach().cpu().clone().view(torch.uint8).numpy().tobytes() for b in buffers]
     return res
+
+
+def moved_by_training(model: nn.Module, batches: list[tuple]) -> list[str]:
+    "Layers whose running statistics are others after a copy of the model has seen `batches` in the modes that `model.train()` gives it."
+    model = copy.deepcopy(model)
+    if not any(m.training for m in model.modules()): model.train()
+    before = running_bits(model)
+    for args in batches: model(*args)
+    return [name for name, bits in running_bits(model).items() if bits != before[name]]
 
 
 def evaluate(model: nn.Module, batches, loss_func, metrics=()) -> list[float]:
