@@ -1,5 +1,7 @@
 import copy
+import os
 import random
+import signal
 import warnings
 from functools import partial
 from types import SimpleNamespace
@@ -546,6 +548,82 @@ def test_on_any_error_statistics_modes_and_momenta_come_back(loader, model, erro
     for a, b in zip(model.modules(), before.modules(), strict=True):
         assert a.training == b.training and getattr(a, 'momentum', 0) == getattr(b, 'momentum', 0) and not a._forward_pre_hooks
     assert pointers == [t.data_ptr() for t in model.buffers()]
+
+
+@pytest.mark.parametrize('kind', [RunningBatchNorm, BatchRenorm, partial(GhostBatchNorm, num_splits=2), partial(RunningBatchNorm, factors=True)])
+@pytest.mark.parametrize('at, error', [(2, KeyboardInterrupt), (5, ValueError)])
+def test_a_layer_of_another_kind_is_whole_again_after_any_error(kind, at, error):
+    class Raises(nn.Module):
+        "Raises in the `at`-th forward pass, a trial or not, of the layer it lies in."
+        calls = 0
+        def forward(self, x):
+            self.calls += 1
+            if self.calls == at and error is KeyboardInterrupt: raise error
+            return x
+    model = nn.Sequential(kind(2), nn.BatchNorm2d(2)).train()
+    inner = Raises()
+    model[0].register_module('inner', inner)
+    forward = type(model[0]).forward
+    model[0].forward = lambda x: inner(forward(model[0], x))
+    own = model[0].forward
+    before, attributes, objects = copy.deepcopy(model), dict(vars(model[0])), dict(model[0]._buffers)
+    def loader():
+        yield torch.randn(4, 2, 3, 3)
+        if error is ValueError: raise error('the loader breaks')
+    with pytest.raises(error): update_bn(loader(), model)
+    assert model[0].forward is own and vars(model[0]) == attributes | {'training': True} and not model[0]._forward_pre_hooks
+    for k, b in model[0]._buffers.items(): assert b is objects[k] and torch.equal(b, before[0]._buffers[k])
+    for k, b in model[1]._buffers.items(): assert torch.equal(b, before[1]._buffers[k])
+
+
+def test_two_interruptions_in_a_row_leave_the_model_as_it_was():
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    class Interrupts(nn.BatchNorm1d):
+        "The first Ctrl-C comes in its second batch, the second one while its momentum is put back."
+        calls, armed = 0, False
+        def __setattr__(self, name, value):
+            if name == 'momentum' and self.armed:
+                object.__setattr__(self, 'armed', False)
+                os.kill(os.getpid(), signal.SIGINT)
+            super().__setattr__(name, value)
+    model = nn.Sequential(nn.BatchNorm1d(2), Interrupts(2), nn.Dropout(), nn.BatchNorm1d(2)).train()
+    layer = model[1]
+    def interrupt(m, args):
+        layer.calls += 1
+        if layer.calls == 2:
+            object.__setattr__(layer, 'armed', True)
+            os.kill(os.getpid(), signal.SIGINT)
+    model[3].register_forward_pre_hook(interrupt)
+    before, objects = copy.deepcopy(model), list(model.buffers())
+    try:
+        with pytest.raises(KeyboardInterrupt): update_bn(list(torch.randn(12, 2).split(4)), model)
+    finally: signal.signal(signal.SIGINT, handler)
+    assert layer.calls == 2 and not layer.armed
+    for a, b in zip(model.modules(), before.modules()): assert a.training == b.training and getattr(a, 'momentum', 0) == getattr(b, 'momentum', 0)
+    for a, b, c in zip(model.buffers(), before.buffers(), objects): assert a is c and torch.equal(a, b)
+    assert [len(m._forward_pre_hooks) for m in model.modules()] == [0, 0, 0, 0, 1]
+
+
+def test_the_shares_of_several_processes_make_the_statistics_of_the_whole():
+    torch.manual_seed(0)
+    kinds = BatchNormAct, BatchRenorm, partial(GhostBatchNorm, num_splits=2), partial(nn.InstanceNorm2d, track_running_stats=True), RunningBatchNorm, FrozenBatchNorm2d
+    whole = nn.Sequential(nn.BatchNorm2d(2), *(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), kind(2)) for kind in kinds)).train()
+    batches, sent = torch.randn(22, 2, 6, 6).split([4, 6, 4, 8]), []
+    def run(model, batches, gather):
+        with batch_moments(model, tracked_bn(model), gather) as moments:
+            for b in batches: model(b), moments.end_batch()
+        return moments
+    def first(o):
+        sent.append(copy.deepcopy(o))
+        return [o]
+    run(copy.deepcopy(whole), batches[:2], first)
+    shared = copy.deepcopy(whole)
+    moments = run(shared, batches[2:], lambda o: [*sent, o])
+    run(whole, batches, None)
+    assert moments.n_batches == 4 and moments.remarks == {}
+    for (k, a), b in zip(shared.named_buffers(), whole.buffers()):
+        if a.is_floating_point() and not k.endswith(('batch', 'step')): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=k)
+    assert shared[0].num_batches_tracked == 4
 
 
 def test_statistics_are_written_in_place():
