@@ -16,7 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from .interrupts import uninterrupted, unwound_whole
 from .modules import Kept, has_own_modes, unwrap
 
-__all__ = ['update_bn', 'batch_moments', 'tracked_bn', 'statistics', 'StatisticsWatch', 'moved_anywhere']
+__all__ = ['update_bn', 'batch_moments', 'tracked_bn', 'statistics', 'StatisticsWatch', 'union']
 
 
 def update_bn(loader, model: nn.Module, device=None, n_batches: int | None = None, inputs=None):
@@ -192,9 +192,9 @@ class StatisticsWatch:
         return [name for name, _ in self._model.named_modules() if name in moved]
 
 
-def moved_anywhere(of_processes: list[list[str]]) -> list[str]:
+def union(lists: list[list[str]]) -> list[str]:
     "The layers that moved in any of several processes, from the names that each gives: in the first one's order, then what the next ones add."
-    return list(dict.fromkeys(itertools.chain.from_iterable(of_processes)))
+    return list(dict.fromkeys(itertools.chain.from_iterable(lists)))
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}    # bytes of an element -> what its bits are compared as
@@ -355,7 +355,8 @@ class Moments:
     def _before_model(self, *_):
         "Forward pre-hook of the model: a callback may have called `model.train()` since the last batch."
         for m in self._ruled:
-            m.training = False
+            if m.training:
+                m.training = False
 
     def _before_layer(self, layer, args, kwargs):
         "Forward pre-hook of torch's own layers: choose the mode, note how many values a channel it is about to see."

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fastai_swa import update_bn
-from fastai_swa.batchnorm import StatisticsWatch, batch_moments, moved_anywhere, statistics, tracked_bn
+from fastai_swa.batchnorm import StatisticsWatch, batch_moments, union, statistics, tracked_bn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -250,7 +250,7 @@ def test_a_watch_compares_bits_and_copes_with_layers_that_come_go_or_change():
 
 
 def test_what_moved_in_several_processes_is_their_union_in_the_first_ones_order():
-    assert moved_anywhere([['b', 'a'], ['c', 'a'], [], ['d', 'b', 'c']]) == ['b', 'a', 'c', 'd'] and moved_anywhere([[]]) == []
+    assert union([['b', 'a'], ['c', 'a'], [], ['d', 'b', 'c']]) == ['b', 'a', 'c', 'd'] and union([[]]) == []
 
 
 # layers that normalise in a way of their own
