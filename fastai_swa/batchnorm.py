@@ -22,25 +22,28 @@ __all__ = ['update_bn', 'batch_moments', 'tracked_bn', 'statistics', 'Statistics
 def update_bn(loader, model: nn.Module, device=None, n_batches: int | None = None, inputs=None):
     """Recompute the batch-norm statistics of `model` from the batches of `loader`, exactly.
 
-    Each layer gets the mean and the unbiased variance of all values that reach it, pooled over the samples of the pass, while
-    every batch-norm layer normalises by its batch and dropout is off (Izmailov et al. 2018, section 3.2). Frozen layers
-    (`tracked_bn`) are left alone; a model without others needs no pass and `loader` is not touched. Modes and momenta come
-    back as they were and, on any error, so do the statistics.
+    Each layer gets the mean and the unbiased variance of all values that reach it, pooled over the samples of the
+    pass, while every batch-norm layer normalises by its batch and dropout is off (Izmailov et al. 2018, section
+    3.2). Frozen layers (`tracked_bn`) are left alone; a model without others needs no pass and `loader` is not
+    touched. Modes and momenta come back as they were and, on any error, so do the statistics.
 
-    Layers that normalise in a way of their own (`statistics`: instance norm, batch renormalisation, ghost batch norm and the
-    like) get what they take from a batch themselves, averaged over the samples of the pass; where that is mean and variance, or
-    standard deviation, of a channel, these are pooled exactly. One whose statistics are no running averages goes through its own
-    update batch after batch, beginning with the statistics it has: not exact, and said in a warning, which names it.
+    Layers that normalise in a way of their own (`statistics`: instance norm, batch renormalisation, ghost batch
+    norm and the like) get what they take from a batch themselves, averaged over the samples of the pass; where that
+    is mean and variance, or standard deviation, of a channel, these are pooled exactly. One whose statistics are no
+    running averages goes through its own update batch after batch, beginning with the statistics it has: not exact,
+    and said in a warning, which names it.
 
-    - `loader`: batches of any sizes: a tensor is the input; of a tuple or list all but the last element are inputs (a single
-      element is the input); a mapping is passed as keyword arguments.
+    - `loader`: batches of any sizes: a tensor is the input; of a tuple or list all but the last element are inputs
+      (a single element is the input); a mapping is passed as keyword arguments.
     - `device`: where to move each batch; `None` leaves it where it is.
     - `n_batches`: stop after so many; `None` takes all.
-    - `inputs`: function from a batch to a tuple of arguments or a dict of keyword arguments, for any other kind of batch.
+    - `inputs`: function from a batch to a tuple of arguments or a dict of keyword arguments, for any other kind of
+      batch.
 
-    A batch that a layer cannot normalise (a single value per channel) is skipped, with one warning for all of them; statistics
-    that are not finite are another, and so are layers that no batch reached: they keep what they have.
-    Raises `ValueError` if no batch is left, and `TypeError` or `ValueError` for an `n_batches` that is not a positive int.
+    A batch that a layer cannot normalise (a single value per channel) is skipped, with one warning for all of them;
+    statistics that are not finite are another, and so are layers that no batch reached: they keep what they have.
+    Raises `ValueError` if no batch is left, and `TypeError` or `ValueError` for an `n_batches` that is not a
+    positive int.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f'model must be an nn.Module, not {type(model).__name__} (the loader comes first)')
@@ -77,10 +80,10 @@ def statistics(module: nn.Module) -> dict[str, torch.Tensor]:
     They are its floating-point buffers, if it is
 
     - one of torch's batch or instance norms, or of a subclass, that keeps `running_mean` and `running_var`,
-    - of any class and keeps a mean beside a variance or deviation (names that begin with `running_` or `moving_`, one with "mean",
-      one with "var", "std" or "sigma" in it),
-    - of a class, or a subclass of one, with "norm" in its name, and has a buffer whose name begins like that, or the two buffers
-      `sums` and `sqrs`.
+    - of any class and keeps a mean beside a variance or deviation (names that begin with `running_` or `moving_`,
+      one with "mean", one with "var", "std" or "sigma" in it),
+    - of a class, or a subclass of one, with "norm" in its name, and has a buffer whose name begins like that, or
+      the two buffers `sums` and `sqrs`.
 
     So not the vectors of `spectral_norm`, observers of quantisation, codebooks, or averages that a loss keeps.
     """
@@ -102,7 +105,11 @@ def _is_called_norm(cls) -> bool:
 
 
 def statistics_outside_buffers(model: nn.Module) -> list[str]:
-    "Names of layers of `model`, with \"norm\" in the name of their class, whose running statistics are no buffers: nothing refreshes these."
+    """Names of the layers of `model` whose running statistics are no buffers, so that nothing refreshes them.
+
+    By their names: "norm" in that of the class, and `running_` or `moving_` at the beginning of that of a plain tensor,
+    or of a parameter without gradients.
+    """
     res = []
     for name, m in model.named_modules():
         fixed = [k for k, p in m._parameters.items() if p is not None and not p.requires_grad]
@@ -113,17 +120,19 @@ def statistics_outside_buffers(model: nn.Module) -> list[str]:
 
 
 def outside_sentence(names: list[str]) -> str:
-    return (f'{_listed(names)} keeps running statistics outside of buffers, where they cannot be refreshed for other weights: '
+    return (f'running statistics of {_listed(names)} are not buffers, so they cannot be refreshed for other weights: '
             'keep them with register_buffer')
 
 
 def tracked_bn(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> layer for the normalising layers of `model` (`statistics`) that are not frozen: those whose statistics move in training.
+    """Name -> layer for the normalising layers of `model` (`statistics`) that are not frozen: those whose
+    statistics move in training.
 
-    For where no training is seen; where one is, `StatisticsWatch` tells. A model in train mode is taken as it stands: its layers
-    in eval mode are frozen, and those that do not move by themselves (`momentum=0`, a "Frozen" in the name of their class).
-    A model wholly in eval mode is asked after `model.train()`, which an overridden `train()` may answer as it likes; then each
-    module's mode is put back. Whether weights have `requires_grad` does not matter.
+    For where no training is seen; where one is, `StatisticsWatch` tells. A model in train mode is taken as it
+    stands: its layers in eval mode are frozen, and those that do not move by themselves (`momentum=0`, a "Frozen"
+    in the name of their class). A model wholly in eval mode is asked after `model.train()`, which an overridden
+    `train()` may answer as it likes; then each module's mode is put back. Whether weights have `requires_grad` does
+    not matter.
     """
     if any(m.training for m in model.modules()):
         return _moving_layers(model)
@@ -146,7 +155,8 @@ def _moves_when_called(layer) -> bool:
 
 @contextmanager
 def _asked_in_train_mode(model):
-    """Within this context the modes are those that `model.train()` sets; at its end all is bitwise as before, the modes one by one.
+    """Within this context the modes are those that `model.train()` sets; at its end all is bitwise as before, the
+    modes one by one.
 
     A `train()` of one's own may do more than set modes, and a second call would not always take it back.
     """
@@ -164,10 +174,11 @@ def _asked_in_train_mode(model):
 
 
 class StatisticsWatch:
-    """Which normalising layers of a model (`statistics`) training moves: made before an epoch's first batch, asked later.
+    """Which normalising layers of a model (`statistics`) training moves: made before an epoch's first batch, asked
+    later.
 
-    Only the bits of running statistics count: neither modes, `requires_grad`, counters nor the tensors' versions. Making it costs
-    one copy of all statistics; asking costs one comparison, and one read from the device.
+    Only the bits of running statistics count: neither modes, `requires_grad`, counters nor the tensors' versions.
+    Making it costs one copy of all statistics; asking costs one comparison, and one read from the device.
     """
     def __init__(self, model: nn.Module):
         self._model = unwrap(model)
@@ -179,8 +190,7 @@ class StatisticsWatch:
         A layer that was not there then, or had statistics of other shapes or on another device, counts as moved.
         """
         now = _bits(self._model)
-        layouts, layouts_before = ([(kind, layout) for kind, (layout, _) in bits.items()] for bits in (now, self._before))
-        if layouts != layouts_before:
+        if _layouts(now) != _layouts(self._before):
             before = _by_layer(self._before)
             moved = {name for name, parts in _by_layer(now).items() if not _are_equal(parts, before.get(name, []))}
         else:
@@ -193,21 +203,28 @@ class StatisticsWatch:
 
 
 def union(lists: list[list[str]]) -> list[str]:
-    "The layers that moved in any of several processes, from the names that each gives: in the first one's order, then what the next ones add."
+    "The names in any of `lists`, one a process: in the first one's order, then what the next ones add."
     return list(dict.fromkeys(itertools.chain.from_iterable(lists)))
 
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}    # bytes of an element -> what its bits are compared as
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}    # by bytes: what bits are compared as
 
 
 def _bits(model) -> dict:
-    "(device, dtype) -> (layer's name, number of elements) one after the other, and the bits of all these statistics in one tensor of their own."
+    "(device, dtype) -> layout, which is (layer's name, number of elements) in a row, and a copy of all bits in a row."
     groups = {}
     for name, layer in model.named_modules():
         for t in _without_counters(statistics(layer)):
             groups.setdefault((t.device, t.dtype), []).append((name, t.detach().flatten()))
-    return {kind: ([(name, t.numel()) for name, t in group], torch.cat([t for _, t in group]).view(_INTEGERS[kind[1].itemsize]))
-            for kind, group in groups.items()}
+    res = {}
+    for (device, dtype), group in groups.items():
+        layout = [(name, t.numel()) for name, t in group]
+        res[device, dtype] = layout, torch.cat([t for _, t in group]).view(_INTEGERS[dtype.itemsize])
+    return res
+
+
+def _layouts(bits: dict) -> list:
+    return [(kind, layout) for kind, (layout, _) in bits.items()]
 
 
 def _without_counters(tensors: dict) -> list[torch.Tensor]:
@@ -227,7 +244,9 @@ def _by_layer(groups: dict) -> dict[str, list[torch.Tensor]]:
 
 
 def _are_equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return len(a) == len(b) and all(s.dtype == t.dtype and s.device == t.device and torch.equal(s, t) for s, t in zip(a, b))
+    if [(t.dtype, t.device) for t in a] != [(t.dtype, t.device) for t in b]:
+        return False
+    return all(torch.equal(s, t) for s, t in zip(a, b))
 
 
 # the pass
@@ -235,19 +254,20 @@ def _are_equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 @contextmanager
 def batch_moments(model: nn.Module, layers: dict[str, nn.Module], gather=None):
-    """Within this context run batches through `model`, each followed by `end_batch()` of the `Moments` given; at its end the
-    statistics of `layers` become the moments of what reached them.
+    """Within this context run batches through `model`, each followed by `end_batch()` of the `Moments` given; at
+    its end the statistics of `layers` become the moments of what reached them.
 
-    Inside, `layers` normalise by their batch and everything else is in eval mode, without gradients, and without compiled code,
-    which would not see the hooks. Each call of `model` puts this right again: whoever sets it to train mode (a detector has
-    another signature there) does so for modules with submodules alone; dropout stays off, and normalising layers other than
-    `layers` go on normalising by the statistics they have. (Dropout that a module with submodules does by itself, as a function,
-    is in such a mode.) The layers write to scratch tensors meanwhile: their own statistics stay as they are until the end, and
-    for good if the block raises, also for a Ctrl-C. A layer that is not called as a module keeps its statistics, and normalises
-    by them.
+    Inside, `layers` normalise by their batch and everything else is in eval mode, without gradients, and without
+    compiled code, which would not see the hooks. Each call of `model` puts this right again: whoever sets it to
+    train mode (a detector has another signature there) does so for modules with submodules alone; dropout stays
+    off, and normalising layers other than `layers` go on normalising by the statistics they have. (Dropout that a
+    module with submodules does by itself, as a function, is in such a mode.) The layers write to scratch tensors
+    meanwhile: their own statistics stay as they are until the end, and for good if the block raises, also for a
+    Ctrl-C. A layer that is not called as a module keeps its statistics, and normalises by them.
 
-    - `gather`: where several processes each run a share of the batches, the function that gives an object of each, as a list;
-      the statistics become the moments over all shares. Each process normalises by its own batches, `SyncBatchNorm` as well.
+    - `gather`: where several processes each run a share of the batches, the function that gives an object of each,
+      as a list; the statistics become the moments over all shares. Each process normalises by its own batches,
+      `SyncBatchNorm` as well.
     """
     moments = Moments(model, layers)
     with unwound_whole():
@@ -261,7 +281,7 @@ def batch_moments(model: nn.Module, layers: dict[str, nn.Module], gather=None):
 
 
 def _eager():
-    "No compiled code within this context. Where there can be none yet, the compiler is not imported for it, which takes a second."
+    "No compiled code within this context. Where there can be none yet, the compiler, a second's work, is not imported."
     return torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else nullcontext()
 
 
@@ -269,7 +289,7 @@ _STATISTICS = 'running_mean', 'running_var', 'num_batches_tracked'
 
 
 class Moments:
-    "The moments of what reached some normalising layers, pooled batch by batch; `batch_moments` starts, stops and writes them."
+    "The moments of what reached some normalising layers, pooled batch by batch: what `batch_moments` gives."
     def __init__(self, model: nn.Module, layers: dict[str, nn.Module]):
         self.names = {m: name for name, m in layers.items()}
         self.n_batches = 0
@@ -302,7 +322,7 @@ class Moments:
             m.training = False
         self._handles.append(self._model.register_forward_pre_hook(self._before_model))
         for m in self._plain:
-            m.momentum = 1.    # leaves the moments of one batch in the running ones: they cost nothing beside the forward pass
+            m.momentum = 1.    # leaves the moments of one batch in the running ones, at no cost beside the forward pass
             self._handles.append(m.register_forward_pre_hook(self._before_layer, with_kwargs=True))
             if isinstance(m, nn.SyncBatchNorm):
                 m.forward = MethodType(_BatchNorm.forward, m)    # waits for no other process
@@ -326,7 +346,7 @@ class Moments:
             m.training = mode
 
     def end_batch(self):
-        "Pool the moments of the batch that went through the model; a batch that some layer could not normalise is left out."
+        "Pool the moments of the batch that went through; one that some layer could not normalise is left out."
         cannot = [m for m, layer in self._others.items() if layer.cannot]
         if cannot:
             self._cannot = True
@@ -347,8 +367,8 @@ class Moments:
     def unreached(self) -> list[str]:
         "Names of the layers that nothing has reached so far, in this process."
         reached = {m for pool in self.pools.values() for m in pool.layers} | set(self._called)
-        return [name for m, name in self.names.items()
-                if m not in reached and not (m in self._others and (self._others[m].was_called or self._others[m].share.was_called))]
+        reached |= {m for m, layer in self._others.items() if layer.was_called or layer.share.was_called}
+        return [name for m, name in self.names.items() if m not in reached]
 
     # the layers' side
 
@@ -396,15 +416,21 @@ class Moments:
     @property
     def skipped(self) -> str:
         "One sentence about the batches left out."
-        return (f'{self.n_skipped} of {self.n_skipped + self.n_batches} batches were left out of the batch-norm statistics: '
-                f'layer {self._too_small!r} got a single value per channel, which it cannot normalise')
+        n = self.n_skipped + self.n_batches
+        return (f'{self.n_skipped} of {n} batches were left out of the batch-norm statistics: layer {self._too_small!r} '
+                'got a single value per channel, which it cannot normalise')
 
     def write(self, gather):
-        "Put the moments in the layers; a layer that nothing reached keeps its own. Raises `ValueError` if there was no batch."
+        """Put the moments in the layers; one that nothing reached keeps its own.
+
+        Raises `ValueError` if there was no batch.
+        """
         everyone = self._of_all_processes(gather)
         if not self.n_batches:
-            raise ValueError('the batch-norm statistics cannot be recomputed: ' + (self.skipped + '; use larger batches' if self.n_skipped
-                             else 'the loader gave no batch, or no batch reached a batch-norm layer'))
+            why = 'the loader gave no batch, or no batch reached a batch-norm layer'
+            if self.n_skipped:
+                why = f'{self.skipped}; use larger batches'
+            raise ValueError(f'the batch-norm statistics cannot be recomputed: {why}')
         new = []    # (buffer, its new value)
         for m, share in everyone.items():
             new += [(m._buffers[k], value) for k, value in share.values(m).items()]
@@ -426,7 +452,8 @@ class Moments:
         if gather is None:
             return shares
         mine = [vars(shares[m].on_cpu()) for m in self.names]
-        n_batches, n_skipped, too_small, everyones = zip(*gather((self.n_batches, self.n_skipped, self._too_small, mine)))
+        of_all = gather((self.n_batches, self.n_skipped, self._too_small, mine))
+        n_batches, n_skipped, too_small, everyones = zip(*of_all)
         self.n_batches = sum(n_batches)
         self.n_skipped = sum(n_skipped)
         self._too_small = next(filter(None, too_small), None)
@@ -442,22 +469,23 @@ class Moments:
         if self.n_skipped:
             self.remarks['skipped'] = self.skipped
         if not finite:
-            self.remarks['infinite'] = ('the batch-norm statistics are not finite: a batch, or what the model makes of it, holds a NaN '
-                                        'or an infinity')
+            self.remarks['infinite'] = ('the batch-norm statistics are not finite: a batch, or what the model makes of '
+                                        'it, holds a NaN or an infinity')
         unreached = [self.names[m] for m, share in shares.items() if not share.was_called]
         if unreached:
-            self.remarks['unreached'] = (f'no batch of the batch-norm pass reached {_listed(unreached)}: the statistics there are those of the '
-                                         'latest model')
+            self.remarks['unreached'] = (f'no batch of the batch-norm pass reached {_listed(unreached)}: the '
+                                         'statistics there are those of the latest model')
         refused = [m for m, share in shares.items() if share.error]
         if refused:
             first = shares[refused[0]]
             what = 'those of the other batches' if first.n else 'those of the latest model'
-            self.remarks['refused'] = (f'{_listed([self.names[m] for m in refused])} cannot take every batch of the batch-norm pass in train mode '
+            names = _listed([self.names[m] for m in refused])
+            self.remarks['refused'] = (f'{names} cannot take every batch of the batch-norm pass in train mode '
                                        f'({first.error}): the statistics there are {what}')
         updated = [self.names[m] for m, share in shares.items() if share.kind == 'update' and share.n]
         if updated:
-            self.remarks['update'] = (f'the statistics of {_listed(updated)} are no running averages: they were refreshed by the layer\'s own '
-                                      'updates over the batches of the pass, and not exactly')
+            self.remarks['update'] = (f'the statistics of {_listed(updated)} are no running averages: they were '
+                                      "refreshed by the layer's own updates over the batches of the pass, and not exactly")
         if outside := statistics_outside_buffers(self._model):
             self.remarks['outside'] = outside_sentence(outside)
 
@@ -468,7 +496,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _normalises_as_torch(layer) -> bool:
-    "Is the forward pass of `layer` that of torch's own batch norm, so that with momentum 1 one batch leaves its moments in the buffers?"
+    "Is the forward pass of `layer` that of torch's own batch norm, which with momentum 1 keeps a batch's moments?"
     forward = vars(layer).get('forward')
     forward = getattr(forward, '_torchdynamo_orig_callable', forward)    # compiled
     forward = type(layer).forward if forward is None else getattr(forward, '__func__', forward)
@@ -478,7 +506,10 @@ def _normalises_as_torch(layer) -> bool:
 
 
 def _is_ruled(module) -> bool:
-    "Has the pass the last word on the mode of `module`? Other modules have it where they are told to: a detector needs it for its signature."
+    """Has the pass the last word on the mode of `module`?
+
+    Others are in train mode where they are told so: a detector needs that for its signature.
+    """
     is_leaf = next(module.children(), None) is None
     drops = 'drop' in type(module).__name__.lower() or isinstance(module, nn.MultiheadAttention)
     return is_leaf or drops or bool(statistics(module))
@@ -515,8 +546,9 @@ _TORCHS = {'running_mean': 'mean', 'running_var': 'unbiased variance'}
 @dataclass
 class _Share:
     "What has reached one layer so far, in one process or in several."
-    kind: str | None = None    # moments: mean and biased variance; average: the layer's own statistics, averaged; update: these as they are now
-    forms: dict = field(default_factory=dict)    # statistic -> its form (`_FORMS`), for moments; else its names as keys
+    # moments: mean and biased variance; average: the layer's own statistics, averaged; update: these as they are now
+    kind: str | None = None
+    forms: dict = field(default_factory=dict)    # statistic -> its form (`_FORMS`), for moments; else the names as keys
     n: int = 0    # values a channel, for moments; else samples
     tensors: list = field(default_factory=list)    # mean and variance; else one a statistic
     was_called: bool = True    # did anything reach the layer?
@@ -554,7 +586,10 @@ def _in_forms(forms, n, mean, var, layer):
 
 
 class _Pool:
-    "The moments of torch's own layers that see batches together, end to end in one tensor: a few operations a batch, however many layers."
+    """The moments of torch's own layers that see batches together, end to end in one tensor.
+
+    So it takes a few operations a batch, however many layers there are.
+    """
     def __init__(self, layers):
         self.layers = layers
         self.counts = None
@@ -598,11 +633,12 @@ def _wide(like):
 class _OwnWay:
     """Stands for the forward pass of a layer that normalises in a way of its own, and finds what it takes from a batch.
 
-    What the layer does with its statistics is seen, not guessed. A running average, `kept * old + (1 - kept) * new`, shows in two
-    passes over one batch that begin with different statistics: they differ by `kept` of what they differed by before, whatever the
-    statistics are, and each tells `new`. That is averaged over the samples of the pass, or, where it is the mean and the variance or
-    deviation of channels, pooled as moments. While a batch passes, the layer has its statistics of this batch: so batch
-    renormalisation, too, normalises by its batch. All other statistics go through the layer's own updates from batch to batch.
+    What the layer does with its statistics is seen, not guessed. A running average, `kept * old + (1 - kept) *
+    new`, shows in two passes over one batch that begin with different statistics: they differ by `kept` of what
+    they differed by before, whatever the statistics are, and each tells `new`. That is averaged over the samples of
+    the pass, or, where it is the mean and the variance or deviation of channels, pooled as moments. While a batch
+    passes, the layer has its statistics of this batch: so batch renormalisation, too, normalises by its batch. All
+    other statistics go through the layer's own updates from batch to batch.
     """
     def __init__(self, layer: nn.Module, refreshed):
         self.layer = layer
@@ -750,7 +786,10 @@ def _are_same(a, b) -> bool:
 
 
 def _share_kept(shifted, start, shifted_after, after) -> float | None:
-    "The share of its old value that a running average keeps, from two old values and what became of them; `None` if it is no such average."
+    """The share of its old value that a running average keeps, from two old values and what became of them.
+
+    `None` if it is no such average.
+    """
     if not start.shape == after.shape == shifted_after.shape:
         return None
     shifted, start, shifted_after, after = (t.to(_wide(t)) for t in (shifted, start, shifted_after, after))
@@ -770,7 +809,7 @@ def _channel_moments(x, axis):
 
 
 def _as_moments(x, taken: dict, layer):
-    "The axis of channels and the forms (`_FORMS`) in which `taken` are moments of `x`; `None` and no forms, if they are not."
+    "The axis of channels and the forms (`_FORMS`) in which `taken` are moments of `x`; no forms if they are not."
     for axis in (1, x.dim() - 1):
         if not 0 < axis < x.dim():
             continue
@@ -779,7 +818,8 @@ def _as_moments(x, taken: dict, layer):
         for k, value in taken.items():
             if value.numel() != mean.numel():
                 break
-            errors = {form: _error(value.flatten(), f(n, mean, var, getattr(layer, 'eps', 0.)), var) for form, f in _FORMS.items()}
+            in_all_forms = _in_forms({form: form for form in _FORMS}, n, mean, var, layer)
+            errors = {form: _error(value.flatten(), expected, var) for form, expected in in_all_forms.items()}
             forms[k] = min(errors, key=errors.get)
             if not errors[forms[k]] < 1e-4:
                 break
@@ -793,7 +833,7 @@ def _error(value, expected, var) -> float:
 
 
 def check_count(name: str, value, least: int = 1, optional: bool = True) -> int | None:
-    "`value` as an int; raises `TypeError` or `ValueError`, naming the parameter, unless it is one of at least `least`, or `None`."
+    "`value` as an int of at least `least`, or `None`; else raises `TypeError` or `ValueError`, naming the parameter."
     if value is None and optional: return None
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f'{name} must be an int{" or None" if optional else ""}, not {value!r}')

@@ -401,7 +401,7 @@ def test_running_statistics_outside_of_buffers_are_named():
         def __init__(self): super().__init__(); self.running_mean = nn.Parameter(torch.zeros(3), requires_grad=False)
         def forward(self, x): return x - self.running_mean
     for model in (nn.Sequential(PlainNorm(), FixedNorm()), nn.Sequential(PlainNorm(), FixedNorm(), nn.BatchNorm1d(3))):
-        with pytest.warns(UserWarning, match="layers '0', '1' keeps running statistics outside of buffers") as said: update_bn([torch.randn(8, 3)], model)
+        with pytest.warns(UserWarning, match="running statistics of layers '0', '1' are not buffers") as said: update_bn([torch.randn(8, 3)], model)
         assert len(said) == 1
 
 
