@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torchvision
-from fastai.learner import Learner, save_model
+from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import error_rate
 from fastai.optimizer import OptimWrapper
@@ -19,6 +19,7 @@ from fastai.vision.learner import vision_learner
 from fastprogress import fastprogress
 
 from .experiments.tables import mean_and_half
+from .files import replacing, save_weights
 from .learner import EpochScheduler    # brings fit_swa along
 from .plot import plot_swa
 from .schedules import swa_lr_factor
@@ -76,10 +77,10 @@ def demo(data=None, arch='resnet18', epochs=12, seeds=None, lr=.1, swa_lr=None, 
         print(f'seed {seed}: error {errors[-1][0]:.2f} % with SGD, {errors[-1][2]:.2f} % with SWA  ({perf_counter() - start:.0f} s)')
     errors = np.array(errors)
     print('\n' + summary(errors, first[1].n_averaged))
-    _draw(first[0].recorder, errors, f'{out}.png')
+    _draw(first[0].recorder, errors, Path(f'{out}.png'))
     print(f'\nwrote {out}.png')
     if data is not None:
-        save_model(f'{out}.pth', first[1].swa_model, None)
+        save_weights(Path(f'{out}.pth'), first[1].swa_model.state_dict())
         print(f'wrote {out}.pth, the averaged weights: learn.model.load_state_dict(torch.load({out + ".pth"!r}))')
     return errors
 
@@ -124,5 +125,6 @@ def _draw(recorder, errors, path):
         ax.grid(alpha=.25)
         ax.legend(fontsize='small')
     axs[0].set_title('seed 0')
-    fig.savefig(path, dpi=120)
+    with replacing(path) as f:
+        fig.savefig(f, format='png', dpi=120)
     plt.close(fig)

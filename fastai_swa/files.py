@@ -1,106 +1,272 @@
 """Files that are replaced in one step, checked when they are read, and locked while they are in use. Plain PyTorch."""
-import os, warnings, zipfile
+import os
+import secrets
+import stat
+import sys
+import warnings
+import zipfile
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
 
-try: import fcntl
-except ImportError: import msvcrt    # Windows
+from .interrupts import uninterrupted, unwound_whole
 
-__all__ = ['replacing', 'write', 'read', 'Lock', 'InUse']
+try:
+    import fcntl
+except ImportError:    # Windows
+    import msvcrt
 
+__all__ = ['replacing', 'save_weights', 'write', 'write_text', 'read', 'Lock', 'InUse']
+
+_HALF_WRITTEN = '.fastai_swa.tmp'    # the endings of what lies beside a file for a while
+_LOCK = '.fastai_swa.lock'
+
+
+# writing
 
 @contextmanager
 def replacing(file: Path):
-    "A binary handle; what is written to it replaces `file` in one step at the end. Raises `OSError` if that fails; `file` is then as before."
-    new = file.with_name(file.name + '.fastai_swa.tmp')
-    try:
-        with open(new, 'wb') as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(new, file)
-        with suppress(OSError): _sync_folder(file.parent)    # the renaming itself; not every file system can
-    except BaseException as e:
-        with suppress(OSError): new.unlink(missing_ok=True)
-        # torch.save may make a RuntimeError of what the system says
-        if isinstance(e, OSError | RuntimeError): raise OSError(f'{file} cannot be written: {_first_line(e)}') from e
-        raise
+    """A binary handle; what is written to it replaces `file` in one step at the end. Until then, and after any error, `file` is as before.
+
+    - It is written beside `file` under a name that no other process or thread uses: two that write the same file never mix, the last one wins.
+    - The mode of `file` is kept. Where it is a symbolic link, it stays one, and the file that it points to is replaced.
+    - A writer that is killed leaves what it has half written. The next one to write the same file removes that; a living writer's is known by
+      a lock on it. Where files cannot be locked, it stays.
+
+    Raises `OSError`, naming `file`, if it cannot be written.
+    """
+    target = Path(os.path.realpath(file))
+    handled = sys.exc_info()[1]    # by the caller: not an error of the writing
+    new = None
+    with unwound_whole():
+        try:
+            with uninterrupted():
+                mode = _mode(target)
+                _remove_left_behind(target)
+                new = _open_new(target, mode)
+            with new:
+                yield new
+                new.flush()
+                os.fsync(new.fileno())
+                if os.name != 'posix':
+                    new.close()    # Windows renames no open file; elsewhere the lock on it is held until it has its name
+                os.replace(new.name, target)
+            with suppress(OSError):
+                _sync_folder(target.parent)    # the renaming itself; not every file system can
+        except (OSError, RuntimeError) as e:
+            cause = _cause(e, handled)
+            if not isinstance(cause, Exception):
+                raise cause    # torch.save makes a RuntimeError of Ctrl-C, as of what the system says
+            raise OSError(f'{file} cannot be written: {_first_line(cause)}') from e
+        finally:
+            if new is not None:
+                with uninterrupted(), suppress(OSError):
+                    os.unlink(new.name)
+
+
+def save_weights(file: Path, weights: dict):
+    "Replace `file` by a state dict in one step, as `torch.save` writes it. Raises `OSError`, naming `file`, if it cannot be written."
+    with replacing(file) as f:
+        torch.save(weights, f)
 
 
 def write(file: Path, kind: str, version: int, content: dict):
     "Replace `file` by `content` in one step: whatever happens, there is the old one or the new. Raises `OSError` if it cannot be done."
-    with replacing(file) as f: torch.save({'format': f'fastai_swa {kind}', 'version': version, **content}, f)
+    save_weights(file, {'format': f'fastai_swa {kind}', 'version': version, **content})
+
+
+def write_text(file: Path, text: str):
+    "Replace `file` by `text` in one step. Raises `OSError`, naming `file`, if it cannot be written."
+    with replacing(file) as f:
+        f.write(text.encode())
+
+
+def _mode(target: Path) -> int | None:
+    "The mode of the file that is to be replaced; `None`: there is none. Raises `OSError` for what is no file, such as a folder or a device."
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(mode):
+        raise OSError('it is there, and it is no file')
+    return stat.S_IMODE(mode)
+
+
+def _open_new(target: Path, mode: int | None):
+    "A new file beside `target`, open and locked, with `mode` or, for `None`, what the umask leaves."
+    opener = partial(os.open, mode=0o666 if mode is None else mode)    # never readable to more than it will be
+    while True:
+        # mode x follows no link that lies there
+        new = open(target.with_name(f'{target.name}.{secrets.token_hex(8)}{_HALF_WRITTEN}'), 'xb', opener=opener)
+        try:
+            is_own = _try_lock(new.fileno()) and _is_at(new.fileno(), new.name)
+        except OSError:    # files cannot be locked here, and nobody takes it for left behind
+            is_own = True
+        if is_own:
+            break
+        new.close()    # another writer has taken it for left behind, before the lock, and removes it
+    if mode is not None:
+        with suppress(OSError):
+            os.chmod(new.name, mode)    # what the umask took; not every file system has modes
+    return new
+
+
+def _remove_left_behind(target: Path):
+    "Remove what writers of `target` have left that are no more."
+    with suppress(OSError), os.scandir(target.parent) as entries:
+        for entry in entries:
+            is_ours = entry.name.startswith(f'{target.name}.') and entry.name.endswith(_HALF_WRITTEN)
+            if is_ours and entry.is_file(follow_symlinks=False):
+                _remove_if_unlocked(entry.path)
+
+
+def _remove_if_unlocked(path):
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDWR)
+        try:
+            if _try_lock(handle):
+                os.unlink(path)
+        finally:
+            os.close(handle)
 
 
 def _sync_folder(folder):
     handle = os.open(folder, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
+
+def _cause(e: Exception, handled: BaseException | None) -> BaseException:
+    """What `e` was raised for: Ctrl-C and the like, which an error of the closing may hide; else what is behind a RuntimeError.
+
+    `handled`, and what came before it, has nothing to do with it.
+    """
+    causes = []
+    while e is not None and e is not handled:
+        causes.append(e)
+        e = e.__context__
+    for cause in causes:
+        if not isinstance(cause, Exception):
+            return cause
+    return next((cause for cause in causes if not isinstance(cause, RuntimeError)), causes[0])
+
+
+def _first_line(e) -> str:
+    return str(e).split('\n')[0]
+
+
+# reading
 
 def read(file: Path, kind: str, version: int) -> dict:
     "What `write` wrote. Raises `ValueError` if `file` is damaged, of another kind or of a newer version than `version`; it is only read."
     try:
-        with zipfile.ZipFile(file) as z: damaged = z.testzip()    # torch.load does not look at the checksums
+        with zipfile.ZipFile(file) as z:
+            damaged = z.testzip()    # torch.load does not look at the checksums
         saved = None if damaged else torch.load(file, map_location='cpu', weights_only=True)
-    except (PermissionError, FileNotFoundError): raise
-    except Exception: saved = None
+    except (PermissionError, FileNotFoundError):
+        raise
+    except Exception:
+        saved = None
     advice = 'It is left as it is: move it away, or give another path'
     if not isinstance(saved, dict) or saved.get('format') != f'fastai_swa {kind}':
         raise ValueError(f'{file} is damaged, or it is no {kind} of fastai_swa. {advice}')
     if saved['version'] > version:
-        raise ValueError(f'{file} was written by a newer fastai_swa (format {saved["version"]}, this one reads {version}). {advice}, or update')
+        raise ValueError(f'{file} was written by a newer fastai_swa (format {saved["version"]}, this one reads {version}). '
+                         f'{advice}, or update')
     return saved
 
 
-def _first_line(e): return str(e.__context__ if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError) else e).split('\n')[0]
-
+# locking
 
 class InUse(RuntimeError):
     "Another run holds the lock."
 
 
 class Lock:
-    """A lock on a path, beside it in a file of its own; the system takes it back when the process ends, however it does.
+    """A lock on a file or a folder, in a file of its own; the system takes it back when the process ends, however it does.
 
-    Raises `InUse` if it is held, by another process or by this one.
+    The lock of a file lies beside it, that of a folder, which must be there, within it: a folder may be all that can be written. Links are
+    followed: a file has one lock, whatever it is called by. Raises `InUse` if it is held, by another process or by this one; `OSError`
+    if it cannot be made.
     """
     held = {}    # path -> handle, of this process
+    handle = None    # of the lock's file, open as long as it is held
 
     def __init__(self, file: Path):
-        self.path, self.handle = file.with_name(file.name + '.fastai_swa.lock'), None
+        real = Path(os.path.realpath(file))
+        self.path = real/_LOCK if real.is_dir() else real.with_name(real.name + _LOCK)
         refused = f'another run is using {file}; wait for it, or give each run a path of its own'
-        if self.path in self.held: raise InUse(refused + ' (it is in this process)')
+        if self.path in self.held:
+            raise InUse(refused + ' (it is in this process)')
+        try:
+            with uninterrupted():
+                self.handle = self._taken(file, refused)
+                self.held[self.path] = self.handle
+        except BaseException:    # Ctrl-C, held until now: a traceback may keep this object alive
+            self.release()
+            raise
+
+    def _taken(self, file, refused) -> int:
         while True:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:    # flock, unlike lockf, outlives a look into the file, as a copy of the folder takes one
-                if os.name == 'posix': fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                else: msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-            except (BlockingIOError, PermissionError):
+            try:
+                if self._is_taken(handle, file, refused):
+                    return handle
+            except BaseException:
                 os.close(handle)
-                raise InUse(refused) from None
-            except OSError as e: warnings.warn(f'{file.parent} cannot lock files ({e}): take care that no other run uses {file.name}')
-            try: current = os.path.samestat(os.fstat(handle), os.stat(self.path))
-            except FileNotFoundError: current = False
-            if current: break
+                raise
             os.close(handle)    # its last holder removed it in between
-        self.handle = self.held[self.path] = handle
+
+    def _is_taken(self, handle, file, refused) -> bool:
+        try:
+            if not _try_lock(handle):
+                raise InUse(refused)
+        except OSError as e:
+            warnings.warn(f'{Path(file).parent} cannot lock files ({e}): take care that no other run uses {Path(file).name}')
+        return _is_at(handle, self.path)
 
     def release(self):
-        if self.handle is None or self.held.get(self.path) != self.handle: return    # never held, released before, or in a fork
-        del self.held[self.path]
-        with suppress(OSError): self.path.unlink()    # before the lock goes, or it could be another's by then
-        os.close(self.handle)
+        with uninterrupted():
+            if self.handle is None or self.held.get(self.path) != self.handle:    # never held, released before, or in a fork
+                return
+            del self.held[self.path]
+            with suppress(OSError):
+                self.path.unlink()    # before the lock goes, or it could be another's by then
+            os.close(self.handle)
 
     __del__ = release
 
     @classmethod
     def leave_to_parent(cls):
         "In a forked process, such as a loader's worker: close the handles, through which it would hold the locks after the parent's end."
-        for handle in cls.held.values(): os.close(handle)
+        for handle in cls.held.values():
+            os.close(handle)
         cls.held.clear()
 
 
-if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=Lock.leave_to_parent)
+def _try_lock(handle: int) -> bool:
+    "Lock an open file, unless it is locked through another handle; raises `OSError` where files cannot be locked."
+    try:    # flock, unlike lockf, outlives a look into the file, as a copy of the folder takes one
+        if os.name == 'posix':
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def _is_at(handle: int, path) -> bool:
+    "Is the open file still the one that lies at `path`?"
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=Lock.leave_to_parent)

@@ -1,12 +1,16 @@
 """What was measured at points of weight space: one small object for each question, that saves as JSON or npz. Plain NumPy."""
-import json, zipfile
+import json
+import os
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from .files import Lock, replacing
+from .files import Lock, replacing, write_text
 from .geometry import crossing, mean_height
+from .interrupts import uninterrupted
 
 __all__ = ['Surface', 'Rays', 'Profile', 'Plane', 'Width', 'MemoryRows', 'PointFile']
 
@@ -53,9 +57,13 @@ class Surface:
 
     def save(self, path):
         "Write it to `path`, as JSON or, if it ends so, as npz. Raises `OSError`."
-        with replacing(Path(path)) as f:
-            if Path(path).suffix == '.npz': np.savez(f, about=json.dumps(self.about), points=self.points, **self.values)
-            else: f.write((json.dumps(self._head() | {'values': {k: _plain(v) for k, v in self.values.items()}}) + '\n').encode())
+        path = Path(path)
+        if path.suffix == '.npz':
+            with replacing(path) as f:
+                np.savez(f, about=json.dumps(self.about), points=self.points, **self.values)
+        else:
+            values = {k: _plain(v) for k, v in self.values.items()}
+            write_text(path, json.dumps(self._head() | {'values': values}) + '\n')
 
     def _head(self): return {'format': _FORMAT, 'about': self.about, 'points': self.points.tolist()}
 
@@ -213,10 +221,12 @@ class PointFile(MemoryRows):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = Lock(self.path)
         try:
-            if self.path.exists() and self.path.stat().st_size: self._take_over()
+            if self.path.exists() and self.path.stat().st_size:
+                self._take_over()
             else:
-                with replacing(self.path) as f: f.write((json.dumps(surface._head()) + '\n').encode())
-            self.handle = open(self.path, 'ab')
+                write_text(self.path, json.dumps(surface._head()) + '\n')
+            # without a buffer: nothing is left over that closing would have to write
+            self.handle = open(self.path, 'ab', buffering=0)
         except BaseException:
             self.lock.release()
             raise
@@ -231,19 +241,36 @@ class PointFile(MemoryRows):
             raise ValueError(f'{self.path} is of another measurement, with {k}={old.get(k)!r}, not {spec.get(k)!r}: give another file, or remove it')
         there.about |= {k: new[k] for k in ('marks', 'trajectory') if k in new}    # what is drawn in it may have changed since
         whole = rows[:rows.rfind(b'\n') + 1]    # without a line that was not written to its end
-        with replacing(self.path) as f: f.write(json.dumps(there._head()).encode() + b'\n' + whole)
+        write_text(self.path, json.dumps(there._head()) + '\n' + whole.decode())
         self.surface = there
 
     def add(self, i: int, row: dict):
         super().add(i, row)
+        values = [row[name] for name in self.surface.about['columns']]
+        line = (json.dumps([i, *_plain(values)]) + '\n').encode()
         try:
-            self.handle.write((json.dumps([i, *_plain(list(row[name] for name in self.surface.about['columns']))]) + '\n').encode())
+            with uninterrupted():
+                self._append(line)
+        except OSError as e:
+            raise OSError(f'{self.path} cannot be written: {e}') from e
+
+    def _append(self, line: bytes):
+        "All of `line`, or nothing of it."
+        end = os.fstat(self.handle.fileno()).st_size
+        try:
+            while line:
+                line = line[self.handle.write(line):]    # a disk with too little room takes a part, and then raises
             self.handle.flush()
-        except OSError as e: raise OSError(f'{self.path} cannot be written: {e}') from e
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(self.handle.fileno(), end)
+            raise
 
     def close(self):
-        self.handle.close()
-        self.lock.release()
+        try:
+            self.handle.close()
+        finally:
+            self.lock.release()
 
 
 def _read_rows(surface, rows: bytes):

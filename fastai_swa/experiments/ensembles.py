@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..ensemble import Ensemble, read_index
-from ..files import replacing
+from ..files import write_text
 from .measures import disagreement, measures
 from .record import json_number, snapshots_folder, weights_file
 from .tables import difference_rows, spread, table
@@ -35,7 +35,7 @@ def evaluate(out: Path, seeds, learn) -> dict:
     groups = [(k, seeds[i:i + k]) for k in range(1, len(seeds) + 1) for i in range(0, len(seeds) - k + 1, k)]
     budgets = [row(torch.cat([preds[seed, method] for seed in group]), budgets=k, method=method) for method in METHODS for k, group in groups]
     found = {'seeds': list(seeds), 'sizes': sizes, 'budgets': budgets, 'costs': _costs(members[seeds[0]], learn)}
-    with replacing(Path(out)/_FILE) as f: f.write((json.dumps(found, indent=1) + '\n').encode())
+    write_text(Path(out)/_FILE, json.dumps(found, indent=1) + '\n')
     return found
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ..files import replacing
+from ..files import replacing, write_text
 from ..plot import plot_line, plot_paths, plot_planes, plot_width
 from ..surfaces import Surface
 from .landscapes import images_text, read_note
@@ -38,10 +38,11 @@ def report_landscapes(folder: Path) -> str:
     figures, sections = {'width': _report_width, 'plane': _report_plane, 'curve': _report_curve}[recipe.kind](complete[0]['landscape'], surfaces, wd)
     for name, draw in figures.items():
         fig = draw()
-        with replacing(folder/name) as f: fig.savefig(f, format='png', dpi=110)
+        with replacing(folder/name) as f:
+            fig.savefig(f, format='png', dpi=110)
         plt.close(fig)
     text = '\n\n'.join([*_head(recipe, complete, notes), *sections]) + '\n'
-    with replacing(folder/'report.md') as f: f.write(text.encode())
+    write_text(folder/'report.md', text)
     return text
 
 

@@ -13,7 +13,7 @@ from fastcore.foundation import L, noop
 from ..checkpoint import CheckpointCallback
 from ..connectivity import Curve
 from ..ensemble import read_index
-from ..files import Lock, replacing
+from ..files import Lock, write_text
 from ..landscape import line, plane, rays
 from ..weight_space import Space
 from .learners import TimeIsUp, recipe_images, recipe_learner, settings_restored
@@ -177,7 +177,7 @@ class _Note:
         return self.data
 
     def _write(self):
-        with replacing(self.file) as f: f.write((json.dumps(self.data, indent=1) + '\n').encode())
+        write_text(self.file, json.dumps(self.data, indent=1) + '\n')
 
 
 def read_note(file) -> dict:

@@ -9,8 +9,7 @@ from time import gmtime, monotonic, strftime
 
 import torch
 
-from ..ensemble import write_weights
-from ..files import read, replacing, write
+from ..files import read, save_weights, write, write_text
 from ..modules import unwrap
 from ..state import take
 from ..version import __version__
@@ -56,7 +55,7 @@ class Record:
     def folder(self, run: str) -> Path: return snapshots_folder(self.out, self.seed, run)
 
     def _save(self):
-        with replacing(self.file('json')) as f: f.write(_as_json(self.data).encode())
+        write_text(self.file('json'), _as_json(self.data))
 
     def is_done(self, number) -> bool: return self.data['parts'][number]['done']
 
@@ -98,7 +97,8 @@ class Record:
             if children and all(map(self.is_done, children)): self.file(f'fork{i}').unlink(missing_ok=True)
 
     def _save_weights(self, model, name):
-        write_weights(weights_file(self.out, self.seed, name), {k: v.cpu() for k, v in unwrap(model).state_dict().items()})
+        weights = {k: v.cpu() for k, v in unwrap(model).state_dict().items()}
+        save_weights(weights_file(self.out, self.seed, name), weights)
 
     def line(self) -> str:
         "Where the part in training stands, for a progress display."

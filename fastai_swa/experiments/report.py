@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..files import replacing
+from ..files import replacing, write_text
 from ..plot import plot_runs, plot_sizes
 from . import ensembles
 from .landscape_report import landscape_files, report_landscapes
@@ -42,9 +42,10 @@ def report(folder) -> str:
     draw({name: (x, 100 * (1 - values)) for name, (x, values) in accuracy.items()}, axs[0], 'test error, %')
     draw(loss, axs[1], 'test loss')
     fig.suptitle(f'{records[0]["recipe"]}, {_seeds(len(records))}' + band * (len(records) > 1))
-    with replacing(folder/'curves.png') as f: fig.savefig(f, format='png', dpi=110)
+    with replacing(folder/'curves.png') as f:
+        fig.savefig(f, format='png', dpi=110)
     plt.close(fig)
-    with replacing(folder/'report.md') as f: f.write(text.encode())
+    write_text(folder/'report.md', text)
     return text
 
 
