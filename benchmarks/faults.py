@@ -1,4 +1,4 @@
-"""What becomes of a fit with `CheckpointCallback` when things go wrong: faults done to real processes, counted.
+"""What becomes of a fit, its average and its files when things go wrong: faults done to real processes, counted.
 
     python benchmarks/faults.py              # 100 kills and the other faults; some minutes on two cores
     python benchmarks/faults.py --kills 5 --times 1
@@ -7,10 +7,36 @@ Each run is a process of its own. After a fault the same call is made again, in 
 data and another random state, until it ends. It *survived* if it then ended bitwise as the run that nothing happened to (weights,
 optimizer, average with its batch norm, columns, losses, learning rates, random states) and no file was ever half written; where the
 fault is one to refuse, if it was refused in one sentence and nothing else was touched. Everything else is *lost*.
+
+- Ctrl-C while averaging, every step being folded: survived if the learner holds weights that the undisturbed fit passed through, each tensor
+  those before or after the step under way; if the average is the mean of as many of those weights as it says; if it can be used; and if
+  callbacks, hooks and the learner serve another fit.
+- Each writer of the package (`writers.py`): survived if what was there before is there bitwise, nothing else was left, and one `OSError`, or
+  in a fit one warning, names the file; killed in the middle, if there is the old or the new, and the next write leaves nothing else.
+- Two processes with one folder: survived if what is in the folder at the end is what the one process that reports success has trained, and
+  the other was refused before its first step.
 """
-import argparse, contextlib, hashlib, json, os, random, resource, shutil, signal, sys, tempfile, time, warnings
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import fastai_swa
 import numpy as np
 import torch
 from fastai.callback.core import Callback
@@ -19,10 +45,11 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import AvgMetric, Learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.optimizer import Adam
+from fastai.optimizer import SGD, Adam
 from fastai.torch_core import set_seed
 from fastai_swa import CheckpointCallback, SWACallback, files
 from torch import nn
+from writers import WRITERS
 
 EPOCHS = 6
 
@@ -81,6 +108,7 @@ def child(f, *args) -> int:
     pid = os.fork()
     if pid: return pid
     code = 1
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # in the background of a shell it is ignored
     try:
         torch.set_num_threads(1)
         with open(os.devnull, 'w') as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
@@ -102,7 +130,11 @@ def run(folder, seed, cbs=(), **kwargs):
     (folder/'done').write_text(digest(learn, swa))
 
 
-def read(folder): return files.read(folder/'run.ckpt', 'checkpoint', 1)
+def read(folder): return files.read(folder/'run.ckpt', 'checkpoint', version=99)
+
+
+def half_written_beside(folder) -> list:
+    return list(folder.rglob('*.fastai_swa.tmp'))
 
 
 def half_written(folder) -> bool:
@@ -119,29 +151,35 @@ def finish(folder, seed=1000) -> bool:
     return code == 0 and not left and (folder/'done').read_text() == WHOLE['digest']
 
 
-WHOLE = {}    # the digest and the seconds of the run that nothing happens to
+WHOLE = {}    # the digest and the seconds of the run that nothing happens to; of the one in small steps, the file of all its weights
+SEEN = Counter()    # of the row under way: faults that were done, and where they met the run
 
 
 # the faults: each does it once, in an empty folder, and returns whether the run survived
 
-def killed(folder, rng, signal=signal.SIGKILL, most=4, counts=None):
+def killed(folder, rng, signal=signal.SIGKILL, most=4):
     "Kill at random moments, every other one while a checkpoint is being written, up to `most` times in a row; then let it end."
     for i in range(rng.randint(1, most)):
-        pid, end, new = child(run, folder, i), time.time() + rng.uniform(0, 1.2 * WHOLE['seconds']), folder/'run.ckpt.fastai_swa.tmp'
+        pid = child(run, folder, i)
+        end = time.time() + rng.uniform(0, 1.2 * WHOLE['seconds'])
         late = end + WHOLE['seconds'] * (rng.random() < .5)
-        while time.time() < end or time.time() < late and not new.exists(): time.sleep(.0001)
-        writing = new.exists()
+        while time.time() < end or (time.time() < late and not half_written_beside(folder)):
+            time.sleep(.0001)
+        writing = bool(half_written_beside(folder))
         os.kill(pid, signal)
         code = ended(pid)
-        if counts is not None and code != 0:
-            counts['kills'] += 1
-            counts['while writing'] += writing
-        if half_written(folder): return False
-        if code == 0: return (folder/'done').read_text() == WHOLE['digest']
+        if code != 0:
+            SEEN['hits'] += 1
+            SEEN['while writing'] += writing
+        if half_written(folder):
+            return False
+        if code == 0:
+            return (folder/'done').read_text() == WHOLE['digest']
     return finish(folder)
 
 
-def interrupted(folder, rng): return killed(folder, rng, signal.SIGINT)
+def interrupted(folder, rng):
+    return killed(folder, rng, signal.SIGINT)
 
 
 class Once(Callback):
@@ -164,7 +202,7 @@ def disk_full(folder, rng):
         learn = learner(folder, seed)
         learn.save = lambda *args, **kwargs: None
         fit(learn, cbs)
-    return ended(child(unsaved, folder, 0)) == -signal.SIGKILL and not (folder/'run.ckpt.fastai_swa.tmp').exists() and finish(folder)
+    return ended(child(unsaved, folder, 0)) == -signal.SIGKILL and not half_written_beside(folder) and finish(folder)
 
 
 def read_only(folder, rng):
@@ -276,48 +314,419 @@ def spoiled_file(folder, rng):
     return refused and finish(folder)
 
 
-FAULTS = {'kill -9 at random moments': killed, 'Ctrl-C at random moments': interrupted, 'disk full': disk_full, 'read-only folder': read_only,
-          'loader worker killed': worker_dies, 'exception in a metric': metric_raises, 'NaN loss': nan_loss,
-          'out of memory in the batch-norm pass': out_of_memory, 'two runs on one path': two_runs, 'damaged or truncated file': spoiled_file}
+# Ctrl-C while every step is folded into the average
+
+N_EPOCHS = 4    # of the fit in small steps
 
 
-def measure(kills=100, times=10, seed=0, say=print):
-    "Rows (fault, tried, survived, lost)."
+def many_tensors(folder) -> Learner:
+    "A learner whose time goes into its 640 tensors: in folds, and in passes through its batch norm."
+    set_seed(0)
+    samples = [(torch.randn(8), torch.tensor(i % 3)) for i in range(96)]
+    blocks = [layer for _ in range(80) for layer in (nn.Linear(8, 8), nn.BatchNorm1d(8))]
+    dls = DataLoaders(DataLoader(samples[:64], bs=16, shuffle=True), DataLoader(samples[64:], bs=16), device='cpu')
+    plain_sgd = partial(SGD, mom=0.)    # a step changes each tensor once
+    return Learner(dls, nn.Sequential(*blocks, nn.Linear(8, 3)), CrossEntropyLossFlat(), opt_func=plain_sgd, wd=0., path=folder)
+
+
+class Points(Callback):
+    "The state dicts after each optimizer step, after the start."
+    order = -100
+
+    def __init__(self, learn):
+        self.states = [copied_state(learn)]
+
+    def after_step(self):
+        self.states.append(copied_state(self.learn))
+
+
+def copied_state(learn) -> dict:
+    return {k: v.clone() for k, v in learn.model.state_dict().items()}
+
+
+def all_points(folder):
+    "The fit that nothing happens to, without an average."
+    learn = many_tensors(folder)
+    points = Points(learn)
+    start = time.time()
+    with learn.no_bar():
+        learn.fit(N_EPOCHS, .05, cbs=points)
+    torch.save({'states': points.states, 'seconds': time.time() - start}, folder/'points')
+
+
+def averaged_until_interrupted(folder, pipe):
+    "The same fit with an average of all steps, until Ctrl-C; leaves what is wrong with it then."
+    learn = many_tensors(folder)
+    points, swa = Points(learn), SWACallback(0, every=1)
+    os.write(pipe, b'.')
+    met = None
+    try:
+        try:
+            with learn.no_bar():
+                learn.fit(N_EPOCHS, .05, cbs=[swa, points])
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)    # what comes later does not meet the fit
+    except KeyboardInterrupt as e:
+        package = str(Path(fastai_swa.__file__).parent)
+        met = any(frame.f_code.co_filename.startswith(package) for frame, _ in traceback.walk_tb(e.__traceback__))
+    wrong = list(wrong_after(learn, swa, len(points.states) - 1))
+    (folder/'found').write_text(json.dumps({'interrupted': met is not None, 'while averaging': bool(met), 'wrong': wrong}))
+
+
+def wrong_after(learn, swa, n_steps):
+    "What is not as it must be after an interruption in the fit in small steps, after at least `n_steps` of them."
+    states = torch.load(WHOLE['points'])['states']
+    own, at = copied_state(learn), states[n_steps:n_steps + 2]
+    mixed = [k for k, v in own.items() if not any(torch.equal(v, state[k]) for state in at)]
+    if mixed:
+        yield f'{len(mixed)} of {len(own)} tensors of the learner are not its own, such as {mixed[0]}'
+    wrong_runs = [cb.name for cb in learn.cbs if not cb.run]
+    if wrong_runs:
+        yield f'{wrong_runs} have run=False'
+    if any(m._forward_hooks or m._forward_pre_hooks for m in learn.model.modules()):
+        yield 'hooks are left on the model'
+    if swa.n_averaged:
+        yield from wrong_average(learn, swa, states)
+        if any(not torch.equal(v, own[k]) for k, v in learn.model.state_dict().items()):
+            yield 'using the average has changed the learner'
+    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, SWACallback | Points)])    # fastai's own tidying may be cut short
+    again = SWACallback(0, every=1)
+    with learn.no_bar():
+        learn.fit(1, .05, cbs=again)
+    if again.n_averaged != 4:
+        yield f'the next fit averages {again.n_averaged} points, not 4'
+
+
+def wrong_average(learn, swa, states):
+    points = states[1:swa.n_averaged + 1]
+    average = swa.swa_model.state_dict()
+    for k, _ in learn.model.named_parameters():
+        mean = sum(state[k].double() for state in points) / len(points)
+        if len(points) < swa.n_averaged or not torch.allclose(average[k].double(), mean, rtol=1e-5, atol=1e-6):
+            yield f'{k} is not the mean of the {swa.n_averaged} points it claims'
+            break
+    with swa.averaged():
+        if any(not torch.equal(p, average[k]) for k, p in learn.model.named_parameters()):
+            yield 'averaged() lends something else'
+        if not np.isfinite(learn.validate()[0]):
+            yield 'the average cannot be validated'
+
+
+def interrupted_averaging(folder, rng, gaps=()):
+    "Ctrl-C at a random moment, and again after each of the `gaps` in seconds."
+    ours, theirs = os.pipe()
+    pid = child(averaged_until_interrupted, folder, theirs)
+    os.read(ours, 1)
+    os.close(ours)
+    os.close(theirs)
+    time.sleep(rng.uniform(0, WHOLE['seconds in small steps']))
+    os.kill(pid, signal.SIGINT)
+    for gap in gaps:
+        time.sleep(gap)
+        os.kill(pid, signal.SIGINT)
+    if ended(pid) != 0:
+        return False
+    found = json.loads((folder/'found').read_text())
+    SEEN['hits'] += found['interrupted']
+    SEEN['while averaging'] += found['while averaging']
+    (folder/'error').write_text('; '.join(found['wrong']))
+    return not found['wrong']
+
+
+def interrupted_twice(folder, rng):
+    return interrupted_averaging(folder, rng, gaps=[rng.uniform(0, .002)])
+
+
+# each writer
+
+def contents(folder) -> dict:
+    "Of the files that are to stay: path -> bytes."
+    return {file: file.read_bytes() for file in folder.rglob('*') if file.is_file() and file.suffix != '.lock'}
+
+
+@contextlib.contextmanager
+def no_file_beyond(n_bytes):
+    "As on a full disk: a file cannot grow beyond so many bytes. (Python ignores the signal that comes with it.)"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def wrong_on_full_disk(name, folder, rng) -> list[str]:
+    "What is not as it must be where writer `name` meets a full disk; in the process that calls."
+    writer, before, said = WRITERS[name], {}, []
+    writer.make(folder)
+    with contextlib.ExitStack() as stack, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+
+        def begin():
+            before.update(contents(folder))
+            sizes = [len(content) for content in before.values()]
+            stack.enter_context(no_file_beyond(rng.choice(writer.limits(sizes))))
+
+        try:
+            writer.again(folder, begin)
+        except OSError as e:
+            said.append(str(e))
+        except Exception as e:
+            return [f'it raised {type(e).__name__}: {e}']
+    said += [str(w.message) for w in caught]
+    named = [text for text in said if 'cannot be written' in text and str(folder) in text]
+    wrong = []
+    if not named:
+        wrong.append(f'no sentence names the file: {said}')
+    after = contents(folder)
+    wrong += [f'{file.name} is not as before' for file in before if after.get(file) != before[file]]
+    wrong += [f'{file.name} is left' for file in after if file not in before]
+    wrong += [f'{file.name} is left' for file in folder.rglob('*.lock')]
+    return wrong
+
+
+def written_on_full_disk(name, folder, rng):
+    "One writer meets a full disk."
+    def start(folder):
+        (folder/'there').mkdir()
+        wrong = wrong_on_full_disk(name, folder/'there', rng)
+        if wrong:
+            raise RuntimeError(f'{name}: {"; ".join(wrong)}')
+    SEEN['hits'] += 1
+    return ended(child(start, folder)) == 0
+
+
+def killed_while_writing(name, folder, rng):
+    "One writer is killed while it writes, at a random moment."
+    writer, ours, theirs = WRITERS[name], *os.pipe()
+
+    def make(folder):
+        writer.make(folder)
+
+    def content(folder):
+        digest = hashlib.sha256(repr(writer.content(folder/'there')).encode())
+        (folder/'content').write_text(digest.hexdigest())
+
+    def again(folder, pipe):
+        writer.again(folder, lambda: os.write(pipe, b'.'))
+        os.write(pipe, b'.')
+
+    def content_there():
+        code = ended(child(content, folder))
+        return (folder/'content').read_text() if code == 0 else None
+
+    def written(pid, seconds=None):
+        "Seconds from its beginning to its end, or to a kill after so many."
+        os.read(ours, 1)
+        start = time.time()
+        if seconds is None:
+            os.read(ours, 1)
+        else:
+            time.sleep(seconds)
+            SEEN['while writing'] += bool(half_written_beside(folder/'there'))
+            os.kill(pid, signal.SIGKILL)
+        ended(pid)
+        return time.time() - start
+
+    there = folder/'there'
+    there.mkdir()
+    ended(child(make, there))
+    old = content_there()
+    shutil.copytree(there, folder/'kept')
+    seconds = written(child(again, there, theirs))
+    new = content_there()
+    shutil.rmtree(there)
+    (folder/'kept').rename(there)
+    written(child(again, there, theirs), rng.uniform(0, seconds))
+    SEEN['hits'] += 1
+    found = content_there()
+    if found is None or found not in (old, new):
+        (folder/'error').write_text(f'{name}: half written')
+        return False
+    ended(child(again, there, theirs))
+    os.close(ours)
+    os.close(theirs)
+    left = [file.name for file in half_written_beside(there)]
+    if left:
+        (folder/'error').write_text(f'{name}: {left} are left')
+    return not left
+
+
+# two processes, one folder
+
+class Steps(Callback):
+    "Counts the batches that are trained on, and keeps a digest of the weights at each end of an epoch's training."
+    def __init__(self):
+        self.n, self.digests = 0, []
+
+    def before_batch(self):
+        self.n += self.training
+
+    def after_train(self):
+        self.digests.append(digest_of(self.learn.model.state_dict()))
+
+
+def digest_of(state) -> str:
+    h = hashlib.sha256()
+    for k, v in state.items():
+        h.update(k.encode())
+        h.update(v.numpy().tobytes())
+    return h.hexdigest()
+
+
+def reported_run(folder, fit_it, seed):
+    "A run whose files may be another's, too: what it reports."
+    learn, steps, error = learner(folder, seed), Steps(), None
+    try:
+        fit_it(learn, steps)
+    except (RuntimeError, ValueError) as e:
+        error = str(e)
+    (folder/'report').write_text(json.dumps({'error': error, 'steps': steps.n, 'members': steps.digests}))
+
+
+def both(folder, rng, fit_it) -> list[dict]:
+    "Two processes run `fit_it(learn, steps)`, the second one a random time after the first; what they report."
+    runs = [folder/'first', folder/'second']
+    pids = []
+    for seed, own in enumerate(runs):
+        own.mkdir()
+        pids.append(child(reported_run, own, fit_it, seed))
+        if seed == 0 and rng.random() < .7:    # else at once
+            time.sleep(rng.uniform(0, .7 * WHOLE['seconds']))
+    if any(ended(pid) for pid in pids):
+        raise RuntimeError('a run has not reported')
+    SEEN['hits'] += 1
+    return [json.loads((own/'report').read_text()) for own in runs]
+
+
+def snapshots_of_two(folder, rng):
+    "`fit_snapshots` twice with one folder."
+    shared = folder/'snapshots'
+
+    def fit_it(learn, steps):
+        with learn.no_bar():
+            learn.fit_snapshots(EPOCHS, 1, 1e-2, folder=shared, cbs=steps)
+
+    reports = both(folder, rng, fit_it)
+    good = [report for report in reports if report['error'] is None]
+    refused = [report for report in reports if report['error'] and report['steps'] == 0 and str(shared) in report['error']]
+    names = json.loads((shared/'index.json').read_text())['files']
+    members = [digest_of(torch.load(shared/name, weights_only=True)) for name in names]
+    said = [(report['error'], report['steps']) for report in reports]
+    (folder/'error').write_text(f'(error, steps) of the two: {said}; members are those of {[r["members"] == members for r in reports]}')
+    return len(good) == len(refused) == 1 and good[0]['members'] == members and not list(shared.glob('*.lock'))
+
+
+def checkpoints_of_two(folder, rng):
+    "Two fits with one checkpoint, from the same seed; the second is refused, or comes when the first is over."
+    def fit_it(learn, steps):
+        set_seed(0)
+        fit(learner(learn.path, 0), [steps], folder/'run.ckpt')
+
+    reports = both(folder, rng, fit_it)
+    (folder/'error').write_text(str([(report['error'], report['steps']) for report in reports]))
+    good = [report['members'] for report in reports if report['error'] is None]
+    others = [report for report in reports if report['error'] is not None]
+    refused = [report for report in others if 'another run is using' in report['error'] and report['steps'] == 0]
+    return bool(good) and good == [WHOLE['members']] * len(good) and len(refused) == len(others) and not list(folder.glob('run.ckpt*'))
+
+
+@dataclass
+class Row:
+    "A fault, and how often it is tried."
+    name: str
+    cases: list[Callable]    # each does it once, in an empty folder, and returns whether the run survived
+    seen: str = ''    # what the name of the row says besides, of what was counted
+
+
+KILLS = Row('kill -9 at random moments', [killed], '{hits} kills, {while writing} of them while writing')
+FAULTS = [
+    KILLS,
+    Row('Ctrl-C at random moments', [interrupted]),
+    Row('disk full', [disk_full]),
+    Row('read-only folder', [read_only]),
+    Row('loader worker killed', [worker_dies]),
+    Row('exception in a metric', [metric_raises]),
+    Row('NaN loss', [nan_loss]),
+    Row('out of memory in the batch-norm pass', [out_of_memory]),
+    Row('two runs on one path', [two_runs]),
+    Row('damaged or truncated file', [spoiled_file]),
+    Row('Ctrl-C while averaging', [interrupted_averaging], '{hits} met the fit, {while averaging} of them the averaging'),
+    Row('two Ctrl-Cs in a row', [interrupted_twice], '{hits} met the fit, {while averaging} of them the averaging'),
+    Row('full disk in each writer', [partial(written_on_full_disk, name) for name in WRITERS]),
+    Row('kill -9 in each writer', [partial(killed_while_writing, name) for name in WRITERS], '{while writing} with a half-written file'),
+    Row('two processes on one folder', [snapshots_of_two, checkpoints_of_two]),
+]
+
+
+def prepare(base):
+    "What the runs are compared with: those that nothing happens to."
+    (base/'whole').mkdir()
+    steps = Steps()
+    start = time.time()
+
+    def whole(folder, seed):
+        run(folder, seed, [steps])
+        (folder/'members').write_text(json.dumps(steps.digests))
+
+    assert ended(child(whole, base/'whole', 0)) == 0, (base/'whole'/'error').read_text()
+    WHOLE.update(digest=(base/'whole'/'done').read_text(), seconds=time.time() - start)
+    WHOLE['members'] = json.loads((base/'whole'/'members').read_text())
+    assert ended(child(all_points, base/'whole')) == 0, (base/'whole'/'error').read_text()
+    WHOLE['points'] = base/'whole'/'points'
+    # folds and passes take at least as long as the steps
+    WHOLE['seconds in small steps'] = 2 * torch.load(WHOLE['points'])['seconds']
+
+
+def tried(row, base, rng, kills, times, say) -> tuple:
+    "Do what `row` says; (name, tried, survived, lost)."
+    SEEN.clear()
+    n = survived = 0
+    while SEEN['hits'] < kills if row is KILLS else n < times * len(row.cases):
+        case = row.cases[n % len(row.cases)]
+        folder = base/'run'
+        folder.mkdir()
+        kept = case(folder, rng)
+        if not kept:
+            say(f'lost: {row.name} {n}', (folder/'error').read_text() if (folder/'error').exists() else '')
+        n += 1
+        survived += kept
+        shutil.rmtree(folder)
+    seen = row.seen.format_map(SEEN)    # a Counter has 0 for what was not met
+    return (f'{row.name}: {seen}' if seen else row.name), n, survived, n - survived
+
+
+def measure(kills=100, times=10, seed=0, say=print, only=''):
+    "Rows (fault, tried, survived, lost), of those whose name contains `only`."
     torch.set_num_threads(1)
     base, rng, rows = Path(tempfile.mkdtemp()), random.Random(seed), []
     base.chmod(0o755)
     try:
-        (base/'whole').mkdir()
-        start = time.time()
-        assert ended(child(run, base/'whole', 0)) == 0, (base/'whole'/'error').read_text()
-        WHOLE.update(digest=(base/'whole'/'done').read_text(), seconds=time.time() - start)
-        for name, fault in FAULTS.items():
-            counts, tried, survived = {'kills': 0, 'while writing': 0}, 0, 0
-            while counts['kills'] < kills if fault is killed else tried < times:
-                folder = base/f'{fault.__name__}{tried}'
-                folder.mkdir()
-                kept = fault(folder, rng, counts=counts) if fault is killed else fault(folder, rng)
-                if not kept: say(f'lost: {name} {tried}', (folder/'error').read_text() if (folder/'error').exists() else '')
-                tried, survived = tried + 1, survived + kept
-                shutil.rmtree(folder)
-            if fault is killed: name = f'{name}: {counts["kills"]} kills, {counts["while writing"]} of them while writing'
-            rows.append((name, tried, survived, tried - survived))
-            say('| {} | {} | {} | {} |'.format(*rows[-1]))
-    finally: shutil.rmtree(base, ignore_errors=True)
+        prepare(base)
+        for row in FAULTS:
+            if only in row.name:
+                rows.append(tried(row, base, rng, kills, times, say))
+                say('| {} | {} | {} | {} |'.format(*rows[-1]))
+    finally:
+        shutil.rmtree(base, ignore_errors=True)
     return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--kills', type=int, default=100)
-    parser.add_argument('--times', type=int, default=10, help='tries of each other fault')
+    parser.add_argument('--times', type=int, default=10, help='tries of each other fault, and of each writer')
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--only', default='', metavar='TEXT', help='the faults whose name contains it')
     parser.add_argument('--json', type=Path, help='write the rows there too')
     args = parser.parse_args()
     print('| fault | runs tried | survived | lost |\n|---|---|---|---|', flush=True)
-    rows = measure(args.kills, args.times, args.seed, lambda *a: print(*a, flush=True))
-    if args.json: args.json.write_text(json.dumps({'rows': rows, 'whole_run_seconds': WHOLE['seconds'], 'torch': torch.__version__}, indent=1))
+    rows = measure(args.kills, args.times, args.seed, lambda *a: print(*a, flush=True), args.only)
+    if args.json:
+        found = {'rows': rows, 'whole_run_seconds': WHOLE['seconds'], 'torch': torch.__version__}
+        args.json.write_text(json.dumps(found, indent=1))
     sys.exit(any(lost for *_, lost in rows))
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()
