@@ -3,18 +3,21 @@
     python benchmarks/faults.py              # 100 kills and the other faults; some minutes on two cores
     python benchmarks/faults.py --kills 5 --times 1
 
-Each run is a process of its own. After a fault the same call is made again, in a new process with other weights, another order of the
-data and another random state, until it ends. It *survived* if it then ended bitwise as the run that nothing happened to (weights,
-optimizer, average with its batch norm, columns, losses, learning rates, random states) and no file was ever half written; where the
-fault is one to refuse, if it was refused in one sentence and nothing else was touched. Everything else is *lost*.
+Each run is a process of its own. After a fault the same call is made again, in a new process with other
+weights, another order of the data and another random state, until it ends. It *survived* if it then ended
+bitwise as the run that nothing happened to (weights, optimizer, average with its batch norm, columns, losses,
+learning rates, random states) and no file was ever half written; where the fault is one to refuse, if it was
+refused in one sentence and nothing else was touched. Everything else is *lost*.
 
-- Ctrl-C while averaging, every step being folded: survived if the learner holds weights that the undisturbed fit passed through, each tensor
-  those before or after the step under way; if the average is the mean of as many of those weights as it says; if it can be used; and if
-  callbacks, hooks and the learner serve another fit.
-- Each writer of the package (`writers.py`): survived if what was there before is there bitwise, nothing else was left, and one `OSError`, or
-  in a fit one warning, names the file; killed in the middle, if there is the old or the new, and the next write leaves nothing else.
-- Two processes with one folder: survived if what is in the folder at the end is what the one process that reports success has trained, and
-  the other was refused before its first step.
+- Ctrl-C while averaging, every step being folded: survived if the learner holds weights that the undisturbed
+  fit passed through, each tensor those before or after the step under way; if the average is the mean of as
+  many of those weights as it says; if it can be used; and if callbacks, hooks and the learner serve another
+  fit.
+- Each writer of the package (`writers.py`): survived if what was there before is there bitwise, nothing else
+  was left, and one `OSError`, or in a fit one warning, names the file; killed in the middle, if there is the
+  old or the new, and the next write leaves nothing else.
+- Two processes with one folder: survived if what is in the folder at the end is what the one process that
+  reports success has trained, and the other was refused before its first step.
 """
 import argparse
 import contextlib
@@ -69,11 +72,12 @@ def learner(folder, seed, num_workers=0, metrics=None):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(600, 32, generator=g)
     samples = list(zip(x, (x @ torch.randn(32, 4, generator=g)).argmax(1)))
-    dls = DataLoaders(DataLoader(Samples(samples[:500]), bs=32, shuffle=True, num_workers=num_workers), DataLoader(samples[500:], bs=64),
-                      device='cpu')
+    train = DataLoader(Samples(samples[:500]), bs=32, shuffle=True, num_workers=num_workers)
+    dls = DataLoaders(train, DataLoader(samples[500:], bs=64), device='cpu')
     model = nn.Sequential(nn.Linear(32, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Dropout(.1),
                           nn.Linear(256, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 4))
-    return Learner(dls, model, CrossEntropyLossFlat(), opt_func=Adam, metrics=metrics or [AvgMetric(accuracy)], path=folder)
+    metrics = metrics or [AvgMetric(accuracy)]
+    return Learner(dls, model, CrossEntropyLossFlat(), opt_func=Adam, metrics=metrics, path=folder)
 
 
 def accuracy(preds, targets): return (preds.argmax(1) == targets).float().mean()
@@ -81,7 +85,9 @@ def accuracy(preds, targets): return (preds.argmax(1) == targets).float().mean()
 
 def fit(learn, cbs=(), path='run.ckpt'):
     swa = SWACallback(2)
-    with learn.no_bar(): learn.fit_one_cycle(EPOCHS, 1e-2, cbs=[swa, SaveModelCallback('accuracy'), CheckpointCallback(learn.path/path), *cbs])
+    cbs = [swa, SaveModelCallback('accuracy'), CheckpointCallback(learn.path/path), *cbs]
+    with learn.no_bar():
+        learn.fit_one_cycle(EPOCHS, 1e-2, cbs=cbs)
     return swa
 
 
@@ -96,8 +102,11 @@ def digest(learn, swa) -> str:
     for s in learn.opt.state_dict()['state']:
         for k, v in s.items(): add(k), add(v)
     rows = [list(row) for row in learn.recorder.values]
-    add([rows, list(map(float, learn.recorder.losses)), list(map(float, learn.recorder.lrs)), swa.averaged_epochs, random.getstate()])
-    add(torch.get_rng_state()), add(np.random.get_state()[1].tolist()), add(learn.dls.train.rng.getstate())    # noqa: NPY002
+    add([rows, list(map(float, learn.recorder.losses)), list(map(float, learn.recorder.lrs)), swa.averaged_epochs])
+    add(random.getstate())
+    add(torch.get_rng_state())
+    add(np.random.get_state()[1].tolist())    # noqa: NPY002
+    add(learn.dls.train.rng.getstate())
     return h.hexdigest()
 
 
@@ -124,7 +133,7 @@ def ended(pid) -> int: return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def run(folder, seed, cbs=(), **kwargs):
-    "The run itself; leaves its digest when it ends. `seed` counts where there is a checkpoint, else the run begins as all do."
+    "Leaves its digest when it ends. `seed` counts where there is a checkpoint, else the run begins as all do."
     learn = learner(folder, seed if (folder/'run.ckpt').exists() else 0, **kwargs)
     swa = fit(learn, cbs)
     (folder/'done').write_text(digest(learn, swa))
@@ -151,14 +160,14 @@ def finish(folder, seed=1000) -> bool:
     return code == 0 and not left and (folder/'done').read_text() == WHOLE['digest']
 
 
-WHOLE = {}    # the digest and the seconds of the run that nothing happens to; of the one in small steps, the file of all its weights
+WHOLE = {}    # of the runs that nothing happens to: digest, seconds, and the file of the weights after each step
 SEEN = Counter()    # of the row under way: faults that were done, and where they met the run
 
 
 # the faults: each does it once, in an empty folder, and returns whether the run survived
 
 def killed(folder, rng, signal=signal.SIGKILL, most=4):
-    "Kill at random moments, every other one while a checkpoint is being written, up to `most` times in a row; then let it end."
+    "Kill up to `most` times at random moments, every other one while a checkpoint is written; then let it end."
     for i in range(rng.randint(1, most)):
         pid = child(run, folder, i)
         end = time.time() + rng.uniform(0, 1.2 * WHOLE['seconds'])
@@ -206,7 +215,7 @@ def disk_full(folder, rng):
 
 
 def read_only(folder, rng):
-    "A folder that cannot be written is refused in one sentence before the first epoch; as another user, if we are the administrator."
+    "A folder that cannot be written is refused in one sentence before the first epoch; as another user than root."
     folder.chmod(0o555)
     def start(parent, seed):
         if os.getuid() == 0: os.setuid(65534)
@@ -247,7 +256,7 @@ def metric_raises(folder, rng):
 
 
 def nan_loss(folder, rng):
-    "The loss turns NaN: the fit stops, the average of the epochs before stays of use, the checkpoint keeps the last good epoch."
+    "The loss turns NaN: the fit stops, the average so far stays of use, the checkpoint keeps the last good epoch."
     epoch, batch = rng.randrange(3, EPOCHS), rng.randrange(10)
     def spoil(learn): next(learn.model.parameters()).data.fill_(float('nan'))
     def start(folder, seed):
@@ -262,7 +271,7 @@ def nan_loss(folder, rng):
 
 
 def out_of_memory(folder, rng):
-    "The batch-norm pass runs out of memory: the learner keeps its own weights and statistics, and the run can be made again."
+    "The batch-norm pass runs out of memory: the learner keeps weights and statistics, the run can be made again."
     epoch, batch = rng.randrange(2, EPOCHS), rng.randrange(10)
     def start(folder, seed):
         learn = learner(folder, seed)
@@ -271,10 +280,12 @@ def out_of_memory(folder, rng):
             def after_train(self): kept.update({k: v.clone() for k, v in self.learn.model.state_dict().items()})
             def before_batch(self):
                 in_pass = not self.training and self.learn.dl.dataset is self.learn.dls.train.dataset
-                if in_pass and self.learn.recorder.log[0] == epoch and self.iter == batch: raise torch.OutOfMemoryError('CUDA out of memory')
+                if in_pass and self.learn.recorder.log[0] == epoch and self.iter == batch:
+                    raise torch.OutOfMemoryError('CUDA out of memory')
         try: fit(learn, [Memory()])
         except torch.OutOfMemoryError:
-            if not all(torch.equal(v, kept[k]) for k, v in learn.model.state_dict().items()): raise RuntimeError('weights changed')
+            if not all(torch.equal(v, kept[k]) for k, v in learn.model.state_dict().items()):
+                raise RuntimeError('weights changed')
             return
         raise RuntimeError('no fault')
     return ended(child(start, folder, 0)) == 0 and finish(folder)
@@ -309,7 +320,8 @@ def spoiled_file(folder, rng):
     (folder/'run.ckpt').write_bytes(data)
     code = ended(child(run, folder, 1))
     if code == 0: return (folder/'done').read_text() == WHOLE['digest']    # the bit was one that nothing depends on
-    refused = 'is damaged, or it is no checkpoint' in (folder/'error').read_text() and (folder/'run.ckpt').read_bytes() == bytes(data)
+    refused = 'is damaged, or it is no checkpoint' in (folder/'error').read_text()
+    refused = refused and (folder/'run.ckpt').read_bytes() == bytes(data)
     (folder/'run.ckpt').write_bytes(good)
     return refused and finish(folder)
 
@@ -319,29 +331,39 @@ def spoiled_file(folder, rng):
 N_EPOCHS = 4    # of the fit in small steps
 
 
+class ManyTensors(nn.Module):
+    "So many that putting them back takes as long as two Ctrl-Cs are apart; some batch norm for the passes."
+    def __init__(self):
+        super().__init__()
+        blocks = [layer for _ in range(20) for layer in (nn.Linear(8, 8), nn.BatchNorm1d(8))]
+        self.layers = nn.Sequential(*blocks, nn.Linear(8, 3))
+        self.many = nn.ParameterList(nn.Parameter(torch.randn(3)) for _ in range(2_000))
+
+    def forward(self, x):
+        return self.layers(x) + 20 * torch.stack(list(self.many)).mean(0)
+
+
 def many_tensors(folder) -> Learner:
-    "A learner whose time goes into its 640 tensors: in folds, and in passes through its batch norm."
     set_seed(0)
     samples = [(torch.randn(8), torch.tensor(i % 3)) for i in range(96)]
-    blocks = [layer for _ in range(80) for layer in (nn.Linear(8, 8), nn.BatchNorm1d(8))]
     dls = DataLoaders(DataLoader(samples[:64], bs=16, shuffle=True), DataLoader(samples[64:], bs=16), device='cpu')
     plain_sgd = partial(SGD, mom=0.)    # a step changes each tensor once
-    return Learner(dls, nn.Sequential(*blocks, nn.Linear(8, 3)), CrossEntropyLossFlat(), opt_func=plain_sgd, wd=0., path=folder)
+    return Learner(dls, ManyTensors(), CrossEntropyLossFlat(), opt_func=plain_sgd, wd=0., path=folder)
 
 
 class Points(Callback):
-    "The state dicts after each optimizer step, after the start."
+    "All that the model holds after each optimizer step, after the start: a vector a step."
     order = -100
 
     def __init__(self, learn):
-        self.states = [copied_state(learn)]
+        self.vectors = [vector_of(learn.model.state_dict())]
 
     def after_step(self):
-        self.states.append(copied_state(self.learn))
+        self.vectors.append(vector_of(self.learn.model.state_dict()))
 
 
-def copied_state(learn) -> dict:
-    return {k: v.clone() for k, v in learn.model.state_dict().items()}
+def vector_of(state) -> torch.Tensor:
+    return torch.cat([v.flatten().double() for v in state.values()])    # float32 and counts, exactly
 
 
 def all_points(folder):
@@ -351,7 +373,7 @@ def all_points(folder):
     start = time.time()
     with learn.no_bar():
         learn.fit(N_EPOCHS, .05, cbs=points)
-    torch.save({'states': points.states, 'seconds': time.time() - start}, folder/'points')
+    torch.save({'vectors': points.vectors, 'seconds': time.time() - start}, folder/'points')
 
 
 def averaged_until_interrupted(folder, pipe):
@@ -369,27 +391,36 @@ def averaged_until_interrupted(folder, pipe):
     except KeyboardInterrupt as e:
         package = str(Path(fastai_swa.__file__).parent)
         met = any(frame.f_code.co_filename.startswith(package) for frame, _ in traceback.walk_tb(e.__traceback__))
-    wrong = list(wrong_after(learn, swa, len(points.states) - 1))
-    (folder/'found').write_text(json.dumps({'interrupted': met is not None, 'while averaging': bool(met), 'wrong': wrong}))
+    if not met:
+        torch.set_grad_enabled(True)    # two interruptions of fastai's own validation may leave it off
+    wrong = list(wrong_after(learn, swa, len(points.vectors) - 1))
+    found = {'interrupted': met is not None, 'while averaging': bool(met), 'wrong': wrong}
+    (folder/'found').write_text(json.dumps(found))
 
 
 def wrong_after(learn, swa, n_steps):
     "What is not as it must be after an interruption in the fit in small steps, after at least `n_steps` of them."
-    states = torch.load(WHOLE['points'])['states']
-    own, at = copied_state(learn), states[n_steps:n_steps + 2]
-    mixed = [k for k, v in own.items() if not any(torch.equal(v, state[k]) for state in at)]
-    if mixed:
-        yield f'{len(mixed)} of {len(own)} tensors of the learner are not its own, such as {mixed[0]}'
+    vectors = torch.load(WHOLE['points'])['vectors']
+    own = vector_of(learn.model.state_dict())
+    sizes = [v.numel() for v in learn.model.state_dict().values()]
+    before_and_after = [vector.split(sizes) for vector in vectors[n_steps:n_steps + 2]]
+    of_fit = [any(torch.equal(v, state) for state in states) for v, *states in zip(own.split(sizes), *before_and_after)]
+    if not all(of_fit):
+        yield f'{of_fit.count(False)} of {len(sizes)} tensors of the learner are not its own'
+    if not torch.is_grad_enabled():
+        yield 'no gradients are computed any more'
+        torch.set_grad_enabled(True)
     wrong_runs = [cb.name for cb in learn.cbs if not cb.run]
     if wrong_runs:
         yield f'{wrong_runs} have run=False'
     if any(m._forward_hooks or m._forward_pre_hooks for m in learn.model.modules()):
         yield 'hooks are left on the model'
     if swa.n_averaged:
-        yield from wrong_average(learn, swa, states)
-        if any(not torch.equal(v, own[k]) for k, v in learn.model.state_dict().items()):
+        yield from wrong_average(learn, swa, vectors[1:swa.n_averaged + 1])
+        if not torch.equal(vector_of(learn.model.state_dict()), own):
             yield 'using the average has changed the learner'
-    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, SWACallback | Points)])    # fastai's own tidying may be cut short
+    # fastai's own tidying may be cut short
+    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, SWACallback | Points)])
     again = SWACallback(0, every=1)
     with learn.no_bar():
         learn.fit(1, .05, cbs=again)
@@ -397,16 +428,20 @@ def wrong_after(learn, swa, n_steps):
         yield f'the next fit averages {again.n_averaged} points, not 4'
 
 
-def wrong_average(learn, swa, states):
-    points = states[1:swa.n_averaged + 1]
+def wrong_average(learn, swa, points):
+    "What is not as it must be with an average that claims to be the mean of `points`, but for its batch norm."
+    if len(points) < swa.n_averaged:
+        yield f'{swa.n_averaged} points are claimed, and there were {len(points)}'
+    mean = torch.stack(points).mean(0)
     average = swa.swa_model.state_dict()
-    for k, _ in learn.model.named_parameters():
-        mean = sum(state[k].double() for state in points) / len(points)
-        if len(points) < swa.n_averaged or not torch.allclose(average[k].double(), mean, rtol=1e-5, atol=1e-6):
-            yield f'{k} is not the mean of the {swa.n_averaged} points it claims'
-            break
+    names = dict(learn.model.named_parameters())
+    means = zip(average, mean.split([v.numel() for v in average.values()]))
+    distances = {k: (average[k].flatten().double() - v).abs().max() for k, v in means if k in names}
+    far = [k for k, distance in distances.items() if distance > 1e-5]
+    if far:
+        yield f'{len(far)} parameters, such as {far[0]}, are not the mean of the {swa.n_averaged} points claimed'
     with swa.averaged():
-        if any(not torch.equal(p, average[k]) for k, p in learn.model.named_parameters()):
+        if any(not torch.equal(p, average[k]) for k, p in names.items()):
             yield 'averaged() lends something else'
         if not np.isfinite(learn.validate()[0]):
             yield 'the average cannot be validated'
@@ -504,8 +539,9 @@ def killed_while_writing(name, folder, rng):
         writer.make(folder)
 
     def content(folder):
-        digest = hashlib.sha256(repr(writer.content(folder/'there')).encode())
-        (folder/'content').write_text(digest.hexdigest())
+        found = writer.content(folder/'there')
+        digests = {part: hashlib.sha256(repr(o).encode()).hexdigest() for part, o in found.items()}
+        (folder/'content').write_text(json.dumps(digests))
 
     def again(folder, pipe):
         writer.again(folder, lambda: os.write(pipe, b'.'))
@@ -513,7 +549,7 @@ def killed_while_writing(name, folder, rng):
 
     def content_there():
         code = ended(child(content, folder))
-        return (folder/'content').read_text() if code == 0 else None
+        return json.loads((folder/'content').read_text()) if code == 0 else {}
 
     def written(pid, seconds=None):
         "Seconds from its beginning to its end, or to a kill after so many."
@@ -540,7 +576,7 @@ def killed_while_writing(name, folder, rng):
     written(child(again, there, theirs), rng.uniform(0, seconds))
     SEEN['hits'] += 1
     found = content_there()
-    if found is None or found not in (old, new):
+    if found.keys() != old.keys() or not all(found[part] in (old[part], new[part]) for part in old):
         (folder/'error').write_text(f'{name}: half written')
         return False
     ended(child(again, there, theirs))
@@ -609,11 +645,12 @@ def snapshots_of_two(folder, rng):
 
     reports = both(folder, rng, fit_it)
     good = [report for report in reports if report['error'] is None]
-    refused = [report for report in reports if report['error'] and report['steps'] == 0 and str(shared) in report['error']]
+    others = [report for report in reports if report['error'] is not None]
+    refused = [report for report in others if report['steps'] == 0 and str(shared) in report['error']]
     names = json.loads((shared/'index.json').read_text())['files']
     members = [digest_of(torch.load(shared/name, weights_only=True)) for name in names]
-    said = [(report['error'], report['steps']) for report in reports]
-    (folder/'error').write_text(f'(error, steps) of the two: {said}; members are those of {[r["members"] == members for r in reports]}')
+    said = [(report['error'], report['steps'], report['members'] == members) for report in reports]
+    (folder/'error').write_text(f'error, steps, whether the members are its own: {said}')
     return len(good) == len(refused) == 1 and good[0]['members'] == members and not list(shared.glob('*.lock'))
 
 
@@ -628,7 +665,8 @@ def checkpoints_of_two(folder, rng):
     good = [report['members'] for report in reports if report['error'] is None]
     others = [report for report in reports if report['error'] is not None]
     refused = [report for report in others if 'another run is using' in report['error'] and report['steps'] == 0]
-    return bool(good) and good == [WHOLE['members']] * len(good) and len(refused) == len(others) and not list(folder.glob('run.ckpt*'))
+    all_good = bool(good) and all(members == WHOLE['members'] for members in good)
+    return all_good and len(refused) == len(others) and not list(folder.glob('run.ckpt*'))
 
 
 @dataclass
@@ -639,6 +677,7 @@ class Row:
     seen: str = ''    # what the name of the row says besides, of what was counted
 
 
+AVERAGING = '{hits} met the fit, {while averaging} of them the averaging'
 KILLS = Row('kill -9 at random moments', [killed], '{hits} kills, {while writing} of them while writing')
 FAULTS = [
     KILLS,
@@ -651,10 +690,11 @@ FAULTS = [
     Row('out of memory in the batch-norm pass', [out_of_memory]),
     Row('two runs on one path', [two_runs]),
     Row('damaged or truncated file', [spoiled_file]),
-    Row('Ctrl-C while averaging', [interrupted_averaging], '{hits} met the fit, {while averaging} of them the averaging'),
-    Row('two Ctrl-Cs in a row', [interrupted_twice], '{hits} met the fit, {while averaging} of them the averaging'),
+    Row('Ctrl-C while averaging', [interrupted_averaging], AVERAGING),
+    Row('two Ctrl-Cs in a row', [interrupted_twice], AVERAGING),
     Row('full disk in each writer', [partial(written_on_full_disk, name) for name in WRITERS]),
-    Row('kill -9 in each writer', [partial(killed_while_writing, name) for name in WRITERS], '{while writing} with a half-written file'),
+    Row('kill -9 in each writer', [partial(killed_while_writing, name) for name in WRITERS],
+        '{while writing} half-way'),
     Row('two processes on one folder', [snapshots_of_two, checkpoints_of_two]),
 ]
 

@@ -1,7 +1,7 @@
 """Every writer of the package: what lies there before, how it is made to write over it, and how that is read again.
 
-`faults.py` tries each of them on a full disk and kills it in the middle. What CheckpointCallback does in a fit has rows of its
-own there.
+`faults.py` tries each of them on a full disk and kills it in the middle. What CheckpointCallback does in a fit
+has rows of its own there.
 """
 import shutil
 from collections.abc import Callable
@@ -31,7 +31,7 @@ RESULTS = Path(__file__).resolve().parents[1]/'results'
 class Writer:
     make: Callable    # make(folder): what it leaves there is complete, and old
     again: Callable    # again(folder, begin): write something new over it; `begin()` comes right before
-    content: Callable    # content(folder): what is there, to be compared with ==; raises where it is damaged
+    content: Callable    # content(folder): what is there, by the parts that are replaced; raises where it is damaged
     limits: Callable    # limits(sizes of the old files): the greatest sizes of a file at which the new ones do not fit
 
 
@@ -152,8 +152,8 @@ def record(folder, begin=lambda: None):
     Record(RECIPES['ensembles-digits'], 0, folder, Settings(), {'kind': 'digits'}, threads=1)
 
 
-def sessions(folder) -> int:
-    return len(read_record(folder/'seed-0.json')['sessions'])
+def sessions(folder) -> dict:
+    return {'number': len(read_record(folder/'seed-0.json')['sessions'])}
 
 
 def old_report(name):
@@ -187,27 +187,28 @@ def _of(f, content, limits=below_all) -> Writer:
 # how it is read
 
 def state_at(*path):
-    return lambda folder: state_of(folder.joinpath(*path))
+    return lambda folder: {'state': state_of(folder.joinpath(*path))}
 
 
 def values_at(name):
-    return lambda folder: Surface.load(folder/name).values['norm'].tobytes()    # nan is not equal to itself
+    return lambda folder: {'values': Surface.load(folder/name).values['norm'].tolist()}
 
 
 def members_at(name):
-    return lambda folder: [state_of(file) for file in Ensemble(folder/name, learner(folder, 0)).members]
+    "All of them together: those of two ensembles must not mix."
+    return lambda folder: {'members': [state_of(file) for file in Ensemble(folder/name, learner(folder, 0)).members]}
 
 
-def checkpoint(folder):
-    return files.read(folder/'run.ckpt', 'checkpoint', 1)['x'].tolist()
+def checkpoint(folder) -> dict:
+    return {'x': files.read(folder/'run.ckpt', 'checkpoint', 1)['x'].tolist()}
 
 
-def bends(folder):
-    return [t.tolist() for t in files.read(folder/'curve.pth', 'curve', 1)['bends']]
+def bends(folder) -> dict:
+    return {'bends': [t.tolist() for t in files.read(folder/'curve.pth', 'curve', 1)['bends']]}
 
 
-def picture(folder):
-    return (folder/'demo.png').read_bytes()
+def picture(folder) -> dict:
+    return {'picture': (folder/'demo.png').read_bytes()}
 
 
 def reported(folder) -> dict:

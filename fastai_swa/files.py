@@ -28,12 +28,13 @@ _LOCK = '.fastai_swa.lock'
 
 @contextmanager
 def replacing(file: Path):
-    """A binary handle; what is written to it replaces `file` in one step at the end. Until then, and after any error, `file` is as before.
+    """A binary handle; what is written to it replaces `file` in one step at the end. On any error `file` stays as it was.
 
-    - It is written beside `file` under a name that no other process or thread uses: two that write the same file never mix, the last one wins.
+    - It is written beside `file` under a name that no other process or thread uses: two that write the same
+      file never mix, the last one wins.
     - The mode of `file` is kept. Where it is a symbolic link, it stays one, and the file that it points to is replaced.
-    - A writer that is killed leaves what it has half written. The next one to write the same file removes that; a living writer's is known by
-      a lock on it. Where files cannot be locked, it stays.
+    - A writer that is killed leaves what it has half written. The next one to write the same file removes that;
+      a living writer's is known by a lock on it. Where files cannot be locked, it stays.
 
     Raises `OSError`, naming `file`, if it cannot be written.
     """
@@ -51,7 +52,7 @@ def replacing(file: Path):
                 new.flush()
                 os.fsync(new.fileno())
                 if os.name != 'posix':
-                    new.close()    # Windows renames no open file; elsewhere the lock on it is held until it has its name
+                    new.close()    # Windows renames no open file; elsewhere it is locked until it has its name
                 os.replace(new.name, target)
             with suppress(OSError):
                 _sync_folder(target.parent)    # the renaming itself; not every file system can
@@ -67,24 +68,24 @@ def replacing(file: Path):
 
 
 def save_weights(file: Path, weights: dict):
-    "Replace `file` by a state dict in one step, as `torch.save` writes it. Raises `OSError`, naming `file`, if it cannot be written."
+    "Replace `file` by a state dict, as `torch.save` writes it, in one step. Raises `OSError` if it cannot be done."
     with replacing(file) as f:
         torch.save(weights, f)
 
 
 def write(file: Path, kind: str, version: int, content: dict):
-    "Replace `file` by `content` in one step: whatever happens, there is the old one or the new. Raises `OSError` if it cannot be done."
+    "Replace `file` by `content`, as `read` reads it, in one step. Raises `OSError` if it cannot be done."
     save_weights(file, {'format': f'fastai_swa {kind}', 'version': version, **content})
 
 
 def write_text(file: Path, text: str):
-    "Replace `file` by `text` in one step. Raises `OSError`, naming `file`, if it cannot be written."
+    "Replace `file` by `text` in one step. Raises `OSError` if it cannot be done."
     with replacing(file) as f:
         f.write(text.encode())
 
 
 def _mode(target: Path) -> int | None:
-    "The mode of the file that is to be replaced; `None`: there is none. Raises `OSError` for what is no file, such as a folder or a device."
+    "The mode of the file that is to be replaced; `None`: there is none. Raises `OSError` for a folder, a device ..."
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:
@@ -141,7 +142,7 @@ def _sync_folder(folder):
 
 
 def _cause(e: Exception, handled: BaseException | None) -> BaseException:
-    """What `e` was raised for: Ctrl-C and the like, which an error of the closing may hide; else what is behind a RuntimeError.
+    """What `e` was raised for: Ctrl-C and the like, which an error of closing may hide; else what a RuntimeError hides.
 
     `handled`, and what came before it, has nothing to do with it.
     """
@@ -162,7 +163,7 @@ def _first_line(e) -> str:
 # reading
 
 def read(file: Path, kind: str, version: int) -> dict:
-    "What `write` wrote. Raises `ValueError` if `file` is damaged, of another kind or of a newer version than `version`; it is only read."
+    "What `write` wrote. Raises `ValueError` if `file` is damaged, of another kind or newer than `version`."
     try:
         with zipfile.ZipFile(file) as z:
             damaged = z.testzip()    # torch.load does not look at the checksums
@@ -175,8 +176,8 @@ def read(file: Path, kind: str, version: int) -> dict:
     if not isinstance(saved, dict) or saved.get('format') != f'fastai_swa {kind}':
         raise ValueError(f'{file} is damaged, or it is no {kind} of fastai_swa. {advice}')
     if saved['version'] > version:
-        raise ValueError(f'{file} was written by a newer fastai_swa (format {saved["version"]}, this one reads {version}). '
-                         f'{advice}, or update')
+        versions = f'format {saved["version"]}, this one reads {version}'
+        raise ValueError(f'{file} was written by a newer fastai_swa ({versions}). {advice}, or update')
     return saved
 
 
@@ -187,11 +188,11 @@ class InUse(RuntimeError):
 
 
 class Lock:
-    """A lock on a file or a folder, in a file of its own; the system takes it back when the process ends, however it does.
+    """A lock on a file or a folder, in a file of its own; the system takes it back when the process ends, in whatever way.
 
-    The lock of a file lies beside it, that of a folder, which must be there, within it: a folder may be all that can be written. Links are
-    followed: a file has one lock, whatever it is called by. Raises `InUse` if it is held, by another process or by this one; `OSError`
-    if it cannot be made.
+    The lock of a file lies beside it. That of a folder, which must be there, lies within it: the folder may be
+    all that can be written. Links are followed: what is locked has one lock, whatever it is called by. Raises
+    `InUse` if it is held, by another process or by this one; `OSError` if it cannot be made.
     """
     held = {}    # path -> handle, of this process
     handle = None    # of the lock's file, open as long as it is held
@@ -226,13 +227,14 @@ class Lock:
             if not _try_lock(handle):
                 raise InUse(refused)
         except OSError as e:
-            warnings.warn(f'{Path(file).parent} cannot lock files ({e}): take care that no other run uses {Path(file).name}')
+            file = Path(file)
+            warnings.warn(f'{file.parent} cannot lock files ({e}): take care that no other run uses {file.name}')
         return _is_at(handle, self.path)
 
     def release(self):
         with uninterrupted():
-            if self.handle is None or self.held.get(self.path) != self.handle:    # never held, released before, or in a fork
-                return
+            if self.handle is None or self.held.get(self.path) != self.handle:
+                return    # never held, released before, or in a fork
             del self.held[self.path]
             with suppress(OSError):
                 self.path.unlink()    # before the lock goes, or it could be another's by then
@@ -242,7 +244,7 @@ class Lock:
 
     @classmethod
     def leave_to_parent(cls):
-        "In a forked process, such as a loader's worker: close the handles, through which it would hold the locks after the parent's end."
+        "In a fork, such as a loader's worker: close the handles, which would hold the locks after the parent's end."
         for handle in cls.held.values():
             os.close(handle)
         cls.held.clear()

@@ -1,16 +1,23 @@
 """Files replaced in one step, checked and locked."""
+import ast
 import gc
 import os
+import secrets
 import shutil
 import signal
+import stat
 import subprocess
 import sys
+import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
+import fastai_swa
 import pytest
 import torch
-from fastai_swa.files import Lock, read, write
+from fastai_swa import files
+from fastai_swa.files import InUse, Lock, read, replacing, save_weights, write, write_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,6 +89,251 @@ def test_an_error_at_any_step_leaves_the_old_file_and_no_other(tmp_path, monkeyp
     assert read(tmp_path/'x', 'kind', 1)['n'] == 1 and list(tmp_path.iterdir()) == [tmp_path/'x']
 
 
+def left_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_two_threads_that_write_one_file_never_mix(tmp_path):
+    n_bytes, wrong = 300_000, []
+
+    def work(letter):
+        for _ in range(15):
+            write_text(tmp_path/'x', letter * n_bytes)
+            found = set((tmp_path/'x').read_text())
+            if len(found) != 1 or (tmp_path/'x').stat().st_size != n_bytes:
+                wrong.append(found)
+
+    threads = [threading.Thread(target=work, args=(letter,)) for letter in 'abc']
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and left_in(tmp_path) == ['x']
+
+
+def test_a_writer_within_a_writer_takes_nothing_from_it_and_the_last_one_wins(tmp_path):
+    with replacing(tmp_path/'x') as f:
+        f.write(b'outer')
+        write_text(tmp_path/'x', 'inner')
+        assert (tmp_path/'x').read_text() == 'inner' and len(left_in(tmp_path)) == 2
+    assert (tmp_path/'x').read_text() == 'outer' and left_in(tmp_path) == ['x']
+
+
+def test_a_link_that_lies_at_the_temporary_name_is_not_followed(tmp_path, monkeypatch):
+    (tmp_path/'victim').write_text('untouched')
+    folder = tmp_path/'folder'
+    folder.mkdir()
+    monkeypatch.setattr(secrets, 'token_hex', lambda n: '0123')
+    write_text(folder/'x', 'old')
+    for planted in ('x.0123.fastai_swa.tmp', 'x.fastai_swa.tmp', 'x.1.fastai_swa.tmp'):
+        (folder/planted).symlink_to(tmp_path/'victim')
+    with pytest.raises(OSError, match='x cannot be written: .*File exists'):
+        write_text(folder/'x', 'new')
+    assert (tmp_path/'victim').read_text() == 'untouched' and (folder/'x').read_text() == 'old'
+
+
+@pytest.mark.parametrize('mode', [0o600, 0o640, 0o664, 0o444])
+def test_a_file_keeps_its_mode(tmp_path, mode):
+    write_text(tmp_path/'x', 'old')
+    (tmp_path/'x').chmod(mode)
+    with replacing(tmp_path/'x') as f:
+        assert stat.S_IMODE(os.fstat(f.fileno()).st_mode) == mode
+        f.write(b'new')
+    assert stat.S_IMODE((tmp_path/'x').stat().st_mode) == mode and (tmp_path/'x').read_text() == 'new'
+
+
+def test_a_new_file_has_the_mode_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path/'x', 'new')
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path/'x').stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize('exists', [True, False])
+def test_what_a_link_points_to_is_replaced_and_the_link_stays(tmp_path, exists):
+    (tmp_path/'data').mkdir()
+    if exists:
+        (tmp_path/'data'/'real').write_text('old')
+    (tmp_path/'x').symlink_to(Path('data')/'real')
+    (tmp_path/'y').symlink_to('x')
+    write_text(tmp_path/'y', 'new')
+    assert (tmp_path/'y').is_symlink() and (tmp_path/'x').is_symlink()
+    assert (tmp_path/'data'/'real').read_text() == 'new' and left_in(tmp_path/'data') == ['real']
+
+
+def test_a_folder_a_pipe_and_a_circle_of_links_are_refused_by_name(tmp_path):
+    (tmp_path/'folder').mkdir()
+    os.mkfifo(tmp_path/'pipe')
+    (tmp_path/'a').symlink_to('b')
+    (tmp_path/'b').symlink_to('a')
+    before = left_in(tmp_path)
+    for name in ('folder', 'pipe', 'a'):
+        with pytest.raises(OSError, match=f'{name} cannot be written'):
+            write_text(tmp_path/name, 'new')
+    assert left_in(tmp_path) == before and (tmp_path/'a').is_symlink()
+
+
+def forked(f) -> int:
+    "Run `f()` in a process of its own, which ends with 0 if it returns True; the number of that process."
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os._exit(0 if f() else 1)
+        finally:
+            os._exit(2)
+    return pid
+
+
+def ended(pid) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_what_a_killed_writer_has_left_goes_with_the_next_write_of_that_file(tmp_path):
+    def killed():
+        with replacing(tmp_path/'x') as f:
+            f.write(b'half')
+            f.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    write_text(tmp_path/'x', 'old')
+    assert ended(forked(killed)) == -signal.SIGKILL
+    assert (tmp_path/'x').read_text() == 'old' and len(left_in(tmp_path)) == 2
+    write_text(tmp_path/'y', 'of another name')
+    assert len(left_in(tmp_path)) == 3
+    write_text(tmp_path/'x', 'new')
+    assert (tmp_path/'x').read_text() == 'new' and left_in(tmp_path) == ['x', 'y']
+
+
+class Interrupted:
+    "A handle in which Ctrl-C comes at the third write."
+    def __init__(self, f):
+        self.f, self.n = f, 0
+
+    def write(self, data):
+        self.n += 1
+        if self.n == 3:
+            raise KeyboardInterrupt
+        return self.f.write(data)
+
+    def flush(self):
+        self.f.flush()
+
+
+def test_ctrl_c_within_torch_save_is_not_taken_for_a_full_disk(tmp_path):
+    save_weights(tmp_path/'x', {'a': torch.zeros(1000)})
+    before = (tmp_path/'x').read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        with replacing(tmp_path/'x') as f:
+            torch.save({'a': torch.ones(1000)}, Interrupted(f))    # it raises RuntimeError
+    assert (tmp_path/'x').read_bytes() == before and left_in(tmp_path) == ['x']
+
+
+def test_an_error_of_writing_after_a_handled_ctrl_c_is_an_error(tmp_path):
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(OSError, match='x cannot be written: no room'):
+            with replacing(tmp_path/'x'):
+                raise RuntimeError('no room')
+
+
+@pytest.fixture
+def default_sigint():
+    "Python's own handler, also where the suite was started with SIGINT ignored, as by `&` in a shell."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def interrupted_at(lines, f) -> tuple[bool, int]:
+    "Run `f` with a Ctrl-C at each of the `lines`, counted as files.py runs them; was it interrupted, and how many ran?"
+    n = 0
+
+    def trace(frame, event, arg):
+        nonlocal n
+        if frame.f_code.co_filename != files.__file__:
+            return None
+        if event == 'line':
+            n += 1
+            if n in lines:
+                os.kill(os.getpid(), signal.SIGINT)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        f()
+    except KeyboardInterrupt:
+        return True, n
+    finally:
+        sys.settrace(before)
+    return False, n
+
+
+@pytest.mark.parametrize('apart', [None, 1, 4], ids=['once', 'twice', 'twice, some lines apart'])
+def test_ctrl_c_at_any_line_leaves_the_old_file_or_the_new_one_and_nothing_else(tmp_path, default_sigint, apart):
+    def write_new():
+        write_text(tmp_path/'x', 'new')
+
+    write_text(tmp_path/'x', 'old')
+    _, n_lines = interrupted_at(set(), write_new)
+    seen = []
+    for at in range(1, n_lines + 1):
+        write_text(tmp_path/'x', 'old')
+        lines = {at} if apart is None else {at, at + apart}
+        was_interrupted, _ = interrupted_at(lines, write_new)
+        seen.append((tmp_path/'x').read_text())
+        assert was_interrupted and left_in(tmp_path) == ['x'], f'at line {at}'
+    assert set(seen) == {'old', 'new'} and len(seen) > 30
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')    # at a line of __del__ it is ignored
+def test_ctrl_c_at_any_line_of_a_lock_leaves_it_free_and_no_handle_open(tmp_path, default_sigint):
+    def open_handles():
+        return len(os.listdir('/proc/self/fd'))
+
+    def take_and_release():
+        lock = Lock(tmp_path/'x')
+        lock.release()
+
+    _, n_lines = interrupted_at(set(), take_and_release)
+    before = open_handles()
+    for at in range(1, n_lines + 1):
+        interrupted_at({at}, take_and_release)
+        Lock(tmp_path/'x').release()
+        assert open_handles() == before and not left_in(tmp_path), f'at line {at}'
+    assert n_lines > 20
+
+
+def test_all_files_of_the_package_are_written_by_this_module():
+    "Whatever else writes gets a handle of `replacing`. PointFile's lines are the exception: half ones are dropped."
+    found = set()
+    for path in sorted(Path(fastai_swa.__file__).parent.rglob('*.py')):
+        if path.name == 'files.py':
+            continue
+        tree = ast.parse(path.read_text())
+        handles = set()
+        for item in (item for node in ast.walk(tree) if isinstance(node, ast.With) for item in node.items):
+            if 'replacing(' in ast.unparse(item.context_expr):
+                handles.add(ast.unparse(item.optional_vars))
+        for call in ast.walk(tree):
+            if isinstance(call, ast.Call) and writes(call) and not handles & set(map(ast.unparse, call.args)):
+                found.add((path.name, ast.unparse(call)))
+    assert found == {('surfaces.py', "open(self.path, 'ab', buffering=0)")}
+
+
+def writes(call) -> bool:
+    "Does it open a file to write, or write one?"
+    called, texts = ast.unparse(call.func), list(map(ast.unparse, call.args))
+    if called.endswith('open'):
+        return any(text in texts for text in ("'w'", "'wb'", "'a'", "'ab'", "'x'", "'xb'", "'r+'", "'r+b'"))
+    if called == 'torch.save':
+        return not any('BytesIO' in text for text in texts)
+    return called == 'save_model' or called.endswith(('.write_text', '.write_bytes', '.savez', '.savefig', '.to_csv'))
+
+
 # locks
 
 HOLD = '''
@@ -116,6 +368,48 @@ def test_a_lock_keeps_another_process_out_until_a_kill(tmp_path, args):
         assert not list(tmp_path.iterdir())
     finally:
         with suppress(ProcessLookupError): os.killpg(child.pid, signal.SIGKILL)
+
+
+def test_a_folder_is_locked_within_itself_from_all_its_names(tmp_path):
+    (tmp_path/'folder').mkdir()
+    (tmp_path/'link').symlink_to('folder')
+    child = hold(tmp_path/'folder')
+    try:
+        for name in ('folder', 'link'):
+            with pytest.raises(InUse, match=f'another run is using .*{name}; wait for it'):
+                Lock(tmp_path/name)
+        assert left_in(tmp_path) == ['folder', 'link']
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        lock = Lock(tmp_path/'link')
+        with pytest.raises(InUse, match='it is in this process'):
+            Lock(tmp_path/'folder')
+        lock.release()
+        assert not left_in(tmp_path/'folder')
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+
+
+def test_of_many_processes_that_want_a_folder_at_once_one_gets_it(tmp_path):
+    wait, start = os.pipe()
+
+    def is_mine():
+        os.close(start)
+        os.read(wait, 1)    # until the parent closes it
+        try:
+            lock = Lock(tmp_path)
+        except InUse:
+            return False
+        time.sleep(.3)
+        lock.release()
+        return True
+
+    children = [forked(is_mine) for _ in range(8)]
+    os.close(start)
+    os.close(wait)
+    assert sorted(ended(child) for child in children) == [0] + [1] * 7
+    assert not left_in(tmp_path)
 
 
 def test_a_lock_keeps_another_fit_of_this_process_out(tmp_path):
