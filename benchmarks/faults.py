@@ -415,12 +415,12 @@ def wrong_after(learn, swa, n_steps):
         yield f'{wrong_runs} have run=False'
     if any(m._forward_hooks or m._forward_pre_hooks for m in learn.model.modules()):
         yield 'hooks are left on the model'
+    # fastai's own tidying of its callbacks may be cut short
+    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, SWACallback | Points)])
     if swa.n_averaged:
         yield from wrong_average(learn, swa, vectors[1:swa.n_averaged + 1])
         if not torch.equal(vector_of(learn.model.state_dict()), own):
             yield 'using the average has changed the learner'
-    # fastai's own tidying may be cut short
-    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, SWACallback | Points)])
     again = SWACallback(0, every=1)
     with learn.no_bar():
         learn.fit(1, .05, cbs=again)
@@ -531,60 +531,62 @@ def written_on_full_disk(name, folder, rng):
     return ended(child(start, folder)) == 0
 
 
+def digests_of(name, folder) -> dict:
+    "Of what writer `name` has left in `folder`, by its parts."
+    parts = WRITERS[name].content(folder)
+    return {part: hashlib.sha256(repr(content).encode()).hexdigest() for part, content in parts.items()}
+
+
+def written_again(name, folder, seconds=None) -> float:
+    """Writer `name` writes over what is in `folder`/there, and is killed `seconds` after its beginning; `None`: it is let be.
+
+    Leaves the digests of what was there at its beginning as 'old'. Seconds from there to its end.
+    """
+    ours, theirs = os.pipe()
+
+    def begin():
+        (folder/'old').write_text(json.dumps(digests_of(name, folder/'there')))
+        os.write(theirs, b'.')
+
+    pid = child(lambda folder: WRITERS[name].again(folder/'there', begin), folder)
+    os.close(theirs)
+    os.read(ours, 1)
+    os.close(ours)
+    start = time.time()
+    if seconds is not None:
+        time.sleep(seconds)
+        SEEN['while writing'] += bool(half_written_beside(folder/'there'))
+        os.kill(pid, signal.SIGKILL)
+    ended(pid)
+    return time.time() - start
+
+
 def killed_while_writing(name, folder, rng):
     "One writer is killed while it writes, at a random moment."
-    writer, ours, theirs = WRITERS[name], *os.pipe()
+    def look(folder):
+        (folder/'found').write_text(json.dumps(digests_of(name, folder/'there')))
 
-    def make(folder):
-        writer.make(folder)
-
-    def content(folder):
-        found = writer.content(folder/'there')
-        digests = {part: hashlib.sha256(repr(o).encode()).hexdigest() for part, o in found.items()}
-        (folder/'content').write_text(json.dumps(digests))
-
-    def again(folder, pipe):
-        writer.again(folder, lambda: os.write(pipe, b'.'))
-        os.write(pipe, b'.')
-
-    def content_there():
-        code = ended(child(content, folder))
-        return json.loads((folder/'content').read_text()) if code == 0 else {}
-
-    def written(pid, seconds=None):
-        "Seconds from its beginning to its end, or to a kill after so many."
-        os.read(ours, 1)
-        start = time.time()
-        if seconds is None:
-            os.read(ours, 1)
-        else:
-            time.sleep(seconds)
-            SEEN['while writing'] += bool(half_written_beside(folder/'there'))
-            os.kill(pid, signal.SIGKILL)
-        ended(pid)
-        return time.time() - start
+    def found():
+        return json.loads((folder/'found').read_text()) if ended(child(look, folder)) == 0 else {}
 
     there = folder/'there'
     there.mkdir()
-    ended(child(make, there))
-    old = content_there()
+    ended(child(lambda folder: WRITERS[name].make(folder/'there'), folder))
     shutil.copytree(there, folder/'kept')
-    seconds = written(child(again, there, theirs))
-    new = content_there()
+    seconds = written_again(name, folder)
+    new = found()
     shutil.rmtree(there)
     (folder/'kept').rename(there)
-    written(child(again, there, theirs), rng.uniform(0, seconds))
+    written_again(name, folder, rng.uniform(0, seconds))
     SEEN['hits'] += 1
-    found = content_there()
-    if found.keys() != old.keys() or not all(found[part] in (old[part], new[part]) for part in old):
+    old, after = json.loads((folder/'old').read_text()), found()
+    if after.keys() != old.keys() or any(after[part] not in (old[part], new[part]) for part in old):
         (folder/'error').write_text(f'{name}: half written')
         return False
-    ended(child(again, there, theirs))
-    os.close(ours)
-    os.close(theirs)
+    if ended(child(lambda folder: WRITERS[name].again(folder/'there', lambda: None), folder)) != 0:
+        return name == 'SnapshotCallback'    # which leaves the folder of another fit alone
     left = [file.name for file in half_written_beside(there)]
-    if left:
-        (folder/'error').write_text(f'{name}: {left} are left')
+    (folder/'error').write_text(f'{name}: {left} are left')
     return not left
 
 
