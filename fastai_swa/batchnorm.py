@@ -161,16 +161,31 @@ def _asked_in_train_mode(model):
     A `train()` of one's own may do more than set modes, and a second call would not always take it back.
     """
     modes = [(m, m.training) for m in model.modules()]
+
+    def put_back():
+        kept.put_back()
+        for m, mode in modes:
+            m.training = mode
+
     with unwound_whole():
         kept = Kept([m for m, _ in modes if has_own_modes(m)])
-        try:
+        with _ended_by(put_back):
             model.train()
+            yield
+
+
+@contextmanager
+def _ended_by(put_back):
+    "Call `put_back`, which may be called twice, whole at the end of this context, however that comes. Within `unwound_whole`."
+    try:
+        try:
             yield
         finally:
             with uninterrupted():
-                kept.put_back()
-                for m, mode in modes:
-                    m.training = mode
+                put_back()
+    finally:    # for an interruption that arrived just before the lines above
+        with uninterrupted():
+            put_back()
 
 
 class StatisticsWatch:
@@ -271,12 +286,10 @@ def batch_moments(model: nn.Module, layers: dict[str, nn.Module], gather=None):
     """
     moments = Moments(model, layers)
     with unwound_whole():
-        try:
+        with _ended_by(moments.stop):
             moments.start()
             with torch.no_grad(), _eager():
                 yield moments
-        finally:
-            moments.stop()
         moments.write(gather)
 
 
@@ -417,8 +430,8 @@ class Moments:
     def skipped(self) -> str:
         "One sentence about the batches left out."
         n = self.n_skipped + self.n_batches
-        return (f'{self.n_skipped} of {n} batches were left out of the batch-norm statistics: layer {self._too_small!r} '
-                'got a single value per channel, which it cannot normalise')
+        return (f'{self.n_skipped} of {n} batches were left out of the batch-norm statistics: layer '
+                f'{self._too_small!r} got a single value per channel, which it cannot normalise')
 
     def write(self, gather):
         """Put the moments in the layers; one that nothing reached keeps its own.
@@ -485,7 +498,7 @@ class Moments:
         updated = [self.names[m] for m, share in shares.items() if share.kind == 'update' and share.n]
         if updated:
             self.remarks['update'] = (f'the statistics of {_listed(updated)} are no running averages: they were '
-                                      "refreshed by the layer's own updates over the batches of the pass, and not exactly")
+                                      "refreshed by the layer's own updates over the batches of the pass, not exactly")
         if outside := statistics_outside_buffers(self._model):
             self.remarks['outside'] = outside_sentence(outside)
 
@@ -742,11 +755,12 @@ class _OwnWay:
         if not kept:
             self._kind = 'still'
             return
+        is_first = not self._kept
         self._kept[x.shape[0]] = kept
         self._depends |= not _are_same(out, other_out)
-        self._axis, self._forms = _as_moments(x, self._taken(after, kept), self.layer)
-        if self._forms:
-            self._kind = 'moments'
+        if is_first and x.shape[0] > 1:    # of one sample, moments over the batch are those of an instance norm
+            self._axis, self._forms = _as_moments(x, self._taken(after, kept), self.layer)
+            self._kind = 'moments' if self._forms else 'average'
 
     def _taken(self, after, kept) -> dict:
         "Statistic -> what the layer took from the batch that left the statistics `after`."

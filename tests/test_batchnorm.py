@@ -2,6 +2,7 @@ import copy
 import os
 import random
 import signal
+import sys
 import warnings
 from functools import partial
 from types import SimpleNamespace
@@ -18,7 +19,6 @@ from .helpers import net
 from .norms import (
     BatchNormAct,
     BatchRenorm,
-    ChunkedBatchNorm,
     FrozenBatchNorm2d,
     GhostBatchNorm,
     NormEval,
@@ -343,6 +343,25 @@ def test_a_layer_that_can_take_some_batches_has_the_statistics_of_these_and_the_
     torch.testing.assert_close(model[0].running_mean.double(), TWINS[GhostBatchNorm]['running_mean']([b.double() for b in batches[:2]], model[0]), **TOL)
 
 
+def test_an_instance_norm_whose_batches_begin_with_one_sample_is_none_over_batches():
+    model, x = nn.Sequential(nn.InstanceNorm2d(2, track_running_stats=True)), torch.randn(9, 2, 3, 3)*2
+    batches = x.split([1, 3, 1, 4])
+    update_bn(batches, model)
+    for k, f in TWINS[nn.InstanceNorm2d].items(): torch.testing.assert_close(model[0]._buffers[k].double(), f([b.double() for b in batches], model[0]), **TOL)
+
+
+def test_a_batch_left_out_leaves_no_trace_in_layers_of_another_kind():
+    torch.manual_seed(0)
+    kinds = BatchRenorm(2), RunningBatchNorm(2), RunningBatchNorm(2, factors=True), nn.InstanceNorm2d(2, track_running_stats=True)
+    model = nn.Sequential(*kinds, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(2)).train()
+    batches = [torch.randn(4, 2, 3, 3), torch.randn(5, 2, 3, 3)]
+    for m in kinds[1:3]: m.batch.fill_(100)
+    other = copy.deepcopy(model)
+    with pytest.warns(UserWarning): update_bn(batches, other)
+    with pytest.warns(UserWarning, match='1 of 3 batches were left out'): update_bn([batches[0], torch.full((1, 2, 3, 3), 50.), batches[1]], model)
+    for (k, a), b in zip(model.named_buffers(), other.buffers()): torch.testing.assert_close(a, b, msg=lambda m, k=k: f"{k}: {m}")
+
+
 def test_a_layer_that_works_in_place_or_is_used_twice_is_seen_right():
     torch.manual_seed(0)
     class Twice(nn.Module):
@@ -602,6 +621,46 @@ def test_two_interruptions_in_a_row_leave_the_model_as_it_was():
     for a, b in zip(model.modules(), before.modules()): assert a.training == b.training and getattr(a, 'momentum', 0) == getattr(b, 'momentum', 0)
     for a, b, c in zip(model.buffers(), before.buffers(), objects): assert a is c and torch.equal(a, b)
     assert [len(m._forward_pre_hooks) for m in model.modules()] == [0, 0, 0, 0, 1]
+
+
+def test_ctrl_c_at_any_line_leaves_the_statistics_as_they_were_or_new_and_all_else_as_it_was():
+    torch.manual_seed(0)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    model = nn.Sequential(nn.BatchNorm2d(2), BatchRenorm(2), RunningBatchNorm(2), nn.Dropout(), nn.BatchNorm2d(2)).train()
+    batches, start = torch.randn(8, 2, 3, 3).split(4), copy.deepcopy(model)
+    new = copy.deepcopy(model)
+    update_bn(batches, new)
+    objects = list(model.buffers())
+    def run(at):
+        "Ctrl-C at line number `at` that is run in batchnorm.py; the number of lines run."
+        lines = 0
+        def trace(frame, event, arg):
+            nonlocal lines
+            if not frame.f_code.co_filename.endswith('batchnorm.py') or 'torch' in frame.f_code.co_filename: return None
+            if event == 'line':
+                lines += 1
+                if lines == at: os.kill(os.getpid(), signal.SIGINT)
+            return trace
+        sys.settrace(trace)
+        try: update_bn(batches, model)
+        except KeyboardInterrupt: pass
+        finally: sys.settrace(None)
+        return lines
+    try:
+        n, ends = run(0), set()
+        for at in [*range(1, n, 29), *range(n - 40, n)]:
+            for b, c in zip(model.buffers(), start.buffers()): b.copy_(c)
+            run(at)
+            now = [b.clone() for b in model.buffers()]
+            whole = [all(map(torch.equal, now, m.buffers())) for m in (start, new)]
+            assert any(whole), at
+            ends.add(whole.index(True))
+            assert all(map(lambda a, b: a is b, model.buffers(), objects))
+            for a, b in zip(model.modules(), start.modules()):
+                assert a.training == b.training and getattr(a, 'momentum', 0) == getattr(b, 'momentum', 0) and vars(a).keys() == vars(b).keys(), at
+                assert not a._forward_pre_hooks, at
+        assert ends == {0, 1}
+    finally: signal.signal(signal.SIGINT, handler)
 
 
 def test_the_shares_of_several_processes_make_the_statistics_of_the_whole():
