@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
-from operator import attrgetter
+from operator import attrgetter, getitem, is_
 
 import torch
 from torch import nn
@@ -179,7 +179,9 @@ class WeightAverage:
         self._block = _Block(carries=carries)
 
     def _take_attributes(self, attributes):
-        left = {name for a in attributes for name in a.follow()} - self._left
+        some = [a for a in attributes if len(a.source) > _N_OWN or a.names]    # most modules have none
+        if not some: return
+        left = {name for a in some for name in a.follow()} - self._left
         self._left |= left
         if left: warnings.warn(f'swa_model keeps its own {_some(left)}: what the model has there now cannot be copied', stacklevel=3)
 
@@ -291,7 +293,8 @@ class _Link:
         # what `holds` compares
         self.slots = _slots(model) + _slots(swa_model)
         self.snapshot = [dict(d) for d in self.slots]
-        self.single = [(d, k, t) for d in self.slots for k, t in d.items() if isinstance(t, torch.Tensor) and t.numel() <= 1]
+        single = [(d, k, t) for d in self.slots for k, t in d.items() if isinstance(t, torch.Tensor) and t.numel() <= 1]
+        self.single = list(zip(*single)) or ((), (), ())    # those that a comparison of dicts takes for equal where their values are
         self.resizable = [b for m in model.modules() if not isinstance(m, _NormBase) for b in m._buffers.values() if b is not None]
         self.kinds = list(map(_kind, self.resizable))
         self.low_ptrs = self._low_ptrs()
@@ -305,7 +308,8 @@ class _Link:
         try: same = self.slots == self.snapshot      # dicts compare by identity first: no tensor is read while all is as it was
         except RuntimeError: same = False            # "truth value of a tensor is ambiguous": there is another tensor in its place
         dst, src = self.params
-        return (model is self.model and same and all(d[k] is t for d, k, t in self.single)
+        dicts, keys, tensors = self.single
+        return (model is self.model and same and all(map(is_, map(getitem, dicts, keys), tensors))
                 and list(map(_dtype, dst)) == list(map(_dtype, src)) and list(map(_device, dst)) == list(map(_device, src))
                 and list(map(_numel, dst)) == list(map(_numel, src)) and list(map(_kind, self.resizable)) == self.kinds
                 and self._low_ptrs() == self.low_ptrs)
@@ -423,7 +427,6 @@ class _Attributes:
     def follow(self) -> list[str]:
         "Give the target the source's plain attributes, as copies; returns the names of those that cannot be copied."
         source, target = self.source, self.target
-        if len(source) <= _N_OWN and not self.names: return []
         left = []
         for name, value in source.items():
             if name in MODULES_OWN: continue
@@ -601,13 +604,13 @@ class _Exchange:
         self.own_attributes = []    # (attributes of a module, name, value)
         self.own_movers = Kept(self.movers, bits=False)
         self.bits = [(t, t.detach().clone()) for t in self._moved_tensors()]    # of the source
-        modes = modes_of(self.model)
+        self.own_modes = modes_of(self.model)
         self.is_out = True
         for t, theirs in self.tensors.values(): t.data = theirs.data
         for theirs, m in paired_modules(self.source, self.model):
             self._lend_attributes(vars(theirs), vars(m))
             if has_own_modes(m): m.training = theirs.training    # as its weights are now
-        if self.movers: set_modes(self.model, modes)
+        if self.movers: set_modes(self.model, self.own_modes)
 
     def _lend_attributes(self, theirs, own):
         for name, value in theirs.items():
@@ -634,9 +637,11 @@ class _Exchange:
                     for t, bits in self.bits: t.copy_(bits)
                 for own, name, value in self.own_attributes: own[name] = value
                 self.own_movers.put_back()
+                if self.movers:    # the weights are those of these modes
+                    for m, mode in self.own_modes.items(): m.training = mode
                 for t, data in self.own_data: t.data = data
                 self.is_out = False
-                self.own_data = self.own_attributes = self.own_movers = self.bits = None
+                self.own_data = self.own_attributes = self.own_movers = self.own_modes = self.bits = None
 
     def _hand_over_buffers(self):
         "A buffer that was rebound inside is the source's."

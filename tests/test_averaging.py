@@ -1,5 +1,9 @@
 import copy
+import os
 import random
+import signal
+import threading
+import time
 import warnings
 
 import pytest
@@ -8,6 +12,7 @@ from fastai_swa import WeightAverage, ema, equal
 from fastai_swa.averaging import all_finite, lent
 from torch import nn
 
+from . import lora
 from .helpers import assert_close, net, parameters
 from .reference import twins
 
@@ -466,3 +471,455 @@ def test_a_conversion_is_noticed_where_no_buffer_shows_it():
         average.update(model)
         assert [p.dtype for p in average.swa_model.parameters()] == [p.dtype for p in model.parameters()]
     assert_close(parameters(average.swa_model), twins.mean(snapshots), 1e-2)
+
+
+# sums in two levels
+
+@pytest.mark.parametrize('seed', range(8))
+def test_beyond_a_block_the_mean_is_the_mean_wherever_it_is_settled(seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    shapes = [tuple(rng.randint(1, 4) for _ in range(rng.randint(0, 3))) for _ in range(rng.randint(1, 5))]
+    dtypes = [rng.choice([torch.float32, torch.float64, torch.bfloat16, torch.float16]) for _ in shapes]
+    model = nn.ParameterList([nn.Parameter(torch.randn(s, dtype=d)) for s, d in zip(shapes, dtypes)])
+    weights = [1.] + [rng.choice([rng.random() / 10, rng.random(), 0., 1e-9, 1.] if rng.random() < .02 else [.01]) for _ in range(700)]
+    weight = rng.choice([equal, ema(rng.random()), ema(.999), weights.__getitem__])
+    average, snapshots = WeightAverage(model, weight), []
+    use = rng.choice([.001, .02, .3])
+    for _ in range(rng.randint(130, 600)):
+        step(model, .1)
+        snapshots.append([t.clone() for t in parameters(model)])
+        average.update(model)
+        if rng.random() < use: rng.choice([average.settle, average.state_dict, average.release, lambda: average.swa_model])()
+    expected = twins.weighted_average(snapshots, weight)
+    own = {name: p.detach() for name, p in average.swa_model.named_parameters()} | average.master
+    assert_close([own[name] for name, _ in model.named_parameters()], expected, 3e-6)
+    for p, e in zip(average.swa_model.parameters(), expected):
+        assert (p.double() - e).abs().max() <= max(torch.finfo(p.dtype).eps, 3e-6) * max(1., e.abs().max())
+
+
+@pytest.mark.parametrize('n, weight, bound', [(10_000, equal, .05), (50_000, equal, .1), (10_000, ema(.9999), .1), (10_000, ema(.999), .2)])
+def test_a_mean_of_many_small_steps_does_not_stall(n, weight, bound):
+    torch.manual_seed(0)
+    start, drift = 1 + .05*torch.randn(50, dtype=torch.float64), 1e-3
+    model = nn.ParameterList([nn.Parameter(start.float())])
+    average, expected = WeightAverage(model, weight), None
+    for i in range(n):
+        with torch.no_grad(): model[0].copy_(start + drift * i / n)
+        average.update(model)
+        point = model[0].detach().double()
+        expected = point.clone() if expected is None else expected.lerp_(point, weight(i))
+    error = (average.swa_model[0].detach().double() - expected).abs().mean()
+    assert error < bound / 100 * drift, f'{100 * error / drift} % of the drift'
+
+
+def test_a_fold_into_a_block_allocates_nothing():
+    for model in (net(), net().bfloat16()):
+        average = WeightAverage(model)
+        for _ in range(140): average.update(model)
+        with torch.profiler.profile(profile_memory=True) as prof: average.update(model)
+        assert not [e for e in prof.events() if e.cpu_memory_usage > 64]
+
+
+def test_who_holds_the_module_settles_and_all_methods_do_so_themselves():
+    torch.manual_seed(0)
+    model = net()
+    average, snapshots = WeightAverage(model), []
+    module = average.swa_model
+    def fold():
+        step(model)
+        snapshots.append([t.clone() for t in parameters(model)])
+        average.update(model)
+    for _ in range(200): fold()
+    average.settle()
+    assert_close(parameters(module), twins.mean(snapshots), 1e-5)
+    other = net()
+    for use in (lambda: average.swa_model, average.state_dict, average.release, lambda: average.copy_to(other), lambda: average.lent_to(other).__enter__()):
+        fold()
+        before = [t.clone() for t in parameters(module)]
+        use()
+        assert_close(parameters(module), twins.mean(snapshots), 1e-5)
+        assert not all(torch.equal(a, b) for a, b in zip(before, parameters(module)))
+
+
+def test_an_average_restored_within_a_block_goes_on_bitwise():
+    torch.manual_seed(0)
+    model = conv_net()
+    a, b = WeightAverage(model, ema(.999)), WeightAverage(model, ema(.999))
+    for _ in range(300): step(model, .01), a.update(model)
+    b.load_state_dict(copy.deepcopy(a.state_dict()))
+    for _ in range(300):
+        step(model, .01)
+        a.update(model), b.update(model)
+    for x, y in zip(parameters(a.swa_model), parameters(b.swa_model)): assert torch.equal(x, y)
+
+
+def test_conversions_within_a_block_lose_no_point():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    average, snapshots = WeightAverage(model), []
+    for convert in (lambda: None, model.double, model[0].float, model.bfloat16, model.float):
+        convert()
+        for _ in range(150):
+            step(model, .1)
+            snapshots.append([t.double().clone() for t in parameters(model)])
+            average.update(model)
+    assert_close(parameters(average.swa_model), twins.mean(snapshots), 1e-2)
+
+
+# whole or not at all
+
+@pytest.mark.parametrize('n', [3, 150, 300])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_fold_that_fails_leaves_the_average_as_it_was(monkeypatch, n, dtype):
+    def fails(*args): raise RuntimeError('no kernel')
+    def weight(n): return fails() if failing else 1/(n + 1)
+    torch.manual_seed(0)
+    model, failing = conv_net().to(dtype), False
+    average, control = WeightAverage(model, weight), WeightAverage(model, weight)
+    for i in range(n):
+        if i in (1, n//2, n - 1):    # within a block, too
+            failing = True
+            with pytest.raises(RuntimeError, match='no kernel'): average.update(model)
+            failing = False
+            with monkeypatch.context() as m:
+                m.setattr(torch, '_foreach_lerp_', fails)
+                if dtype == torch.bfloat16: m.setattr(torch, '_foreach_copy_', fails)
+                with pytest.raises(RuntimeError, match='no kernel'): average.update(model)
+            assert average.n_averaged == i
+        step(model, .1)
+        average.update(model), control.update(model)
+    a, b = average.state_dict(), control.state_dict()
+    assert a['n_averaged'] == b['n_averaged'] == n
+    for kind in ('swa_model', 'master'):
+        for k, v in b[kind].items(): assert torch.equal(v, a[kind][k]), k
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """A function that calls another and sends it real SIGINTs, `count` of them in a row, after a random time: whether it was interrupted."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    def run(f, seconds, count=1):
+        def send():
+            time.sleep(seconds)
+            for _ in range(count):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(2e-4)
+            sent.set()
+        sent, hit = threading.Event(), False
+        thread = threading.Thread(target=send)
+        try:
+            try:
+                thread.start()
+                f()
+            finally:
+                while not sent.is_set(): sent.wait(.001)
+        except KeyboardInterrupt: hit = True
+        while True:    # those still to come
+            try:
+                thread.join()
+                time.sleep(1e-3)
+                return hit
+            except KeyboardInterrupt: pass
+    yield run
+    signal.signal(signal.SIGINT, before)
+
+
+def many_tensors(n=1500):    # two tensors each
+    return nn.ModuleList([nn.Linear(2, 2) for _ in range(n)])
+
+
+def test_an_interrupted_fold_is_whole(interrupted):
+    rng = random.Random(0)
+    model = many_tensors()
+    average, value = WeightAverage(model, lambda n: .5), 1.
+    def set_to(value):
+        with torch.no_grad(): torch._foreach_mul_(list(model.parameters()), 0.), torch._foreach_add_(list(model.parameters()), value)
+    set_to(value)
+    average.update(model)
+    expected = value
+    for i in range(20):
+        value = rng.choice([1., 2., 4.])
+        set_to(value)
+        n = average.n_averaged
+        def folds():
+            for _ in range(4): average.update(model)
+        interrupted(folds, rng.random() * .02)
+        done = average.n_averaged - n
+        for _ in range(done): expected = (expected + value) / 2
+        values = torch.cat([p.detach().flatten() for p in average.swa_model.parameters()])
+        torch.testing.assert_close(values, torch.full_like(values, expected))
+
+
+@pytest.mark.parametrize('count', [1, 2, 3])
+def test_an_interrupted_lending_leaves_the_model_with_its_own_tensors(interrupted, count):
+    rng = random.Random(count)
+    model = many_tensors()
+    average = WeightAverage(model)
+    average.update(model)
+    with torch.no_grad(): [p.zero_() for p in average.swa_model.parameters()], [p.fill_(1.) for p in model.parameters()]
+    pointers = [p.data_ptr() for p in model.parameters()]
+    source_pointers = [p.data_ptr() for p in average.swa_model.parameters()]
+    def lend():
+        for _ in range(3):
+            with average.lent_to(model): sum(range(2000))
+    for _ in range(20): interrupted(lend, rng.random() * .05, count)
+    assert not average.is_lent
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+    assert [p.data_ptr() for p in average.swa_model.parameters()] == source_pointers
+    assert all((p == 1).all() for p in model.parameters()) and all((p == 0).all() for p in average.swa_model.parameters())
+    average.update(model)
+
+
+def test_an_interrupted_load_or_copy_is_whole(interrupted):
+    rng = random.Random(0)
+    model = many_tensors()
+    average = WeightAverage(model)
+    average.update(model)
+    states = []
+    for value in (2., 3.):
+        with torch.no_grad(): [p.fill_(value) for p in average.swa_model.parameters()]
+        states.append(copy.deepcopy(average.state_dict()))
+    average.copy_to(model)
+    for i in range(12):
+        interrupted(lambda: average.load_state_dict(states[i % 2]), rng.random() * .02)
+        interrupted(lambda: average.copy_to(model), rng.random() * .005)
+        for m in (model, average.swa_model): assert len({p.mean().item() for p in m.parameters()}) == 1
+
+
+# models whose modes move weights
+
+@pytest.fixture(params=lora.models)
+def merging(request):
+    torch.manual_seed(0)
+    return lora.models[request.param]
+
+
+def trained(model, x):
+    "One step of what training changes: the update, and statistics of batch norm."
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad: p.add_(.3*torch.randn_like(p))
+    model.train()(x)
+
+
+def everything(model):
+    "Tensors, modes, and attributes with the insides of lists, bitwise."
+    attributes = [{k: copy.copy(v) for k, v in vars(m).items() if k[0] != '_'} for m in model.modules()]
+    return {k: v.clone() for k, v in model.state_dict().items()}, attributes
+
+
+def assert_as_before(model, before):
+    tensors, attributes = everything(model)
+    for k, v in before[0].items(): assert torch.equal(v, tensors[k]), k
+    assert attributes == before[1]
+
+
+@pytest.mark.parametrize('validated', [False, True])
+def test_the_average_of_merged_weights_is_that_of_the_weights_in_training(merging, validated):
+    x, snapshots = torch.randn(20, 6), []
+    model = merging()
+    average = WeightAverage(model)
+    for _ in range(4):
+        trained(model, x)
+        snapshots.append([t.clone() for t in parameters(model)])
+        if validated:    # as where one folds after a validation, and evaluates the average itself between folds
+            model.eval()
+            before = everything(model)
+        average.update(model)
+        if validated:
+            assert_as_before(model, before)
+            average.swa_model.eval()(x)
+    state = average.state_dict()['swa_model']
+    expected = twins.mean(snapshots)
+    assert_close([state[name] for name, _ in model.named_parameters()], expected, 1e-5)
+    fresh = merging()
+    fresh.load_state_dict(state)
+    torch.testing.assert_close(average.swa_model.eval()(x), fresh.eval()(x))
+    for k, v in average.swa_model.train().state_dict().items(): torch.testing.assert_close(v, state[k])
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('evaluated', [True, False])
+def test_a_lent_average_computes_what_a_fresh_model_with_its_weights_computes(merging, training, evaluated):
+    x = torch.randn(20, 6)
+    model = merging()
+    average = WeightAverage(model)
+    for _ in range(3): trained(model, x), average.update(model)
+    trained(model, x)
+    fresh = merging()
+    fresh.load_state_dict(average.state_dict()['swa_model'])
+    model.train(training)
+    raw, own = everything(model), everything(average.swa_model)
+    with average.lent_to(model):
+        assert [m.training for m in model.modules()] == [training] * len(list(model.modules()))
+        if not training: torch.testing.assert_close(model(x), fresh.eval()(x))
+        if evaluated:
+            torch.testing.assert_close(model.eval()(x), fresh.eval()(x))
+            model.train()
+    assert_as_before(model, raw)
+    assert_as_before(average.swa_model, own)
+    with average.lent_to(model):    # statistics of batch norm that are refreshed inside are the average's
+        model.eval()
+        norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm1d))
+        norm.running_mean.fill_(7.)
+    assert_as_before(model, raw)
+    changed = [k for k, v in average.swa_model.state_dict().items() if not torch.equal(v, own[0][k])]
+    assert len(changed) == 1 and changed[0].endswith('running_mean')
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_an_applied_average_is_right_in_both_modes(merging, training):
+    x = torch.randn(20, 6)
+    model = merging()
+    average = WeightAverage(model)
+    for _ in range(3): trained(model, x), average.update(model)
+    trained(model, x)
+    state = {k: v.clone() for k, v in average.state_dict()['swa_model'].items()}
+    fresh = merging()
+    fresh.load_state_dict(state)
+    model.train(training)
+    average.copy_to(model)
+    assert model.training == training
+    torch.testing.assert_close(model.eval()(x), fresh.eval()(x))
+    model.train()
+    for k, v in model.state_dict().items(): torch.testing.assert_close(v, state[k])
+
+
+def test_a_state_is_loaded_into_an_average_in_eval_mode(merging):
+    x = torch.randn(20, 6)
+    model = merging()
+    a, b = WeightAverage(model), WeightAverage(merging())
+    for _ in range(2): trained(model, x), a.update(model)
+    b.swa_model.eval()
+    b.load_state_dict(a.state_dict())
+    assert not b.swa_model.training
+    torch.testing.assert_close(b.swa_model(x), a.swa_model.eval()(x))
+
+
+# plain attributes
+
+class Annealed(nn.Module):
+    "What training may change besides tensors."
+    def __init__(self):
+        super().__init__()
+        self.lin, self.act = nn.Linear(3, 3), nn.LeakyReLU(.5)
+        self.temperature, self.calls, self.scales, self.shift = 1., 0, {'out': [1.]}, torch.zeros(3)
+
+    def forward(self, x):
+        self.calls += 1
+        return self.act(self.lin(x)) / self.temperature * self.scales['out'][0] + self.shift
+
+
+def anneal(model, by=1.):
+    model.temperature += by
+    model.scales['out'][0] += by       # in place
+    model.shift.add_(by)
+    model.act.negative_slope /= 2
+    model.late = ['came', by]
+
+
+def assert_follows(copied, model, x):
+    assert (copied.temperature, copied.scales, copied.act.negative_slope, copied.late) == (model.temperature, model.scales, model.act.negative_slope, model.late)
+    assert torch.equal(copied.shift, model.shift) and copied.shift is not model.shift and copied.scales['out'] is not model.scales['out']
+
+
+def test_plain_attributes_are_those_of_the_latest_model_averaged():
+    model, x = Annealed(), torch.randn(4, 3)
+    average = WeightAverage(model)
+    for _ in range(3):
+        model(x)
+        anneal(model)
+        average.update(model)
+        assert_follows(average.swa_model, model, x)
+        assert average.swa_model.calls == model.calls
+    latest = copy.deepcopy(model)
+    anneal(model)
+    assert_follows(average.swa_model, latest, x)
+    del model.late
+    average.update(model)
+    assert not hasattr(average.swa_model, 'late')
+
+
+def test_settings_of_torch_layers_follow_when_the_average_is_settled_with_the_model():
+    model = net()
+    average = WeightAverage(model)
+    average.update(model)
+    model[1].eps = .5
+    average.settle(model)
+    assert average.swa_model[1].eps == .5
+
+
+def test_a_lent_average_comes_with_its_plain_attributes_and_leaves_the_models_alone():
+    model, x = Annealed(), torch.randn(4, 3)
+    average = WeightAverage(model)
+    anneal(model)
+    average.update(model)
+    anneal(model)
+    out, own, objects = average.swa_model(x), everything(model), [id(v) for v in vars(model).values()]
+    with average.lent_to(model):
+        assert torch.equal(model(x), out)
+        model.scales['out'][0] = 100.
+    assert torch.equal(average.swa_model(x), out)
+    tensors, attributes = everything(model)
+    assert attributes[0]['temperature'] == own[1][0]['temperature'] and attributes[0]['scales'] == {'out': [3.]}
+    assert [id(v) for v in vars(model).values()] == objects
+    average.copy_to(model)
+    assert torch.equal(model(x), out) and model.scales is not average.swa_model.scales
+
+
+def test_an_attribute_that_cannot_be_copied_is_named_once():
+    class Locked:
+        def __init__(self): self.lock = threading.Lock()
+        def __deepcopy__(self, memo): raise TypeError('not this one')
+    model = Annealed()
+    average = WeightAverage(model)
+    model.locked = Locked()
+    with pytest.warns(UserWarning, match="swa_model keeps its own 'locked'"): average.update(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        average.update(model)
+
+
+# quantization-aware training
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::UserWarning', 'ignore::FutureWarning')
+@pytest.mark.parametrize('qconfig', ['fbgemm', 'qnnpack'])
+def test_quantization_aware_training_is_averaged_with_the_latest_observers(qconfig):
+    from torch.ao import quantization
+    torch.manual_seed(0)
+    model = nn.Sequential(quantization.QuantStub(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4*36, 5))
+    model = quantization.fuse_modules_qat(model.train(), [['1', '2', '3']])
+    model.qconfig = quantization.get_default_qat_qconfig(qconfig)
+    quantization.prepare_qat(model, inplace=True)
+    average, snapshots, x = WeightAverage(model), [], torch.randn(8, 3, 8, 8)
+    for epoch in range(4):    # the observers' buffers get their shapes in the first forward pass
+        step_parameters(model, .01)
+        model.train()(x * (epoch + 1))
+        if epoch == 2: model.apply(quantization.disable_observer)
+        snapshots.append([t.clone() for t in parameters(model)])
+        average.update(model)
+        for (name, a), (_, b) in zip(average.swa_model.named_buffers(), model.named_buffers(), strict=True):
+            assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b), name
+    assert_close(parameters(average.swa_model), twins.mean(snapshots))
+    with torch.no_grad():
+        with average.lent_to(model): column = model.eval()(x)
+        assert torch.equal(column, average.swa_model.eval()(x))
+        twin = copy.deepcopy(model)
+        for p, e in zip(twin.parameters(), average.swa_model.parameters()): p.copy_(e)
+        assert torch.equal(twin.eval()(x), column)
+
+
+def step_parameters(model, scale):
+    with torch.no_grad(): [p.add_(torch.randn_like(p)*scale) for p in model.parameters()]
+
+
+def test_a_buffer_that_is_resized_in_place_or_changes_its_dtype_follows_the_model():
+    model = nn.Linear(2, 2)
+    model.register_buffer('low', torch.tensor(1.))
+    average = WeightAverage(model)
+    average.update(model)
+    for change in (lambda: model.low.resize_(4).fill_(2.), lambda: model.low.resize_(0), lambda: setattr(model.low, 'data', torch.ones(3, dtype=torch.float64))):
+        change()
+        average.update(model)
+        assert average.swa_model.low.dtype == model.low.dtype and torch.equal(average.swa_model.low, model.low)
