@@ -1,9 +1,11 @@
 """`Learner` methods."""
+import warnings
 from numbers import Real
 
 import numpy as np
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
+from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
@@ -45,16 +47,25 @@ def fit_swa(self:Learner,
 ) -> SWACallback:
     """Fit with the SWA papers' schedule (`schedules.swa_lr_factor`) and average; returns the callback, which holds the average.
 
-    The learning rate is `lr` for half the way to `swa_start`, falls to `swa_lr` in a straight line until 0.9 of it, and stays
-    (or, for a pair, goes through cycles). Momentum is left alone; with a slice all groups follow the same curve, and `swa_lr` is
-    that of the last one. Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used.
+    The learning rate is `lr` for half the way to `swa_start`, falls to `swa_lr` in a straight line until 0.9 of it, or until epoch `swa_start`
+    where that comes first, and stays (or, for a pair, goes through cycles): every epoch that is averaged is trained at `swa_lr`. Momentum is
+    left alone; with a slice all groups follow the same curve, and `swa_lr` is that of the last one. A `swa_lr` above `lr` gets a warning,
+    but for `swa_start=0`, where there is no `lr` to come from: `fit_swa(n, lr, swa_lr=lr, swa_start=0)` is the tail after a training.
+
+    Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used.
     """
     n_epoch = check_count('n_epoch', n_epoch, optional=False)
     if swa_lr is not None: swa_lr = _check_swa_lr(swa_lr)
     swa = SWACallback(swa_start=swa_start, cycle_len=cycle_len, **swa_kwargs)
     lr, lrs = _group_lrs(self, 'lr', lr)
-    if swa_lr is None: factor = .1
-    else: factor = tuple(x / lrs[-1] for x in swa_lr) if isinstance(swa_lr, tuple) else swa_lr / lrs[-1]
+    if swa_lr is None:
+        factor = .1
+    elif isinstance(swa_lr, tuple):
+        factor = tuple(x / lrs[-1] for x in swa_lr)
+    else:
+        factor = swa_lr / lrs[-1]
+    if swa_lr is not None and swa.swa_start != 0:
+        _warn_if_above(swa_lr, lrs[-1])
     start = start_epoch(swa.swa_start, n_epoch)
     def schedule(epoch, step, n_steps): return lrs * swa_lr_factor(epoch, step, n_steps, start, factor, swa.cycle_len)
     self.fit(n_epoch, lr, wd=wd, cbs=[EpochScheduler({'lr': schedule}), swa, *L(cbs)])
@@ -184,6 +195,16 @@ def _check_swa_lr(swa_lr):
     for x in pair: _check_lr('swa_lr', x, swa_lr, 'a number or a pair (hi, lo)')
     if pair[0] < pair[-1]: raise ValueError(f'swa_lr must be a pair (hi, lo) with hi >= lo, not {swa_lr!r}')
     return tuple(map(float, pair)) if is_pair else float(swa_lr)
+
+
+def _warn_if_above(swa_lr, lr):
+    "Warn if averaging begins at a rate above `lr`: most likely an epoch was meant."
+    highest = swa_lr[0] if isinstance(swa_lr, tuple) else swa_lr
+    if highest <= lr * (1 + 1e-9) or rank_distrib():    # rounding is no rise; once for all processes
+        return
+    given = f'({swa_lr[0]:g}, {swa_lr[1]:g})' if isinstance(swa_lr, tuple) else f'{swa_lr:g}'
+    warnings.warn(f'swa_lr={given} is above lr={lr:g}: swa_lr is the learning rate while averaging, to which the rate now rises; '
+                  'the epoch from which on is averaged is swa_start', stacklevel=3)
 
 
 def _check_lr(name, x, given, expected='a number or a slice'):

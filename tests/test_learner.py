@@ -1,4 +1,5 @@
 import math
+import re
 import warnings
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai_swa import SWACallback
 
-from .helpers import Snapshots, assert_close, column, learner, parameters
+from .helpers import At, Snapshots, assert_close, column, learner, parameters
 from .reference import twins
 from .test_combinations import two_groups
 
@@ -21,13 +22,13 @@ class Rates(Callback):
         self.momenta.add(self.opt.hypers[-1].get('mom'))
 
 
-@pytest.mark.parametrize('n_epoch, swa_start', [(10, .75), (12, 5), (7, 0), (3, .99)])
+@pytest.mark.parametrize('n_epoch, swa_start', [(10, .75), (12, 5), (7, 0), (3, .99), (6, .5), (4, 1), (2, 1), (1, .75), (16, 11)])
 def test_fit_swa_follows_the_papers_schedule_and_averages(n_epoch, swa_start):
     learn, rates, snaps = learner(), Rates(), Snapshots()
     swa = learn.fit_swa(n_epoch, lr=.1, swa_lr=.02, swa_start=swa_start, cbs=[rates, snaps])
     first = swa_start if isinstance(swa_start, int) else min(math.ceil(swa_start*n_epoch - 1e-9), n_epoch - 1)
     assert isinstance(swa, SWACallback) and swa.averaged_epochs == list(range(first, n_epoch))
-    for epoch, (lr,) in rates.rates: assert lr == pytest.approx(twins.papers_lr(epoch, first + 1, .1, .02))
+    for epoch, (lr,) in rates.rates: assert lr == pytest.approx(twins.averaging_lr(epoch, first, .1, .02))
     assert len(rates.momenta) == 1
     assert_close(parameters(swa.swa_model), twins.mean(snaps.weights[first:]))
     assert not math.isnan(column(learn, 'swa_valid_loss')[-1])
@@ -44,7 +45,7 @@ def test_fit_swa_scales_the_rates_of_all_groups_along():
     learn, rates = learner(splitter=two_groups), Rates()
     learn.fit_swa(8, lr=slice(.01, .1), swa_lr=.05, cbs=rates)
     for epoch, (low, high) in rates.rates:
-        assert high == pytest.approx(twins.papers_lr(epoch, 7, .1, .05)) and low == pytest.approx(high/10)
+        assert high == pytest.approx(twins.averaging_lr(epoch, 6, .1, .05)) and low == pytest.approx(high/10)
 
 
 def test_fit_swa_with_a_pair_falls_from_hi_to_lo_over_each_cycle_and_folds_at_lo():
@@ -57,7 +58,7 @@ def test_fit_swa_with_a_pair_falls_from_hi_to_lo_over_each_cycle_and_folds_at_lo
         assert lrs[(fold + 1)*n - 1] == pytest.approx(.01)
         cycle = lrs[(fold - 1)*n:(fold + 1)*n]
         assert cycle == pytest.approx([.05 - .04*i/(2*n) for i in range(1, 2*n + 1)])
-    assert all(lr == pytest.approx(twins.papers_lr(e, 5, .1, .05)) for e, (lr,) in rates.rates if e < 3)
+    assert all(lr == pytest.approx(twins.averaging_lr(e, 4, .1, .05)) for e, (lr,) in rates.rates if e < 3)
     learn.recorder.plot_sched()
     assert len(learn.recorder.hps['lr']) == 9*n
 
@@ -110,6 +111,30 @@ def test_fit_swa_says_when_its_start_is_never_reached():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         learner().fit_swa(1)
+
+
+@pytest.mark.parametrize('args, kwargs, said', [
+    ((5, .1, 3), {}, 'swa_lr=3 is above lr=0.1'),    # meant as "from epoch 3"
+    ((2, .1, .75), {}, 'swa_lr=0.75 is above lr=0.1'),    # and as "the last quarter"
+    ((2,), dict(swa_lr=.2), 'swa_lr=0.2 is above lr=0.1'), ((1, .1, .2), {}, 'swa_lr=0.2 is above lr=0.1'),
+    ((4, .1), dict(swa_lr=(.2, .05), swa_start=1), r'swa_lr=\(0.2, 0.05\) is above lr=0.1'),
+    ((2, slice(.01, .1), .11), {}, 'swa_lr=0.11 is above lr=0.1')])
+def test_a_rate_of_averaging_above_lr_is_one_warning_before_the_first_step_that_names_both_and_what_was_meant(args, kwargs, said):
+    learn, order = learner(splitter=two_groups), []
+    with pytest.warns(UserWarning) as caught:
+        learn.fit_swa(*args, **kwargs, cbs=At('before_batch', 0, lambda cb: order.append(len(caught)), batch=0, training=True))
+    assert len(caught) == 1 and order == [1] and caught[0].filename == __file__
+    caught = str(caught[0].message)
+    assert re.search(said, caught) and 'swa_start' in caught
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(lr=.1, swa_lr=.1), dict(lr=.1, swa_lr=.2, swa_start=0), dict(lr=.1, swa_lr=.1, swa_start=0), dict(lr=.1, swa_lr=(.3, .01), swa_start=0),
+    dict(lr=slice(.01, .1), swa_lr=.05), dict(lr=.3, swa_lr=.1*3), dict(lr=.1, swa_lr=(.1, .01)), dict()])
+def test_a_rate_of_averaging_up_to_lr_or_the_tail_after_a_training_needs_no_warning(kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learner(splitter=two_groups).fit_swa(2, **kwargs)
 
 
 def test_fit_swa_takes_the_rate_of_the_optimizer_function():

@@ -105,6 +105,19 @@ def test_a_scaled_recipe_has_all_rows_of_the_whole_one(name, scale):
     assert scaled(recipe, 1) == recipe
 
 
+@pytest.mark.parametrize('scale', [.02, .05, .1, .37, 2])
+@each_published
+def test_the_controls_and_the_averaged_epochs_of_a_scaled_recipe_get_to_the_rates_of_the_whole_one(name, scale):
+    if round(scale*RECIPES[name].budget) < 4: return
+    recipe = scaled(RECIPES[name], scale)
+    *controls, swa = runs(recipe)
+    for control in controls:
+        n = len(control.lrs)
+        assert control.lrs == pytest.approx([twins.averaging_lr(e, n - 1, recipe.lr, recipe.lr/100) for e in range(n)], rel=1e-12)
+        assert control.lrs[-1] == pytest.approx(recipe.lr/100)
+    assert swa.lrs[swa.swa_start:] == pytest.approx([recipe.swa_lr]*(recipe.epochs - swa.swa_start))
+
+
 def test_a_fit_folds_the_epochs_that_the_recipe_says():
     "At a twenty-fifth of the length: 12 epochs for 300, the first fold in the 7th."
     learn, swa = learner(), SWACallback(160//25)

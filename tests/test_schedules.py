@@ -3,6 +3,8 @@ import random
 
 import pytest
 from fastai_swa.schedules import fge_epochs, fge_lr_factor, snapshot_lr_factor, start_epoch, swa_lr_factor
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from .reference import twins
 
@@ -17,7 +19,7 @@ def test_a_share_is_rounded_up_to_whole_epochs_and_leaves_the_last(n_epoch):
 def test_an_int_is_the_epoch_itself(): assert [start_epoch(s, 10) for s in (0, 3, 12)] == [0, 3, 12]
 
 
-@pytest.mark.parametrize('swa_start, lr, swa_lr, n_epoch', [(161, .05, .01, 300), (126, .1, .01, 225), (126, .1, .05, 225), (161, .1, .05, 300), (1, .1, .01, 5)])
+@pytest.mark.parametrize('swa_start, lr, swa_lr, n_epoch', [(161, .05, .01, 300), (126, .1, .01, 225), (126, .1, .05, 225), (161, .1, .05, 300), (10, .1, .01, 15)])
 def test_the_papers_schedules_at_every_epoch(swa_start, lr, swa_lr, n_epoch):
     for epoch in range(n_epoch):
         ours = lr*swa_lr_factor(epoch, random.randrange(391), 391, swa_start - 1, swa_lr/lr)
@@ -39,6 +41,44 @@ def test_the_saw_tooth_is_the_papers_formula_and_reaches_lo_in_the_last_step_bef
 def test_before_its_first_cycle_the_saw_tooth_is_the_ramp_to_hi():
     for epoch in range(18):
         assert swa_lr_factor(epoch, 2, 9, 19, (.5, .1), 2) == swa_lr_factor(epoch, 0, 9, 19, .5)
+
+
+lengths = settings(max_examples=300, deadline=None, derandomize=True, database=None)
+rates = st.sampled_from([.01, .1, .5, .99, 1.])
+
+
+@lengths
+@given(n_epoch=st.integers(1, 40), swa_start=st.one_of(st.integers(0, 60), st.floats(0, .999)), swa_lr=rates)
+def test_every_averaged_epoch_is_trained_at_swa_lr_and_the_rate_only_falls_until_then(n_epoch, swa_start, swa_lr):
+    first = start_epoch(swa_start, n_epoch)
+    factors = [swa_lr_factor(epoch, 3, 7, first, swa_lr) for epoch in range(n_epoch)]
+    assert factors[first:] == [swa_lr] * max(0, n_epoch - first)
+    assert all(after <= before + 1e-12 for before, after in zip(factors, factors[1:]))
+    assert first == 0 or factors[0] == 1
+    assert factors == pytest.approx([twins.averaging_lr(epoch, first, 1, swa_lr) for epoch in range(n_epoch)], rel=1e-12)
+
+
+@lengths
+@given(swa_start=st.integers(0, 400), swa_lr=rates)
+def test_it_is_the_papers_schedule_wherever_that_has_come_to_swa_lr_by_the_first_averaged_epoch(swa_start, swa_lr):
+    papers = [twins.papers_lr(epoch, swa_start + 1, 1, swa_lr) for epoch in range(swa_start + 50)]
+    if swa_start >= 9: assert papers[swa_start] == pytest.approx(swa_lr, rel=1e-12)    # so that this is about nearly all fits
+    if papers[swa_start] == pytest.approx(swa_lr, rel=1e-12):
+        ours = [swa_lr_factor(epoch, 0, 1, swa_start, swa_lr) for epoch in range(swa_start + 50)]
+        assert ours == pytest.approx(papers, rel=1e-12)
+
+
+@lengths
+@given(swa_start=st.integers(0, 30), cycle_len=st.integers(1, 40), n_steps=st.integers(1, 5), lo=st.sampled_from([.01, .1]))
+def test_every_averaged_epoch_of_a_saw_tooth_ends_at_lo_and_each_cycle_falls_from_hi(swa_start, cycle_len, n_steps, lo):
+    n_epoch, hi = swa_start + 2*cycle_len + 1, .1
+    factors = [[swa_lr_factor(epoch, step, n_steps, swa_start, (hi, lo), cycle_len) for step in range(n_steps)] for epoch in range(n_epoch)]
+    for fold in twins.folded_epochs(swa_start, cycle_len, n_epoch):
+        assert factors[fold][-1] == pytest.approx(lo, rel=1e-12)
+        cycle = sum(factors[max(0, fold - cycle_len + 1):fold + 1], [])
+        assert all(after <= before + 1e-12 for before, after in zip([hi, *cycle], cycle))
+        if fold >= cycle_len: assert cycle[0] == pytest.approx(hi - (hi - lo)/(cycle_len*n_steps), rel=1e-12)
+    for epoch in range(swa_start - cycle_len + 1): assert factors[epoch] == [pytest.approx(twins.averaging_lr(epoch, swa_start, 1, hi))]*n_steps
 
 
 # cycles of the ensembles

@@ -1,6 +1,7 @@
 """Slow twins: what the package computes, said as plainly as possible and in float64."""
 import copy
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -87,3 +88,11 @@ def papers_lr(epoch: int, swa_start: int, lr_init: float, swa_lr: float) -> floa
     elif t <= 0.9: factor = 1.0 - (1.0 - ratio)*(t - 0.5)/0.4
     else: factor = ratio
     return lr_init*factor
+
+
+def averaging_lr(epoch: int, swa_start: int, lr_init: float, swa_lr: float) -> float:
+    """The SWA run's learning rate in `epoch`, both from 0: the corners of the papers' curve, the second one no later than epoch `swa_start`,
+    joined by a straight line. It is `papers_lr` wherever that has come to `swa_lr` by epoch `swa_start`."""
+    falls_from, falls_until = .5 * (swa_start + 1), min(.9 * (swa_start + 1), swa_start)
+    if falls_until <= falls_from: return lr_init if epoch < swa_start else swa_lr
+    return float(np.interp(epoch, [falls_from, falls_until], [lr_init, swa_lr]))
