@@ -1,5 +1,7 @@
 """`Curve`: a way between two solutions along which the loss stays low."""
 import copy
+import warnings
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 
@@ -13,18 +15,20 @@ from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import nn
-from torch.func import functional_call
 
+from .averaging import all_finite, lent
 from .batchnorm import check_count
 from .callback import SWACallback
 from .checkpoint import CheckpointCallback
 from .columns import recorder_of
 from .files import read, write
 from .geometry import CURVES, arc_lengths, inner_products
+from .interrupts import uninterrupted, unwound_whole
 from .landscape import line
+from .modules import in_train_mode, named_tensors, plain_name, unwrap
 from .passes import concerns_training, untouched
 from .surfaces import Profile
-from .weight_space import Space, check_ts, fingerprints, measured, named_solutions, weighted_sum
+from .weight_space import Space, check_ts, fingerprints, measured, modes_put_back, named_solutions, weighted_sum
 
 __all__ = ['Curve']
 
@@ -38,7 +42,7 @@ class Curve:
     - `kind`: 'bezier', or 'chain' for straight pieces.
 
     `fit` trains it, `evaluate` measures along it, `straight` along the line for comparison. Works with any model: the weights at a point of the curve
-    are handed to it by `torch.func.functional_call`. Parameters that require no gradient and are equal at both ends stay so.
+    are written into its own parameters, and put back in the end. Parameters that require no gradient and are equal at both ends stay so.
 
     Garipov et al. 2018 (arXiv 1802.10026), section 3. Raises `ValueError` or `TypeError`, naming it, for what cannot be used, such as
     two equal solutions.
@@ -87,24 +91,39 @@ class Curve:
         """Train the bends: each batch sees the model at a point drawn uniformly in t (Garipov et al. 2018, equation 2). A further fit goes on.
 
         Callbacks of the learner that do not record, show or steer training, such as mixed precision, work here as they do there. The
-        learner is afterwards as it was. Interrupted, the curve keeps what it has learned. Raises `ValueError` or `TypeError`, naming the argument,
-        for one that cannot be used.
+        learner is afterwards as it was. Interrupted, the curve keeps what it has learned; bends that are not finite are dropped, with a warning.
+        Raises `ValueError` or `TypeError`, naming the argument, for one that cannot be used, and `ValueError` for a model that no gradient
+        reaches or that takes optimizer steps within the backward pass.
         """
         n_epoch = check_count('n_epoch', n_epoch, optional=False)
         lr, wd = _check_rate('lr', self.learn.lr if lr is None else lr), _check_rate('wd', wd, least=0)
         if any(isinstance(cb, SWACallback) for cb in L(cbs)): raise TypeError('cbs has a SWACallback, and a curve is no model that could be averaged')
         opt_func = opt_func or self.learn.opt_func
         if isinstance(opt_func, OptimWrapper): raise TypeError("opt_func is needed: the learner's is bound to the parameters of its own model")
-        model = _OnCurve(self._space, self._points, self.kind)
+        _check_backward(self.learn.model)
         falling = combine_scheds([.5, .4, .1], [SchedNo(lr, lr), SchedLin(lr, lr / 100), SchedNo(lr / 100, lr / 100)])
         shows_progress = self._space.shows_progress
         seed = np.random.SeedSequence([check_count('seed', seed, least=0, optional=False), self._n_fits]).generate_state(1)[0]
-        with untouched(self.learn, int(seed)):
+        space, own = self._space, self.learn.model
+        space.put(self._points[0], self._buffers)
+        with unwound_whole(), untouched(self.learn, int(seed)), in_train_mode(own), _gradients_aside(own), lent(space.scratch, own), \
+             modes_put_back(own):
+            model = _OnCurve(own, space, self._points, self.kind)
             learn = _CurveLearner(self.learn, model, opt_func, lr, shows_progress)
             self._n_fits += 1
-            try: learn.fit(n_epoch, lr, cbs=[_WeightDecay(wd), ParamScheduler({'lr': falling}), *L(cbs)])
-            finally: self._points[1:-1] = [p.detach().cpu() for p in model.bends]
+            try:
+                learn.fit(n_epoch, lr, cbs=[_Points(), _WeightDecay(wd), ParamScheduler({'lr': falling}), *L(cbs)])
+            finally:
+                with uninterrupted():
+                    model.new_point()
+                    self._keep([p.detach().cpu() for p in model.bends])
         return self
+
+    def _keep(self, bends):
+        if all_finite(bends):
+            self._points[1:-1] = bends
+        else:
+            warnings.warn('the bends are not finite after this training, and stay as they were before it: a smaller lr may help')
 
     @delegates(measured)
     def evaluate(self, ts=61, **kwargs) -> Profile:
@@ -141,28 +160,110 @@ class Curve:
 
 
 class _OnCurve(nn.Module):
-    "The model of `space` with the weights of a random point of the curve, a new one for each batch."
-    def __init__(self, space, points, kind):
+    """`model` with the weights of a random point of the curve, the same one throughout a batch.
+
+    They are written into its own parameters, and what the backward pass leaves in these is handed on to the bends. So the model is run and
+    differentiated as in the learner's own training, whatever its forward pass refers to and whenever that is run: checkpointing runs parts of it
+    within the backward pass.
+    """
+    def __init__(self, model, space, points, kind):
         super().__init__()
-        self.inner, self.space, self.kind = space.scratch, space, kind
+        self.inner, self.kind = model, kind
         first, *bends, last = (p.to(space.device, copy=True) for p in points)
         self.register_buffer('first', first)
         self.register_buffer('last', last)
         self.bends = nn.ParameterList(map(nn.Parameter, bends))
-        trained = [p.requires_grad for p in space.originals.values()]
-        held = torch.cat([torch.full((p.numel(),), not t, device=space.device) for p, t in zip(space.params, trained)])
-        held &= first == last
+        own = named_tensors(unwrap(model).named_parameters)
+        self._params = [own[plain_name(name)] for name in space.originals]
+        held = []    # what requires no gradient and is equal at both ends
+        self._thawed = []    # parameters that require none and differ, which get one while they are on the curve
+        for p, a, b in zip(self._params, space.pieces(first), space.pieces(last)):
+            held.append((a == b).flatten() & (not p.requires_grad))
+            if not p.requires_grad and not torch.equal(a, b):
+                self._thawed.append(p)
+        held = torch.cat(held)
         if held.any():
-            for p in self.bends: p.register_hook(lambda grad: grad.masked_fill(held, 0))
+            for p in self.bends:
+                p.register_hook(lambda grad: grad.masked_fill(held, 0))
+        self._split = space.pieces
+        self._t = None    # where on the curve this batch is
+        self._weights = None    # at this point, flat, as a function of the bends; None: they are not in the model
+        self._leaf = None    # the same as a leaf, which gets the gradient of the weight decay
+        self._has_begun = False    # whether a gradient has come
 
     def forward(self, *args, **kwargs):
-        t, points = torch.rand(()).item(), [self.first, *self.bends, self.last]    # drawn on the host: the device does not wait
-        weights = sum(p * float(share) for p, share in zip(points, CURVES[self.kind](t, len(points))))
-        self.squared_norm = weights.square().sum()
-        return functional_call(self.inner, self.space.named(weights), args, kwargs, tie_weights=False)
+        if self._weights is None:
+            self._place()
+        return self.inner(*args, **kwargs)
 
     def reset(self):
         if hasattr(self.inner, 'reset'): self.inner.reset()
+
+    @property
+    def squared_norm(self): return self._leaf.square().sum()
+
+    def new_point(self):
+        self._leave()
+        self._t = None
+
+    def _place(self):
+        if self._t is None:
+            self._t = torch.rand(()).item()    # drawn on the host: the device does not wait
+        points = [self.first, *self.bends, self.last]
+        with torch.enable_grad():
+            self._weights = sum(p * float(share) for p, share in zip(points, CURVES[self.kind](self._t, len(points))))
+        self._leaf = self._weights.detach().requires_grad_()
+        with torch.no_grad():
+            torch._foreach_copy_([_as_real(p) for p in self._params], self._split(self._leaf))
+        for p in self._thawed:
+            p.requires_grad_(True)
+
+    def collect(self):
+        "Hand the gradient on to the bends. Raises `ValueError` if there was none in the first batch."
+        if self._weights is None:
+            return
+        if not self._has_begun and all(p.grad is None for p in self._params):
+            raise ValueError('no gradient reaches the parameters of the model, so the curve cannot be trained: does its forward pass use them?')
+        self._has_begun = True
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
+        grad = torch.cat([_as_real(g.to_dense()).to(self._leaf.dtype).flatten() for g in grads])
+        if self._leaf.grad is not None:
+            grad += self._leaf.grad
+        self._weights.backward(grad)
+        self._leave()
+
+    def _leave(self):
+        for p in self._params:
+            p.grad = None
+        for p in self._thawed:
+            p.requires_grad_(False)
+        self._weights = self._leaf = None
+
+
+def _as_real(t):
+    t = t.detach()
+    return torch.view_as_real(t) if t.is_complex() else t
+
+
+@contextmanager
+def _gradients_aside(model):
+    "Within this context the parameters of `model` have no gradients; afterwards they have their own again."
+    kept = [(p, p.grad) for p in model.parameters()]
+    try:
+        for p, _ in kept:
+            p.grad = None
+        yield
+    finally:
+        with uninterrupted():
+            for p, grad in kept:
+                p.grad = grad
+
+
+class _Points(Callback):
+    "A new point for each batch; its gradient goes to the bends before anything else looks at it."
+    order = -100
+    def before_batch(self): self.learn.model.new_point()
+    def after_backward(self): self.learn.model.collect()
 
 
 class _WeightDecay(Callback):
@@ -170,7 +271,7 @@ class _WeightDecay(Callback):
     order = 0    # before the loss is divided or scaled
     def __init__(self, wd): self.wd = wd
     def after_loss(self):
-        if self.wd: self.learn.loss_grad = self.loss_grad + self.wd / 2 * self.model.squared_norm
+        if self.wd: self.learn.loss_grad = self.loss_grad + self.wd / 2 * self.learn.model.squared_norm
 
 
 class _CurveLearner(Learner):
@@ -185,6 +286,12 @@ class _CurveLearner(Learner):
         if not shows_progress: self.remove_cbs(ProgressCallback)
 
     def _do_epoch_validate(self, *args, **kwargs): pass
+
+
+def _check_backward(model):
+    if any(p._post_accumulate_grad_hooks for p in model.parameters()):
+        raise ValueError('the model has hooks that act as soon as a parameter has its gradient (register_post_accumulate_grad_hook), '
+                         'as for optimizer steps within the backward pass: a curve cannot be trained through them, remove them first')
 
 
 def _check_rate(name, x, least=None):

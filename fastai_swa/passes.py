@@ -9,22 +9,22 @@ from fastai.callback.hook import HookCallback
 from fastai.callback.progress import CSVLogger, ProgressCallback, ShowGraphCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TerminateOnNaNCallback
-from fastai.callback.training import ShortEpochCallback
+from fastai.callback.training import BnFreeze, ShortEpochCallback, bn_types
 from fastai.learner import AvgLoss, Recorder
 from fastai.torch_core import num_distrib, get_random_states, set_random_states, set_seed, to_detach
 from fastcore.foundation import L
 from torch.nn.parallel import DistributedDataParallel
 
 from .batches import KeptBatches, fresh_loader, share, training_loader
-from .batchnorm import Moments, batch_moments
+from .batchnorm import Moments, batch_moments, tracked_bn
 from .columns import plain_values
 from .fitting import is_fitting, no_fit    # noqa: F401
 from .modules import unwrap
 from .processes import Processes
 from .state import loaders, own_generators, owned_modules, seed_generators
 
-__all__ = ['PassCancelled', 'copied_measures', 'validate_aside', 'refresh_bn', 'kept_batches', 'untouched', 'autocast_left', 'concerns_training',
-           'no_fit', 'is_fitting', 'check_engine']
+__all__ = ['PassCancelled', 'copied_measures', 'validate_aside', 'refresh_bn', 'refreshable', 'kept_batches', 'untouched', 'autocast_left',
+           'concerns_training', 'no_fit', 'is_fitting', 'check_engine']
 
 
 class PassCancelled(Exception):
@@ -217,3 +217,20 @@ def check_engine(learn):
                                   '`with learn.distrib_ctx():`')
     if processes.size > 1 and not isinstance(learn.model, DistributedDataParallel):
         raise NotImplementedError(f'SWACallback knows several processes with DistributedDataParallel only, not {type(learn.model).__name__}')
+
+
+def refreshable(learn) -> list[str]:
+    """Names of the batch-norm layers of `learn.model` whose statistics follow the weights, where no training was seen to tell.
+
+    They are `tracked_bn`'s, but for those that a `BnFreeze` of the learner keeps from moving.
+    """
+    layers = tracked_bn(unwrap(learn.model))
+    if any(isinstance(cb, BnFreeze) for cb in learn.cbs):
+        layers = {name: m for name, m in layers.items() if not _is_frozen_by_callback(m)}
+    return list(layers)
+
+
+def _is_frozen_by_callback(layer) -> bool:
+    "As fastai's `set_bn_eval` decides; a layer without parameters, at which that fails, is none."
+    first = next(layer.parameters(), None)
+    return isinstance(layer, bn_types) and first is not None and not first.requires_grad

@@ -1,6 +1,7 @@
 """A model as a point of weight space, the solutions that lie there, and loss and metrics at any points, by the learner's own loop."""
 import hashlib, warnings
 from collections.abc import Iterable, Mapping
+from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from pathlib import Path
 
@@ -12,23 +13,25 @@ from fastprogress.fastprogress import progress_bar
 from torch import nn
 
 from .averaging import WeightAverage, lent
-from .batchnorm import check_count, tracked_bn
+from .batchnorm import check_count
 from .callback import SWACallback
 from .ensemble import Ensemble, load_into
-from .modules import clean_copy, unwrap
-from .passes import PassCancelled, kept_batches, refresh_bn, untouched, validate_aside
+from .interrupts import uninterrupted, unwound_whole
+from .modules import clean_copy, in_train_mode, modes_of, set_modes, to_train_form, unwrap
+from .passes import PassCancelled, kept_batches, refresh_bn, refreshable, untouched, validate_aside
 from .processes import Processes
 from .snapshots import SnapshotCallback
 from .state import loaders, not_copied
 from .surfaces import MemoryRows, PointFile
 
-__all__ = ['Space', 'named_solutions', 'measured', 'weighted_sum', 'fingerprints', 'check_ts', 'numbers']
+__all__ = ['Space', 'named_solutions', 'measured', 'weighted_sum', 'modes_put_back', 'fingerprints', 'check_ts', 'numbers']
 
 
 class Space:
     """The weights of a learner's model as one flat vector: all its parameters, in float32 at least, end to end.
 
-    - `scratch`: a clean copy of the model, on the device of the data, which takes on the weights of one point after the other.
+    - `scratch`: a clean copy of the model, on the device of the data, which takes on the weights of one point after the other. Where modes move
+      weights (LoRA that merges its update in `eval()`), these are the weights as training has them: all points are sums of such.
     """
     def __init__(self, learn: Learner):
         if not isinstance(learn, Learner): raise TypeError(f'learn must be a Learner, which comes first, not {type(learn).__name__}')
@@ -36,6 +39,7 @@ class Space:
         self.learn, self.scratch = learn, clean_copy(learn.model, not_copied(learn))
         device = getattr(learn.dls, 'device', None)
         if device is not None: self.scratch.to(device)
+        to_train_form(self.scratch)
         self.originals = {k: p for k, p in self.scratch.named_parameters() if p.is_floating_point() or p.is_complex()}
         self.params = [torch.view_as_real(p.detach()) if p.is_complex() else p.detach() for p in self.originals.values()]
         if not self.params: raise ValueError('the model has no parameters: there is nothing to move')
@@ -45,24 +49,22 @@ class Space:
     @property
     def shows_progress(self) -> bool: return any(isinstance(cb, ProgressCallback) for cb in self.learn.cbs)
 
-    def named(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`weights` as `functional_call(tie_weights=False)` takes them: a name for each place of a parameter, but one only where a module has
-        several names, or it would put back what it has put there itself. Gradients flow through."""
-        pieces = [w.view(p.shape).to(p.dtype) for w, p in zip(weights.split([p.numel() for p in self.params]), self.params)]
-        of = {id(p): torch.view_as_complex(w) if p.is_complex() else w for p, w in zip(self.originals.values(), pieces)}
-        return {f'{name}.{leaf}' if name else leaf: of[id(p)] for name, m in self.scratch.named_modules() for leaf, p in m._parameters.items()
-                if id(p) in of}
+    def pieces(self, weights: torch.Tensor) -> list[torch.Tensor]:
+        "Views of `weights` in the shapes of the parameters, complex ones as pairs of real numbers."
+        return [w.view(p.shape) for w, p in zip(weights.split([p.numel() for p in self.params]), self.params)]
 
     def load(self, solution, name: str):
         "Weights, on the CPU, and buffers of a `solution`. Raises as `ensemble.load_into` does, and `ValueError` for weights that are not finite."
-        load_into(self.scratch, solution, name)
+        module = solution.model if isinstance(solution, Learner) else solution
+        with in_train_mode(module) if isinstance(module, nn.Module) else nullcontext():
+            load_into(self.scratch, solution, name)
         weights = torch.cat([p.to('cpu', self.dtype).flatten() for p in self.params])
         if not weights.isfinite().all(): raise ValueError(f'{name} has weights that are not finite')
         return weights, {k: b.clone() for k, b in self.scratch.named_buffers()}
 
     def one_set_of_buffers(self, loaded: list) -> dict:
         "The buffers of the first of `loaded` solutions, which serve for all points; if others have others that are not recomputed, that is said."
-        recomputed = {f'{name}.{k}' for name in tracked_bn(unwrap(self.learn.model)) for k in ('running_mean', 'running_var')}
+        recomputed = {f'{name}.{k}' for name in refreshable(self.learn) for k in ('running_mean', 'running_var')}
         first, *others = (buffers for _, buffers in loaded)
         differ = [k for k, b in first.items() if b.is_floating_point() and k not in recomputed and not all(torch.equal(b, o[k]) for o in others)]
         if differ: warnings.warn(f'{differ[0]} is not recomputed and differs between the solutions: all points have that of the first')
@@ -70,8 +72,7 @@ class Space:
 
     def put(self, weights: torch.Tensor, buffers: dict):
         "Give `scratch` these `weights` and `buffers`."
-        pieces = weights.to(self.device).split([p.numel() for p in self.params])
-        with torch.no_grad(): torch._foreach_copy_(self.params, [w.view(p.shape) for w, p in zip(pieces, self.params)])
+        with torch.no_grad(): torch._foreach_copy_(self.params, self.pieces(weights.to(self.device)))
         for k, b in self.scratch.named_buffers(): b.data = buffers[k].clone()
 
     def state_dict(self, weights: torch.Tensor, buffers: dict) -> dict:
@@ -146,19 +147,34 @@ def measured(space, kind, about, points, at,
     try:
         todo, remarks = np.flatnonzero(~rows.surface.is_measured).tolist(), {}
         bar = progress_bar(todo) if space.shows_progress and progress is None else todo
-        with untouched(learn, seed):    # each pass puts the generators back, so that all begin the same
-            names = list(tracked_bn(unwrap(learn.model)))
+        names = refreshable(learn)    # asked while the learner is as it stands
+        # each pass puts the generators back, so that all begin the same
+        with unwound_whole(), untouched(learn, seed), in_train_mode(learn.model):
             batches = _Batches(learn, names, sets, bn_batches, train_batches) if todo else None
             for done, i in enumerate(bar, len(points) - len(todo)):
                 if progress is not None: progress(done, len(points))
                 weights, buffers = at(i)
                 space.put(weights, buffers)
-                with lent(space.scratch, learn.model): row = _measure(learn, names, batches, remarks)
+                with lent(space.scratch, learn.model), modes_put_back(learn.model):
+                    learn.model.eval()    # by itself, so that what it merges is merged once: passes put attributes back, not weights
+                    row = _measure(learn, names, batches, remarks)
                 rows.add(i, row | {'norm': _norm(weights)})
     except PassCancelled: raise RuntimeError('a callback of the learner cancels validations or batch-norm passes: remove it first') from None
     finally: rows.close()
     if 'skipped' in remarks: warnings.warn(remarks['skipped'])
     return rows.surface
+
+
+@contextmanager
+def modes_put_back(model):
+    "At the end of this context the modules of `model` get the modes that they had at its start, by `train` and `eval` where those are their own."
+    model = unwrap(model)
+    modes = modes_of(model)
+    try:
+        yield
+    finally:
+        with uninterrupted():
+            set_modes(model, modes)
 
 
 class _Batches:

@@ -1,3 +1,6 @@
+import os
+import signal
+
 import matplotlib
 import pytest
 import torch
@@ -20,3 +23,11 @@ def closed_figures():
     yield
     import matplotlib.pyplot as plt
     plt.close('all')
+
+
+@pytest.fixture
+def ctrl_c():
+    "Sends a SIGINT, to Python's own handler also where the suite was started with SIGINT ignored."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, before)

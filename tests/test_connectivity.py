@@ -1,4 +1,5 @@
 import random
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -10,11 +11,14 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import SGD, Adam, OptimWrapper
 from fastai_swa import CheckpointCallback, Curve, SWACallback, line
 from fastai_swa.geometry import CURVES
+from fastai_swa.weight_space import modes_put_back
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
+from . import lora
 from .helpers import At, assert_same, learner, loaders, net, raising
-from .test_landscape import Counting, everything, mixed, by_hand, rows, unshuffled
+from .test_landscape import Counting, by_hand, each_merging, everything, merging_beside_twin, mixed, rows, unshuffled
 
 
 def solution(seed, n_epoch=4, model=net, dls=None, **kwargs):
@@ -58,27 +62,106 @@ def test_the_highest_loss_on_a_curve_lies_well_below_the_straight_lines_and_its_
 def flat(state, names): return torch.cat([state[k].flatten() for k in names])
 
 
+def two_layers(): return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def written_out(a, b, n_bends, kind, t, batch, wd):
+    "The points of the straight curve between two models of `two_layers`, float64, with the gradients of loss and decay at `t`, from two layers written out."
+    names, ends = ['0.weight', '0.bias', '2.weight', '2.bias'], [learn.model.state_dict() for learn in (a, b)]
+    points = [{k: ends[0][k].double() * (1 - s) + ends[1][k].double() * s for k in names} for s in np.linspace(0, 1, n_bends + 2)]
+    for p in points[1:-1]:
+        for v in p.values(): v.requires_grad_()
+    w = {k: sum(float(s) * p[k] for s, p in zip(CURVES[kind](t, n_bends + 2), points)) for k in names}
+    out = (batch[0].double() @ w['0.weight'].T + w['0.bias']).tanh() @ w['2.weight'].T + w['2.bias']
+    (F.cross_entropy(out, batch[1]) + wd / 2 * sum((v**2).sum() for v in w.values())).backward()
+    return points
+
+
+def assert_one_step(curve, points, lr):
+    for p, bend in zip(points[1:-1], curve.bends, strict=True):
+        for k in p: torch.testing.assert_close(bend[k].double(), p[k].detach() - lr * p[k].grad, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize('kind', CURVES)
 @pytest.mark.parametrize('n_bends', [1, 3])
 @pytest.mark.parametrize('wd', [0, .02])
 def test_a_step_moves_the_bends_down_the_gradient_at_a_random_point_with_decay_on_the_weights_there(kind, n_bends, wd, monkeypatch):
     "Against two layers written out."
-    def make(): return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
     dls = loaders(n=16, bs=16)
-    a, b = (solution(seed, 1, make, dls) for seed in (0, 1))
+    a, b = (solution(seed, 1, two_layers, dls) for seed in (0, 1))
     batch, = dls.train.new(shuffle=False)
     monkeypatch.setattr('torch.rand', lambda *size: torch.tensor(.3))
     curve = Curve(quiet(a), [a, b], n_bends, kind)
     curve.fit(1, .5, wd=wd, opt_func=SGD)
-    names, ends = ['0.weight', '0.bias', '2.weight', '2.bias'], [learn.model.state_dict() for learn in (a, b)]
-    points = [{k: ends[0][k].double() * (1 - t) + ends[1][k].double() * t for k in names} for t in np.linspace(0, 1, n_bends + 2)]
-    for p in points[1:-1]:
-        for v in p.values(): v.requires_grad_()
-    w = {k: sum(float(s) * p[k] for s, p in zip(CURVES[kind](.3, n_bends + 2), points)) for k in names}
-    out = (batch[0].double() @ w['0.weight'].T + w['0.bias']).tanh() @ w['2.weight'].T + w['2.bias']
-    (F.cross_entropy(out, batch[1]) + wd / 2 * sum((v**2).sum() for v in w.values())).backward()
-    for p, bend in zip(points[1:-1], curve.bends, strict=True):
-        for k in names: torch.testing.assert_close(bend[k].double(), p[k].detach() - .5 * p[k].grad, rtol=1e-5, atol=1e-6)
+    assert_one_step(curve, written_out(a, b, n_bends, kind, .3, batch, wd), .5)
+
+
+class TwoLayers(nn.Sequential):
+    "`two_layers`, run by `way`, a function of the model and its input."
+    def __init__(self, way):
+        super().__init__(*two_layers())
+        self.way = way
+    def forward(self, x): return self.way(self, x)
+
+
+class ByHand(torch.autograd.Function):
+    "Runs a module again within the backward pass, as reversible networks do."
+    @staticmethod
+    def forward(ctx, x, m):
+        ctx.m = m
+        ctx.save_for_backward(x)
+        with torch.no_grad(): return m(x)
+    @staticmethod
+    def backward(ctx, grad):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad(): torch.autograd.backward(ctx.m(x), grad)
+        return x.grad, None
+
+
+def checkpointed(reentrant): return lambda m, x: checkpoint(lambda h: m[2](m[1](h)), m[0](x), use_reentrant=reentrant)
+
+
+def patched(learn, how):
+    "Give the live model a forward of another kind, as users do between fits."
+    m = learn.model
+    if how == 'compiled forward': m.forward = torch.compile(m.forward, backend='eager')
+    if how == 'compiled model': learn.model = torch.compile(m, backend='eager')
+    if how == 'closure over the model': m.forward = lambda x: m[2](m[0](x).tanh())
+    if how == 'closure over a layer':
+        layer = m[0]
+        layer.forward = lambda x: F.linear(x, layer.weight, layer.bias)
+    if how == 'closure over tensors':
+        w, b = m[0].weight, m[0].bias
+        m[0].forward = lambda x: x @ w.T + b
+    if how == 'hook on a gradient': m[0].weight.register_hook(lambda grad: grad * 1)
+    if how == 'traced': m[0] = torch.jit.trace(m[0], torch.zeros(2, 6))
+
+
+WAYS = {'checkpointed': checkpointed(False), 'checkpointed, reentrant': checkpointed(True),
+        'run again by hand': lambda m, x: ByHand.apply(m[1](m[0](x)), m[2]),
+        'in segments': lambda m, x: checkpoint_sequential([m[1], m[2]], 2, m[0](x), use_reentrant=False)}
+PATCHES = ['compiled forward', 'compiled model', 'closure over the model', 'closure over a layer', 'closure over tensors', 'hook on a gradient', 'traced']
+
+
+@pytest.mark.parametrize('how', [*WAYS, *PATCHES])
+@pytest.mark.filterwarnings('ignore:.*torch.jit')
+def test_the_gradients_are_right_whatever_the_forward_pass_refers_to_and_whenever_it_is_run(how, monkeypatch):
+    "Checkpointing, forwards that were replaced, compiled or closed over the live model: against two layers written out."
+    dls = loaders(n=16, bs=16)
+    a, b = (solution(seed, 1, two_layers, dls) for seed in (0, 1))
+    batch, = dls.train.new(shuffle=False)
+    points = written_out(a, b, 1, 'bezier', .3, batch, .02)
+    for learn in (a, b):
+        if how in WAYS:
+            model = TwoLayers(WAYS[how])
+            model.load_state_dict(learn.model.state_dict())
+            learn.model = model
+        elif learn is a: patched(learn, how)
+    monkeypatch.setattr('torch.rand', lambda *size: torch.tensor(.3))
+    before = everything(quiet(a))
+    curve = Curve(a, [a, b]).fit(1, .5, wd=.02, opt_func=SGD)
+    assert_one_step(curve, points, .5)
+    assert_same(before, everything(a))
 
 
 def test_the_points_are_drawn_uniformly_and_anew_for_each_batch(monkeypatch):
@@ -257,6 +340,46 @@ def test_a_module_with_two_names_and_a_parameter_in_two_modules_are_moved_as_one
     assert curve.evaluate([.3]).values['valid_loss'][0] == pytest.approx(point.validate()[0], rel=1e-5)
 
 
+def test_two_forward_passes_of_a_batch_see_one_point():
+    "As where a callback compares the predictions for two views of the inputs."
+    a, b, seen = solution(0, 1, two_layers), solution(1, 1, two_layers), []
+    class Twice(Callback):
+        def after_pred(self):
+            again = self.learn.model(*self.xb)
+            seen.append(torch.equal(again, self.pred))
+            self.learn.pred = (self.pred + again) / 2
+    twice = Curve(quiet(a), [a, b]).fit(1, .1, cbs=Twice()).bends[0]
+    once = Curve(a, [a, b]).fit(1, .1).bends[0]
+    assert seen == [True] * 6
+    for k, v in once.items(): torch.testing.assert_close(twice[k], v)
+
+
+def test_a_model_that_no_gradient_reaches_or_that_steps_within_the_backward_pass_is_refused_before_anything_moves():
+    a, b = solution(0, 1, two_layers), solution(1, 1, two_layers)
+    other = two_layers()
+    a.model.forward = lambda x: other(x)
+    before = everything(quiet(a))
+    curve = Curve(a, [a, b])
+    start = curve.bends[0]
+    with pytest.raises(ValueError, match='no gradient reaches the parameters of the model'): curve.fit(1, .1)
+    assert_same(before, everything(a))
+    del a.model.forward
+    handle = a.model[0].weight.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(ValueError, match='register_post_accumulate_grad_hook'): curve.fit(1, .1)
+    assert all(torch.equal(v, start[k]) for k, v in curve.bends[0].items())
+    handle.remove()
+    curve.fit(1, .1)
+
+
+def test_bends_that_are_not_finite_are_dropped_with_a_warning():
+    a, b = solution(0, 1), solution(1, 1)
+    curve = Curve(quiet(a), [a, b]).fit(1, .1)
+    start = curve.bends[0]
+    with pytest.warns(UserWarning, match='the bends are not finite after this training'):
+        curve.fit(1, .1, cbs=At('after_backward', 0, lambda cb: cb.learn.model.bends[0].grad.fill_(float('nan'))))
+    assert all(torch.equal(v, start[k]) for k, v in curve.bends[0].items()) and torch.isfinite(start['0.weight']).all()
+
+
 # nothing is changed
 
 @pytest.mark.parametrize('how', ['success', 'error', 'Ctrl-C'])
@@ -274,6 +397,40 @@ def test_the_learner_is_bitwise_as_before_a_curve_was_trained_whatever_ends_it(h
         with pytest.raises(KeyboardInterrupt if how == 'Ctrl-C' else ValueError):
             curve.fit(2, .1, cbs=At('after_backward', 1, raising(KeyboardInterrupt() if how == 'Ctrl-C' else ValueError('here'))))
     assert_same(before, everything(learn))
+
+
+@each_merging
+@pytest.mark.parametrize('mode', [True, False], ids=['train', 'eval'])
+def test_a_curve_of_a_model_that_merges_weights_in_eval_is_that_of_its_twin_that_does_not_and_the_learner_stays_bitwise(make, mode):
+    (learn, twin), (other, other_twin) = (merging_beside_twin(make, seed, mode) for seed in (0, 1))
+    before = [everything(quiet(each)) for each in (learn, other)]
+    curve, expected = Curve(learn, [learn, other]), Curve(quiet(twin), [twin, other_twin])
+    for each in (curve, expected): each.fit(2, .05, wd=.01)
+    for state, each in zip(before, (learn, other)): assert_same(state, everything(each))
+    for k, v in expected.bends[0].items():
+        if k in dict(twin.model.named_parameters()): torch.testing.assert_close(curve.bends[0][k], v, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(rows(curve.evaluate(3)), rows(expected.evaluate(3)), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('make', [lora.MergedMixed, net], ids=['merged', 'plain'])
+@pytest.mark.parametrize('grad', [False, True])
+def test_two_ctrl_c_in_a_row_in_a_training_of_a_curve_leave_the_learner_bitwise_as_before(make, grad, ctrl_c, monkeypatch):
+    learn, other = merging_beside_twin(make, 0, False)[0], merging_beside_twin(make, 1, False)[1].model.state_dict()
+    quiet(learn)
+    for p in learn.model.parameters(): p.grad = torch.ones_like(p) if grad else None
+    before = everything(learn)
+    @contextmanager
+    def second(model):
+        with modes_put_back(model):
+            try: yield
+            finally: ctrl_c()
+    monkeypatch.setattr('fastai_swa.connectivity.modes_put_back', second)
+    curve = Curve(learn, [learn, other])
+    start = curve.bends[0]
+    with pytest.raises(KeyboardInterrupt): curve.fit(2, .1, cbs=At('after_pred', 1, lambda cb: ctrl_c(), batch=1))
+    assert_same(before, everything(learn))
+    assert all(p.grad.eq(1).all() if grad else p.grad is None for p in learn.model.parameters())
+    assert any(not torch.equal(v, start[k]) for k, v in curve.bends[0].items())    # what it has learned
 
 
 def test_parameters_of_the_loss_get_no_gradient():

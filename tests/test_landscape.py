@@ -2,6 +2,7 @@ import copy
 import inspect
 import random
 import warnings
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -9,17 +10,22 @@ import pytest
 import torch
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.training import BnFreeze
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, Metric
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from fastai_swa import Curve, Ensemble, SnapshotCallback, Surface, SWACallback, WeightAverage, line, plane, rays, update_bn
+from fastai_swa.passes import refreshable
+from fastai_swa.weight_space import modes_put_back
+from fastcore.foundation import L
 from fastprogress import fastprogress
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader as TorchDataLoader
 
+from . import lora
 from .helpers import At, assert_same, fingerprint, learner, loaders, net, raising
 
 
@@ -448,6 +454,93 @@ def test_the_learner_is_bitwise_as_before_after_success_error_and_ctrl_c(measure
         with pytest.raises(type(error)): measure(learn, OTHERS)
         monkeypatch.undo()
     assert_same(before, everything(learn))
+
+
+# models whose modes move weights
+
+def unmerged(make):
+    "The model that `make` makes, of the same parameters and predictions, that never merges."
+    model = make()
+    for m in model.modules():
+        cls = type(m)
+        if cls.train is not nn.Module.train: m.__class__ = type(cls.__name__, (cls,), {'train': nn.Module.train} | forwards.get(cls, {}))
+    return model
+
+
+forwards = {lora.MergedEmbedding: {'forward': lambda self, x: F.embedding(x, self.weight) + self.delta()[x]}}
+each_merging = pytest.mark.parametrize('make', lora.models.values(), ids=lora.models)
+
+
+def merging_beside_twin(make, seed, mode):
+    "A trained learner whose model merges, in train mode or in eval mode, and one of equal weights whose model does not."
+    learns = [learner(partial(unmerged, make), seed=seed), learner(make, seed=seed)]
+    with learns[0].no_bar(), learns[0].no_logging(): learns[0].fit(2)
+    twin, learn = learns
+    set_seed(seed)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)    # for an optimizer and a Recorder
+    learn.model.train()
+    learn.model.load_state_dict(twin.model.state_dict())
+    learn.model.train(mode), twin.model.train(mode)
+    for each in learns: each.dls.train.rng = random.Random(seed)
+    return learn, twin
+
+
+@each_merging
+@each_measurement
+@pytest.mark.parametrize('mode', [True, False], ids=['train', 'eval'])
+def test_a_model_that_merges_weights_in_eval_is_measured_as_its_twin_that_does_not_and_stays_bitwise(make, measure, mode):
+    (learn, twin), (other, other_twin) = (merging_beside_twin(make, seed, mode) for seed in (0, 1))
+    third = merging_beside_twin(make, 2, True)[1].model.state_dict()
+    before = [everything(each) for each in (learn, other)]
+    found = measure(learn, [other, third], bn_batches=2)
+    np.testing.assert_allclose(rows(found), rows(measure(twin, [other_twin, third], bn_batches=2)), rtol=1e-4, atol=1e-5)
+    for state, each in zip(before, (learn, other)): assert_same(state, everything(each))
+
+
+@pytest.mark.parametrize('mode', [True, False], ids=['train', 'eval'])
+@pytest.mark.parametrize('where', ['in the first pass', 'in the last pass'])
+@pytest.mark.parametrize('make', [lora.MergedMixed, net], ids=['merged', 'plain'])
+def test_two_ctrl_c_in_a_row_leave_the_learner_bitwise_as_before(make, mode, where, ctrl_c, monkeypatch):
+    learn, other = merging_beside_twin(make, 0, mode)[0], merging_beside_twin(make, 1, mode)[1].model.state_dict()
+    before, calls = everything(learn), []
+    def first(predicted, target):
+        calls.append(None)
+        if len(calls) == (1 if where == 'in the first pass' else 11): ctrl_c()
+        return F.cross_entropy(predicted, target)
+    @contextmanager
+    def second(model):    # while the first one unwinds, with a point's weights in the model
+        with modes_put_back(model):
+            try: yield
+            finally: ctrl_c()
+    with monkeypatch.context() as m:
+        m.setattr(learn, 'loss_func', first)
+        m.setattr('fastai_swa.weight_space.modes_put_back', second)
+        with pytest.raises(KeyboardInterrupt): line(learn, [learn, other], ts=3, sets='train')
+    assert_same(before, everything(learn))
+
+
+# frozen batch norm
+
+@pytest.mark.parametrize('mode', [True, False], ids=['train', 'eval'])
+def test_what_a_bnfreeze_of_the_learner_keeps_from_moving_keeps_its_statistics_on_the_surface(mode):
+    learn, frozen = learner(cbs=BnFreeze()), ('1.running_mean', '1.running_var')
+    for p in learn.model[:2].parameters(): p.requires_grad_(False)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    learn.model.train(mode)
+    assert refreshable(learn) == ['5']
+    states = []
+    class Look(Metric):
+        name = 'look'
+        def reset(self): pass
+        def accumulate(self, learn): states.append({k: v.clone() for k, v in learn.model.state_dict().items() if 'running' in k})
+        @property
+        def value(self): return 0.
+    own = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    other = {k: v * 1.1 if v.is_floating_point() and k not in frozen else v.clone() for k, v in own.items()}
+    learn.metrics = L(Look())
+    line(learn, [own, other], ts=[0, .5, 1], sets='valid')
+    assert len(states) >= 3
+    for state in states: assert all(torch.equal(state[k], own[k]) for k in frozen) and not torch.equal(state['5.running_mean'], own['5.running_mean'])
 
 
 def test_a_learner_that_was_measured_trains_on_as_one_that_was_not():
