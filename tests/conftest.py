@@ -1,5 +1,7 @@
 import os
+import random
 import signal
+import sys
 
 import matplotlib
 import pytest
@@ -31,3 +33,17 @@ def ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield lambda: os.kill(os.getpid(), signal.SIGINT)
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def second_ctrl_c(ctrl_c, monkeypatch):
+    "Sends a SIGINT while a first one unwinds: when Python's random generator is put back."
+    put_back, sent = random.setstate, []
+    def setstate(state):
+        if isinstance(sys.exc_info()[1], KeyboardInterrupt) and not sent:
+            sent.append(True)
+            ctrl_c()
+        put_back(state)
+    monkeypatch.setattr(random, 'setstate', setstate)
+    yield sent
+    assert sent

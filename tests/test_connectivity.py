@@ -1,5 +1,4 @@
 import random
-from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -11,7 +10,6 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import SGD, Adam, OptimWrapper
 from fastai_swa import CheckpointCallback, Curve, SWACallback, line
 from fastai_swa.geometry import CURVES
-from fastai_swa.weight_space import modes_put_back
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -340,7 +338,7 @@ def test_a_module_with_two_names_and_a_parameter_in_two_modules_are_moved_as_one
     assert curve.evaluate([.3]).values['valid_loss'][0] == pytest.approx(point.validate()[0], rel=1e-5)
 
 
-def test_two_forward_passes_of_a_batch_see_one_point():
+def test_all_forward_passes_of_a_batch_see_one_point():
     "As where a callback compares the predictions for two views of the inputs."
     a, b, seen = solution(0, 1, two_layers), solution(1, 1, two_layers), []
     class Twice(Callback):
@@ -348,9 +346,10 @@ def test_two_forward_passes_of_a_batch_see_one_point():
             again = self.learn.model(*self.xb)
             seen.append(torch.equal(again, self.pred))
             self.learn.pred = (self.pred + again) / 2
+        def after_backward(self): seen.append(torch.equal(self.learn.model(*self.xb), self.pred))
     twice = Curve(quiet(a), [a, b]).fit(1, .1, cbs=Twice()).bends[0]
     once = Curve(a, [a, b]).fit(1, .1).bends[0]
-    assert seen == [True] * 6
+    assert seen == [True] * 12
     for k, v in once.items(): torch.testing.assert_close(twice[k], v)
 
 
@@ -414,17 +413,11 @@ def test_a_curve_of_a_model_that_merges_weights_in_eval_is_that_of_its_twin_that
 
 @pytest.mark.parametrize('make', [lora.MergedMixed, net], ids=['merged', 'plain'])
 @pytest.mark.parametrize('grad', [False, True])
-def test_two_ctrl_c_in_a_row_in_a_training_of_a_curve_leave_the_learner_bitwise_as_before(make, grad, ctrl_c, monkeypatch):
+def test_two_ctrl_c_in_a_row_in_a_training_of_a_curve_leave_the_learner_bitwise_as_before(make, grad, ctrl_c, second_ctrl_c):
     learn, other = merging_beside_twin(make, 0, False)[0], merging_beside_twin(make, 1, False)[1].model.state_dict()
     quiet(learn)
     for p in learn.model.parameters(): p.grad = torch.ones_like(p) if grad else None
     before = everything(learn)
-    @contextmanager
-    def second(model):
-        with modes_put_back(model):
-            try: yield
-            finally: ctrl_c()
-    monkeypatch.setattr('fastai_swa.connectivity.modes_put_back', second)
     curve = Curve(learn, [learn, other])
     start = curve.bends[0]
     with pytest.raises(KeyboardInterrupt): curve.fit(2, .1, cbs=At('after_pred', 1, lambda cb: ctrl_c(), batch=1))

@@ -2,7 +2,6 @@ import copy
 import inspect
 import random
 import warnings
-from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -18,7 +17,6 @@ from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from fastai_swa import Curve, Ensemble, SnapshotCallback, Surface, SWACallback, WeightAverage, line, plane, rays, update_bn
 from fastai_swa.passes import refreshable
-from fastai_swa.weight_space import modes_put_back
 from fastcore.foundation import L
 from fastprogress import fastprogress
 from torch import nn
@@ -500,21 +498,15 @@ def test_a_model_that_merges_weights_in_eval_is_measured_as_its_twin_that_does_n
 @pytest.mark.parametrize('mode', [True, False], ids=['train', 'eval'])
 @pytest.mark.parametrize('where', ['in the first pass', 'in the last pass'])
 @pytest.mark.parametrize('make', [lora.MergedMixed, net], ids=['merged', 'plain'])
-def test_two_ctrl_c_in_a_row_leave_the_learner_bitwise_as_before(make, mode, where, ctrl_c, monkeypatch):
+def test_two_ctrl_c_in_a_row_leave_the_learner_bitwise_as_before(make, mode, where, ctrl_c, second_ctrl_c, monkeypatch):
     learn, other = merging_beside_twin(make, 0, mode)[0], merging_beside_twin(make, 1, mode)[1].model.state_dict()
     before, calls = everything(learn), []
     def first(predicted, target):
         calls.append(None)
         if len(calls) == (1 if where == 'in the first pass' else 11): ctrl_c()
         return F.cross_entropy(predicted, target)
-    @contextmanager
-    def second(model):    # while the first one unwinds, with a point's weights in the model
-        with modes_put_back(model):
-            try: yield
-            finally: ctrl_c()
     with monkeypatch.context() as m:
         m.setattr(learn, 'loss_func', first)
-        m.setattr('fastai_swa.weight_space.modes_put_back', second)
         with pytest.raises(KeyboardInterrupt): line(learn, [learn, other], ts=3, sets='train')
     assert_same(before, everything(learn))
 
