@@ -36,11 +36,11 @@ def ctrl_c():
 
 
 @pytest.fixture
-def second_ctrl_c(ctrl_c, monkeypatch):
-    "Sends a SIGINT while a first one unwinds: when Python's random generator is put back."
+def more_ctrl_c(ctrl_c, monkeypatch):
+    "Sends SIGINTs while a first one unwinds: whenever Python's random generator is put back."
     put_back, sent = random.setstate, []
     def setstate(state):
-        if isinstance(sys.exc_info()[1], KeyboardInterrupt) and not sent:
+        if isinstance(sys.exc_info()[1], KeyboardInterrupt):
             sent.append(True)
             ctrl_c()
         put_back(state)

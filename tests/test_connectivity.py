@@ -413,7 +413,7 @@ def test_a_curve_of_a_model_that_merges_weights_in_eval_is_that_of_its_twin_that
 
 @pytest.mark.parametrize('make', [lora.MergedMixed, net], ids=['merged', 'plain'])
 @pytest.mark.parametrize('grad', [False, True])
-def test_two_ctrl_c_in_a_row_in_a_training_of_a_curve_leave_the_learner_bitwise_as_before(make, grad, ctrl_c, second_ctrl_c):
+def test_two_ctrl_c_in_a_row_in_a_training_of_a_curve_leave_the_learner_bitwise_as_before(make, grad, ctrl_c, more_ctrl_c):
     learn, other = merging_beside_twin(make, 0, False)[0], merging_beside_twin(make, 1, False)[1].model.state_dict()
     quiet(learn)
     for p in learn.model.parameters(): p.grad = torch.ones_like(p) if grad else None

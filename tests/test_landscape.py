@@ -498,7 +498,7 @@ def test_a_model_that_merges_weights_in_eval_is_measured_as_its_twin_that_does_n
 @pytest.mark.parametrize('mode', [True, False], ids=['train', 'eval'])
 @pytest.mark.parametrize('where', ['in the first pass', 'in the last pass'])
 @pytest.mark.parametrize('make', [lora.MergedMixed, net], ids=['merged', 'plain'])
-def test_two_ctrl_c_in_a_row_leave_the_learner_bitwise_as_before(make, mode, where, ctrl_c, second_ctrl_c, monkeypatch):
+def test_two_ctrl_c_in_a_row_leave_the_learner_bitwise_as_before(make, mode, where, ctrl_c, more_ctrl_c, monkeypatch):
     learn, other = merging_beside_twin(make, 0, mode)[0], merging_beside_twin(make, 1, mode)[1].model.state_dict()
     before, calls = everything(learn), []
     def first(predicted, target):
