@@ -55,9 +55,9 @@ class Space:
 
     def load(self, solution, name: str):
         "Weights, on the CPU, and buffers of a `solution`. Raises as `ensemble.load_into` does, and `ValueError` for weights that are not finite."
-        module = solution.model if isinstance(solution, Learner) else solution
-        with in_train_mode(module) if isinstance(module, nn.Module) else nullcontext():
-            load_into(self.scratch, solution, name)
+        source = solution.model if isinstance(solution, Learner) else solution
+        with in_train_mode(source) if isinstance(source, nn.Module) else nullcontext():
+            load_into(self.scratch, source, name)
         weights = torch.cat([p.to('cpu', self.dtype).flatten() for p in self.params])
         if not weights.isfinite().all(): raise ValueError(f'{name} has weights that are not finite')
         return weights, {k: b.clone() for k, b in self.scratch.named_buffers()}

@@ -225,8 +225,9 @@ def test_a_buffer_that_a_point_changes_in_place_begins_anew_at_the_next():
 
 def test_frozen_batch_norm_keeps_the_statistics_of_the_first_solution():
     learn, other = trained(), trained(1)
+    learn.model.train()
     for m in learn.model.modules():
-        if isinstance(m, nn.BatchNorm1d): m.weight.requires_grad_(False)
+        if isinstance(m, nn.BatchNorm1d): m.eval()
     found = line(learn, [learn, other], ts=[0., .5], sets='valid')
     model = copy.deepcopy(learn.model).eval()
     for t, loss in zip(found.t, found.values['valid_loss']):
