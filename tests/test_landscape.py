@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 
 from . import lora
 from .helpers import At, assert_same, fingerprint, learner, loaders, net, raising
+from .reference import twins
 
 
 class Weights(nn.Module):
@@ -513,6 +514,41 @@ def test_two_ctrl_c_in_a_row_leave_the_learner_bitwise_as_before(make, mode, whe
 
 
 # frozen batch norm
+
+class NormEval(nn.Sequential):
+    "Keeps its first batch norm in eval mode, as detectors do with that of their backbone."
+    def __init__(self): super().__init__(*net())
+    def train(self, mode=True):
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+@pytest.mark.parametrize('mode', [True, False], ids=['train', 'eval'])
+def test_batch_norm_that_an_overridden_train_freezes_keeps_its_statistics_on_the_surface_and_on_a_curve(mode):
+    learn, other = (learner(NormEval, seed=seed) for seed in (0, 1))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    learn.model.train(mode)
+    assert refreshable(learn) == ['5']
+    with torch.no_grad(): learn.model[1].running_var.mul_(3)    # so that it matters
+    found = line(learn, [learn, other], ts=[0.], sets='valid')
+    np.testing.assert_allclose(found.values['valid_loss'], refreshed_by_hand(learn, '5'), rtol=1e-5)
+    learn.logger = lambda *args: None
+    own = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    solutions = Curve(learn, [learn, other]).fit(1, .05).bends
+    for state in (learn.model.state_dict(), *solutions): assert all(torch.equal(state[k], own[k]) for k in ('1.running_mean', '1.running_var'))
+
+
+def refreshed_by_hand(learn, layer):
+    "The validation loss, in float64, of a copy whose `layer` has the moments of what reaches it over the training set."
+    model = copy.deepcopy(learn.model).double()
+    (xs, _), (valid, targets) = ([torch.cat(t) for t in zip(*dl)] for dl in learn.dls.loaders)
+    frozen = {name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm1d)} - {layer}
+    mean, var = twins.bn_statistics(model, [(xs,)], frozen)[layer]
+    model.get_submodule(layer).running_mean.copy_(mean)
+    model.get_submodule(layer).running_var.copy_(var)
+    with torch.no_grad(): return float(F.cross_entropy(model.eval()(valid.double()), targets))
+
 
 @pytest.mark.parametrize('mode', [True, False], ids=['train', 'eval'])
 def test_what_a_bnfreeze_of_the_learner_keeps_from_moving_keeps_its_statistics_on_the_surface(mode):
