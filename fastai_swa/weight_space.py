@@ -1,7 +1,7 @@
 """A model as a point of weight space, the solutions that lie there, and loss and metrics at any points, by the learner's own loop."""
 import hashlib, warnings
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .batchnorm import check_count
 from .callback import SWACallback
 from .ensemble import Ensemble, load_into
 from .interrupts import uninterrupted, unwound_whole
-from .modules import clean_copy, in_train_mode, modes_of, set_modes, to_train_form, unwrap
+from .modules import clean_copy, in_train_mode, modes_of, plain_name, set_modes, to_train_form, unwrap
 from .passes import PassCancelled, kept_batches, refresh_bn, refreshable, untouched, validate_aside
 from .processes import Processes
 from .snapshots import SnapshotCallback
@@ -56,7 +56,10 @@ class Space:
     def load(self, solution, name: str):
         "Weights, on the CPU, and buffers of a `solution`. Raises as `ensemble.load_into` does, and `ValueError` for weights that are not finite."
         source = solution.model if isinstance(solution, Learner) else solution
-        with in_train_mode(source) if isinstance(source, nn.Module) else nullcontext():
+        if isinstance(source, nn.Module):
+            with in_train_mode(source):
+                load_into(self.scratch, unwrap(source).state_dict(), name)
+        else:
             load_into(self.scratch, source, name)
         weights = torch.cat([p.to('cpu', self.dtype).flatten() for p in self.params])
         if not weights.isfinite().all(): raise ValueError(f'{name} has weights that are not finite')
@@ -64,7 +67,9 @@ class Space:
 
     def one_set_of_buffers(self, loaded: list) -> dict:
         "The buffers of the first of `loaded` solutions, which serve for all points; if others have others that are not recomputed, that is said."
-        recomputed = {f'{name}.{k}' for name in refreshable(self.learn) for k in ('running_mean', 'running_var')}
+        modules, recomputed = dict(unwrap(self.learn.model).named_modules()), set()
+        for name in refreshable(self.learn):
+            recomputed |= {plain_name(f'{name}.{k}' if name else k) for k in modules[name]._buffers}
         first, *others = (buffers for _, buffers in loaded)
         differ = [k for k, b in first.items() if b.is_floating_point() and k not in recomputed and not all(torch.equal(b, o[k]) for o in others)]
         if differ: warnings.warn(f'{differ[0]} is not recomputed and differs between the solutions: all points have that of the first')
@@ -161,7 +166,9 @@ def measured(space, kind, about, points, at,
                 rows.add(i, row | {'norm': _norm(weights)})
     except PassCancelled: raise RuntimeError('a callback of the learner cancels validations or batch-norm passes: remove it first') from None
     finally: rows.close()
-    if 'skipped' in remarks: warnings.warn(remarks['skipped'])
+    for what, sentence in remarks.items():
+        if what != 'infinite':    # far from the solutions that is no surprise, and the loss shows it
+            warnings.warn(sentence)
     return rows.surface
 
 

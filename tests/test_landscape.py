@@ -238,6 +238,28 @@ def test_frozen_batch_norm_keeps_the_statistics_of_the_first_solution():
             assert loss == pytest.approx(float(F.cross_entropy(model(xs), ys)), rel=1e-5)
 
 
+def test_statistics_that_are_recomputed_may_differ_between_the_solutions_without_a_word_also_where_the_model_is_one_layer_or_compiled():
+    for make in (net, lambda: nn.BatchNorm1d(6), lambda: nn.Sequential(torch.compile(nn.BatchNorm1d(6), backend='eager'), nn.Linear(6, 3))):
+        a, b = (learner(make, seed=seed) for seed in (0, 1))
+        for learn in (a, b):
+            with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', UserWarning)
+            line(a, [a, b], ts=2, sets='valid')
+
+
+def test_what_a_pass_remarks_is_said_once_for_all_points_but_that_statistics_far_away_are_not_finite(monkeypatch):
+    from fastai_swa import weight_space
+    refresh_bn = weight_space.refresh_bn
+    def remarking(*args, **kwargs):
+        moments = refresh_bn(*args, **kwargs)
+        moments.remarks |= {'this': 'this was remarked', 'infinite': 'not finite'}
+        return moments
+    monkeypatch.setattr(weight_space, 'refresh_bn', remarking)
+    with pytest.warns(UserWarning) as caught: line(trained(), OTHERS, ts=5, sets='valid')
+    assert [str(w.message) for w in caught] == ['this was remarked']
+
+
 def test_sets_and_batches_are_those_asked_for():
     learn, seen = trained(), []
     class Count(Callback):
