@@ -1,24 +1,27 @@
 """`Ensemble`: many models, one prediction."""
-import json, math, zipfile
+import warnings
 from contextlib import contextmanager
-from functools import partial, reduce
-from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 import torch
+from fastai.callback.core import Callback, CancelBatchException
 from fastai.learner import Learner
 from fastcore.foundation import L, noop
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import Subset
 
-from .files import replacing
-from .modules import clean_copy, plain_name, unwrap
-from .passes import no_fit
+from .fitting import no_fit
+from .interrupts import unwound_whole
+from .modules import clean_copy, unwrap
+from .passes import autocast_left
+from .probabilities import Probabilities, as_probabilities, features, vote
+from .samples import Samples, in_common
 from .state import not_copied
+from .views import lending
+from .weights import check_weights_file, load_into, read_index, weights_of, write_index, write_weights
 
-__all__ = ['Ensemble', 'Probabilities', 'load_into', 'write_weights', 'write_index', 'read_index']
+__all__ = ['Ensemble']
 
 
 class Ensemble:
@@ -27,11 +30,16 @@ class Ensemble:
     - `members`: a list of learners, modules, state dicts and paths to these (what `learn.save(with_opt=False)` or `torch.save` wrote), of one
       architecture or several; the folder that `fit_snapshots`, `fit_fge` or `save` wrote; or another `Ensemble`.
     - `learn`: the learner whose data, loss and metrics serve; default: the first learner among the members. State dicts are of its
-      architecture, unless `archs` gives a module for each member.
+      architecture, unless `archs` gives a module for each member. Its callbacks see the output of each member as they see its own model's:
+      where one takes an output apart (`self.learn.pred = self.pred.logits` in `after_pred`), what it leaves is combined.
     - `combine`: 'mean' of the probabilities, the default; 'vote', each class by the number of members that prefer it, ties by the mean; 'stack',
       see `stack`.
     - `activation`: what makes probabilities of a model's output: 'softmax', 'sigmoid' (multi-label) or 'none' (regression); default: what the
       learner's loss says.
+
+    To predict samples that a member was trained on, or that `stack` was fitted on, warns: what is scored there flatters. A member that is a
+    learner was trained on its own training set, others on that of `learn`, as far as it is known. (See `samples.Samples` for how samples are
+    known again; what `stack` was fitted on is not in files.)
 
     Huang et al. 2017 (arXiv 1704.00109); Garipov et al. 2018 (arXiv 1802.10026).
 
@@ -39,52 +47,77 @@ class Ensemble:
     architecture; for an unknown loss without `activation`; for a vote in regression.
     """
     def __init__(self, members, learn: Learner | None = None, combine: str | None = None, activation: str | None = None, archs=None):
-        self.epochs, self.stacking, self._trained_on = [], None, []
+        self.epochs = []    # after which the members were kept, where that is known
+        self.stacking = None    # the weights that `stack` found
+        self._stacked_on = None    # the data set that it was fitted on
+        self._samples = {}    # id of a data set -> its Samples
+        trained_on = None
         if isinstance(members, Ensemble):
-            learn, archs = learn or members.learn, archs or members.archs
-            combine, activation = combine or members.combine, activation or members.probabilities.kind
-            self.epochs, self.stacking, self._trained_on, members = members.epochs, members.stacking, members._trained_on, members.members
+            other, members = members, members.members
+            learn, archs = learn or other.learn, archs or other.archs
+            combine, activation = combine or other.combine, activation or other.probabilities.kind
+            self.epochs, self.stacking, self._stacked_on, trained_on = other.epochs, other.stacking, other._stacked_on, other._trained_on
         elif isinstance(members, str | Path) and Path(members).is_dir():
-            index = read_index(Path(members))
+            folder, index = Path(members), read_index(Path(members))
             combine, activation = combine or index.get('combine'), activation or index.get('activation')
             self.epochs, self.stacking = index.get('epochs', []), index.get('stacking')
-            members = [Path(members)/file for file in index['files']]
-        elif isinstance(members, str | Path | nn.Module | Learner | dict): members = [members]
+            members = [folder/file for file in index['files']]
+            if not members:
+                raise ValueError(f'{folder} has no models yet: the fit that writes there has not come to one')
+        elif isinstance(members, str | Path | nn.Module | Learner | dict):
+            members = [members]
         self.members = list(members)
-        if not self.members: raise ValueError('members is empty: an ensemble needs one model at least')
+        if not self.members:
+            raise ValueError('members is empty: an ensemble needs one model at least')
         learners = [m for m in self.members if isinstance(m, Learner)]
-        if learn is None and not learners: raise ValueError('learn is needed for its data, its loss and its metrics: no member is a Learner')
-        self.learn, self.archs = learn or learners[0], list(archs) if archs else [None] * len(self.members)
-        if len(self.archs) != len(self.members): raise ValueError(f'archs has {len(self.archs)} modules for {len(self.members)} members')
+        if learn is None and not learners:
+            raise ValueError('learn is needed for its data, its loss and its metrics: no member is a Learner')
+        self.learn = learn or learners[0]
+        self.archs = list(archs) if archs else [None] * len(self.members)
+        if len(self.archs) != len(self.members):
+            raise ValueError(f'archs has {len(self.archs)} modules for {len(self.members)} members')
         for m in self.members:
-            if isinstance(m, str | Path): _check_file(Path(m))
-            elif not isinstance(m, Learner | nn.Module | dict): raise TypeError(f'members must be learners, modules, state dicts or paths, not {m!r}')
+            if isinstance(m, str | Path):
+                check_weights_file(Path(m))
+            elif not isinstance(m, Learner | nn.Module | dict):
+                raise TypeError(f'members must be learners, modules, state dicts or paths, not {m!r}')
         self.probabilities = Probabilities(self.learn.loss_func, activation)
         self.combine = combine or 'mean'
-        self._trained_on = [*self._trained_on, *(member.dls.train_ds for member in learners)]
+        self._trained_on = trained_on or [_training_set(m) for m in self.members]    # of each member, `None` where it is not known
 
     @property
-    def combine(self) -> str: return self._combine
+    def combine(self) -> str:
+        return self._combine
 
     @combine.setter
     def combine(self, how):
-        if how not in ('mean', 'vote', 'stack'): raise ValueError(f"combine must be 'mean', 'vote' or 'stack', not {how!r}")
-        if how == 'vote' and self.probabilities.kind == 'none': raise ValueError("combine='vote' needs classes, and this loss is one of regression")
-        if how == 'stack' and self.stacking is None: raise ValueError("combine='stack' needs stack() first, which finds the weights")
+        if how not in ('mean', 'vote', 'stack'):
+            raise ValueError(f"combine must be 'mean', 'vote' or 'stack', not {how!r}")
+        if how == 'vote' and self.probabilities.kind == 'none':
+            raise ValueError("combine='vote' needs classes, and this loss is one of regression")
+        if how == 'stack' and self.stacking is None:
+            raise ValueError("combine='stack' needs stack() first, which finds the weights")
         self._combine = how
 
-    def __len__(self): return len(self.members)
+    def __len__(self):
+        return len(self.members)
 
     def __getitem__(self, i):
         "An ensemble of some of the members, as a slice of a list."
-        def pick(o): return o[i] if isinstance(i, slice) else [o[j] for j in i] if hasattr(i, '__iter__') else [o[i]]
-        res = Ensemble(pick(self.members), self.learn, 'mean' if self.combine == 'stack' else self.combine, self.probabilities.kind, pick(self.archs))
-        res._trained_on, res.epochs = self._trained_on, pick(self.epochs) if len(self.epochs) == len(self) else []
+        def pick(o):
+            if isinstance(i, slice):
+                return o[i]
+            return [o[j] for j in i] if hasattr(i, '__iter__') else [o[i]]
+        how = 'mean' if self.combine == 'stack' else self.combine
+        res = Ensemble(pick(self.members), self.learn, how, self.probabilities.kind, pick(self.archs))
+        res._trained_on = pick(self._trained_on)
+        res.epochs = pick(self.epochs) if len(self.epochs) == len(self) else []
         return res
 
     def __repr__(self):
         epochs = f', of the epochs {", ".join(map(str, self.epochs))}' if self.epochs else ''
-        return f'Ensemble of {len(self)} model{"s" * (len(self) > 1)}{epochs}, combined by {self.combine}'
+        models = 'model' if len(self) == 1 else 'models'
+        return f'Ensemble of {len(self)} {models}{epochs}, combined by {self.combine}'
 
     # predicting, as a learner does
 
@@ -94,71 +127,112 @@ class Ensemble:
 
         All members are in memory at once, and on the learner's device while it predicts. Its own model, its mode and those of the members come
         back at the end. To train, save or export inside is refused with `RuntimeError`.
+
+        fastai's interpretations that are made inside go on with the ensemble when they are used after it; if its members have changed since,
+        `RuntimeError`. (Not so a method of the learner that is taken along, or an object of another kind that keeps the learner: outside of this
+        context the learner is what it was. `views.as_lent(learn)` is what such an object can keep instead.)
         """
-        modules = [self._module(i) for i in range(len(self))]
-        with self._in_learner(_Combined(modules, self, self.combine)) as learn: yield learn
+        with lending(self.learn, 'active()', self.active, self._version), self._in_learner() as learn:
+            yield learn
 
     def get_preds(self, ds_idx: int = 1, dl=None, **kwargs):
         "Combined probabilities (regression: values) and targets, as `Learner.get_preds` gives them; `kwargs` as there."
-        with self.active() as learn, learn.no_bar(), learn.no_logging(): return learn.get_preds(ds_idx, dl, **kwargs)
+        with self._in_learner() as learn, learn.no_bar(), learn.no_logging():
+            return learn.get_preds(ds_idx, dl, **kwargs)
 
     def predict(self, item, **kwargs):
         "Decoded prediction, its tensor, and the probabilities of one `item`, as `Learner.predict`."
-        with self.active() as learn: return learn.predict(item, **kwargs)
+        with self._in_learner() as learn:
+            return learn.predict(item, **kwargs)
 
-    def validate(self, ds_idx: int = 1, dl=None) -> L:
+    def validate(self, ds_idx: int = 1, dl=None, cbs=None) -> L:
         "Loss and metrics of the ensemble; both get the log of the combined probabilities, so that no activation is applied twice."
-        with self.active() as learn, learn.no_bar(), learn.no_logging(): return learn.validate(ds_idx, dl)
+        with self._in_learner() as learn, learn.no_bar(), learn.no_logging():
+            return learn.validate(ds_idx, dl, cbs)
 
-    def member_preds(self, ds_idx: int = 1, dl=None):
+    def member_preds(self, ds_idx: int = 1, dl=None, cbs=None):
         "Probabilities of each member, shape (members, samples, ...), and the targets; one member at a time is on the device."
         preds = []
         for i in range(len(self)):
-            with self._in_learner(_Combined([self._module(i)], self, 'mean')) as learn, learn.no_bar(), learn.no_logging():
-                raw, targets = learn.get_preds(ds_idx, dl, act=noop)
+            with self._in_learner([i], 'mean', warns=False) as learn, learn.no_bar(), learn.no_logging():
+                raw, targets = learn.get_preds(ds_idx, dl, act=noop, cbs=cbs)
             preds.append(self.probabilities.of(raw))
         return torch.stack(preds), targets
 
     # stacking
 
-    def stack(self, dl=None, ds_idx: int = 1, alphas=tuple(np.logspace(-3, 4, 15))):
+    def stack(self, dl=None, ds_idx: int = 1, alphas=tuple(np.logspace(-3, 4, 15)), cbs=None):
         """Find weights for the members' probabilities by ridge regression on one-hot targets, and combine by them from now on.
 
         `dl`, or data set `ds_idx` of the learner: samples that no member was trained on. The penalty is the one of `alphas` with the
         least error in leave-one-out cross-validation. What the ensemble then scores on the same samples flatters it: judge it on others.
 
         Raises `ValueError` if there are samples of the learner's training set among them, or of a member's, where all members are right and no
-        weight can be learned. (What a file or a module was trained on is not known. Samples are known again by what fastai's data sets are made
-        from: files, rows, indexes.) Also if they have no targets, or the targets are not one class, label vector or value for each sample.
+        weight can be learned. (What a file or a module was trained on is not known. See `samples.Samples` for how samples are known again.)
+        Also if they have no targets, or the targets are not one class, label vector or value for each sample.
         """
         from sklearn.linear_model import RidgeCV    # comes with fastai; slow to import
         dl = self.learn.dls[ds_idx] if dl is None else dl
-        if self._is_training_set(dl):
+        if self._in_training_sets(dl, [*self._trained_on, None])[0]:
             raise ValueError('stack needs data that no member was trained on, and these are the training set of one: hold samples out')
-        preds, targets = self.member_preds(dl=dl)
-        kind = self.probabilities.kind
-        if not isinstance(targets, torch.Tensor): raise ValueError('stack needs targets, and these data have none: test_dl(items, with_labels=True)')
-        if kind == 'softmax' and (preds.ndim != 3 or targets.ndim != 1 or targets.is_floating_point()):
-            raise ValueError(f'stack needs one class for each sample, not predictions of shape {tuple(preds.shape[1:])} for targets of shape '
-                             f'{tuple(targets.shape)}')
-        y = F.one_hot(targets.flatten().long(), preds.shape[-1]) if kind == 'softmax' else targets.reshape(len(targets), -1)
-        ridge = RidgeCV(alphas).fit(_features(preds).numpy(), y.double().numpy())
+        preds, targets = self.member_preds(dl=dl, cbs=cbs)
+        y = _stacking_targets(preds, targets, self.probabilities.kind)
+        ridge = RidgeCV(alphas).fit(features(preds).numpy(), y.double().numpy())
         self.stacking = {'weights': np.atleast_2d(ridge.coef_).tolist(), 'bias': np.atleast_1d(ridge.intercept_).tolist(),
                          'alpha': float(ridge.alpha_)}
+        self._stacked_on = getattr(dl, 'dataset', None)
         self.combine = 'stack'
 
-    def _is_training_set(self, dl) -> bool:
-        data = getattr(dl, 'dataset', None)
-        return _overlap(data, self.learn.dls.train_ds, indexes=True) or any(_overlap(data, ds) for ds in self._trained_on)
+    # which samples are whose
+
+    def _in_training_sets(self, dl, training_sets) -> tuple[int, int]:
+        "How many samples of `dl` are in some of the `training_sets`, `None` being the learner's, and in how many of these sets some are."
+        own = _training_set(self.learn)
+        found, n_sets = set(), 0
+        for data in training_sets:
+            common = self._common(dl, own if data is None else data)
+            found.update(common)
+            n_sets += bool(common)
+        return len(found), n_sets
+
+    def _common(self, dl, data) -> list[int]:
+        scored = getattr(dl, 'dataset', None)
+        if scored is None or data is None:
+            return []
+        return in_common(self._samples_of(scored, keep=False), self._samples_of(data))
+
+    def _samples_of(self, data, keep=True) -> Samples:
+        known = self._samples.get(id(data))
+        if known is not None and known.data is data and len(known) == _length(data):
+            return known
+        samples = Samples(data)
+        if keep:    # which also keeps the id
+            self._samples[id(data)] = samples
+        return samples
+
+    def _check_scored(self, dl):
+        "Warn if a score on the samples of `dl` flatters."
+        n = _length(getattr(dl, 'dataset', None))
+        if n == 1:    # a prediction
+            return
+        n_found, n_members = self._in_training_sets(dl, self._trained_on)
+        if n_found:
+            warnings.warn(f'{n_found} of the {n} samples are training data of {n_members} of the {len(self)} members: what the ensemble scores there '
+                          'flatters it', stacklevel=2)
+        n_found = len(self._common(dl, self._stacked_on)) if self.combine == 'stack' else 0
+        if n_found:
+            warnings.warn(f'stack() was fitted on {n_found} of the {n} samples: what the ensemble scores there flatters it', stacklevel=2)
 
     # files
 
     def save(self, folder):
         "Write all members' weights, how they are combined, and one index into `folder`: `Ensemble(folder, learn)` reads it, and its `archs`."
-        folder, weights = Path(folder), list(map(_weights, self.members))    # all read before any is written: they may be of that folder
+        folder = Path(folder)
+        weights = [weights_of(_source(m)) for m in self.members]    # all read before any is written: they may be of that folder
         folder.mkdir(parents=True, exist_ok=True)
         files = [f'member-{i + 1:02}.pth' for i in range(len(weights))]
-        for file, w in zip(files, weights): write_weights(folder/file, w)
+        for file, w in zip(files, weights):
+            write_weights(folder/file, w)
         write_index(folder, files, epochs=self.epochs, combine=self.combine, stacking=self.stacking, activation=self.probabilities.kind)
 
     @classmethod
@@ -169,220 +243,213 @@ class Ensemble:
     # members
 
     def _module(self, i) -> nn.Module:
-        member = self.members[i]
-        if isinstance(member, Learner): return unwrap(member.model)
-        if isinstance(member, nn.Module): return unwrap(member)
+        source = _source(self.members[i])
+        if isinstance(source, nn.Module):
+            return unwrap(source)
         module = clean_copy(self.learn.model if self.archs[i] is None else self.archs[i], not_copied(self.learn))
-        return load_into(module, member, f'member {i}')
+        return load_into(module, source, f'member {i}')
+
+    def _version(self):
+        "What changes when the ensemble would predict something else."
+        live = [_marks(unwrap(s)) if isinstance(s := _source(m), nn.Module) else id(m) for m in self.members]
+        return live, self.combine, repr(self.stacking)
 
     @contextmanager
-    def _in_learner(self, model):
+    def _in_learner(self, which=None, combine: str | None = None, warns: bool = True):
+        "Within this context the learner predicts with the members `which`, by default all, combined by `combine`."
         learn, own = self.learn, self.learn.model
-        modes = [(m, m.training) for root in (own, model) for m in root.modules()]
-        def get_preds(*args, **kwargs):    # of a loss that is not fastai's own the learner does not know the activation
-            return type(learn).get_preds(learn, *args, **{'act': self.probabilities.of} | kwargs)
-        with no_fit(learn, 'active() is not possible: the learner is an ensemble there', also=('save', 'export', 'load', 'create_opt')):
-            kept = vars(learn).get('get_preds')
+        modules = [self._module(i) for i in (range(len(self)) if which is None else which)]
+        members = _Members(modules, _Combination(self.probabilities, combine or self.combine, self.stacking))
+        modes = [(m, m.training) for root in (own, members) for m in root.modules()]
+
+        def check(dl, ds_idx):
+            if warns:
+                self._check_scored(learn.dls[ds_idx] if dl is None else dl)
+
+        def get_preds(ds_idx=1, dl=None, *args, **kwargs):
+            check(dl, ds_idx)
+            # of a loss that is not fastai's own the learner does not know the activation
+            return type(learn).get_preds(learn, ds_idx, dl, *args, **{'act': self.probabilities.of} | kwargs)
+
+        def validate(ds_idx=1, dl=None, *args, **kwargs):
+            check(dl, ds_idx)
+            return type(learn).validate(learn, ds_idx, dl, *args, **kwargs)
+
+        with (unwound_whole(), autocast_left(), learn.added_cbs(_EachMember(members)),
+              no_fit(learn, 'active() is not possible: the learner is an ensemble there', also=('save', 'export', 'load', 'create_opt'))):
+            kept = {k: vars(learn)[k] for k in ('get_preds', 'validate') if k in vars(learn)}
             try:
-                learn.model, learn.get_preds = model, get_preds
+                learn.model = members
+                vars(learn).update(get_preds=get_preds, validate=validate)
                 yield learn
             finally:
                 learn.model = own
-                if kept is None: del vars(learn)['get_preds']
-                else: learn.get_preds = kept
-                for m, mode in modes: m.training = mode
+                for k in 'get_preds', 'validate':
+                    vars(learn).pop(k, None)
+                vars(learn).update(kept)
+                for m, mode in modes:
+                    m.training = mode
 
 
-class _Combined(nn.Module):
-    "Members as one module, whose output is such that the activation makes the combined probabilities of it."
-    def __init__(self, members, ensemble, combine):
+class _Members(nn.Module):
+    "In the place of a learner's model: one member at a time, as `_EachMember` says it; what they give combined, where the learner's loop does not run."
+    def __init__(self, members, combination):
         super().__init__()
-        self.members, self.probabilities, self.combine = nn.ModuleList(members), ensemble.probabilities, combine
-        self.takes_first = any(type(cb).__name__ == 'RNNCallback' for cb in ensemble.learn.cbs)    # as that does in training
-        if self.combine == 'stack':
-            for name in 'weights', 'bias': self.register_buffer(name, torch.tensor(ensemble.stacking[name], dtype=torch.float32))
+        self.members, self.combination = nn.ModuleList(members), combination
+        self.at = None    # the member that it is
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:    # what callbacks ask the model for, such as its configuration
+            return getattr(super().__getattr__('members')[self.at or 0], name)
 
     def reset(self):
         for m in self.members:
-            if hasattr(m, 'reset'): m.reset()
+            if hasattr(m, 'reset'):
+                m.reset()
 
-    def forward(self, *args):
-        outputs = [self._output(m, args) for m in self.members]
+    def forward(self, *args, **kwargs):
+        if self.at is not None:
+            return _in_own_precision(self.members[self.at], args, kwargs)
+        return self.combination([one_tensor(_in_own_precision(m, args, kwargs), m) for m in self.members])
+
+
+class _EachMember(Callback):
+    """For each batch lets the learner's loop run once for each of `members`, up to the end of `after_pred`, and combines what is `learn.pred` then.
+
+    The last one's run is the batch's own, which goes on with the combination. So each output takes the way of the learner's own model,
+    through its mixed precision and what else its callbacks do to predictions; `before_batch` and what follows the predictions come once.
+    """
+    order = float('inf')    # after all that prepares a batch, and all that changes a prediction
+
+    def __init__(self, members):
+        self.members = members
+        self._outputs = []    # of the batch under way
+        self._is_last = True    # is the run under way the batch's own?
+
+    def __call__(self, event_name):    # fastai's would put the errors of members into other words
+        if event_name in ('before_batch', 'after_pred', 'after_cancel_batch', 'after_batch'):
+            getattr(self, event_name)()
+
+    def before_batch(self):
+        n = len(self.members.members)
+        self._outputs = []
+        self._is_last = False
+        try:
+            for i in range(n - 1):
+                self.members.at = i
+                self._run()
+        finally:
+            self._is_last = True
+            self.members.at = None
+        self.members.at = n - 1
+
+    def _run(self):
+        try:
+            self.learn._do_one_batch()
+        except (_NextMember, CancelBatchException):    # the latter: a callback that wants no loss
+            self._gather()
+
+    def _gather(self):
+        self._outputs.append(one_tensor(self.learn.pred, self.members.members[self.members.at]))
+
+    def after_pred(self):
+        if not self._is_last:
+            raise _NextMember
+        self._combine()
+
+    def after_cancel_batch(self):
+        if self.members.at is not None:    # cancelled after the prediction, before it came here
+            self._combine()
+
+    def after_batch(self):
+        self.members.at = None
+
+    def _combine(self):
+        if len(self._outputs) < len(self.members.members):
+            self._gather()
+            self.learn.pred = self.members.combination(self._outputs)
+
+
+class _NextMember(Exception):
+    "The prediction of one member is there."
+
+
+class _Combination:
+    "Makes of several outputs one such that the activation makes the combined probabilities of it."
+    def __init__(self, probabilities: Probabilities, combine: str, stacking: dict | None):
+        self.probabilities, self.combine, self.stacking = probabilities, combine, stacking
+
+    def __call__(self, outputs: list):
         for i, o in enumerate(outputs):
             if o.shape != outputs[0].shape:
                 raise ValueError(f'member {i} predicts {tuple(o.shape)}, member 0 {tuple(outputs[0].shape)}: they cannot be combined')
-        if len(outputs) == 1 and self.combine != 'stack': return self._as_trained(outputs[0])
-        mean = self.probabilities.mean(outputs)
-        if self.combine == 'mean': return self._as_trained(mean)
-        ps = torch.stack([self.probabilities.of(o) for o in outputs])
-        if self.combine == 'vote': return self._as_trained(self.probabilities.log(_vote(ps, self.probabilities.of(mean), self.probabilities)))
-        scores = (_features(ps).float() @ self.weights.T + self.bias).view_as(mean)
-        if self.probabilities.kind != 'none': scores = self.probabilities.log(_as_probabilities(scores, self.probabilities))
-        return self._as_trained(scores)
-
-    def _output(self, member, args):
-        "In the precision of the member's own weights; the output in float32 at least."
-        dtype = next((p.dtype for p in member.parameters() if p.is_floating_point()), torch.float32)
-        res = member(*(a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args))
-        if self.takes_first and isinstance(res, tuple | list): res = res[0]
-        if not isinstance(res, torch.Tensor):
-            raise TypeError(f'members must give one tensor, and {type(member).__name__} gives a {type(res).__name__}')
-        return res.to(torch.promote_types(res.dtype, torch.float32))
-
-    def _as_trained(self, output): return (output, output, output) if self.takes_first else output    # RNNCallback takes it apart
+        if len(outputs) == 1 and self.combine != 'stack':
+            return outputs[0]
+        probabilities = self.probabilities
+        mean = probabilities.mean(outputs)
+        if self.combine == 'mean':
+            return mean
+        ps = torch.stack([probabilities.of(o) for o in outputs])
+        if self.combine == 'vote':
+            return probabilities.log(vote(ps, probabilities.of(mean), probabilities))
+        weights, bias = (torch.tensor(self.stacking[k], dtype=torch.float32, device=mean.device) for k in ('weights', 'bias'))
+        scores = (features(ps).float() @ weights.T + bias).view_as(mean)
+        return scores if probabilities.kind == 'none' else probabilities.log(as_probabilities(scores, probabilities))
 
 
-def _vote(ps, mean, probabilities):
-    "Shares of the votes of `ps`, shape (members, ...), with as little of the mean as decides between equal ones."
-    if probabilities.kind == 'sigmoid': votes = (ps > .5).float().mean(0)
-    else:
-        axis = probabilities.axis % mean.ndim + 1
-        votes = torch.zeros_like(ps).scatter_(axis, ps.argmax(axis, keepdim=True), 1).mean(0)
-    p = (votes + _LITTLE * mean) / (1 + _LITTLE)
-    return p.clamp(1e-6, 1 - 1e-6) if probabilities.kind == 'sigmoid' else p.clamp_min(1e-6)    # none is impossible: its log is finite
-
-_LITTLE = 1e-3    # below one vote of a hundred members, far above float32's resolution
+def one_tensor(output, model) -> torch.Tensor:
+    "An output in float32 at least. Raises `TypeError` for what is not one tensor."
+    if not isinstance(output, torch.Tensor):
+        raise TypeError(f'members must give one tensor, and {type(model).__name__} gives a {type(output).__name__}: let a callback of the learner take '
+                        'it apart, as in `def after_pred(self): self.learn.pred = self.pred[0]`')
+    return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
-def _as_probabilities(scores, probabilities):
-    "The nearest that a linear model's scores come to probabilities, in their order."
-    if probabilities.kind == 'sigmoid': return scores.clamp(1e-6, 1 - 1e-6)
-    scores = scores.clamp_min(0) + 1e-6 * (1 + scores.clamp(-1, 1))
-    return scores / scores.sum(probabilities.axis, keepdim=True)
+def _in_own_precision(member, args, kwargs):
+    "What `member` gives for inputs in the precision of its own weights."
+    dtype = next((p.dtype for p in member.parameters() if p.is_floating_point()), torch.float32)
+    return member(*_cast(args, dtype), **_cast(kwargs, dtype))
 
 
-def _features(ps):
-    "(members, n, ...) to (n, members * ...)."
-    return ps.flatten(2).transpose(0, 1).flatten(1) if ps.ndim > 2 else ps.T
+def _cast(o, dtype):
+    if isinstance(o, torch.Tensor):
+        return o.to(dtype) if o.is_floating_point() else o
+    if type(o) in (tuple, list):
+        return type(o)(_cast(x, dtype) for x in o)
+    if type(o) is dict:
+        return {k: _cast(v, dtype) for k, v in o.items()}
+    return o
 
 
-class Probabilities:
-    """What a loss takes a model's output for, and means of that: probabilities of classes ('softmax'), of labels ('sigmoid'), or values ('none').
-
-    Means are computed in log space, so that the log of a mean probability is exact however small it is.
-    Raises `ValueError` if `loss_func` does not tell and `kind` is not given.
-    """
-    def __init__(self, loss_func, kind: str | None = None):
-        if kind not in (None, 'softmax', 'sigmoid', 'none'): raise ValueError(f"activation must be 'softmax', 'sigmoid' or 'none', not {kind!r}")
-        self.kind = kind or _kind(loss_func)
-        self.axis = getattr(loss_func, 'axis', 1)    # fastai's losses say it, torch's have the classes there
-
-    def of(self, output):
-        if self.kind == 'none': return output
-        return output.softmax(self.axis) if self.kind == 'softmax' else output.sigmoid()
-
-    def mean(self, outputs: list):
-        "The output that stands for the mean of the probabilities of `outputs`."
-        return self.output(reduce(self.merged, map(self.terms, outputs)), len(outputs))
-
-    def merged(self, total, terms):
-        "A running sum with the `terms` of another output."
-        return tuple(map(torch.add if self.kind == 'none' else torch.logaddexp, total, terms))
-
-    def output(self, total, n: int):
-        "The output that stands for a running sum of `n` divided by `n`."
-        if self.kind == 'none': return total[0] / n
-        if self.kind == 'softmax': return total[0] - math.log(n)
-        return total[0] - total[1]
-
-    def terms(self, output) -> tuple:
-        "What a running sum starts with."
-        if self.kind == 'none': return output,
-        return (output.log_softmax(self.axis),) if self.kind == 'softmax' else (F.logsigmoid(output), F.logsigmoid(-output))
-
-    def log(self, p):
-        "The output that stands for the probabilities `p`."
-        return p.log() if self.kind == 'softmax' else p.logit()
+def _stacking_targets(preds, targets, kind):
+    "Targets of shape (n, outputs) for predictions of shape (members, n, ...)."
+    if not isinstance(targets, torch.Tensor):
+        raise ValueError('stack needs targets, and these data have none: test_dl(items, with_labels=True)')
+    if kind != 'softmax':
+        return targets.reshape(len(targets), -1)
+    classes = targets.squeeze(1) if targets.ndim == 2 and targets.shape[1] == 1 else targets    # fastai's tabular data have a column
+    if preds.ndim != 3 or classes.ndim != 1 or classes.is_floating_point():
+        raise ValueError(f'stack needs one class for each sample, not predictions of shape {tuple(preds.shape[1:])} for targets of shape '
+                         f'{tuple(targets.shape)}')
+    return F.one_hot(classes.long(), preds.shape[-1])
 
 
-def _kind(loss_func) -> str:
-    f = loss_func.func if isinstance(loss_func, partial) else loss_func
-    names = [c.__name__ for c in type(f).__mro__] + [type(getattr(f, 'func', None)).__name__, getattr(f, '__name__', '')]    # fastai's hold torch's
-    for kind, known in _LOSSES.items():
-        if known & set(names): return kind
-    raise ValueError(f"the loss {names[-1] or names[0]} does not say what the model's output is: pass activation='softmax', 'sigmoid' or 'none'")
-
-_LOSSES = {
-    'softmax': {'CrossEntropyLoss', 'CrossEntropyLossFlat', 'FocalLoss', 'FocalLossFlat', 'LabelSmoothingCrossEntropy', 'cross_entropy'},
-    'sigmoid': {'BCEWithLogitsLoss', 'BCEWithLogitsLossFlat', 'MultiLabelSoftMarginLoss', 'binary_cross_entropy_with_logits'},
-    'none': {'MSELoss', 'L1Loss', 'SmoothL1Loss', 'HuberLoss', 'mse_loss', 'l1_loss', 'smooth_l1_loss', 'huber_loss'},
-}
+def _source(member):
+    "What a member's weights are in: a module, a state dict or a path."
+    return member.model if isinstance(member, Learner) else member
 
 
-def _overlap(a, b, indexes=False) -> bool:
-    "Have two data sets samples in common? `indexes`: items that are numbers count, because both are of one source."
-    if a is None or b is None: return False
-    if a is b: return True
-    keys = [_keys(o, indexes) for o in (a, b)]
-    return bool(keys[0] & keys[1])
+def _training_set(member):
+    return getattr(getattr(member, 'dls', None), 'train_ds', None) if isinstance(member, Learner) else None
 
 
-def _keys(data, indexes) -> set:
-    if isinstance(data, Subset):
-        inner = data.dataset
-        return _keys([inner[i] for i in data.indices], indexes) if isinstance(inner, list) else _keys(inner, indexes)
-    items = data if isinstance(data, list | tuple) else getattr(data, 'items', None)
-    if items is None or callable(items): return set()
-    if hasattr(items, 'columns'): return set(map(str, items.index))    # a data frame
-    def key(item):
-        if isinstance(item, Integral): return int(item) if indexes else None
-        return item if isinstance(item, str | Path) else id(item)
-    return {key(item) for item in items} - {None}
+def _length(data) -> int | None:
+    return len(data) if hasattr(data, '__len__') else None
 
 
-# files
-
-def write_weights(file: Path, weights: dict):
-    "A state dict, in one step. Raises `OSError`."
-    with replacing(file) as f: torch.save(weights, f)
-
-
-def _read_weights(file: Path) -> dict:
-    "The state dict in `file`, on the CPU; no code in it is run."
-    _check_file(file)
-    try: weights = torch.load(file, map_location='cpu', weights_only=True)
-    except Exception: raise ValueError(f'{file} holds more than weights, such as an optimizer: save them with learn.save(name, with_opt=False), or '
-                                       'torch.save(model.state_dict(), file)') from None
-    weights = weights.get('model', weights) if isinstance(weights, dict) else weights
-    if not isinstance(weights, dict): raise ValueError(f'{file} holds no state dict')
-    return weights
-
-
-def _check_file(file):
-    if not file.is_file(): raise FileNotFoundError(f'{file} is missing')
-    try:
-        with zipfile.ZipFile(file) as z: damaged = z.testzip()    # torch.load does not look at the checksums
-    except zipfile.BadZipFile:    # torch's format before 1.6, perhaps, which has none
-        try: damaged = not isinstance(torch.load(file, map_location='cpu', weights_only=True), dict)
-        except Exception: damaged = True
-    if damaged: raise ValueError(f'{file} is damaged, or it holds no weights')
-
-
-def load_into(module: nn.Module, weights, name: str = '') -> nn.Module:
-    "`module` with the `weights`, a state dict called `name` or a path. Raises `FileNotFoundError` or `ValueError`, naming it, if they do not serve."
-    try: module.load_state_dict(_weights(weights))
-    except RuntimeError as e:
-        name = weights if isinstance(weights, str | Path) else name
-        raise ValueError(f'{name} does not hold weights of this architecture: {" ".join(str(e).split())[:200]}') from None
-    return module
-
-
-def _weights(member) -> dict:
-    if isinstance(member, str | Path): return _read_weights(Path(member))
-    if isinstance(member, dict): return {plain_name(k): v for k, v in member.items()}
-    return {k: v.detach().cpu() for k, v in unwrap(member.model if isinstance(member, Learner) else member).state_dict().items()}
-
-
-def write_index(folder: Path, files: list[str], **content):
-    with replacing(folder/'index.json') as f: f.write(json.dumps({'format': _FORMAT, 'files': files, **content}, indent=1).encode())
-
-
-def read_index(folder: Path) -> dict:
-    file = folder/'index.json'
-    if not file.exists(): raise FileNotFoundError(f'{folder} has no index.json: it is no folder of an ensemble')
-    try: index = json.loads(file.read_text())
-    except ValueError: index = None
-    if not isinstance(index, dict) or index.get('format') != _FORMAT: raise ValueError(f'{file} is damaged, or it is no index of an ensemble')
-    return index
-
-_FORMAT = 'fastai_swa ensemble 1'
+def _marks(module) -> list:
+    "A few values of each tensor of `module`, which training would change."
+    tensors = [*module.parameters(), *module.buffers()]
+    return [t.detach().flatten()[:4].tolist() for t in tensors]

@@ -14,7 +14,9 @@ from torch import nn
 from .averaging import WeightAverage
 from .batchnorm import check_count, tracked_bn, update_bn
 from .columns import complete_row, insert_columns, plain_values, recorder_of
-from .ensemble import Ensemble, Probabilities, load_into, write_index, write_weights
+from .ensemble import Ensemble
+from .probabilities import Probabilities
+from .weights import load_into, write_index, write_weights
 from .modules import clean_copy, unwrap
 from .passes import copied_measures, is_fitting, refresh_bn
 from .state import not_copied

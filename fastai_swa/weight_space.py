@@ -15,7 +15,7 @@ from torch import nn
 from .averaging import WeightAverage, lent
 from .batchnorm import check_count
 from .callback import SWACallback
-from .ensemble import Ensemble, load_into
+from .ensemble import Ensemble
 from .interrupts import uninterrupted, unwound_whole
 from .modules import clean_copy, in_train_mode, modes_of, plain_name, set_modes, to_train_form, unwrap
 from .passes import PassCancelled, kept_batches, refresh_bn, refreshable, untouched, validate_aside
@@ -23,6 +23,7 @@ from .processes import Processes
 from .snapshots import SnapshotCallback
 from .state import loaders, not_copied
 from .surfaces import MemoryRows, PointFile
+from .weights import load_into
 
 __all__ = ['Space', 'named_solutions', 'measured', 'weighted_sum', 'modes_put_back', 'fingerprints', 'check_ts', 'numbers']
 

@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {'interrupts', 'version'},
     {'modules', 'files', 'processes', 'packing'},
-    {'averaging', 'batchnorm', 'schedules', 'geometry', 'probabilities'},
-    {'vision', 'randomness', 'fitting', 'columns', 'surfaces'},
+    {'averaging', 'batchnorm', 'schedules', 'geometry', 'probabilities', 'weights'},
+    {'vision', 'randomness', 'fitting', 'columns', 'surfaces', 'samples', 'views'},
     {'state'},
     {'batches'},
     {'passes'},

@@ -6,8 +6,9 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from ..ensemble import Ensemble, read_index
+from ..ensemble import Ensemble
 from ..files import write_text
+from ..weights import read_index
 from .measures import disagreement, measures
 from .record import json_number, snapshots_folder, weights_file
 from .tables import difference_rows, spread, table

@@ -12,10 +12,10 @@ from fastcore.foundation import L, noop
 
 from ..checkpoint import CheckpointCallback
 from ..connectivity import Curve
-from ..ensemble import read_index
 from ..files import Lock, write_text
 from ..landscape import line, plane, rays
 from ..weight_space import Space
+from ..weights import read_index
 from .learners import TimeIsUp, recipe_images, recipe_learner, settings_restored
 from .recipes import RECIPES
 from .record import difference, duration, hardware, now, read_record, snapshots_folder, versions, weights_file

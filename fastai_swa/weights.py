@@ -1,0 +1,90 @@
+"""Files of weights and the index of a folder of them; loading them into a module. Plain PyTorch."""
+import json
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .files import replacing
+from .modules import plain_name, unwrap
+
+__all__ = ['check_weights_file', 'load_into', 'read_index', 'weights_of', 'write_index', 'write_weights']
+
+_FORMAT = 'fastai_swa ensemble 1'
+
+
+def write_weights(file: Path, weights: dict):
+    "A state dict, in one step. Raises `OSError`; `file` is then as before."
+    with replacing(file) as f:
+        torch.save(weights, f)
+
+
+def read_weights(file: Path) -> dict:
+    "The state dict in `file`, on the CPU; no code in it is run. Raises `FileNotFoundError` or `ValueError`, naming it."
+    check_weights_file(file)
+    try:
+        weights = torch.load(file, map_location='cpu', weights_only=True)
+    except Exception:
+        raise ValueError(f'{file} holds more than weights, such as an optimizer: save them with learn.save(name, with_opt=False), or '
+                         'torch.save(model.state_dict(), file)') from None
+    if isinstance(weights, dict):
+        weights = weights.get('model', weights)
+    if not isinstance(weights, dict):
+        raise ValueError(f'{file} holds no state dict')
+    return weights
+
+
+def check_weights_file(file: Path):
+    "Raise `FileNotFoundError` or `ValueError`, naming it, if `file` is missing or damaged."
+    if not file.is_file():
+        raise FileNotFoundError(f'{file} is missing')
+    try:
+        with zipfile.ZipFile(file) as z:
+            damaged = z.testzip()    # torch.load does not look at the checksums
+    except zipfile.BadZipFile:    # torch's format before 1.6, perhaps, which has none
+        try:
+            damaged = not isinstance(torch.load(file, map_location='cpu', weights_only=True), dict)
+        except Exception:
+            damaged = True
+    if damaged:
+        raise ValueError(f'{file} is damaged, or it holds no weights')
+
+
+def weights_of(source) -> dict:
+    "The state dict in a file, of a module (on the CPU; its own tensors, where they are there), or one under plain names."
+    if isinstance(source, str | Path):
+        return read_weights(Path(source))
+    if isinstance(source, dict):
+        return {plain_name(k): v for k, v in source.items()}
+    return {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in unwrap(source).state_dict().items()}
+
+
+def load_into(module: nn.Module, weights, name: str = '') -> nn.Module:
+    "`module` with the `weights`, a state dict called `name` or a path. Raises `FileNotFoundError` or `ValueError`, naming it, if they do not serve."
+    try:
+        module.load_state_dict(weights_of(weights))
+    except RuntimeError as e:
+        name = weights if isinstance(weights, str | Path) else name
+        raise ValueError(f'{name} does not hold weights of this architecture: {" ".join(str(e).split())[:200]}') from None
+    return module
+
+
+def write_index(folder: Path, files: list[str], **content):
+    "What `folder` holds, in one step: the names of its `files` of weights in their order, and plain `content`. Raises `OSError`."
+    with replacing(folder/'index.json') as f:
+        f.write(json.dumps({'format': _FORMAT, 'files': files, **content}, indent=1).encode())
+
+
+def read_index(folder: Path) -> dict:
+    "What `write_index` wrote. Raises `FileNotFoundError` or `ValueError`, naming it, if it is missing or damaged."
+    file = folder/'index.json'
+    if not file.exists():
+        raise FileNotFoundError(f'{folder} has no index.json: it is no folder of an ensemble')
+    try:
+        index = json.loads(file.read_text())
+    except ValueError:
+        index = None
+    if not isinstance(index, dict) or index.get('format') != _FORMAT:
+        raise ValueError(f'{file} is damaged, or it is no index of an ensemble')
+    return index
