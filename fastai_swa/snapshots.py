@@ -1,43 +1,80 @@
 """Models kept along one fit: `SnapshotCallback` validates them together as they come, `average_checkpoints` makes one of them."""
+import secrets
 import warnings
+import weakref
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-from fastai.callback.core import Callback
-from fastai.callback.schedule import LRFinder
 from fastai.learner import Learner, Recorder
-from fastai.torch_core import rank_distrib
 from torch import nn
 
 from .averaging import WeightAverage
 from .batchnorm import check_count, tracked_bn, update_bn
 from .columns import complete_row, insert_columns, plain_values, recorder_of
-from .ensemble import Ensemble
-from .probabilities import Probabilities
-from .weights import load_into, write_index, write_weights
+from .ensemble import Ensemble, one_tensor
+from .files import InUse, Lock
+from .fitting import FitCallback, SideWork, is_fitting
 from .modules import clean_copy, unwrap
-from .passes import copied_measures, is_fitting, refresh_bn
+from .passes import copied_measures, refresh_bn
+from .probabilities import Probabilities
+from .processes import Processes
 from .state import not_copied
+from .weights import load_into, read_index, write_index, write_weights
 
 __all__ = ['SnapshotCallback', 'average_checkpoints']
 
+_VALIDATING = 'validating the growing ensemble'
+_owners = weakref.WeakValueDictionary()    # folder -> the callback that locked it last
 
-class SnapshotCallback(Callback):
+
+@dataclass
+class _Fit:
+    "A fit under way."
+    probabilities: Probabilities    # of the learner's loss
+    processes: Processes    # that train together
+    id: str    # which fit the files in the folder are of
+    lock: Lock | None    # on the folder, in the first process
+    side: SideWork = field(default_factory=SideWork)
+    n_own: int = 0    # the learner's columns, before ours
+    columns: list = field(default_factory=list)    # ours; none without a Recorder
+    has_begun: bool = False    # is its first training epoch under way, or behind it?
+    is_resumed: bool = False    # does it go on from a checkpoint?
+    epoch: int = -1    # the epoch under way
+    is_due: bool = False    # was a snapshot taken in this epoch?
+    measures: list = field(default_factory=list)    # loss and metrics of this epoch's validation
+    n_batches: int = 0    # of this epoch's validation, seen so far
+    n_expected: int = -1    # and how many it has
+    has_sums: bool = True    # did the predictions of all these go into the sums?
+    has_values: bool = False    # did the measures take all of them?
+    is_given_up: bool = False    # the validations do not match: said, and no more columns
+
+
+class SnapshotCallback(FitCallback):
     """Keep the weights at the end of epoch `first` and of every `cycle_len`-th after it, and validate their growing ensemble.
 
     The columns `ens_valid_loss` and `ens_<metric>` are added to the learner's table, `nan` in epochs without a snapshot. A snapshot is the model
     in training, so its predictions in the fit's own validation serve, and no pass is added; loss and metrics get the log of the mean
-    probability. Training is left exactly as it is. With `folder` each snapshot is written there as it comes, and the index that
-    `Ensemble(folder, learn)` reads; else they stay in the host's memory. A later fit starts anew, in a folder of its own. Where a validation is
-    skipped or cut at a snapshot, or is of other samples, that is said, and the columns are `nan` from there on.
+    probability. Training is left exactly as it is. A later fit starts anew, in a folder of its own.
 
-    Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used; `OSError` if a file cannot be written.
+    With `folder` each snapshot is written there as it comes, and the index that `Ensemble(folder, learn)` reads; else they stay in the
+    host's memory. The folder is locked from before the first step to the end of the fit, and nothing in it is overwritten but what the
+    same fit wrote before it was interrupted.
+
+    What cannot be done does not end the training. A snapshot that cannot be kept, or an ensemble that cannot be validated (outputs that are not
+    one tensor, a metric that fails), is a warning, the columns are `nan`, and the end of the fit says how often; `ensemble` raises for
+    snapshots that were lost. Where a validation is skipped or cut at a snapshot, or is of other samples, that is said, and the columns are
+    `nan` from there on.
+
+    Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used; before the first step `ValueError` for a folder with
+    the models of another fit, or a file that would be overwritten, `files.InUse`, a `RuntimeError`, if another run is writing there, and
+    `OSError` if it cannot be written.
     """
     order = Recorder.order + 6    # after the columns of a SWACallback
     remove_on_fetch = True
-    _stateattrs = '_fit', 'epochs', 'snapshots', '_sums'    # an export carries the settings, not the snapshots
+    _stateattrs = '_fit', 'epochs', 'snapshots', '_sums', '_lost'    # an export carries the settings, not the snapshots
 
     def __init__(self,
         first:int,    # epoch of the first snapshot, from 0
@@ -47,17 +84,32 @@ class SnapshotCallback(Callback):
     ):
         self.first = check_count('first', first, least=0, optional=False)
         self.cycle_len = check_count('cycle_len', cycle_len, optional=False)
-        self.folder, self.activation = None if folder is None else Path(folder).resolve(), activation
+        self.folder = None if folder is None else Path(folder).resolve()
+        self.activation = activation
         self._init_state()
 
     def _init_state(self):
         super()._init_state()
-        self.epochs, self.snapshots = [], []    # the epochs kept; their state dicts, or paths
-        self._sums = []    # of each validation batch: running sum over the snapshots, their number, and a fingerprint of its targets
+        self._forget()
         self._fit = None
 
+    def _forget(self):
+        self.epochs = []    # after which a snapshot was kept
+        self.snapshots = []    # their state dicts, or paths
+        self._sums = []    # of each validation batch: running sum over the snapshots, their number, and a fingerprint of its targets
+        self._lost = {}    # epoch whose snapshot could not be kept -> why
+
     def ensemble(self, learn) -> Ensemble:
-        "The snapshots as an `Ensemble` on the data of `learn`. Raises `ValueError` if there are none."
+        """The snapshots as an `Ensemble` on the data of `learn`.
+
+        Raises `ValueError` if there are none, and `RuntimeError` if some could not be kept; `Ensemble(callback.snapshots, learn)` is of the others.
+        """
+        if self._lost:
+            epochs = ', '.join(map(str, self._lost))
+            kept = ', '.join(map(str, self.epochs)) or 'none'
+            where = 'in the `snapshots` of the callback' if self.folder is None else f'in {self.folder}'
+            raise RuntimeError(f'the snapshots of the epochs {epochs} could not be kept ({next(iter(self._lost.values()))}); '
+                               f'those of the epochs {kept} are {where}')
         if not self.snapshots:
             raise ValueError(f'no snapshot was taken: the first one is due at the end of epoch {self.first} (from 0), and the fit ended before')
         res = Ensemble(self.snapshots, learn, activation=self.activation)
@@ -67,110 +119,245 @@ class SnapshotCallback(Callback):
     # the events of a fit
 
     def before_fit(self):
-        if not is_fitting(self.learn): self._fit = None    # what Ctrl-C has left
-        if self.learn.lock.locked() or is_fitting(self.learn, '_do_fit'): return
-        self._fit = None
-        if not is_fitting(self.learn) or any(isinstance(cb, LRFinder) for cb in self.learn.cbs): return    # tta; not a fit
+        processes = Processes(self.learn)
+        probabilities = Probabilities(self.learn.loss_func, self.activation)
+        self._fit = _Fit(probabilities, processes, processes.first(secrets.token_hex, 8), lock=None)
         if self.folder is not None:
-            try: self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as e: raise ValueError(f'folder {self.folder} cannot be made: {e}') from None
-        self._fit = SimpleNamespace(own=0, columns=[], begun=False, epoch=-1, is_due=False, batch=0, measures=[], said=False,
-                                    probabilities=Probabilities(self.learn.loss_func, self.activation))
+            processes.first(self._lock)
         recorder = recorder_of(self.learn)
-        if recorder is not None: self._fit.own, self._fit.columns = insert_columns(recorder, 'ens')
+        if recorder is not None:
+            self._fit.n_own, self._fit.columns = insert_columns(recorder, 'ens')
 
     def before_epoch(self):
-        if self._fit: self._fit.is_due, self._fit.epoch, self._fit.batch, self._fit.measures = False, self.epoch, 0, []
+        fit = self._fit
+        fit.epoch = self.learn.epoch    # which a validation within the fit sets to 0
+        fit.is_due = False
+        fit.measures = []
+        fit.n_batches = 0
+        fit.n_expected = -1
+        fit.has_sums = True
+        fit.has_values = False
 
     def before_train(self):
-        if not self._fit or self._fit.begun: return
-        self._fit.begun = True
-        self.epochs, self.snapshots, self._sums = [], [], []
-        if self.folder is not None and (self.folder/'index.json').exists():
-            raise ValueError(f'folder {self.folder} holds the models of another fit: give another one, or remove it')
+        fit = self._fit
+        if fit.has_begun:
+            return
+        fit.has_begun = True
+        if not fit.is_resumed:
+            self._forget()
+        if self.folder is not None:
+            fit.processes.first(self._claim)
 
     def after_train(self):
         fit = self._fit
-        if not fit: return
         since = fit.epoch - self.first
-        fit.is_due = since >= 0 and since % self.cycle_len == 0
-        if fit.is_due: self._keep()
+        if since < 0 or since % self.cycle_len:
+            return
+        try:
+            self._keep()
+            fit.is_due = True
+        except Exception as e:
+            fit.side.note('keeping a snapshot', e, 'the ensemble lacks it')
+            self._lost[fit.epoch] = ' '.join(str(e).split())
 
     def before_validate(self):
-        fit = self._fit
-        if fit and fit.is_due and fit.columns: fit.measures = copied_measures(self.learn.metrics)
+        if self._is_validated():
+            with self._attempt('has_values'):
+                self._fit.measures = copied_measures(self.learn.metrics)
 
     def after_batch(self):
         fit = self._fit
-        if not fit or self.training or not fit.is_due or not fit.columns or not len(self.yb): return
-        self._add(fit.batch)
-        fit.batch += 1
+        if self.training or not self._is_validated() or not len(self.yb):
+            return
+        fit.n_expected = self.learn.n_iter    # another callback's validation would change it
+        if fit.has_sums:
+            with self._attempt('has_sums'):
+                self._add(fit.n_batches)
+        if fit.has_sums and fit.has_values:
+            with self._attempt('has_values'):
+                self._measure(fit.n_batches)
+        fit.n_batches += 1
 
     def after_validate(self):
         fit = self._fit
-        if not fit or not fit.columns: return
-        n = len(self.epochs)
-        whole = fit.is_due and fit.batch and fit.batch == self.n_iter == len(self._sums) and all(sums[1] == n for sums in self._sums)
-        self._log(plain_values(fit.measures) if whole else [])
-        if fit.is_due and not whole: self._say('the validation was cut or skipped at a snapshot')
+        if not fit.columns:
+            return
+        values = []
+        if self._is_validated() and fit.has_sums:
+            if not fit.n_batches == fit.n_expected == len(self._sums):
+                self._give_up('the validation was cut or skipped at a snapshot')
+            elif fit.has_values:
+                with self._attempt('has_values'):
+                    values = plain_values(fit.measures)
+        elif self._is_validated():
+            self._sums = []    # some of them lack this snapshot
+        self._log(values)
 
     def after_cancel_epoch(self):
-        if self._fit and self._fit.columns: self._log([])
+        if self._fit.columns:
+            self._log([])
 
-    def after_fit(self):
-        if not self.learn.lock.locked() and not is_fitting(self.learn, '_do_fit'): self._fit = None
+    def over(self):
+        fit = self._fit
+        if fit.lock is not None:
+            fit.lock.release()
+        fit.side.conclude()
 
-    # what they do
+    # the growing ensemble
 
-    def _keep(self):
-        weights = {k: v.detach().to('cpu', copy=True) if isinstance(v, torch.Tensor) else v for k, v in unwrap(self.learn.model).state_dict().items()}
-        if self.folder is not None:
-            file = self.folder/f'snapshot-{len(self.snapshots) + 1:02}.pth'
-            if not rank_distrib():    # one of several processes
-                write_weights(file, weights)
-                write_index(self.folder, [*(Path(s).name for s in self.snapshots), file.name], epochs=[*self.epochs, self._fit.epoch],
-                            activation=self._fit.probabilities.kind)
-        self.snapshots.append(weights if self.folder is None else str(file))
-        self.epochs.append(self._fit.epoch)
+    def _is_validated(self) -> bool:
+        "Is the ensemble validated in this epoch?"
+        fit = self._fit
+        return fit.is_due and bool(fit.columns) and not fit.is_given_up
 
-    def _add(self, i):
-        "Add the predictions of validation batch `i` to the ensemble's, and measure those."
-        learn, probabilities, n = self.learn, self._fit.probabilities, len(self.epochs)
-        if not isinstance(learn.pred, torch.Tensor):
-            raise TypeError(f'a model must give one tensor, and this one gives a {type(learn.pred).__name__}')
-        terms, targets = tuple(t.cpu() for t in probabilities.terms(learn.pred.detach().float())), _fingerprint(learn.yb)
+    @contextmanager
+    def _attempt(self, flag: str):
+        "A part of validating the ensemble, without which `flag` is false for this epoch."
+        fit = self._fit
+        setattr(fit, flag, False)
+        with fit.side.attempt(_VALIDATING, 'its columns are nan'):
+            yield
+            setattr(fit, flag, True)
+
+    def _add(self, i: int):
+        "Add the predictions of validation batch `i` to the ensemble's."
+        fit, learn, n = self._fit, self.learn, len(self.epochs)
+        output = one_tensor(learn.pred, learn.model)
+        terms = tuple(t.cpu() for t in fit.probabilities.terms(output.detach().float()))
+        targets = _fingerprint(learn.yb)
         if n == 1:
-            del self._sums[i:]
-            self._sums.append((terms, 1, targets))
-        elif i < len(self._sums) and self._sums[i][1] == n - 1 and np.allclose(self._sums[i][2], targets, rtol=1e-9, atol=1e-9, equal_nan=True):
-            self._sums[i] = probabilities.merged(self._sums[i][0], terms), n, targets
-        else: return self._say('the validation set gives other samples than at the first snapshot, as one that is shuffled does')
+            self._sums[i:] = [(terms, 1, targets)]
+            return
+        if not self._sums:
+            raise RuntimeError('the predictions of an earlier snapshot are missing')
+        total, n_before, targets_before = self._sums[i] if i < len(self._sums) else (None, None, None)
+        if n_before != n - 1 or not np.allclose(targets_before, targets, rtol=1e-9, atol=1e-9, equal_nan=True):
+            self._give_up('the validation set gives other samples than at the first snapshot, as one that is shuffled does')
+            return
+        self._sums[i] = fit.probabilities.merged(total, terms), n, targets
+
+    def _measure(self, i: int):
+        "Let the measures have the ensemble's predictions of validation batch `i`."
+        fit, learn = self._fit, self.learn
+        if fit.is_given_up:
+            return
+        total, n, _ = self._sums[i]
         kept = learn.pred, learn.loss, learn.loss_grad
         try:
-            learn.pred = probabilities.output(self._sums[i][0], n).to(learn.pred.device)
+            learn.pred = fit.probabilities.output(total, n).to(learn.pred.device)
             learn.loss = learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
-            for m in self._fit.measures: m.accumulate(learn)
-        finally: learn.pred, learn.loss, learn.loss_grad = kept
+            for m in fit.measures:
+                m.accumulate(learn)
+        finally:
+            learn.pred, learn.loss, learn.loss_grad = kept
 
-    def _say(self, why):
-        if not self._fit.said: warnings.warn(f'{why}: from there on the growing ensemble is not validated, and its columns are nan')
-        self._fit.said = True
+    def _give_up(self, why: str):
+        warnings.warn(f'{why}: from there on the growing ensemble is not validated, and its columns are nan', stacklevel=2)
+        self._fit.is_given_up = True
 
-    def _log(self, values): complete_row(recorder_of(self.learn), self._fit.own, self._fit.columns, values)
+    def _log(self, values):
+        complete_row(recorder_of(self.learn), self._fit.n_own, self._fit.columns, values)
+
+    # the snapshots and their folder
+
+    def _lock(self):
+        "Make and lock the folder."
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ValueError(f'folder {self.folder} cannot be made: {e}') from None
+        owner = _owners.get(self.folder)
+        if owner not in (None, self) and not is_fitting(owner.learn, in_all_threads=True):
+            owner.clean_up()    # what an interruption has left
+        try:
+            self._fit.lock = _folder_lock(self.folder)
+        except InUse:
+            raise InUse(f'another run is writing its snapshots to {self.folder}: wait for it, or give each run a folder of its own') from None
+        _owners[self.folder] = self
+
+    def _claim(self):
+        "Make sure that the folder is this fit's, and that no file of another one will be overwritten."
+        fit = self._fit
+        index = _index_of(self.folder)
+        if fit.is_resumed and index.get('fit') == fit.id:
+            return
+        if index.get('files') != [] if index else (self.folder/'index.json').exists():
+            raise ValueError(f'folder {self.folder} holds the models of another fit: give another one, or remove it')
+        n_due = len(range(self.first, self.learn.n_epoch, self.cycle_len))
+        for i in range(len(self.snapshots), n_due):
+            if self._file(i).exists():
+                raise ValueError(f'{self._file(i)} is there already, and this fit would overwrite it: give another folder, or move it away')
+        self._write_index()    # from now on what is written there is known to be of this fit
+
+    def _keep(self):
+        if self.folder is None:
+            snapshot = _copied(self.learn.model)
+        else:
+            snapshot = self._fit.processes.first(self._write)
+        self.snapshots.append(snapshot)
+        self.epochs.append(self._fit.epoch)
+
+    def _write(self) -> str:
+        file = self._file(len(self.snapshots))
+        write_weights(file, _copied(self.learn.model))
+        self._write_index(file)
+        return str(file)
+
+    def _write_index(self, new: Path | None = None):
+        files, epochs = [Path(s).name for s in self.snapshots], list(self.epochs)
+        if new is not None:
+            files.append(new.name)
+            epochs.append(self._fit.epoch)
+        write_index(self.folder, files, epochs=epochs, activation=self._fit.probabilities.kind, fit=self._fit.id)
+
+    def _file(self, i: int) -> Path:
+        return self.folder/f'snapshot-{i + 1:02}.pth'
 
     # for checkpoints
 
     def fit_settings(self) -> dict:
         return {'first': self.first, 'cycle_len': self.cycle_len, 'folder': None if self.folder is None else str(self.folder)}
 
-    def state_dict(self) -> dict: return {'epochs': list(self.epochs), 'snapshots': list(self.snapshots), 'sums': list(self._sums)}
+    def state_dict(self) -> dict:
+        return {'epochs': list(self.epochs), 'snapshots': list(self.snapshots), 'sums': list(self._sums), 'lost': [list(pair) for pair in self._lost.items()],
+                'fit': self._fit.id if self._fit else None}
 
     def load_state_dict(self, state: dict):
-        "Take over a `state_dict`. Raises `ValueError` if one of its files is missing."
-        self.epochs, self.snapshots, self._sums = (list(state[k]) for k in ('epochs', 'snapshots', 'sums'))
-        missing = [s for s in self.snapshots if isinstance(s, str) and not Path(s).is_file()]
-        if missing: raise ValueError(f'{missing[0]} is missing: this fit wrote it before it was interrupted')
-        if self._fit: self._fit.begun = True
+        "Take over a `state_dict`. Raises `ValueError` if one of its files is missing, or the folder is another fit's by now."
+        missing = [s for s in state['snapshots'] if isinstance(s, str) and not Path(s).is_file()]
+        if missing:
+            raise ValueError(f'{missing[0]} is missing: this fit wrote it before it was interrupted')
+        index = {} if self.folder is None else _index_of(self.folder)
+        if state['fit'] is not None and index.get('fit', state['fit']) != state['fit']:
+            raise ValueError(f'folder {self.folder} holds the models of another fit by now, not those that this one wrote before it was interrupted')
+        self.epochs = list(state['epochs'])
+        self.snapshots = list(state['snapshots'])
+        self._sums = list(state['sums'])
+        self._lost = dict(map(tuple, state['lost']))
+        if self._fit is not None:
+            self._fit.is_resumed = True
+            self._fit.id = state['fit'] or self._fit.id
+
+
+def _folder_lock(folder: Path) -> Lock:
+    "Beside the folder, in which there are models alone; within it, where only that can be written."
+    try:
+        return Lock(folder.with_name(f'{folder.name}.snapshots'))
+    except OSError:
+        return Lock(folder/'index.json')
+
+
+def _index_of(folder: Path) -> dict:
+    "The index in `folder`; empty if there is none that can be read."
+    try:
+        return read_index(folder)
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _copied(model) -> dict:
+    "The state dict of `model`, on the CPU, in tensors of its own."
+    return {k: v.detach().to('cpu', copy=True) if isinstance(v, torch.Tensor) else v for k, v in unwrap(model).state_dict().items()}
 
 
 def _fingerprint(targets) -> list[float]:

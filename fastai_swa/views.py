@@ -5,9 +5,9 @@ an average or an ensemble, and is read later, must not mix its predictions with 
 makes `Interpretation.learn` an attribute that takes, within `lending`, a view of the learner in the learner's place.
 """
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Callable
 
 from fastai.interpret import Interpretation
 from fastai.learner import Learner

@@ -55,7 +55,7 @@ class Space:
         return [w.view(p.shape) for w, p in zip(weights.split([p.numel() for p in self.params]), self.params)]
 
     def load(self, solution, name: str):
-        "Weights, on the CPU, and buffers of a `solution`. Raises as `ensemble.load_into` does, and `ValueError` for weights that are not finite."
+        "Weights, on the CPU, and buffers of a `solution`. Raises as `weights.load_into` does, and `ValueError` for weights that are not finite."
         source = solution.model if isinstance(solution, Learner) else solution
         if isinstance(source, nn.Module):
             with in_train_mode(source):
