@@ -18,6 +18,7 @@ from .modules import check_copyable, clean_copy, named_tensors, unwrap
 from .passes import PassCancelled, check_engine, is_fitting, no_fit, refresh_bn, validate_aside
 from .schedules import start_epoch
 from .state import not_copied, pack, unpack
+from .views import lending
 
 __all__ = ['SWACallback', 'SaveSWAModelCallback']
 
@@ -98,9 +99,13 @@ class SWACallback(Callback):
         is refused with one, too. (`learn.load` inside would load into the average.)
         """
         learn = self._existing('averaged')
-        with self._average.lent_to(learn.model), no_fit(learn):
+        with lending(learn, 'averaged()', self.averaged, self._version), self._average.lent_to(learn.model), no_fit(learn):
             self._refresh(learn)
             yield learn
+
+    def _version(self):
+        "What changes when `averaged()` would give another average."
+        return weakref.ref(self._average), self.n_averaged
 
     def apply(self):
         """Put the average into `learn.model` for good, in place: the optimizer goes on with the same parameters.

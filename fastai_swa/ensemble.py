@@ -250,9 +250,8 @@ class Ensemble:
         return load_into(module, source, f'member {i}')
 
     def _version(self):
-        "What changes when the ensemble would predict something else."
-        live = [_marks(unwrap(s)) if isinstance(s := _source(m), nn.Module) else id(m) for m in self.members]
-        return live, self.combine, repr(self.stacking)
+        "What changes when the ensemble would predict with something else. (Not what is in files.)"
+        return [_marks(_source(m)) for m in self.members], self.combine, repr(self.stacking)
 
     @contextmanager
     def _in_learner(self, which=None, combine: str | None = None, warns: bool = True):
@@ -329,7 +328,9 @@ class _EachMember(Callback):
         self._is_last = True    # is the run under way the batch's own?
 
     def __call__(self, event_name):    # fastai's would put the errors of members into other words
-        if event_name in ('before_batch', 'after_pred', 'after_cancel_batch', 'after_batch'):
+        if event_name not in ('before_batch', 'after_pred', 'after_cancel_batch', 'after_batch'):
+            return
+        if unwrap(self.learn.model) is self.members:    # else within another ensemble's prediction
             getattr(self, event_name)()
 
     def before_batch(self):
@@ -449,7 +450,12 @@ def _length(data) -> int | None:
     return len(data) if hasattr(data, '__len__') else None
 
 
-def _marks(module) -> list:
-    "A few values of each tensor of `module`, which training would change."
-    tensors = [*module.parameters(), *module.buffers()]
+def _marks(source):
+    "A path, or a few values of each tensor of a module or state dict, which training would change."
+    if isinstance(source, str | Path):
+        return str(source)
+    if isinstance(source, nn.Module):
+        tensors = [*source.parameters(), *source.buffers()]
+    else:
+        tensors = [t for t in source.values() if isinstance(t, torch.Tensor)]
     return [t.detach().flatten()[:4].tolist() for t in tensors]

@@ -1,17 +1,23 @@
 """Ensembles: what they predict, how they are combined, what they are made from."""
 import itertools
 import math
+import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from fastai.data.core import DataLoaders
+from fastai.callback.core import Callback, CancelBatchException
+from fastai.data.block import CategoryBlock
+from fastai.data.core import DataLoaders, Datasets
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
 from fastai.metrics import accuracy, accuracy_multi, mse
+from fastai.tabular.core import Categorify, Normalize
+from fastai.tabular.data import TabularDataLoaders
+from fastai.tabular.learner import tabular_learner
 from fastai_swa import Ensemble
-from fastai_swa.ensemble import Probabilities
 from fastai_swa.vision import digits, digits_net
 from torch import nn
 from torch.nn import functional as F
@@ -131,11 +137,6 @@ def test_multi_label_and_regression_have_their_own_means():
     with pytest.raises(ValueError, match="combine='vote' needs classes"): Ensemble(models, learn, 'vote')
 
 
-@pytest.mark.parametrize('loss, kind', [(CrossEntropyLossFlat(), 'softmax'), (nn.CrossEntropyLoss(), 'softmax'), (F.cross_entropy, 'softmax'), (FocalLossFlat(), 'softmax'),
-    (LabelSmoothingCrossEntropyFlat(), 'softmax'), (BCEWithLogitsLossFlat(), 'sigmoid'), (nn.BCEWithLogitsLoss(), 'sigmoid'), (MSELossFlat(), 'none'), (nn.L1Loss(), 'none')])
-def test_the_loss_says_what_an_output_is(loss, kind): assert Probabilities(loss).kind == kind
-
-
 def test_an_unknown_loss_is_one_sentence():
     def my_loss(p, y): return F.cross_entropy(p, y)
     learn, models = trained()
@@ -143,12 +144,6 @@ def test_an_unknown_loss_is_one_sentence():
     with pytest.raises(ValueError, match="the loss my_loss does not say .*: pass activation='softmax'"): Ensemble(models, learn)
     torch.testing.assert_close(Ensemble(models, learn, activation='softmax').member_preds()[0].mean(0).double(), naive(models, learn), rtol=0, atol=5e-7)
     with pytest.raises(ValueError, match="activation must be 'softmax'"): Ensemble(models, learn, activation='relu')
-
-
-def test_segmentation_takes_classes_at_axis_1():
-    outputs = [torch.randn(2, 4, 5, 5) for _ in range(3)]
-    p = Probabilities(CrossEntropyLossFlat(axis=1))
-    torch.testing.assert_close(p.of(p.mean(outputs)), torch.stack([o.softmax(1) for o in outputs]).mean(0))
 
 
 # votes
@@ -342,14 +337,6 @@ def test_a_file_with_more_than_weights_is_refused_and_nothing_in_it_is_run(tmp_p
     except ValueError as e: assert 'with_opt=False' in str(e)
 
 
-def test_what_loss_and_metrics_get_is_the_log_of_the_mean_probability():
-    outputs = [torch.randn(5, 3) for _ in range(4)]
-    p = torch.stack([o.softmax(1) for o in outputs]).mean(0)
-    torch.testing.assert_close(Probabilities(nn.CrossEntropyLoss()).mean(outputs), p.log())
-    q = torch.stack([o.sigmoid() for o in outputs]).mean(0)
-    torch.testing.assert_close(Probabilities(nn.BCEWithLogitsLoss()).mean(outputs), q.logit())
-
-
 # what a review found
 
 def test_probabilities_are_probabilities_with_torchs_own_losses_too():
@@ -460,3 +447,225 @@ def test_files_in_torchs_old_format_serve_too(tmp_path):
     learn, models = trained()
     torch.save(models[0].state_dict(), tmp_path/'old.pth', _use_new_zipfile_serialization=False)
     assert torch.equal(Ensemble([tmp_path/'old.pth'], learn).get_preds()[0], Ensemble([models[0]], learn).get_preds()[0])
+
+
+# outputs that the learner's callbacks take apart
+
+class Two(nn.Linear):
+    "Gives more than its prediction."
+    def __init__(self, n_in=6, n_out=3, kind=tuple):
+        super().__init__(n_in, n_out)
+        self.kind = kind
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return (logits, x) if self.kind is tuple else {'logits': logits, 'hidden': x}
+
+
+class Taken(Callback):
+    "As Hugging Face's models are used: what counts is taken out of their output."
+    order = 5
+
+    def after_pred(self):
+        if not isinstance(self.pred, torch.Tensor):
+            self.learn.pred = self.pred['logits'] if isinstance(self.pred, dict) else self.pred[0]
+
+
+class Heated(Callback):
+    "Changes what the one before it has left, so that the order matters; it counts its calls."
+    order = 6
+
+    def __init__(self):
+        self.n_batches = self.n_preds = 0
+
+    def before_batch(self):
+        self.n_batches += 1
+
+    def after_pred(self):
+        self.n_preds += 1
+        self.learn.pred = self.pred*2
+
+
+@pytest.mark.parametrize('kind', [tuple, dict])
+def test_outputs_that_a_callback_takes_apart_are_combined_in_all_ways_of_predicting(kind):
+    plain, models = trained()
+    twos = [Two(kind=kind) for _ in range(3)]
+    linear = [nn.Linear(6, 3) for _ in range(3)]
+    for two, m in zip(twos, linear):
+        m.load_state_dict(two.state_dict())
+    heated = Heated()
+    learn = learner(model=lambda: Two(kind=kind), cbs=[Taken(), heated])
+    ens = Ensemble(twos, learn)
+    p = naive(linear, plain, lambda o: (2*o).softmax(1))
+    torch.testing.assert_close(ens.get_preds()[0].double(), p, rtol=0, atol=5e-7)
+    assert heated.n_batches == 2 and heated.n_preds == 6
+    torch.testing.assert_close(ens.member_preds()[0].double().mean(0), p, rtol=0, atol=5e-7)
+    y = torch.cat([y for _, y in batches(learn)])
+    assert ens.validate()[0] == pytest.approx(float(-p[torch.arange(40), y].log().mean()), rel=1e-5)
+    with ens.active() as inside:
+        assert list(inside.validate()) == pytest.approx(list(ens.validate()))
+    one = Ensemble(twos[0], learn).validate()
+    learn.model = twos[0]
+    assert list(one) == pytest.approx(list(learn.validate()))
+    ens.stack()
+    assert torch.isfinite(ens.get_preds()[0]).all()
+
+
+def test_callbacks_that_are_passed_to_a_prediction_take_part_in_it():
+    plain, _ = trained()
+    twos = [Two() for _ in range(2)]
+    learn = learner(model=Two)
+    ens = Ensemble(twos, learn)
+    with pytest.raises(TypeError, match='members must give one tensor, and Two gives a tuple: let a callback'):
+        ens.validate()
+    p = naive([lambda_of(m) for m in twos], plain)
+    torch.testing.assert_close(ens.get_preds(cbs=Taken())[0].double(), p, rtol=0, atol=5e-7)
+    assert len(ens.validate(cbs=Taken())) == 2 and ens.member_preds(cbs=Taken())[0].shape == (2, 40, 3)
+
+
+def lambda_of(two):
+    m = nn.Linear(6, 3)
+    m.load_state_dict(two.state_dict())
+    return m
+
+
+def test_a_learner_that_calls_its_model_in_a_way_of_its_own_does_so_with_each_member():
+    class Keywords(nn.Linear):
+        def forward(self, *, x, scale):
+            return super().forward(x)*scale
+    class OwnLoop(Learner):
+        def _do_one_batch(self):
+            self.pred = self.model(x=self.xb[0], scale=2.)
+            self('after_pred')
+            if len(self.yb):
+                self.loss_grad = self.loss_func(self.pred, *self.yb)
+                self.loss = self.loss_grad.clone()
+            self('after_loss')
+    members = [Keywords(6, 3) for _ in range(3)]
+    learn = OwnLoop(loaders(), Keywords(6, 3), CrossEntropyLossFlat(), metrics=accuracy)
+    plain = [nn.Linear(6, 3) for _ in members]
+    for m, source in zip(plain, members):
+        m.load_state_dict(source.state_dict())
+    p = naive(plain, learn, lambda o: (2*o).softmax(1))
+    torch.testing.assert_close(Ensemble(members, learn).get_preds()[0].double(), p, rtol=0, atol=5e-7)
+
+
+def test_a_callback_that_wants_no_loss_gets_the_combined_predictions():
+    class NoLoss(Callback):
+        def after_pred(self):
+            raise CancelBatchException
+    learn, models = trained()
+    preds = Ensemble(models, learn).get_preds(cbs=NoLoss())[0]
+    torch.testing.assert_close(preds.double(), naive(models, learn), rtol=0, atol=5e-7)
+
+
+def test_each_members_output_passes_mixed_precision_and_autocast_is_left_after_an_error():
+    class Autocast(Callback):
+        "fastai's MixedPrecision, on the CPU."
+        order = 10
+        def before_batch(self):
+            self.autocast = torch.autocast('cpu', torch.bfloat16)
+            self.autocast.__enter__()
+        def after_pred(self):
+            assert self.pred.dtype == torch.bfloat16
+            self.learn.pred = self.pred.float()
+        def after_loss(self):
+            self.autocast.__exit__(None, None, None)
+    learn, models = trained()
+    p = naive(models, learn)
+    learn.add_cb(Autocast())
+    preds = Ensemble(models, learn).get_preds()[0]
+    torch.testing.assert_close(preds.double(), p, rtol=0, atol=.02)
+    assert preds.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
+    class Broken(nn.Linear):
+        def forward(self, x): raise ZeroDivisionError('broken')
+    with pytest.raises(ZeroDivisionError, match='^broken$'):
+        Ensemble([*models, Broken(6, 3), models[0]], learn).validate()
+    assert not torch.is_autocast_enabled('cpu')
+
+
+def test_the_model_is_the_ensemble_also_for_who_calls_it_and_asks_it_for_what_members_have():
+    learn, models = trained()
+    models[0].config = 'of the first'
+    x = torch.randn(5, 6)
+    with torch.no_grad(), Ensemble(models, learn).active() as inside:
+        inside.get_preds()
+        p = inside.model.eval()(x).softmax(1)
+        assert inside.model.config == 'of the first' and not hasattr(inside.model, 'no_such_name')
+    torch.testing.assert_close(p, torch.stack([m.eval()(x).softmax(1) for m in models]).mean(0))
+
+
+# what a score is worth
+
+def folds(n=60, n_folds=3, seed=0):
+    "Learners of a cross-validation over numbers, each with transforms of its own."
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 6, generator=g)
+    y = torch.randint(3, (n,), generator=g)
+    learners = []
+    for k in range(n_folds):
+        valid = list(range(k, n, n_folds))
+        train = [i for i in range(n) if i % n_folds != k]
+        parts = Datasets(range(n), [[lambda i: x[i]], [lambda i: y[i]]], splits=[train, valid])
+        learners.append(Learner(parts.dataloaders(bs=16, device='cpu'), net(), CrossEntropyLossFlat(), metrics=accuracy))
+    return learners
+
+
+def test_stacking_over_numbers_on_what_a_fold_was_trained_on_is_refused():
+    first, *others = folds()
+    for ens in Ensemble([first, *others]), Ensemble(others, first):
+        with pytest.raises(ValueError, match='the training set of one: hold samples out'): ens.stack()
+    Ensemble([first, nn.Linear(6, 3)], first).stack()
+    stranger = folds(seed=1)[1]
+    Ensemble([first, stranger]).stack()    # equal numbers, other samples
+
+
+@pytest.mark.parametrize('call', [
+    lambda ens: ens.validate(), lambda ens: ens.get_preds(), lambda ens: ens.validate(dl=ens.learn.dls.valid),
+    lambda ens: within(ens, lambda learn: learn.validate()), lambda ens: within(ens, lambda learn: learn.get_preds())],
+    ids='validate get_preds dl active-validate active-get_preds'.split())
+def test_a_score_on_what_members_were_trained_on_warns_with_how_many(call):
+    ens = Ensemble(folds())
+    with pytest.warns(UserWarning, match='20 of the 20 samples are training data of 2 of the 3 members: what the ensemble scores there flatters it'):
+        call(ens)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        call(ens[:1])    # its own held-out fold
+        call(Ensemble([*folds()[:1], *folds(seed=1)[1:]]))
+
+
+def within(ens, f):
+    with ens.active() as learn, learn.no_bar(), learn.no_logging():
+        f(learn)
+
+
+def test_a_score_on_what_stacking_was_fitted_on_warns_and_on_other_samples_does_not():
+    learn, models = trained()
+    data = learn.dls.valid.dataset
+    fitted, others = (DataLoader(part, bs=8, device='cpu') for part in (data[:25], data[25:]))
+    ens = Ensemble(models, learn)
+    ens.stack(fitted)
+    with pytest.warns(UserWarning, match=r'stack\(\) was fitted on 25 of the 40 samples'):
+        ens.validate()
+    with pytest.warns(UserWarning, match=r'stack\(\) was fitted on 25 of the 25 samples'):
+        Ensemble(ens).get_preds(dl=fitted)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        ens.validate(dl=others)
+        ens.combine = 'mean'
+        ens.validate()
+
+
+def test_targets_in_a_column_as_tabular_data_have_them_can_be_stacked():
+    r = np.random.RandomState(0)
+    df = pd.DataFrame({'a': r.randn(120), 'b': r.randn(120), 'kind': r.choice(list('xyz'), 120)})
+    df['y'] = np.where(df.a + df.b > 0, 'yes', 'no')
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize], cat_names=['kind'], cont_names=['a', 'b'], y_names='y',
+                                     y_block=CategoryBlock(), valid_idx=list(range(60, 120)), bs=16, device='cpu')
+    learn = tabular_learner(dls, layers=[8], metrics=accuracy)
+    with learn.no_bar(), learn.no_logging():
+        ens = learn.fit_snapshots(2, 1, .01)
+        other = DataLoaders(dls.train, dls.test_dl(df.iloc[60:90], with_labels=True))
+        assert ens.get_preds()[1].shape == (60, 1)
+        ens.stack(other.valid)
+        assert ens.combine == 'stack' and ens.validate(dl=dls.test_dl(df.iloc[90:], with_labels=True))[1] > .5
