@@ -248,7 +248,7 @@ class WeightAverage:
             raise ValueError('not the state of a WeightAverage: expected a dict with swa_model, n_averaged and master')
         model = unwrap(self._swa_model)
         own = {plain_name(k): (k, v) for k, v in model.state_dict().items()}
-        _refuse_mismatch('the state', state['swa_model'], {name: v for name, (_, v) in own.items()})
+        refuse_mismatch('the state', state['swa_model'], {name: v for name, (_, v) in own.items()})
         params = named_tensors(model.named_parameters)
         foreign = {k for k, t in state['master'].items() if k not in params or t.shape != params[k].shape}
         if foreign: raise ValueError(f'the state does not match the average: master has {_some(foreign)}')
@@ -473,7 +473,7 @@ def _some(names, limit=3):
     return ', '.join(map(repr, names[:limit])) + (f' and {len(names) - limit} more' if len(names) > limit else '')
 
 
-def _refuse_mismatch(what, src, dst):
+def refuse_mismatch(what, src, dst):
     "Raise a `ValueError` that names how `src` and `dst`, both name -> tensor, differ in names or shapes."
     faults = [f'{_some(names)} {fault}' for names, fault in (
         (dst.keys() - src.keys(), 'missing'), (src.keys() - dst.keys(), 'not in the average'),
@@ -484,7 +484,7 @@ def _refuse_mismatch(what, src, dst):
 def _pair_params(model, swa_model):
     "Name -> (average's, model's) parameter, each once; raises `ValueError` if the two do not match."
     src, dst = named_tensors(model.named_parameters), named_tensors(swa_model.named_parameters)
-    _refuse_mismatch('the model', src, dst)
+    refuse_mismatch('the model', src, dst)
     first = {}
     for name, p in src.items():
         if first.setdefault(id(dst[name]), (name, p))[1] is not p:
@@ -581,7 +581,7 @@ class _Exchange:
         self.source, self.model = unwrap(source), unwrap(model)
         self.is_out = False    # does the model hold the source's tensors?
         own, other = named_tensors(self.model.named_parameters), named_tensors(self.source.named_parameters)
-        _refuse_mismatch('the model', own, other)
+        refuse_mismatch('the model', own, other)
         self.buffers = named_tensors(self.source.named_buffers)
         self.slots = [(m, plain_name(f'{path}.{leaf}' if path else leaf), leaf, t)
                       for path, m in self.model.named_modules(remove_duplicate=False) for leaf, t in m._buffers.items() if t is not None]

@@ -1,42 +1,86 @@
 """`SWACallback`: the running average of a fit, validated beside the model in training. Callbacks only wire; the mathematics is below."""
-import warnings, weakref
+import keyword
+import warnings
+import weakref
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from numbers import Integral, Real
-from types import SimpleNamespace
+from pathlib import Path
 
-from fastai.callback.core import Callback
-from fastai.callback.schedule import LRFinder
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
-from fastai.learner import Learner, Recorder, save_model
+from fastai.learner import Learner, Recorder
 from fastai.torch_core import join_path_file, rank_distrib
 from torch import nn
 
-from .averaging import WeightAverage, all_finite, check_match, check_swa_model, check_weight, equal
-from .batchnorm import check_count, tracked_bn
+from .averaging import WeightAverage, all_finite, check_match, check_swa_model, check_weight, equal, refuse_mismatch
+from .batchnorm import StatisticsWatch, check_count, moved_anywhere, tracked_bn
 from .columns import complete_row, insert_columns, recorder_of
-from .modules import check_copyable, clean_copy, named_tensors, unwrap
-from .passes import PassCancelled, check_engine, is_fitting, no_fit, refresh_bn, validate_aside
+from .files import save_weights
+from .fitting import FitCallback, SideWork, no_fit, passed_callbacks
+from .interrupts import uninterrupted
+from .modules import check_copyable, clean_copy, named_tensors, plain_name, unwrap
+from .state import pack, unpack
+from .passes import LOOP, check_engine, refresh_bn, validate_aside
+from .processes import Processes
 from .schedules import start_epoch
-from .state import not_copied, pack, unpack
+from .state import not_copied
 from .views import lending
+from .weights import read_weights
 
-__all__ = ['SWACallback', 'SaveSWAModelCallback']
+__all__ = ['SWACallback', 'SaveSWAModelCallback', 'check_name', 'is_learners_own']
+
+_COUNTS = 'start', 'n_folds', 'n_epochs', 'n_steps'    # of a fit, and of its state
+_N_WEIGHTS = 1001    # by the weights of so many points the function that gives them is known again
 
 
-class SWACallback(Callback):
+@dataclass
+class _Average:
+    "An average, and what it is of."
+    running: WeightAverage
+    learner: weakref.ref    # of the learner whose weights were averaged
+    epochs: list = field(default_factory=list)    # with points in it, from 0
+    bn: list = field(default_factory=list)    # names of the layers whose statistics follow the weights
+    stale: bool = False    # whether these statistics are of other weights
+
+
+@dataclass
+class _Fit:
+    "A fit under way."
+    start: int    # the first epoch that is averaged
+    before: int = 0    # how many columns of the table stand before those of the average
+    columns: list = field(default_factory=list)
+    n_folds: int = 0    # points folded
+    n_epochs: int = 0    # epochs with such
+    n_steps: int = 0    # optimizer steps since `start`
+    begun: bool = False    # whether training has begun
+    side: SideWork = field(default_factory=SideWork)
+    said: set = field(default_factory=set)    # what was warned about
+    epoch: int = -1    # the epoch under way; what follows is of it (`learn.epoch` is 0 after a validation within the fit)
+    trained: bool = False    # whether its training part has ended
+    folded: bool = False    # whether points of it are in the average
+    failed: bool = False    # whether its value of the average could not be had
+    step_cancelled: bool = False    # whether the optimizer step under way was left out
+    n_batches: int = 0    # `learn.train_iter` at its beginning
+    watch: StatisticsWatch = None    # the statistics of batch norm at its beginning; `None` once it was asked what moved
+    backup: dict = None    # the callback's state at its beginning, while steps are folded unseen
+    muted: list = field(default_factory=list)    # trackers that must not act on a value that could not be had
+
+
+class SWACallback(FitCallback):
     """Average the weights at the ends of epochs into `swa_model` and validate it beside the model in training.
 
     Training itself is left exactly as it is. The columns `swa_valid_loss` and `swa_<metric>` are added to the learner's table, `nan`
     in epochs that did not validate the average. A later fit starts a new average at its first fold; until then the old one stays.
     With `every=k` it is the weights after each k-th optimizer step that are folded, and `averaged_epochs` are the epochs with such steps.
+    Several averages are kept in one fit by callbacks of different `name`s, which is then also what their columns begin with.
     Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", Algorithm 1.
 
-    Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used.
+    What the averaging does beside the training and cannot do (a pass, a validation, a fold) is a warning and leaves `nan`; training goes on.
+    Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used, at the latest before the first step.
     """
     order = Recorder.order + 5    # after the Recorder has logged the epoch, before trackers and the progress table read it
     remove_on_fetch = True    # as the Recorder has it: not for passes aside from training
-    _name = 'swa'
-    _stateattrs = '_average', '_given', '_epochs', '_bn', '_stale', '_learner', '_fit', '_backup'
+    _stateattrs = '_average', '_given', '_continued', '_fit', '_stands_aside'
 
     def __init__(self,
         swa_start=0.75,    # int: index from 0 of the first epoch folded. float in [0, 1): that share of the fit
@@ -46,6 +90,8 @@ class SWACallback(Callback):
         bn_batches:int=None,    # training batches used to refresh batch norm; None: the whole training set
         weight=equal,    # function from `n_averaged` to the weight of the new point: `equal`, `ema(decay)` or another
         every:int=None,    # fold every so many optimizer steps, from the start of epoch `swa_start` on, instead of at the ends of epochs
+        name:str='swa',    # `learn.<name>`, and what the columns begin with; several averages in one fit have different ones
+        average=None,    # go on with this average, points and all: an earlier `SWACallback`, or a file of `SaveSWAModelCallback`
     ):
         self.swa_start = _check_swa_start(swa_start)
         check_swa_model(swa_model)
@@ -56,39 +102,45 @@ class SWACallback(Callback):
         self.every = check_count('every', every)
         if self.every and self.cycle_len != 1:
             raise ValueError(f'cycle_len={cycle_len} and every={every} exclude each other: one counts epochs, the other optimizer steps')
-        self.weight, self.enabled = weight, True
+        self.weight = weight
+        self.enabled = True
+        self._name = self._attribute = check_name(name)
         self._init_state()
         self._given = swa_model
+        self._continued = _check_average(average)
 
     def _init_state(self):    # also what an unpickled callback starts with: an export carries the settings, not the average
         super()._init_state()
-        self._average = self._given = self._fit = None    # the WeightAverage; the user's own swa_model; the state of a fit under way
-        self._backup = None    # while steps are folded unseen: the state before this epoch's
-        self._epochs, self._bn, self._stale = [], [], False    # folded; names of the layers to refresh; whether they need it
-        self._learner = lambda: None    # weak reference to the learner whose weights were averaged
+        self._average = None    # the `_Average`
+        self._given = None    # the user's own swa_model
+        self._continued = None    # the average to go on with, until the first fold
+        self._fit = None
+        self._stands_aside = False    # whether it was said that this callback stands aside for another
 
     # what a user reads and calls
 
     @property
     def name(self) -> str:
-        "The learner's attribute for this callback: `swa`. One passed to a fit of a learner that has a `swa` must not take that away."
-        if self.learn is not None: self._name = 'swa' if vars(self.learn).get('swa', self) is self else 'other_swa'
-        return self._name
+        "The learner's attribute for this callback: what was passed as `name`, unless that is something else there."
+        if self.learn is not None:
+            is_free = vars(self.learn).get(self._name, self) is self and not is_learners_own(self.learn, self._name)
+            self._attribute = self._name if is_free else f'other_{self._name}'
+        return self._attribute
 
     @property
     def swa_model(self) -> nn.Module | None:
         "The module that holds the average, with plain state-dict keys; `None` (or the one passed) before the first fold."
-        return self._given if self._average is None else self._average.swa_model
+        return self._given if self._average is None else self._average.running.swa_model
 
     @property
     def n_averaged(self) -> int:
         "Number of points in the average."
-        return 0 if self._average is None else self._average.n_averaged
+        return 0 if self._average is None else self._average.running.n_averaged
 
     @property
     def averaged_epochs(self) -> list[int]:
-        "The epochs folded, counted from 0."
-        return list(self._epochs)
+        "The epochs folded, counted from 0; where an earlier average was gone on with, those of its fit come first."
+        return [] if self._average is None else list(self._average.epochs)
 
     @contextmanager
     def averaged(self):
@@ -99,13 +151,13 @@ class SWACallback(Callback):
         is refused with one, too. (`learn.load` inside would load into the average.)
         """
         learn = self._existing('averaged')
-        with lending(learn, 'averaged()', self.averaged, self._version), self._average.lent_to(learn.model), no_fit(learn):
+        with lending(learn, 'averaged()', self.averaged, self._version), self._average.running.lent_to(learn.model), no_fit(learn):
             self._refresh(learn)
             yield learn
 
     def _version(self):
         "What changes when `averaged()` would give another average."
-        return weakref.ref(self._average), self.n_averaged
+        return weakref.ref(self._average.running), self.n_averaged
 
     def apply(self):
         """Put the average into `learn.model` for good, in place: the optimizer goes on with the same parameters.
@@ -114,249 +166,367 @@ class SWACallback(Callback):
         """
         learn = self._existing('apply')
         self.refresh()
-        self._average.copy_to(learn.model)
+        self._average.running.copy_to(learn.model)
 
     def refresh(self):
         "Refresh the batch-norm statistics of `swa_model` now, if the weights folded last have not had that yet."
         learn = self._existing('refresh')
-        if self._stale:
-            with self._average.lent_to(learn.model): self._refresh(learn)
+        if self._average.stale:
+            with self._average.running.lent_to(learn.model):
+                self._refresh(learn)
 
     def __repr__(self):
         if self._average is None:
             start = f'epoch {self.swa_start}' if isinstance(self.swa_start, int) else f'{self.swa_start:g} of the fit'
             return f'SWACallback: nothing averaged yet; folds from {start} on'
-        points = f'{self.n_averaged} {"step" if self.every else "epoch"}{"s" * (self.n_averaged != 1)}'
-        return (f'SWACallback: average of {points} ({"epochs " * bool(self.every)}{_ranges(self._epochs)}); '
+        epochs = _ranges(self._average.epochs)
+        unit, of = ('step', f'epochs {epochs}') if self.every else ('epoch', epochs)
+        plural = '' if self.n_averaged == 1 else 's'
+        return (f'SWACallback: average of {self.n_averaged} {unit}{plural} ({of}); '
                 'use it within `averaged()`, or put it into the learner with `apply()`')
 
     # the events of a fit
 
     def before_fit(self):
-        if self.learn.lock.locked() or is_fitting(self.learn, '_do_fit'): return    # validate and the like, perhaps from within a fit
-        self._fit = self._backup = None
-        if not self.enabled or self._grab(LRFinder): return    # tta comes this far as well, so nothing is made or reset here
-        # counted in this fit: points folded, epochs with such, optimizer steps since `start`
-        self._fit = SimpleNamespace(start=start_epoch(self.swa_start, self.n_epoch), n_folds=0, n_epochs=0, n_steps=0,
-                                    begun=False, cancelled=False, said=set(), columns=[])
+        if not self.enabled or self._must_stand_aside():
+            return
+        if is_learners_own(self.learn, self._name):
+            raise ValueError(f'name={self._name!r} is an attribute of the learner already: give the SWACallback another name')
+        fit = _Fit(start_epoch(self.swa_start, self.n_epoch))
         recorder = recorder_of(self.learn)
-        if recorder is None: return
-        self._fit.own, self._fit.columns = insert_columns(recorder, 'swa')
-        recorder.swa_epochs = []
+        if recorder is not None:
+            fit.before, fit.columns = insert_columns(recorder, self._name)
+            setattr(recorder, f'{self._name}_epochs', [])
+        self._fit = fit
 
     def before_epoch(self):
-        if not self._fit or self.learn.lock.locked(): return
-        self._fit.epoch, self._fit.trained, self._fit.folded = self.epoch, False, False    # `learn.epoch` is 0 after a validate within the fit
+        fit = self._fit
+        self._unmute()
+        fit.epoch = self.epoch
+        fit.trained = fit.folded = fit.failed = False
 
     def before_train(self):
-        if not self._fit: return
-        if not self._fit.begun:
-            self._fit.begun = True
+        fit = self._fit
+        if not fit.begun:
+            fit.begun = True
             self._check_ahead()
-        if self.every and self.enabled and self._fit.epoch >= self._fit.start: self._backup = pack(self.state_dict())    # in the host's memory
+        fit.n_batches = self.learn.train_iter
+        if fit.epoch < fit.start:
+            return
+        fit.watch = StatisticsWatch(unwrap(self.learn.model))
+        if self.every and self.enabled:
+            fit.backup = pack(self.state_dict())    # in the host's memory
 
     def after_cancel_step(self):
-        if self._fit: self._fit.cancelled = True    # the scaler of mixed precision skipped it
+        self._fit.step_cancelled = True    # the scaler of mixed precision skipped it
 
     def after_step(self):
         fit = self._fit
-        if not fit: return
-        cancelled, fit.cancelled = fit.cancelled, False
-        if not self.every or cancelled or not self.enabled or fit.epoch < fit.start: return
+        if fit.step_cancelled or not self.every or not self.enabled or fit.epoch < fit.start:
+            fit.step_cancelled = False
+            return
         fit.n_steps += 1
-        if fit.n_steps % self.every == 0: self._fold()
+        if fit.n_steps % self.every == 0:
+            self._fold()
 
     def after_train(self):
         fit = self._fit
-        if not fit: return
         fit.trained = True
         since = fit.epoch - fit.start
-        if self.every: self._end_steps()
-        elif self.enabled and since >= 0 and since % self.cycle_len == 0:
-            if all_finite(unwrap(self.learn.model).parameters()): self._fold()
-            else: self._say_infinite()
-        if fit.folded: self._bn = list(tracked_bn(unwrap(self.learn.model)))    # frozen or not, as it ends
-        if (recorder := recorder_of(self.learn)) is not None: recorder.swa_epochs = self.averaged_epochs
+        if not self.every and self.enabled and since >= 0 and since % self.cycle_len == 0:
+            if all_finite(unwrap(self.learn.model).parameters()):
+                self._fold()
+            else:
+                self._say_infinite()
+        self._end_epoch()
+        recorder = recorder_of(self.learn)
+        if recorder is not None:
+            setattr(recorder, f'{self._name}_epochs', self.averaged_epochs)
 
     def after_validate(self):
-        if not self._fit or not self._fit.trained or self.learn.lock.locked() or recorder_of(self.learn) is None: return
         fit = self._fit
+        if not fit.trained or recorder_of(self.learn) is None:
+            return
         due = fit.folded and self.swa_eval_freq and (fit.n_epochs - 1) % self.swa_eval_freq == 0
         due = fit.n_folds and (due or fit.epoch == self.n_epoch - 1)
         self._log(self._evaluate() if due else [])
 
     def after_cancel_epoch(self):
-        if not self._fit: return
-        self._end_steps()
-        if recorder_of(self.learn) is not None: self._log([])
+        self._end_epoch()
+        if recorder_of(self.learn) is not None:
+            self._log([])
+
+    def after_epoch(self):
+        if self._fit.failed:
+            self._mute_trackers()
 
     def after_cancel_fit(self):
-        if not self._fit: return
-        self._end_steps()
-        if not self._fit.n_folds or not self._stale: return
-        try:
-            with self._average.lent_to(self.learn.model): self._refresh(self.learn, in_fit=True)
-        except PassCancelled: self._say_cancelled()
+        self._end_epoch()
+        if not self._fit.n_folds or not self._average.stale:
+            return
+        with self._fit.side.attempt(f'refreshing the batch norm of {self._what}', 'it is refreshed when it is used'):
+            with self._average.running.lent_to(self.learn.model):
+                self._refresh(self.learn, in_fit=True)
 
     def after_fit(self):
-        if not self._fit or self.learn.lock.locked() or is_fitting(self.learn, '_do_fit'): return
-        fit, self._fit = self._fit, None
-        if self._average is not None: self._average.release()
-        if fit.begun and not fit.n_folds and 'finite' not in fit.said: self._say('nothing', self._nothing_folded(fit), fit)
+        fit = self._fit
+        if fit.begun and not fit.n_folds and not fit.side.failures and 'finite' not in fit.said:
+            self._say('nothing', self._nothing_folded())
+
+    def over(self):
+        self._unmute()
+        self._end_epoch()
+        if self._average is not None:
+            self._average.running.release()
+        self._fit.side.conclude()
 
     # folding
 
     def _fold(self):
-        "Fold the model in training."
-        model, fit = unwrap(self.learn.model), self._fit
-        if fit.n_folds == 0: self._new_average(model)    # complete before the old one goes
-        self._average.update(model)
-        fit.n_folds += 1
-        if not fit.folded:    # the first one in this epoch
+        "Fold the model in training; if that fails, the average is as it was."
+        fit = self._fit
+        n_averaged = self.n_averaged
+        with fit.side.attempt(f'folding the weights into {self._what}', 'they are left out of it'):
+            self._fold_or_raise(unwrap(self.learn.model))
+            return
+        fit.failed = self.n_averaged == n_averaged
+
+    def _fold_or_raise(self, model):
+        fit = self._fit
+        if fit.folded:    # a further step of this epoch
+            self._average.running.update(model)
+            self._average.stale = True
+            fit.n_folds += 1
+            return
+        average = self._average if fit.n_folds else self._new_average(model)    # complete before the old one goes
+        with uninterrupted():
+            average.running.update(model)
+            average.epochs.append(fit.epoch)
+            average.stale = True
+            self._average = average
+            self._continued = None
             fit.folded = True
+            fit.n_folds += 1
             fit.n_epochs += 1
-            self._epochs.append(fit.epoch)
-            self._bn = list(tracked_bn(model))
-        self._stale = bool(self._bn)
 
-    def _new_average(self, model):
+    def _new_average(self, model) -> _Average:
+        "An average without a point yet, or with those of the one that is gone on with."
         swa_model = clean_copy(model, self._shared()) if self._given is None else self._given
-        self._average, self._epochs, self._learner = WeightAverage(model, self.weight, swa_model), [], weakref.ref(self.learn)
+        average = _Average(WeightAverage(model, self.weight, swa_model), weakref.ref(self.learn))
+        if self._continued is not None:
+            state, average.epochs = _state_to_continue(self._continued)
+            average.running.load_state_dict(state)
+        return average
 
-    def _settle(self):
-        "The steps of this epoch were folded unseen: if the average is not finite, take them all back."
-        backup = self._backup
-        if backup is None or self._average is None or all_finite(self._average.swa_model.parameters()): return
-        self.load_state_dict(unpack(backup))
-        if self._fit: self._fit.folded = False
-        self._say_infinite()
-
-    def _end_steps(self):
-        self._settle()
-        self._backup = None
+    def _end_epoch(self):
+        "The training part of an epoch is over: was what it folded unseen finite, and which statistics follow the weights?"
+        fit, average = self._fit, self._average
+        if fit.watch is None:    # it was over before
+            return
+        if fit.folded and fit.backup is not None and not all_finite(average.running.swa_model.parameters()):
+            with uninterrupted():
+                self.load_state_dict(unpack(fit.backup))
+                fit.folded = False
+            self._say_infinite()
+        elif fit.folded:
+            if self.learn.train_iter > fit.n_batches:
+                average.bn = moved_anywhere(Processes(self.learn).gather(fit.watch.moved()))
+            elif not average.bn:    # no batch ran, and no epoch before tells
+                average.bn = list(tracked_bn(unwrap(self.learn.model)))
+            average.running.settle()
+            average.stale = bool(average.bn)
+        fit.watch = fit.backup = None    # last: what was interrupted above is done again at the end of the fit
 
     # its state, for checkpoints
 
+    @property
+    def key(self) -> str:
+        "What a checkpoint tells it by from other averages of the fit."
+        return '0' if self._name == 'swa' else self._name
+
     def fit_settings(self) -> dict:
         "What must not change between the parts of one fit."
-        return {k: getattr(self, k) for k in ('swa_start', 'cycle_len', 'every', 'enabled')}
+        res = {name: getattr(self, name) for name in ('swa_start', 'cycle_len', 'every', 'enabled', 'bn_batches')}
+        res['the first averaged epoch'] = start_epoch(self.swa_start, self.n_epoch)
+        res['weight'] = [_weight_of(self.weight, n) for n in range(_N_WEIGHTS)]
+        return res
 
     def state_dict(self) -> dict:
         "Average, counters and where it stands in a fit, as plain data; tensors are live."
-        fit, average = self._fit, None
-        if self._average is not None:
-            swa_model = unwrap(self._average.swa_model)
-            buffers = {k: v for k, v in named_tensors(swa_model.named_buffers).items() if k not in swa_model.state_dict()}
-            average = self._average.state_dict() | {'buffers': buffers, 'training': [m.training for m in swa_model.modules()]}
-        return {'average': average, 'epochs': list(self._epochs), 'bn': list(self._bn), 'stale': self._stale,
-                'fit': {k: getattr(fit, k) for k in _COUNTS} if fit else {}}
+        fit, average = self._fit, self._average
+        res = {'average': None, 'epochs': self.averaged_epochs, 'bn': [], 'stale': False, 'fit': {}}
+        if fit is not None:
+            res['fit'] = {k: getattr(fit, k) for k in _COUNTS}
+        if average is None:
+            return res
+        swa_model = unwrap(average.running.swa_model)
+        buffers = {k: v for k, v in named_tensors(swa_model.named_buffers).items() if k not in swa_model.state_dict()}
+        modes = [m.training for m in swa_model.modules()]
+        state = average.running.state_dict() | {'buffers': buffers, 'training': modes}
+        return res | {'average': state, 'bn': list(average.bn), 'stale': average.stale}
 
     def load_state_dict(self, state: dict):
         "Take over a `state_dict`. Raises `ValueError` if its average is not one of the learner's model."
-        average = state['average']
-        if average is None: self._average = None
+        if state['average'] is None:
+            self._average = None
         else:
-            if self._average is None: self._new_average(unwrap(self.learn.model))
-            self._average.load_state_dict(average)
-            swa_model = unwrap(self._average.swa_model)
-            own = named_tensors(swa_model.named_buffers)
-            for name, value in average['buffers'].items():
-                if name in own: own[name].data = value.to(own[name].device, copy=True)
-            for m, mode in zip(swa_model.modules(), average['training']): m.training = mode
-        self._epochs, self._bn, self._stale = list(state['epochs']), list(state['bn']), state['stale']
-        if self._fit: vars(self._fit).update(state['fit'])
+            average = self._average or self._new_average(unwrap(self.learn.model))
+            self._load_average(average.running, state['average'])
+            average.epochs, average.bn, average.stale = list(state['epochs']), list(state['bn']), state['stale']
+            self._average = average
+        if self._fit:
+            vars(self._fit).update(state['fit'])
+            if self._fit.n_folds:
+                self._continued = None
+
+    def _load_average(self, running, state):
+        running.load_state_dict(state)
+        swa_model = unwrap(running.swa_model)
+        own = named_tensors(swa_model.named_buffers)
+        for name, value in state['buffers'].items():
+            if name in own:
+                own[name].data = value.to(own[name].device, copy=True)
+        for m, mode in zip(swa_model.modules(), state['training']):
+            m.training = mode
 
     def _shared(self): return not_copied(self.learn)
 
     # validating the average
 
     def _evaluate(self) -> list:
-        "The values of the `swa_*` columns now; none if a callback cancels a pass."
-        try:
-            with self._average.lent_to(self.learn.model):
+        "The values of the average's columns now; none if they cannot be had."
+        fit = self._fit
+        with fit.side.attempt(f'validating {self._what}', 'its columns are nan in that epoch'):
+            with self._average.running.lent_to(self.learn.model):
                 self._refresh(self.learn, in_fit=True)
                 return validate_aside(self.learn)
-        except PassCancelled:
-            self._say_cancelled()
-            return []
+        fit.failed = True
+        return []
 
     def _refresh(self, learn, in_fit=False):
         "Refresh the batch norm of `learn.model`, which holds the average, if it needs it."
-        if not self._stale: return
-        moments = refresh_bn(learn, self._bn, self.bn_batches, in_fit)
-        for kind, sentence in moments.remarks.items(): self._say(kind, sentence)
-        self._stale = False
+        average = self._average
+        if not average.stale or not average.bn:
+            return
+        moments = refresh_bn(learn, average.bn, self.bn_batches, in_fit)
+        for kind, sentence in moments.remarks.items():
+            self._say(kind, sentence)
+        average.stale = False
 
-    def _log(self, values): complete_row(recorder_of(self.learn), self._fit.own, self._fit.columns, values)
+    def _log(self, values): complete_row(recorder_of(self.learn), self._fit.before, self._fit.columns, values)
+
+    def _mute_trackers(self):
+        "In an epoch whose value could not be had, what steers training by it neither counts nor acts."
+        for cb in self._grab(EarlyStoppingCallback) + self._grab(ReduceLROnPlateau):
+            if cb.monitor in self._fit.columns and cb.run:
+                cb.run = False
+                self._fit.muted.append(cb)
+
+    def _unmute(self):
+        for cb in self._fit.muted:
+            cb.run = True
+        self._fit.muted = []
 
     # small helpers
+
+    @property
+    def _what(self) -> str:
+        "In sentences to users."
+        return 'the average' if self._name == 'swa' else f'the average {self._name!r}'
 
     def _grab(self, cls): return [cb for cb in self.learn.cbs if isinstance(cb, cls)]
 
     def _existing(self, call) -> Learner:
-        self._settle()    # an interrupted epoch did not
+        self.clean_up()
         if self._average is None:
             raise RuntimeError(f'{call}() needs an average and there is none yet: run a fit that reaches swa_start={self.swa_start}')
-        learn = self._learner()
-        if learn is None: raise RuntimeError(f'{call}() needs the learner that was averaged, and it is gone; swa_model still holds the average')
+        learn = self._average.learner()
+        if learn is None:
+            raise RuntimeError(f'{call}() needs the learner that was averaged, and it is gone; swa_model still holds the average')
         return learn
 
-    def _say(self, what, sentence, fit=None):
+    def _say(self, what, sentence):
         "Warn, once in a fit."
-        fit = fit or self._fit
-        if fit is not None and what in fit.said: return
-        if fit is not None: fit.said.add(what)
-        if not rank_distrib(): warnings.warn(sentence, stacklevel=2)    # once for all processes
+        fit = self._fit
+        if fit is not None:
+            if what in fit.said:
+                return
+            fit.said.add(what)
+        if not rank_distrib():    # once for all processes
+            warnings.warn(sentence, stacklevel=2)
 
     def _say_infinite(self):
         where = 'in' if self.every else 'at the end of'
-        self._say('finite', f'the weights {where} epoch {self._fit.epoch if self._fit else self._epochs[-1:]} are not finite; '
-                            'such epochs are left out of the average')
+        self._say('finite', f'the weights {where} epoch {self._fit.epoch} are not finite; such epochs are left out of the average')
 
-    def _say_cancelled(self): self._say('cancelled', 'a callback cancelled a pass over the average, which is not validated in that epoch')
-
-    def _nothing_folded(self, fit):
+    def _nothing_folded(self):
+        fit = self._fit
         if self.every and fit.start < self.n_epoch:
             return f'every={self.every} was not reached: this fit took {fit.n_steps} optimizer steps from epoch {fit.start} on and averages nothing'
         return (f'swa_start={self.swa_start} was not reached: epoch {fit.start} (from 0) would be the first one folded, so this fit '
                 f'of {self.n_epoch} epochs averages nothing')
 
+    # before the first step
+
+    def _must_stand_aside(self) -> bool:
+        "Is another callback of this name passed to the fit, while this one is attached for good? Raises `ValueError` if both are the one or the other."
+        namesakes = [cb for cb in self._grab(SWACallback) if cb is not self and cb.enabled and cb._name == self._name]
+        if not namesakes:
+            return False
+        passed = passed_callbacks(self.learn)
+        if any(cb is self for cb in passed) == any(cb is other for cb in passed for other in namesakes):
+            raise ValueError(f'this fit has two SWACallbacks of the name {self._name!r}, whose columns would collide: pass one, or give them '
+                             'different names')
+        if any(cb is self for cb in passed):
+            return False
+        if not self._stands_aside:
+            self._stands_aside = True
+            warnings.warn(f'learn.{self._name} stands aside in fits that another SWACallback of its name is passed to', stacklevel=2)
+        return True
+
     def _check_ahead(self):
-        "Say before a long fit what would only show later in it. (Not in `before_fit`, which `tta` sends as well.)"
+        "Say before a long fit what would only show later in it."
         fit = self._fit
         check_engine(self.learn)
-        if len([cb for cb in self._grab(SWACallback) if cb.enabled]) > 1:
-            raise ValueError('this fit has two SWACallbacks, whose columns would collide; pass one, or first call learn.remove_swa()')
-        if self._given is None: check_copyable(self.learn.model, self._shared())
-        else:                   check_match(self.learn.model, self._given)
-        if fit.start >= self.n_epoch: return self._say('nothing', self._nothing_folded(fit))
+        if self._given is None:
+            check_copyable(self.learn.model, self._shared())
+        else:
+            check_match(self.learn.model, self._given)
+        if self._continued is not None:
+            _state_to_continue(self._continued, unwrap(self.learn.model))
+        if fit.start >= self.n_epoch:
+            self._say('nothing', self._nothing_folded())
+            return
         folds = range(fit.start, self.n_epoch, self.cycle_len)
         validated = sorted({*(folds[::self.swa_eval_freq] if self.swa_eval_freq else ()), self.n_epoch - 1})
-        first, pause = validated[0], max(b - a - 1 for a, b in zip([-1, *validated], validated))
+        first = validated[0]
+        pause = max(b - a - 1 for a, b in zip([-1, *validated], validated))
         for tracker, acts in ((EarlyStoppingCallback, 'stops this fit'), (ReduceLROnPlateau, 'cuts the learning rate')):
             for cb in self._grab(tracker):
-                if cb.monitor.startswith('swa_') and cb.patience <= pause:
+                if cb.monitor in fit.columns and cb.patience <= pause:
                     self._say(acts, f'{type(cb).__name__}(monitor={cb.monitor!r}, patience={cb.patience}) {acts} for want of values: the '
                                     f'average is validated first in epoch {first} (swa_start={self.swa_start}), and there can be {pause} '
                                     f'epochs without; use a patience above {pause}')
         for cb in self._grab(SaveModelCallback):
-            if cb.monitor.startswith('swa_') and not isinstance(cb, SaveSWAModelCallback):
+            if cb.monitor in fit.columns and not isinstance(cb, SaveSWAModelCallback):
                 self._say('saves', f'SaveModelCallback(monitor={cb.monitor!r}) saves the weights in training, not the average; '
                                    'use SaveSWAModelCallback')
 
 
-class SaveSWAModelCallback(SaveModelCallback):
-    """fastai's `SaveModelCallback` for the average: saves `swa_model` whenever a `swa_*` column improves. Loads nothing at the end.
+class SaveSWAModelCallback(FitCallback, SaveModelCallback):
+    """fastai's `SaveModelCallback` for the average: saves `swa_model` whenever a column of it improves. Loads nothing at the end.
 
     The file is what `learn.save(fname, with_opt=False)` writes within `averaged()`, so `learn.load(fname, with_opt=False)` reads it into
-    any learner with that architecture. Needs a `SWACallback` in the same fit, and stands aside where that one does.
+    any learner with that architecture; `SWACallback(average=file)` goes on with it. It is replaced in one step: whatever happens, there is
+    the old one or the new. Needs a `SWACallback` in the same fit, and stands aside where that one does; of several, the one that has
+    the column `monitor` is saved. A file that cannot be written is a warning, and training goes on.
     Raises `ValueError` if there is none, or for a `monitor` that is not one of its columns.
     """
     def __init__(self,
         monitor='swa_valid_loss',    # column to watch
         comp=None,    # comparison: np.less or np.greater; default: less for a loss or an error, else greater
         min_delta=0.,    # least change that counts as an improvement
-        fname='swa_model',    # file name under `learn.path/learn.model_dir`
+        fname=None,    # file name under `learn.path/learn.model_dir`; default: `<name>_model` for the average of that name, so `swa_model`
         every_epoch=False,    # True or an int k: save after each (k-th) epoch that has an average, as `fname_<epoch>`
         at_end=False,    # save once, when the fit ends, instead of at improvements
         reset_on_fit=True,    # forget the best value at the start of a fit
@@ -365,43 +535,129 @@ class SaveSWAModelCallback(SaveModelCallback):
         super().__init__(monitor, comp, min_delta, fname, every_epoch, at_end, False, reset_on_fit)
 
     def before_fit(self):
-        swa = next((cb for cb in self.learn.cbs if isinstance(cb, SWACallback)), None)
-        if swa is None: raise ValueError('SaveSWAModelCallback needs a SWACallback in the same fit: pass one, or call learn.to_swa() first')
-        self.run = bool(swa._fit) and not self.learn.lock.locked()
-        if not self.run: return
-        if self.monitor not in swa._fit.columns:
-            raise ValueError(f'monitor must be one of {", ".join(swa._fit.columns)}, not {self.monitor!r}')
+        averages = [cb for cb in self.learn.cbs if isinstance(cb, SWACallback)]
+        if not averages:
+            raise ValueError('SaveSWAModelCallback needs a SWACallback in the same fit: pass one, or call learn.to_swa() first')
+        columns = [name for swa in averages if swa._fit for name in swa._fit.columns]
+        if not columns:    # all stand aside, or there is no Recorder
+            return
+        if self.monitor not in columns:
+            raise ValueError(f'monitor must be one of {", ".join(columns)}, not {self.monitor!r}')
         super().before_fit()
-        self._swa, self._fit = swa, swa._fit
+        self._swa = next(swa for swa in averages if swa._fit and self.monitor in swa._fit.columns)
+        if self.fname is None:
+            self.fname = f'{self._swa._name}_model'
+        self._fit = self._swa._fit
+
+    def after_epoch(self):
+        best = self.best
+        self._failed = False
+        super().after_epoch()
+        if self._failed:
+            self.best = best    # the next value that is better than the file's is saved
 
     def _save(self, name):
-        if not self._fit.n_folds: return
-        self._swa.refresh()
-        self.last_saved_path = join_path_file(name, self.learn.path/self.learn.model_dir, ext='.pth')
-        save_model(self.last_saved_path, unwrap(self._swa.swa_model), None)
+        if not self._fit.n_folds:
+            return
+        file = join_path_file(name, self.learn.path/self.learn.model_dir, ext='.pth')
+        with self._fit.side.attempt(f'saving {self._swa._what}', 'the file stays as it was'):
+            self._swa.refresh()
+            if not rank_distrib():
+                save_weights(file, _weights_with_points(self._swa))
+            self.last_saved_path = file
+            return
+        self._failed = True
 
     def after_fit(self):
-        if self.at_end: self._save(self.fname)
+        if self.at_end:
+            self._save(self.fname)
 
 
-_COUNTS = 'n_folds', 'n_epochs', 'n_steps'    # of a fit, and of its state
+# arguments, and what is known of others' averages
+
+def check_name(name: str) -> str:
+    "`name`; raises `TypeError` or `ValueError` unless it can be an attribute."
+    if not isinstance(name, str):
+        raise TypeError(f'name must be a str, not {name!r}')
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise ValueError(f'name must be an identifier such as swa or ema, for learn.<name> and the columns, not {name!r}')
+    return name
+
+
+def is_learners_own(learn: Learner, name: str) -> bool:
+    "Is `name` something of the learner's, other than a `SWACallback`? Some come and go with a fit."
+    if name in vars(learn):
+        return not isinstance(vars(learn)[name], SWACallback)
+    return hasattr(type(learn), name) or name in (*LOOP, 'scaler', 'lock', 'lr_finder') or hasattr(learn.model, name)
+
+
+def _check_average(average):
+    if average is None or isinstance(average, SWACallback):
+        return average
+    if not isinstance(average, str | Path):
+        raise TypeError(f'average must be a SWACallback or a file of SaveSWAModelCallback, not {average!r}')
+    if not Path(average).is_file():
+        raise FileNotFoundError(f'average={str(average)!r} is no file')
+    return Path(average)
+
+
+def _state_to_continue(average, model=None) -> tuple[dict, list]:
+    "The state of an earlier average, and the epochs it is of. Raises `ValueError` if there is none, or if it is not one of `model`."
+    if isinstance(average, SWACallback):
+        average.clean_up()
+        if not average.n_averaged:
+            raise ValueError('average is a SWACallback that has averaged nothing: there is nothing to go on with')
+        state = average._average.running.state_dict()
+        epochs = average.averaged_epochs
+    else:
+        weights = read_weights(average)
+        points = getattr(weights, '_metadata', {}).get('', {}).get(_POINTS)
+        if points is None:
+            raise ValueError(f'{average} does not say of how many points it is the average: it was not written by SaveSWAModelCallback')
+        state = {'swa_model': weights, 'n_averaged': points['n_averaged'], 'master': {}}
+        epochs = points['epochs']
+    if model is not None:
+        own = {plain_name(k): v for k, v in model.state_dict().items()}
+        refuse_mismatch('average', state['swa_model'], own)
+    return state, list(epochs)
+
+
+_POINTS = 'fastai_swa'    # where a file of weights says what they are the average of: in what torch keeps beside them for each module
+
+def _weights_with_points(swa) -> dict:
+    weights = unwrap(swa.swa_model).state_dict()
+    weights._metadata[''][_POINTS] = {'n_averaged': swa.n_averaged, 'epochs': swa.averaged_epochs}
+    return weights
+
+
+def _weight_of(weight, n_averaged: int):
+    "The weight of point number `n_averaged`, from 0; `None` where the function has none."
+    if n_averaged == 0:
+        return 1.
+    try:
+        return float(weight(n_averaged))
+    except Exception:
+        return None
 
 
 def _check_swa_start(swa_start):
     if isinstance(swa_start, bool) or not isinstance(swa_start, Real):
         raise TypeError(f'swa_start must be an int (an epoch, from 0) or a float in [0, 1) (a share of the fit), not {swa_start!r}')
     if isinstance(swa_start, Integral):
-        if swa_start < 0: raise ValueError(f'swa_start must be an epoch counted from 0, not {swa_start}')
+        if swa_start < 0:
+            raise ValueError(f'swa_start must be an epoch counted from 0, not {swa_start}')
         return int(swa_start)
     if not 0 <= swa_start < 1:
         raise ValueError(f'swa_start must be in [0, 1) where it is a share of the fit, not {swa_start}; pass an int for an epoch')
     return float(swa_start)
 
 
-def _ranges(epochs):
+def _ranges(epochs) -> str:
     "[3, 4, 5, 9] -> '3-5, 9'"
     runs = []
     for e in epochs:
-        if runs and runs[-1][1] == e - 1: runs[-1][1] = e
-        else: runs.append([e, e])
+        if runs and runs[-1][1] == e - 1:
+            runs[-1][1] = e
+        else:
+            runs.append([e, e])
     return ', '.join(str(a) if a == b else f'{a}-{b}' for a, b in runs)

@@ -1,10 +1,12 @@
 """`CheckpointCallback`: a fit that is killed goes on where it was, bit for bit."""
-import warnings, weakref
+import warnings
+import weakref
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastai.callback.core import Callback, CancelEpochException
+from fastai.callback.core import CancelEpochException
 from fastai.callback.progress import ProgressCallback
-from fastai.callback.schedule import LRFinder, ParamScheduler
+from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner
 from fastcore.foundation import L
@@ -13,15 +15,23 @@ from torch import nn
 from .batchnorm import check_count
 from .columns import recorder_of
 from .files import Lock, read, write
+from .fitting import FitCallback, is_fitting
 from .modules import named_tensors, unwrap
-from .passes import is_fitting
 from .processes import Processes
 from .state import keeps_state, loaders, named_callbacks, pack, plain_attributes, restore, take, unpack
 
 __all__ = ['CheckpointCallback']
 
+_KIND = 'checkpoint'
+_VERSION = 2    # of the file's format
+_CHANGING = 'the parameters to train', 'wd'    # settings that a fit may change by itself
+# what a call that goes on with a fit may change, if it has more epochs
+_N_EPOCHS = 'the number of epochs'
+_SCHEDULE = 'the schedule'
+_START = 'the first averaged epoch'
 
-class CheckpointCallback(Callback):
+
+class CheckpointCallback(FitCallback):
     """Keep the whole state of a fit in one file, so that the same call, made again after a crash, goes on and ends bitwise as without it.
 
     The state is written before the first epoch and before each `every`-th one after it, in one step: the file is always complete. It
@@ -30,6 +40,9 @@ class CheckpointCallback(Callback):
     are numbered: those before the interrupted one, such as the first stage of `fine_tune`, are skipped and leave the learner as it was
     before the latter; for that the file of a second fit holds this state too. A fit that is stopped within an epoch (Ctrl-C, an
     exception, a NaN) leaves the file of the last epoch boundary written.
+
+    A call with more epochs goes on with a file made for fewer: with its own schedule from there on, and with the first averaged epoch of the file.
+    That is bitwise the longer fit where the two agree on the epochs done, and where not that is said.
 
     Raises, before anything of the fit has changed: `ValueError` if the file is damaged, foreign or newer, none of which is ever
     overwritten, or if the model, the data's size, the schedule or the like is another one than in the file; `RuntimeError` if another
@@ -55,33 +68,31 @@ class CheckpointCallback(Callback):
         self._fit = self._lock = None    # the fit under way; the lock on the path, held meanwhile
         self._rows, self.order = [], self._FIRST    # rows of the table so far
 
-    def __setattr__(self, name, value):
-        super().__setattr__(name, value)
-        if name == 'learn' and value is None: self._release()    # taken from the learner: the fit is over, however it ended
-
-    def _release(self):
-        if self._lock is not None: self._lock.release()
-        self._lock, self.order = None, self._FIRST
+    def over(self):
+        if self._lock is not None:
+            self._lock.release()
+        self._lock = None
+        self.order = self._FIRST
 
     # the events of a fit
 
     def before_fit(self):
         learn = self.learn
-        if learn.lock.locked() or is_fitting(learn, '_do_fit'): return    # validate and the like, perhaps from within a fit
-        self._release()    # what an interrupted fit has left, should this callback be attached for good
-        self._fit, self._rows = None, []
-        if not is_fitting(learn) or any(isinstance(cb, LRFinder) for cb in learn.cbs): return    # tta; not a fit to keep
+        self._rows = []
         if sum(isinstance(cb, CheckpointCallback) for cb in learn.cbs) > 1: raise ValueError('this fit has two CheckpointCallbacks; pass one')
         processes, past = Processes(learn), _pasts.setdefault(learn, {}).setdefault(self.file, _Past())
-        try:
-            saved, settings = processes.first(self._open), _settings(learn, processes)
-            if saved: place = _place(saved['fits'], [settings, {**settings, **past.changing}], len(past.fits), self.file)
-        except BaseException:
-            self._release()
-            raise
+        self._fit = _Fit(processes, past)    # from here on `over` gives the lock back, whatever happens
+        saved, settings = processes.first(self._open), _settings(learn, processes)
+        place = -1
         if saved:
-            past.fits, past.end, past.callbacks, settings = saved['fits'][:place], saved['end'], [], saved['fits'][place]
-            past.kept = saved['kept']
+            _complete_old(saved, settings)
+            place = _place(saved['fits'], [settings, {**settings, **past.changing}], len(past.fits), self.file)
+            was = saved['fits'][place]
+            past.fits, past.end, past.kept, past.callbacks = saved['fits'][:place], saved['end'], saved['kept'], []
+            if was[_N_EPOCHS] == settings[_N_EPOCHS]:
+                settings = was
+            elif not processes.rank:
+                self._say_extended(was, settings, saved['state']['epoch'])
         elif past.fits:
             past.kept = [*past.kept[:len(past.fits) - 1], past.kept_by_last()]
             past.end = take(learn)
@@ -91,13 +102,27 @@ class CheckpointCallback(Callback):
             warnings.warn('a loader has persistent_workers, whose random state is not in the checkpoint: a resumed fit draws other augmentations')
         attributes = plain_attributes(learn)
         for name, cb in named_callbacks(learn): _first_seen.setdefault(cb, attributes.get(name, {}))
-        self._fit = _Fit(processes, past, settings, saved, is_past=bool(saved) and place < len(saved['fits']) - 1)
+        self._fit.settings, self._fit.saved = settings, saved
+        self._fit.is_past = bool(saved) and place < len(saved['fits']) - 1
+
+    def _say_extended(self, was, now, n_done):
+        "A file of fewer epochs is gone on with: will it end where the longer fit would?"
+        self._tell(f'the file is of a fit of {was[_N_EPOCHS]} epochs, which now becomes one of {now[_N_EPOCHS]}')
+        reasons = []
+        if _done(was, n_done) != _done(now, n_done):
+            reasons.append('the schedule is another one on the epochs done')
+        for name, settings in now.items():
+            if isinstance(settings, dict) and settings.get(_START) != was[name].get(_START):
+                reasons.append(f'averaging starts in epoch {was[name][_START]} as in the file, not in epoch {settings[_START]}')
+        if reasons:
+            warnings.warn(f'{self.file.name}: {" and ".join(reasons)}: the fit does not end where one of {now[_N_EPOCHS]} epochs from the '
+                          'beginning would')
 
     def _open(self):
         "Lock the path; what the file there holds, if anything."
         self.file.parent.mkdir(parents=True, exist_ok=True)
         owner = _owners.get(self.file)
-        if owner not in (None, self) and not is_fitting(owner.learn, in_all_threads=True): owner._release()    # left from an interruption
+        if owner not in (None, self) and not (owner.learn and is_fitting(owner.learn, in_all_threads=True)): owner.over()    # left from an interruption
         self._lock = Lock(self.file)
         _owners[self.file] = self
         saved = read(self.file, _KIND, _VERSION) if self.file.exists() else None
@@ -105,7 +130,6 @@ class CheckpointCallback(Callback):
 
     def before_epoch(self):
         fit, learn = self._fit, self.learn
-        if fit is None or learn.lock.locked() or learn.epoch <= fit.epoch: return    # the latter: tta within a fit
         fit.epoch, fit.within = learn.epoch, True
         if fit.saved is None: return self._write()
         if fit.is_past or learn.epoch < fit.saved['state']['epoch']:
@@ -116,23 +140,19 @@ class CheckpointCallback(Callback):
 
     def after_epoch(self):
         fit = self._fit
-        if fit is None or self.learn.lock.locked(): return
         fit.within = False
         if fit.epoch == self.learn.n_epoch - 1 and not fit.is_past: self.order = -self._FIRST
 
     def after_cancel_fit(self):
-        if self._fit is not None: self.order = -self._FIRST
+        self.order = -self._FIRST
 
     def after_fit(self):
         fit, learn = self._fit, self.learn
-        if fit is None or learn.lock.locked() or is_fitting(learn, '_do_fit'): return
-        self._fit = None
         if fit.is_past: self._pass_by(fit)
         elif fit.within: self._tell(f'the fit was stopped within epoch {fit.epoch}; the file is kept')
         elif fit.epoch >= 0 and fit.saved is None:    # else a callback cancelled it before it began
             fit.processes.first(self._remove)
             fit.past.completed(fit.settings, learn)
-        self._release()
 
     def _remove(self):
         try: self.file.unlink(missing_ok=True)
@@ -172,13 +192,26 @@ class CheckpointCallback(Callback):
         for name, cb in named_callbacks(learn):    # what a callback has kept from an interruption in this process
             kept = state['callbacks'].get(name, {})
             vars(cb).update({k: unpack(v) for k, v in _first_seen.get(cb, {}).items() if k not in kept})
+        recorder = recorder_of(learn)
+        columns = None if recorder is None else recorder.metric_names
         restore(learn, {**state, 'random': state['random'][fit.processes.rank]})
+        if recorder is not None: self._reorder_rows(recorder, list(columns))
         if fit.processes.rank: return
         number = f'fit {len(fit.past.fits) + 1}, ' * bool(fit.past.fits)
         self._tell(f'going on with {number}epoch {learn.epoch} (from 0) of {learn.n_epoch}')
         for cb in learn.cbs:
             if isinstance(cb, ProgressCallback) and getattr(cb, 'mbar', None): cb.mbar.update(0)    # its bar must begin there
         for row in self._rows: learn.logger(L(row))
+
+    def _reorder_rows(self, recorder, columns):
+        "Rows written where the averages of a fit were passed in another order get the `columns` of this one."
+        places = [list(recorder.metric_names).index(name) for name in columns]
+        recorder.metric_names = L(columns)
+        if places == sorted(places):
+            return
+        self._rows = [[row[i] for i in places] if len(row) == len(places) else row for row in self._rows]
+        places = [i - 1 for i in places[1:len(places) - bool(recorder.add_time)]]    # without the epoch and the time
+        recorder.values = [L(row[i] for i in places) if len(row) == len(places) else row for row in recorder.values]
 
     def _pass_by(self, fit):
         "End a fit that was completed before: the learner is as it was after that."
@@ -191,25 +224,29 @@ class CheckpointCallback(Callback):
         if fit.processes.rank == 0: self._tell(f'fit {len(fit.past.fits)} was completed before; it is skipped')
 
 
-_KIND, _VERSION = 'checkpoint', 1    # of the file's format
 
 
+@dataclass
 class _Fit:
     "A fit under way."
-    def __init__(self, processes, past, settings, saved, is_past):
-        self.processes, self.past, self.settings = processes, past, settings
-        self.saved, self.is_past = saved, is_past    # what the file held, until this fit has gone on from it; whether it was completed before
-        self.epoch, self.within, self._muted = -1, False, []    # the epoch begun last; whether it is not over
+    processes: Processes
+    past: '_Past'
+    settings: dict = None    # what must be the same where it goes on
+    saved: dict = None    # what the file held, until this fit has gone on from it
+    is_past: bool = False    # whether it was completed before
+    epoch: int = -1    # the epoch begun last
+    within: bool = False    # whether that one is not over
+    muted: list = field(default_factory=list)    # attributes of callbacks that see nothing of epochs trained before, and their `run`
 
     def mute(self, learn, but):
         "Let no callback but `but` see the events of an epoch that was trained before."
-        if self._muted: return
-        self._muted = [(vars(cb), vars(cb).get('run', True)) for cb in learn.cbs if cb is not but]
-        for attrs, _ in self._muted: attrs['run'] = False
+        if self.muted: return
+        self.muted = [(vars(cb), vars(cb).get('run', True)) for cb in learn.cbs if cb is not but]
+        for attrs, _ in self.muted: attrs['run'] = False
 
     def unmute(self):
-        for attrs, run in self._muted: attrs['run'] = run
-        self._muted = []
+        for attrs, run in self.muted: attrs['run'] = run
+        self.muted = []
 
 
 class _Past:
@@ -230,7 +267,6 @@ class _Past:
 _pasts = weakref.WeakKeyDictionary()    # learner -> file -> _Past
 _owners = weakref.WeakValueDictionary()    # file -> the callback that locked it last
 _first_seen = weakref.WeakKeyDictionary()    # callback -> its plain attributes before its first fit: settings, unless the fit changes them
-_CHANGING = 'the parameters to train', 'wd'
 
 
 def _plain(cell):
@@ -245,18 +281,32 @@ def _settings(learn: Learner, processes: Processes) -> dict:
     if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in model.parameters()):
         raise ValueError('the model has a lazy module that has not seen a batch yet; run one batch through the model first')
     res = {
-        'the number of epochs': learn.n_epoch,
+        _N_EPOCHS: learn.n_epoch,
         'the model': {name: [*p.shape, str(p.dtype).removeprefix('torch.')] for name, p in named_tensors(model.named_parameters).items()},
         'the parameters to train': [name for name, p in model.named_parameters() if p.requires_grad],
         'the optimizer': [[len(group) for group in opt.param_lists], sorted(opt.hypers[0])],
         'lr': [float(h['lr']) for h in opt.hypers],
         'wd': [float(h['wd']) for h in opt.hypers if h.get('wd') is not None],
-        'the schedule': [_sampled(cb, learn.n_epoch, _len(learn.dls.train) or 1) for cb in learn.cbs if isinstance(cb, ParamScheduler)],
+        _SCHEDULE: [_sampled(cb, learn.n_epoch, _len(learn.dls.train) or 1) for cb in learn.cbs if isinstance(cb, ParamScheduler)],
         'the data (samples, batch size, batches)': _sizes(learn),
         'the metrics': [str(m.name) for m in learn.metrics],
         'the number of processes': processes.size,
     }
-    return res | {type(cb).__name__: pack(cb.fit_settings()) for cb in learn.cbs if hasattr(type(cb), 'fit_settings')}
+    for cb in learn.cbs:
+        if hasattr(type(cb), 'fit_settings'):
+            key = getattr(cb, 'key', '0')    # of several averages
+            res[type(cb).__name__ if key == '0' else f'{type(cb).__name__} {key!r}'] = pack(cb.fit_settings())
+    return res
+
+
+def _complete_old(saved: dict, settings: dict):
+    "A file of format 1 does not say all that is compared now of a callback's settings: there the fit's own count."
+    if saved['version'] > 1:
+        return
+    for fit in saved['fits']:
+        for name in ('SWACallback', 'SnapshotCallback'):
+            if name in fit and name in settings:
+                fit[name] = settings[name] | fit[name]
 
 
 def _sizes(learn) -> list:
@@ -285,9 +335,26 @@ def _place(fits: list, candidates: list, n_done: int, file: Path) -> int:
         # the next in order; else the latest one, where only some are called again, as fine_tune's two after Ctrl-C
         for place in (min(n_done, last), *range(last, -1, -1)):
             if fits[place] == settings: return place
+    if any(_extends(settings, fits[last]) for settings in candidates): return last
     faults = list(_differences(fits[min(n_done, last)], candidates[0]))
     raise ValueError(f'{file} is of another fit: {"; ".join(faults[:3])}{" ..." * (len(faults) > 3)}. It is left as it is: call the same fit '
                      'again, move the file away, or pass resume=False to start anew')
+
+
+def _extends(now: dict, was: dict) -> bool:
+    "Are these the settings of the same fit with more epochs?"
+    return now[_N_EPOCHS] > was[_N_EPOCHS] and _without_length(now) == _without_length(was)
+
+
+def _without_length(settings: dict) -> dict:
+    "What does not depend on how long a fit is."
+    res = {k: v for k, v in settings.items() if k not in (_N_EPOCHS, _SCHEDULE)}
+    return {k: v | {_START: None} if isinstance(v, dict) and _START in v else v for k, v in res.items()}
+
+
+def _done(settings: dict, n_epoch: int) -> list:
+    "The schedules on the first epochs."
+    return [{name: values[:n_epoch] for name, values in scheduler.items()} for scheduler in settings[_SCHEDULE]]
 
 
 def _differences(was, now, name=''):

@@ -12,18 +12,28 @@ def recorder_of(learn) -> Recorder | None:
 
 
 def insert_columns(recorder: Recorder, prefix: str) -> tuple[int, list[str]]:
-    "Add `prefix`_valid_loss and `prefix`_<metric> to the names; returns the number of columns before them, and the new ones."
-    names, at = list(recorder.metric_names), len(recorder.metric_names) - bool(recorder.add_time)
+    """Add `prefix`_valid_loss and `prefix`_<metric> to the names; returns the number of columns before them, and the new ones.
+
+    Raises `ValueError` if there is a column of one of these names already.
+    """
+    names = list(recorder.metric_names)
+    at = len(names) - bool(recorder.add_time)
     columns = [f'{prefix}_valid_loss', *(f'{prefix}_{m.name}' for m in recorder.learn.metrics)]
+    taken = set(columns) & set(names)
+    if taken:
+        raise ValueError(f'the table of this fit has a column {min(taken)!r} already: what begins with {prefix!r} needs another name')
     recorder.metric_names = L(names[:at] + columns + names[at:])
     return at, columns
 
 
 def complete_row(recorder: Recorder, before: int, columns: list[str], values: list):
-    "Add `values` to the row, after `before` others: `nan` where it has fewer, because a part was cancelled, and where there are no values."
-    log, nan = recorder.log, float('nan')
-    if len(log) < before + len(columns):    # else it is complete: the epoch was cancelled after it
-        recorder.log = log + [nan] * (before - len(log)) + (values or [nan] * len(columns))
+    "Put `values` into the row, after `before` others; `nan` where a part was cancelled and there are fewer, and where there are no values."
+    row = list(recorder.log)
+    end = before + len(columns)
+    row += [float('nan')] * (end - len(row))
+    if values:
+        row[before:end] = values
+    recorder.log = L(row)
 
 
 def plain_values(measures) -> list:

@@ -7,8 +7,9 @@ from functools import partial
 
 from fastai.callback.core import Callback, _inner_loop
 from fastai.callback.schedule import LRFinder
+from fastcore.foundation import L
 
-__all__ = ['FitCallback', 'SideWork', 'is_fitting', 'no_fit']
+__all__ = ['FitCallback', 'SideWork', 'is_fitting', 'no_fit', 'passed_callbacks']
 
 _IN_A_BATCH = frozenset(_inner_loop)
 _AROUND_EPOCHS = 'before_fit', 'after_cancel_fit', 'after_fit'
@@ -35,9 +36,11 @@ class FitCallback(Callback):
 
     @learn.setter
     def learn(self, learn):
-        before, vars(self)['learn'] = self.learn, learn
-        if learn is None and before is not None and not is_fitting(before, '_do_fit'):    # else it is back in a moment: a pass within the fit
-            self._end(before)
+        try:
+            if learn is None and self.learn is not None and not is_fitting(self.learn, '_do_fit'):    # else it is back in a moment
+                self._end()
+        finally:
+            vars(self)['learn'] = learn
 
     def __call__(self, event_name):
         if event_name in _IN_A_BATCH and not hasattr(type(self), event_name):
@@ -51,10 +54,10 @@ class FitCallback(Callback):
         if event_name == 'after_fit':
             self.run = True    # as fastai has it: switched off, a callback is off for one fit
             self._loss_func = None
-            self._end(self.learn)
+            self._end()
 
     def _begin(self):
-        self._end(self.learn)    # what an interruption has left
+        self._end()    # what an interruption has left
         learn = self.learn
         if not is_fitting(learn) or any(isinstance(cb, LRFinder) for cb in learn.cbs):    # the former: a learner as a context manager
             return
@@ -62,7 +65,7 @@ class FitCallback(Callback):
         try:
             super().__call__('before_fit')
         except BaseException:
-            self._end(learn)
+            self._end()
             raise
 
     def over(self):
@@ -71,11 +74,11 @@ class FitCallback(Callback):
     def clean_up(self):
         "If an interruption has ended the fit under way, what should have been done at its end is done now."
         if self.learn is not None and not is_fitting(self.learn):
-            self._end(self.learn)
+            self._end()
 
-    def _end(self, learn):
+    def _end(self):
         if self._loss_func is not None:    # no `after_fit` has come
-            _take_back_loss(learn, self._loss_func)
+            _take_back_loss(self.learn, self._loss_func)
             self._loss_func = None
         if self._fit is None:
             return
@@ -156,6 +159,16 @@ def _count_frames(learn, method, frame=None) -> int:
             n += 1
         frame = frame.f_back
     return n
+
+
+def passed_callbacks(learn) -> list:
+    "The callbacks that were passed to the `learn.fit` under way; those attached for good are not among them."
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == 'fit' and frame.f_locals.get('self') is learn:
+            return list(L(frame.f_locals.get('cbs')))
+        frame = frame.f_back
+    return []
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from fastcore.meta import delegates
 
 from . import plot
 from .batchnorm import check_count
-from .callback import SWACallback
+from .callback import SWACallback, is_learners_own
 from .ensemble import Ensemble
 from .landscape import line, plane, rays
 from .schedules import fge_epochs, fge_lr_factor, snapshot_lr_factor, start_epoch, swa_lr_factor
@@ -24,14 +24,18 @@ __all__ = ['EpochScheduler']
 
 @patch
 def to_swa(self:Learner, **kwargs):
-    "Attach a `SWACallback(**kwargs)` for all later fits; it is then `learn.swa`. An earlier one is replaced. Returns the learner."
-    return self.remove_swa().add_cb(SWACallback(**kwargs))
+    """Attach a `SWACallback(**kwargs)` for all later fits; it is then `learn.<name>`, by default `learn.swa`. An earlier one of that name is
+    replaced. Returns the learner. Raises `ValueError` for a name that is something else of the learner's, and what `SWACallback` raises."""
+    swa = SWACallback(**kwargs)
+    if is_learners_own(self, swa._name):
+        raise ValueError(f'name={swa._name!r} is an attribute of the learner already: give the average another name')
+    return self.remove_swa(swa._name).add_cb(swa)
 
 
 @patch
-def remove_swa(self:Learner):
-    "Detach the `SWACallback` of `to_swa`; the callback object and its average stay usable. Returns the learner."
-    return self.remove_cb(SWACallback)
+def remove_swa(self:Learner, name:str=None):
+    "Detach the `SWACallback` of that name, or all of them; callback and average stay usable. Returns the learner."
+    return self.remove_cbs([cb for cb in self.cbs if isinstance(cb, SWACallback) and name in (None, cb._name)])
 
 
 @patch

@@ -70,7 +70,7 @@ def _events_around(learn, in_fit): return nullcontext() if in_fit or is_fitting(
 
 def _run(learn, dl):
     try: learn._do_epoch_validate(dl=dl)
-    except (CancelFitException, CancelEpochException, CancelTrainException): raise PassCancelled from None
+    except (CancelFitException, CancelEpochException, CancelTrainException): raise PassCancelled('a callback cancelled it') from None
 
 
 class _Collector(Callback):
@@ -96,7 +96,7 @@ class _Collector(Callback):
         finally:
             vars(learn).update(own)
             del vars(learn)['to_detach']
-    def after_cancel_validate(self): raise PassCancelled('validation')    # fastai trips over an exception without arguments
+    def after_cancel_validate(self): raise PassCancelled('a callback cancelled it')
 
 
 def copied_measures(metrics) -> list:
@@ -115,7 +115,7 @@ class _EndBatch(Callback):
     "Tells `moments` where batches end."
     def __init__(self, moments): self.moments = moments
     def after_batch(self): self.moments.end_batch()
-    def after_cancel_validate(self): raise PassCancelled('batch norm')
+    def after_cancel_validate(self): raise PassCancelled('a callback cancelled it')
 
 
 @contextmanager
@@ -125,7 +125,7 @@ def _replaced(o, name, value):
     finally: setattr(o, name, old)
 
 
-_LOOP = 'dl xb yb pred loss loss_grad iter n_iter training epoch n_epoch train_iter pct_train'.split()
+LOOP = 'dl xb yb pred loss loss_grad iter n_iter training epoch n_epoch train_iter pct_train'.split()
 
 def concerns_training(cb) -> bool:
     "Does `cb` record, watch, steer or end training, so that a pass aside from it must not reach it?"
@@ -139,7 +139,7 @@ def _aside(learn):
     "Within this context the learner's loop runs without what concerns training; all that it changes is put back."
     muted = [cb for cb in learn.cbs if concerns_training(cb)]
     runs = [(vars(cb), vars(cb).get('run')) for cb in muted]
-    loop = {name: vars(learn)[name] for name in _LOOP if name in vars(learn)}
+    loop = {name: vars(learn)[name] for name in LOOP if name in vars(learn)}
     bars = [(vars(cb), vars(cb)['pbar']) for cb in learn.cbs if 'pbar' in vars(cb)]
     losses = [m for root in owned_modules(learn.loss_func) for m in root.modules()]
     modules = [(vars(m), dict(vars(m))) for m in (*unwrap(learn.model).modules(), *losses)]    # modes, and what a forward pass notes

@@ -176,7 +176,7 @@ def named_callbacks(learn):
     for cb in learn.cbs:
         cls = f'{type(cb).__module__}.{type(cb).__qualname__}'
         seen[cls] = seen.get(cls, -1) + 1
-        yield f'{cls}.{seen[cls]}', cb
+        yield f'{cls}.{getattr(cb, "key", seen[cls])}', cb    # an average is known by its name
 
 def keeps_state(cb): return hasattr(type(cb), 'state_dict') and hasattr(type(cb), 'load_state_dict')
 
