@@ -63,9 +63,9 @@ def test_all_that_is_public_says_what_it_does_and_which_errors_it_raises():
 
 
 def test_signatures_are_the_contract():
-    assert list(inspect.signature(fastai_swa.SWACallback).parameters) == 'swa_start swa_model cycle_len swa_eval_freq bn_batches weight every'.split()
+    assert list(inspect.signature(fastai_swa.SWACallback).parameters) == 'swa_start swa_model cycle_len swa_eval_freq bn_batches weight every name average'.split()
     defaults = [p.default for p in inspect.signature(fastai_swa.SWACallback).parameters.values()]
-    assert defaults == [.75, None, 1, 1, None, fastai_swa.equal, None]
+    assert defaults == [.75, None, 1, 1, None, fastai_swa.equal, None, 'swa', None]
     assert list(inspect.signature(fastai_swa.WeightAverage).parameters) == ['model', 'weight', 'swa_model']
     assert list(inspect.signature(fastai_swa.update_bn).parameters) == 'loader model device n_batches inputs'.split()
     from fastai.learner import Learner
