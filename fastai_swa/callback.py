@@ -13,7 +13,7 @@ from fastai.torch_core import join_path_file, rank_distrib
 from torch import nn
 
 from .averaging import WeightAverage, all_finite, check_match, check_swa_model, check_weight, equal, refuse_mismatch
-from .batchnorm import StatisticsWatch, check_count, moved_anywhere, tracked_bn
+from .batchnorm import StatisticsWatch, check_count, tracked_bn, union
 from .columns import complete_row, insert_columns, recorder_of
 from .files import save_weights
 from .fitting import FitCallback, SideWork, no_fit, passed_callbacks
@@ -330,7 +330,7 @@ class SWACallback(FitCallback):
             self._say_infinite()
         elif fit.folded:
             if self.learn.train_iter > fit.n_batches:
-                average.bn = moved_anywhere(Processes(self.learn).gather(fit.watch.moved()))
+                average.bn = union(Processes(self.learn).gather(fit.watch.moved()))
             elif not average.bn:    # no batch ran, and no epoch before tells
                 average.bn = list(tracked_bn(unwrap(self.learn.model)))
             average.running.settle()
