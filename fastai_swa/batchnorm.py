@@ -176,7 +176,7 @@ def _asked_in_train_mode(model):
 
 @contextmanager
 def _ended_by(put_back):
-    "Call `put_back`, which may be called twice, whole at the end of this context, however that comes. Within `unwound_whole`."
+    "`put_back` is called at the end of this context, whole, however that comes; it may be called twice. In `unwound_whole`."
     try:
         try:
             yield
@@ -313,7 +313,7 @@ class Moments:
         self._plain = [m for m in self.names if _normalises_as_torch(m)]
         self._others = {m: _OwnWay(m, self.names) for m in self.names if m not in set(self._plain)}
         self._modes = [(m, m.training) for m in model.modules()]
-        self._ruled = [m for m in model.modules() if _is_ruled(m)]
+        self._ruled = [m for m in model.modules() if m not in self.names and _is_ruled(m)]    # the layers set their own
         self._kept = [(m, m.momentum, {k: m._buffers[k] for k in _STATISTICS if k in m._buffers}) for m in self._plain]
         self._forwards = [(vars(m), vars(m).get('forward')) for m in self.names]
         self._handles = []

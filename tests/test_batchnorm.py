@@ -373,6 +373,26 @@ def test_a_layer_that_works_in_place_or_is_used_twice_is_seen_right():
     torch.testing.assert_close(model.norm.running_var.double(), of_channels(seen).var(1), **TOL)
 
 
+def test_a_layer_that_normalises_by_its_running_statistics_in_place_is_seen_right():
+    class InPlace(BatchRenorm):
+        def forward(self, x): return x.copy_(super().forward(x))
+    torch.manual_seed(0)
+    model, x = nn.Sequential(InPlace(2, momentum=.2), nn.BatchNorm2d(2)), torch.randn(20, 2, 3, 3)*3 + 1
+    model[0].running_mean.fill_(.5), model[0].running_std.fill_(2)
+    model[0].register_buffer('running_third', torch.zeros(1))    # so that it is averaged, no moments
+    forward = model[0].forward
+    def third(x):
+        cube = x.pow(3).mean()
+        out = forward(x)
+        if model[0].training: model[0].running_third.lerp_(cube.view(1), .2)
+        return out
+    model[0].forward = third
+    update_bn([b.clone() for b in x.split(10)], model)
+    torch.testing.assert_close(model[0].running_third, x.pow(3).mean().view(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model[0].running_mean, x.mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
+    assert model[1].running_mean.abs().max() < 1e-4 and (model[1].running_var - 1).abs().max() < .02
+
+
 def test_channels_may_be_the_last_axis_and_buffers_may_have_been_pruned():
     class Last(nn.Module):
         def __init__(self): super().__init__(); self.register_buffer('running_mean', torch.zeros(3)); self.register_buffer('running_var', torch.ones(3))

@@ -188,7 +188,7 @@ def test_any_learner_fine_tuned_frozen_and_unfrozen(train_bn):
     learn = learner(splitter=two_groups, train_bn=train_bn).to_swa(swa_start=0)
     learn.freeze()
     learn.fit(2)
-    assert not torch.equal(learn.swa.swa_model[1].running_mean, learn.model[1].running_mean)    # its statistics move, trained or not
+    assert not torch.equal(learn.swa.swa_model[1].running_mean, learn.model[1].running_mean)    # train_bn=False fixes gamma and beta, no more
     for a, b in zip(parameters(learn.swa.swa_model[0]), parameters(learn.model[0])): assert torch.equal(a, b)
     learn.unfreeze()
     learn.fit(2)
