@@ -540,7 +540,10 @@ _NOT_DATA = (nn.Module, types.MethodType, types.CellType, types.GeneratorType, w
 
 
 def same_data(a, b, known=None) -> bool:
-    "Are two plain values equal? Tensors and arrays bitwise; objects where they are of one class and their attributes are equal."
+    """Are two plain values equal? Tensors and arrays bitwise; objects where they are of one class and their attributes are equal.
+
+    Of different tensors on another device than the CPU that is not asked, since the answer would have to wait for it: they are not.
+    """
     known = set() if known is None else known    # pairs that have been, or are being, compared
     if a is b or (id(a), id(b)) in known:
         return True
@@ -548,7 +551,7 @@ def same_data(a, b, known=None) -> bool:
         return False
     known.add((id(a), id(b)))
     if isinstance(a, torch.Tensor):
-        return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b)
+        return a.is_cpu and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b)
     if isinstance(a, np.ndarray):
         return (a.shape, a.dtype) == (b.shape, b.dtype) and a.tobytes() == b.tobytes()
     if isinstance(a, dict):

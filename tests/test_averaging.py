@@ -2,6 +2,7 @@ import copy
 import os
 import random
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -596,32 +597,33 @@ def test_a_fold_that_fails_leaves_the_average_as_it_was(monkeypatch, n, dtype):
 
 
 @pytest.fixture
-def interrupted(monkeypatch):
-    """A function that calls another and sends it real SIGINTs, `count` of them in a row, after a random time: whether it was interrupted."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def interrupted():
+    "A function that calls another, `f(go)`, and sends real SIGINTs, `count` of them in a row, so many seconds after that calls `go`."
+    def guarded(f, go, sent):
+        f(go)
+        sent.wait()
+    def handle(number, frame):    # one that comes late must not interrupt the test itself
+        while frame is not None:
+            if frame.f_code is guarded.__code__: raise KeyboardInterrupt
+            frame = frame.f_back
     def run(f, seconds, count=1):
+        started, sent = threading.Event(), threading.Event()
         def send():
+            started.wait()
             time.sleep(seconds)
             for _ in range(count):
                 os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(2e-4)
+                time.sleep(1e-4)
             sent.set()
-        sent, hit = threading.Event(), False
         thread = threading.Thread(target=send)
-        try:
-            try:
-                thread.start()
-                f()
-            finally:
-                while not sent.is_set(): sent.wait(.001)
-        except KeyboardInterrupt: hit = True
-        while True:    # those still to come
-            try:
-                thread.join()
-                time.sleep(1e-3)
-                return hit
-            except KeyboardInterrupt: pass
+        thread.start()
+        try: guarded(f, started.set, sent)
+        except KeyboardInterrupt: pass
+        thread.join()
+    before, interval = signal.signal(signal.SIGINT, handle), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)    # the sender is not to wait for the main thread
     yield run
+    sys.setswitchinterval(interval)
     signal.signal(signal.SIGINT, before)
 
 
@@ -642,7 +644,8 @@ def test_an_interrupted_fold_is_whole(interrupted):
         value = rng.choice([1., 2., 4.])
         set_to(value)
         n = average.n_averaged
-        def folds():
+        def folds(go):
+            go()
             for _ in range(4): average.update(model)
         interrupted(folds, rng.random() * .02)
         done = average.n_averaged - n
@@ -651,7 +654,7 @@ def test_an_interrupted_fold_is_whole(interrupted):
         torch.testing.assert_close(values, torch.full_like(values, expected))
 
 
-@pytest.mark.parametrize('count', [1, 2, 3])
+@pytest.mark.parametrize('count', [1, 2, 9])
 def test_an_interrupted_lending_leaves_the_model_with_its_own_tensors(interrupted, count):
     rng = random.Random(count)
     model = many_tensors()
@@ -660,10 +663,15 @@ def test_an_interrupted_lending_leaves_the_model_with_its_own_tensors(interrupte
     with torch.no_grad(): [p.zero_() for p in average.swa_model.parameters()], [p.fill_(1.) for p in model.parameters()]
     pointers = [p.data_ptr() for p in model.parameters()]
     source_pointers = [p.data_ptr() for p in average.swa_model.parameters()]
-    def lend():
-        for _ in range(3):
-            with average.lent_to(model): sum(range(2000))
-    for _ in range(20): interrupted(lend, rng.random() * .05, count)
+    def entered(go):
+        go()
+        with average.lent_to(model): sum(range(1000))
+    def left(go):
+        with average.lent_to(model): go()
+    for _ in range(8):
+        interrupted(entered, rng.random() * .03, count)
+        for _ in range(3): interrupted(left, rng.random() * .002, count)
+        assert not average.is_lent and [p.data_ptr() for p in model.parameters()] == pointers
     assert not average.is_lent
     assert [p.data_ptr() for p in model.parameters()] == pointers
     assert [p.data_ptr() for p in average.swa_model.parameters()] == source_pointers
@@ -673,7 +681,7 @@ def test_an_interrupted_lending_leaves_the_model_with_its_own_tensors(interrupte
 
 def test_an_interrupted_load_or_copy_is_whole(interrupted):
     rng = random.Random(0)
-    model = many_tensors()
+    model = many_tensors(500)
     average = WeightAverage(model)
     average.update(model)
     states = []
@@ -682,9 +690,9 @@ def test_an_interrupted_load_or_copy_is_whole(interrupted):
         states.append(copy.deepcopy(average.state_dict()))
     average.copy_to(model)
     for i in range(12):
-        interrupted(lambda: average.load_state_dict(states[i % 2]), rng.random() * .02)
-        interrupted(lambda: average.copy_to(model), rng.random() * .005)
-        for m in (model, average.swa_model): assert len({p.mean().item() for p in m.parameters()}) == 1
+        interrupted(lambda go: (go(), average.load_state_dict(states[i % 2])), rng.random() * .03)
+        interrupted(lambda go: (go(), average.copy_to(model)), rng.random() * .005)
+        for m in (model, average.swa_model): assert len(torch.cat([p.detach().flatten() for p in m.parameters()]).unique()) == 1
 
 
 # models whose modes move weights

@@ -1,19 +1,24 @@
 import copy
+import dataclasses
+import enum
 import functools
 import gc
 import threading
 import types
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from fastai.callback.hook import ActivationStats, Hook
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import get_language_model
 from fastai.vision.models.unet import DynamicUnet
-from fastai_swa.modules import check_copyable, clean_copy, dropped_hooks, unwrap
+from fastai_swa.modules import (check_copyable, clean_copy, dropped_hooks, has_own_modes, in_train_mode, moves_weights, plain_data, same_data,
+                                unwrap, written_in_train_mode)
 from torch import nn
 
+from . import lora
 from .helpers import learner, net
 
 
@@ -355,3 +360,131 @@ def test_modules_compiled_inside_compiled_modules_have_plain_keys():
     inner = nn.Sequential(torch.compile(nn.Linear(3, 3), backend='eager'))
     model = nn.Sequential(torch.compile(inner, backend='eager'))
     assert list(clean_copy(model).state_dict()) == ['0.0.weight', '0.0.bias']
+
+
+# modes that move weights
+
+@pytest.fixture(params=lora.models)
+def merging(request):
+    torch.manual_seed(0)
+    return lora.models[request.param]()
+
+
+def everything(model):
+    "Tensors, modes, and attributes with the insides of lists, bitwise."
+    attributes = [{k: copy.copy(v) for k, v in vars(m).items() if k[0] != '_'} for m in model.modules()]
+    return {k: v.clone() for k, v in model.state_dict().items()}, attributes
+
+
+def assert_as_before(model, before):
+    tensors, attributes = everything(model)
+    for k, v in before[0].items(): assert torch.equal(v, tensors[k]), k
+    assert attributes == before[1]
+
+
+def test_a_model_moves_weights_where_a_train_or_an_eval_is_its_own(merging):
+    assert moves_weights(merging) and moves_weights(nn.Sequential(merging)) and not moves_weights(net())
+    model = net()
+    model[2].eval = functools.partial(nn.Module.eval, model[2])
+    assert moves_weights(model) and moves_weights(nn.DataParallel(model))
+
+
+@pytest.mark.parametrize('error', [None, KeyboardInterrupt])
+def test_reading_in_train_mode_shows_the_weights_in_training_and_leaves_every_bit_as_it_was(merging, error):
+    trained = everything(merging)[0]
+    merging.eval()
+    before, pointers = everything(merging), [p.data_ptr() for p in merging.parameters()]
+    assert any(not torch.allclose(v, trained[k]) for k, v in before[0].items())
+    try:
+        with in_train_mode(merging):
+            for k, v in merging.state_dict().items(): torch.testing.assert_close(v, trained[k])
+            if error: raise error
+    except KeyboardInterrupt: pass
+    assert_as_before(merging, before)
+    assert [p.data_ptr() for p in merging.parameters()] == pointers
+    merging.train()
+    for k, v in merging.state_dict().items(): torch.testing.assert_close(v, trained[k])
+
+
+def test_weights_written_in_train_mode_are_merged_as_the_mode_asks(merging):
+    x, trained = torch.randn(4, 6), everything(merging)[0]
+    norm = next(m for m in merging.modules() if isinstance(m, nn.BatchNorm1d))
+    out = merging.eval()(x)
+    norm.train()
+    with torch.no_grad(), written_in_train_mode(merging):
+        assert [m for m in merging.modules() if m.training and not has_own_modes(m)] == [norm]
+        for p in merging.parameters(): p.zero_()
+        merging.load_state_dict(trained)
+    assert [m for m in merging.modules() if m.training] == [norm]
+    torch.testing.assert_close(merging.eval()(x), out)
+    for k, v in merging.train().state_dict().items(): torch.testing.assert_close(v, trained[k])
+
+
+@pytest.mark.parametrize('context', [in_train_mode, written_in_train_mode])
+def test_nothing_is_done_to_a_model_that_moves_no_weights_or_is_in_train_mode(context, merging, monkeypatch):
+    plain = net().eval()
+    plain[1].train()
+    for model in (plain, merging):
+        before = everything(model)
+        calls = []
+        with monkeypatch.context() as m, context(model):
+            m.setattr(torch.Tensor, 'clone', lambda self: calls.append(self))
+        assert calls == []
+        assert_as_before(model, before)
+
+
+def test_a_copy_of_a_merged_model_is_merged_and_computes_the_same(merging):
+    x, trained = torch.randn(4, 6), everything(merging)[0]
+    merging.eval()
+    res = clean_copy(merging)
+    assert torch.equal(res(x), merging(x))
+    for k, v in res.train().state_dict().items(): torch.testing.assert_close(v, trained[k])
+
+
+class FrozenStatistics(nn.Module):
+    "As in mmdetection: the model's `train` keeps batch norm in eval mode."
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+    def train(self, mode=True):
+        super().train(mode)
+        for m in self.modules():
+            if isinstance(m, nn.BatchNorm1d): m.eval()
+        return self
+
+
+def test_modes_set_by_hand_or_by_a_train_of_its_own_come_back_one_by_one():
+    model = FrozenStatistics().train()
+    model.net[0].eval()
+    for mode in (True, False):
+        model.training = mode
+        modes = [m.training for m in model.modules()]
+        for context in (in_train_mode, written_in_train_mode):
+            with context(model): assert model.training
+            assert [m.training for m in model.modules()] == modes
+
+
+# plain attributes
+
+class Kind(enum.Enum): one = 1
+
+
+@dataclasses.dataclass
+class Settings:
+    rate: float
+    names: list
+
+
+def test_plain_data_of_a_module_is_what_holds_no_part_of_a_model_or_program():
+    model = net()
+    data = {'number': 1, 'text': 'a', 'kind': Kind.one, 'settings': Settings(.1, ['a']), 'nested': {(1, 2): [torch.ones(2)]},
+            'array': np.arange(3), 'tensor': torch.ones(2), 'function': nn.functional.relu}
+    others = {'layers': [nn.Linear(1, 1)], 'weight': {'w': model[0].weight}, 'method': model.forward, 'closure': lambda: data,
+              'generator': torch.Generator(), 'rng': np.random.default_rng(0), 'activation': model(torch.ones(2, 6)), 'ref': weakref.ref(model)}
+    vars(model).update(data, **others)
+    assert plain_data(model).keys() == data.keys()
+    for value in data.values():
+        same = copy.deepcopy(value)
+        assert same_data(value, same)
+    for a, b in ((1, 1.), ({'a': [1]}, {'a': [2]}), (torch.ones(2), torch.zeros(2)), (np.ones(2), np.ones(3)), (Settings(.1, []), Settings(.1, [1]))):
+        assert not same_data(a, b)
