@@ -132,8 +132,9 @@ def test_activation_stats_are_those_of_training_and_nothing_of_the_learner_is_co
 def cpu_autocast(monkeypatch): monkeypatch.setattr('fastai.callback.fp16.autocast', lambda device, dtype: torch.autocast('cpu', torch.bfloat16))
 
 class Watched(nn.Module):
-    "Notes whether autocast was on in each forward pass, and in which mode."
-    def __init__(self): super().__init__(); self.net, self.seen = net(), []
+    "Notes whether autocast was on in each forward pass, and in which mode; on the class, since what a module has for itself is put back after passes."
+    seen = []
+    def __init__(self): super().__init__(); self.net = net()
     def forward(self, x):
         res = self.net(x)
         self.seen.append((torch.is_autocast_enabled('cpu'), self.net[1].training, self.net[3].training))    # as the layers had it
@@ -143,6 +144,7 @@ class Watched(nn.Module):
 @pytest.mark.filterwarnings('ignore:.*GradScaler.*')
 @pytest.mark.parametrize('mode', ['fp16', 'bf16'])
 def test_any_learner_in_mixed_precision_runs_the_pass_and_the_validation_of_the_average_in_it_too(cpu_autocast, mode):
+    Watched.seen.clear()
     learn, swa = both(lambda: learner(Watched, cbs=MixedPrecision(mode)), swa_eval_freq=0)
     assert {auto for auto, *_ in learn.model.seen} == {True}
     assert {modes for _, *modes in map(tuple, learn.model.seen) for modes in [tuple(modes)]} == {(True, True), (False, False), (True, False)}
