@@ -1,5 +1,5 @@
 """What lies under a wrapper, a clean copy of it, and models whose modes move weights. Plain PyTorch."""
-import copy, dis, functools, gc, random, types, weakref
+import copy, dis, functools, gc, io, random, threading, types, weakref
 from collections import OrderedDict, deque
 from contextlib import contextmanager
 
@@ -517,7 +517,7 @@ def plain_data(module: nn.Module) -> dict:
     """Name -> value of what `module` has as plain data in attributes: numbers, strings, tensors, arrays, containers and objects of these.
 
     What PyTorch itself keeps on a module (parameters, buffers, submodules, hooks, its mode), and values that hold modules, parameters,
-    results of a forward pass, functions with a state, random generators, learners and the like are not among them.
+    results of a forward pass, functions with a state, random generators, locks, files, learners and the like are not among them.
     """
     return {name: value for name, value in vars(module).items() if name not in MODULES_OWN and is_plain(value)}
 

@@ -878,7 +878,6 @@ def test_a_lent_average_comes_with_its_plain_attributes_and_leaves_the_models_al
 
 def test_an_attribute_that_cannot_be_copied_is_named_once():
     class Locked:
-        def __init__(self): self.lock = threading.Lock()
         def __deepcopy__(self, memo): raise TypeError('not this one')
     model = Annealed()
     average = WeightAverage(model)
