@@ -1,5 +1,5 @@
 """What lies under a wrapper, a clean copy of it, and models whose modes move weights. Plain PyTorch."""
-import copy, dis, functools, gc, io, random, threading, types, weakref
+import copy, dis, functools, gc, random, types, weakref
 from collections import OrderedDict, deque
 from contextlib import contextmanager
 
