@@ -1,5 +1,5 @@
 """What lies under a wrapper, a clean copy of it, and models whose modes move weights. Plain PyTorch."""
-import copy, dis, functools, gc, random, types, weakref
+import copy, dis, functools, gc, io, random, threading, types, weakref
 from collections import OrderedDict, deque
 from contextlib import contextmanager
 
@@ -536,7 +536,7 @@ def is_plain(value) -> bool:
 
 
 _NOT_DATA = (nn.Module, types.MethodType, types.CellType, types.GeneratorType, weakref.ref, torch.Generator, random.Random,
-             np.random.Generator, np.random.RandomState, RemovableHandle)
+             np.random.Generator, np.random.RandomState, RemovableHandle, io.IOBase, type(threading.Lock()), type(threading.RLock()))
 
 
 def same_data(a, b, known=None) -> bool:

@@ -480,7 +480,7 @@ def test_plain_data_of_a_module_is_what_holds_no_part_of_a_model_or_program():
     data = {'number': 1, 'text': 'a', 'kind': Kind.one, 'settings': Settings(.1, ['a']), 'nested': {(1, 2): [torch.ones(2)]},
             'array': np.arange(3), 'tensor': torch.ones(2), 'function': nn.functional.relu}
     others = {'layers': [nn.Linear(1, 1)], 'weight': {'w': model[0].weight}, 'method': model.forward, 'closure': lambda: data,
-              'generator': torch.Generator(), 'rng': np.random.default_rng(0), 'activation': model(torch.ones(2, 6)), 'ref': weakref.ref(model)}
+              'generator': torch.Generator(), 'rng': np.random.default_rng(0), 'activation': model(torch.ones(2, 6)), 'ref': weakref.ref(model), 'lock': [threading.Lock()]}
     vars(model).update(data, **others)
     assert plain_data(model).keys() == data.keys()
     for value in data.values():
