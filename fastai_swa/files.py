@@ -43,28 +43,29 @@ def replacing(file: Path):
     new = None
     with unwound_whole():
         try:
-            with uninterrupted():
-                mode = _mode(target)
-                _remove_left_behind(target)
-                new = _open_new(target, mode)
-            with new:
-                yield new
-                new.flush()
-                os.fsync(new.fileno())
-                if os.name != 'posix':
-                    new.close()    # Windows renames no open file; elsewhere it is locked until it has its name
-                os.replace(new.name, target)
-            with suppress(OSError):
-                _sync_folder(target.parent)    # the renaming itself; not every file system can
+            try:
+                with uninterrupted():
+                    mode = _mode(target)
+                    _remove_left_behind(target)
+                    new = _open_new(target, mode)
+                with new:
+                    yield new
+                    new.flush()
+                    os.fsync(new.fileno())
+                    if os.name != 'posix':
+                        new.close()    # Windows renames no open file; elsewhere it is locked until it has its name
+                    os.replace(new.name, target)
+                with suppress(OSError):
+                    _sync_folder(target.parent)    # the renaming itself; not every file system can
+            finally:
+                _discard(new)
         except (OSError, RuntimeError) as e:
             cause = _cause(e, handled)
             if not isinstance(cause, Exception):
                 raise cause    # torch.save makes a RuntimeError of Ctrl-C, as of what the system says
             raise OSError(f'{file} cannot be written: {_first_line(cause)}') from e
         finally:
-            if new is not None:
-                with uninterrupted(), suppress(OSError):
-                    os.unlink(new.name)
+            _discard(new)    # again: Ctrl-C may have cut that short, and another one is held now
 
 
 def save_weights(file: Path, weights: dict):
@@ -131,6 +132,13 @@ def _remove_if_unlocked(path):
                 os.unlink(path)
         finally:
             os.close(handle)
+
+
+def _discard(new):
+    "Remove the new file, unless it has replaced the old one or was not opened."
+    if new is not None:
+        with suppress(OSError):
+            os.unlink(new.name)
 
 
 def _sync_folder(folder):

@@ -2,6 +2,7 @@
 import ast
 import gc
 import os
+import resource
 import secrets
 import shutil
 import signal
@@ -133,10 +134,18 @@ def test_a_link_that_lies_at_the_temporary_name_is_not_followed(tmp_path, monkey
 
 
 @pytest.mark.parametrize('mode', [0o600, 0o640, 0o664, 0o444])
-def test_a_file_keeps_its_mode(tmp_path, mode):
+def test_a_file_keeps_its_mode_and_has_no_wider_one_on_the_way(tmp_path, mode, monkeypatch):
     write_text(tmp_path/'x', 'old')
     (tmp_path/'x').chmod(mode)
+    first, real = [], os.chmod
+
+    def chmod(path, mode):
+        first.append(stat.S_IMODE(os.stat(path).st_mode))
+        real(path, mode)
+
+    monkeypatch.setattr(os, 'chmod', chmod)
     with replacing(tmp_path/'x') as f:
+        assert not first[0] & ~mode
         assert stat.S_IMODE(os.fstat(f.fileno()).st_mode) == mode
         f.write(b'new')
     assert stat.S_IMODE((tmp_path/'x').stat().st_mode) == mode and (tmp_path/'x').read_text() == 'new'
@@ -230,6 +239,20 @@ def test_ctrl_c_within_torch_save_is_not_taken_for_a_full_disk(tmp_path):
     assert (tmp_path/'x').read_bytes() == before and left_in(tmp_path) == ['x']
 
 
+def test_ctrl_c_is_not_taken_for_a_full_disk_that_it_meets_on_the_way_out(tmp_path):
+    write_text(tmp_path/'x', 'old')
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with replacing(tmp_path/'x') as f:
+                f.write(b'a' * 100)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))    # closing it cannot write the buffer
+                raise KeyboardInterrupt
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path/'x').read_text() == 'old' and left_in(tmp_path) == ['x']
+
+
 def test_an_error_of_writing_after_a_handled_ctrl_c_is_an_error(tmp_path):
     try:
         raise KeyboardInterrupt
@@ -247,8 +270,8 @@ def default_sigint():
     signal.signal(signal.SIGINT, before)
 
 
-def interrupted_at(lines, f) -> tuple[bool, int]:
-    "Run `f` with a Ctrl-C at each of the `lines`, counted as files.py runs them; was it interrupted, and how many ran?"
+def interrupted_at(lines, f):
+    "Run `f` with a Ctrl-C at each of the `lines`, counted as files.py runs them; what it raised, and how many ran."
     n = 0
 
     def trace(frame, event, arg):
@@ -265,11 +288,11 @@ def interrupted_at(lines, f) -> tuple[bool, int]:
     sys.settrace(trace)
     try:
         f()
-    except KeyboardInterrupt:
-        return True, n
+    except (KeyboardInterrupt, OSError) as e:
+        return e, n
     finally:
         sys.settrace(before)
-    return False, n
+    return None, n
 
 
 @pytest.mark.parametrize('apart', [None, 1, 4], ids=['once', 'twice', 'twice, some lines apart'])
@@ -283,10 +306,23 @@ def test_ctrl_c_at_any_line_leaves_the_old_file_or_the_new_one_and_nothing_else(
     for at in range(1, n_lines + 1):
         write_text(tmp_path/'x', 'old')
         lines = {at} if apart is None else {at, at + apart}
-        was_interrupted, _ = interrupted_at(lines, write_new)
+        raised, _ = interrupted_at(lines, write_new)
         seen.append((tmp_path/'x').read_text())
-        assert was_interrupted and left_in(tmp_path) == ['x'], f'at line {at}'
+        assert isinstance(raised, KeyboardInterrupt) and left_in(tmp_path) == ['x'], f'at line {at}'
     assert set(seen) == {'old', 'new'} and len(seen) > 30
+
+
+def test_ctrl_c_at_any_line_of_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, default_sigint):
+    def fail():
+        with replacing(tmp_path/'x'):
+            raise OSError('no room')
+
+    write_text(tmp_path/'x', 'old')
+    _, n_lines = interrupted_at(set(), fail)
+    for at in range(1, n_lines + 1):
+        raised, _ = interrupted_at({at}, fail)
+        assert isinstance(raised, KeyboardInterrupt), f'at line {at}'
+        assert (tmp_path/'x').read_text() == 'old' and left_in(tmp_path) == ['x'], f'at line {at}'
 
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')    # at a line of __del__ it is ignored
@@ -301,7 +337,10 @@ def test_ctrl_c_at_any_line_of_a_lock_leaves_it_free_and_no_handle_open(tmp_path
     _, n_lines = interrupted_at(set(), take_and_release)
     before = open_handles()
     for at in range(1, n_lines + 1):
-        interrupted_at({at}, take_and_release)
+        raised, _ = interrupted_at({at}, take_and_release)
+        if at < n_lines / 2:
+            Lock(tmp_path/'x').release()    # while the traceback keeps all that was in the making
+        del raised
         Lock(tmp_path/'x').release()
         assert open_handles() == before and not left_in(tmp_path), f'at line {at}'
     assert n_lines > 20
