@@ -42,7 +42,8 @@ class Curve:
     - `kind`: 'bezier', or 'chain' for straight pieces.
 
     `fit` trains it, `evaluate` measures along it, `straight` along the line for comparison. Works with any model: the weights at a point of the curve
-    are written into its own parameters, and put back in the end. Parameters that require no gradient and are equal at both ends stay so.
+    are written into its own parameters, and put back in the end. Parameters that require no gradient and are equal at
+    both ends stay so.
 
     Garipov et al. 2018 (arXiv 1802.10026), section 3. Raises `ValueError` or `TypeError`, naming it, for what cannot be used, such as
     two equal solutions.
@@ -91,9 +92,9 @@ class Curve:
         """Train the bends: each batch sees the model at a point drawn uniformly in t (Garipov et al. 2018, equation 2). A further fit goes on.
 
         Callbacks of the learner that do not record, show or steer training, such as mixed precision, work here as they do there. The
-        learner is afterwards as it was. Interrupted, the curve keeps what it has learned; bends that are not finite are dropped, with a warning.
-        Raises `ValueError` or `TypeError`, naming the argument, for one that cannot be used, and `ValueError` for a model that no gradient
-        reaches or that takes optimizer steps within the backward pass.
+        learner is afterwards as it was. Interrupted, the curve keeps what it has learned; bends that are not finite are
+        dropped, with a warning. Raises `ValueError` or `TypeError`, naming the argument, for one that cannot be used, and
+        `ValueError` for a model that no gradient reaches or that takes optimizer steps within the backward pass.
         """
         n_epoch = check_count('n_epoch', n_epoch, optional=False)
         lr, wd = _check_rate('lr', self.learn.lr if lr is None else lr), _check_rate('wd', wd, least=0)
@@ -106,8 +107,8 @@ class Curve:
         seed = np.random.SeedSequence([check_count('seed', seed, least=0, optional=False), self._n_fits]).generate_state(1)[0]
         space, own = self._space, self.learn.model
         space.put(self._points[0], self._buffers)
-        with unwound_whole(), untouched(self.learn, int(seed)), in_train_mode(own), _gradients_aside(own), lent(space.scratch, own), \
-             modes_put_back(own):
+        with unwound_whole(), untouched(self.learn, int(seed)), in_train_mode(own), _gradients_aside(own), \
+             lent(space.scratch, own), modes_put_back(own):
             model = _OnCurve(own, space, self._points, self.kind)
             learn = _CurveLearner(self.learn, model, opt_func, lr, shows_progress)
             self._n_fits += 1
@@ -123,7 +124,8 @@ class Curve:
         if all_finite(bends):
             self._points[1:-1] = bends
         else:
-            warnings.warn('the bends are not finite after this training, and stay as they were before it: a smaller lr may help')
+            warnings.warn('the bends are not finite after this training, and stay as they were before it: '
+                          'a smaller lr may help')
 
     @delegates(measured)
     def evaluate(self, ts=61, **kwargs) -> Profile:
@@ -162,9 +164,9 @@ class Curve:
 class _OnCurve(nn.Module):
     """`model` with the weights of a random point of the curve, the same one throughout a batch.
 
-    They are written into its own parameters, and what the backward pass leaves in these is handed on to the bends. So the model is run and
-    differentiated as in the learner's own training, whatever its forward pass refers to and whenever that is run: checkpointing runs parts of it
-    within the backward pass.
+    They are written into its own parameters, and what the backward pass leaves in these is handed on to the bends. So the
+    model is run and differentiated as in the learner's own training, whatever its forward pass refers to and whenever
+    that is run: checkpointing runs parts of it within the backward pass.
     """
     def __init__(self, model, space, points, kind):
         super().__init__()
@@ -197,7 +199,8 @@ class _OnCurve(nn.Module):
         return self.inner(*args, **kwargs)
 
     def reset(self):
-        if hasattr(self.inner, 'reset'): self.inner.reset()
+        if hasattr(self.inner, 'reset'):
+            self.inner.reset()
 
     @property
     def squared_norm(self): return self._leaf.square().sum()
@@ -223,7 +226,8 @@ class _OnCurve(nn.Module):
         if self._weights is None:
             return
         if not self._has_begun and all(p.grad is None for p in self._params):
-            raise ValueError('no gradient reaches the parameters of the model, so the curve cannot be trained: does its forward pass use them?')
+            raise ValueError('no gradient reaches the parameters of the model, so the curve cannot be trained: '
+                             'does its forward pass use them?')
         self._has_begun = True
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
         grad = torch.cat([_as_real(g.to_dense()).to(self._leaf.dtype).flatten() for g in grads])
@@ -271,7 +275,8 @@ class _WeightDecay(Callback):
     order = 0    # before the loss is divided or scaled
     def __init__(self, wd): self.wd = wd
     def after_loss(self):
-        if self.wd: self.learn.loss_grad = self.loss_grad + self.wd / 2 * self.learn.model.squared_norm
+        if self.wd:
+            self.learn.loss_grad = self.loss_grad + self.wd / 2 * self.learn.model.squared_norm
 
 
 class _CurveLearner(Learner):
@@ -290,8 +295,9 @@ class _CurveLearner(Learner):
 
 def _check_backward(model):
     if any(p._post_accumulate_grad_hooks for p in model.parameters()):
-        raise ValueError('the model has hooks that act as soon as a parameter has its gradient (register_post_accumulate_grad_hook), '
-                         'as for optimizer steps within the backward pass: a curve cannot be trained through them, remove them first')
+        raise ValueError('the model has hooks that act as soon as a parameter has its gradient '
+                         '(register_post_accumulate_grad_hook), as for optimizer steps within the backward pass: '
+                         'a curve cannot be trained through them, remove them first')
 
 
 def _check_rate(name, x, least=None):

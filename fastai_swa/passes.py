@@ -23,8 +23,8 @@ from .modules import unwrap
 from .processes import Processes
 from .state import loaders, own_generators, owned_modules, seed_generators
 
-__all__ = ['PassCancelled', 'copied_measures', 'validate_aside', 'refresh_bn', 'refreshable', 'kept_batches', 'untouched', 'autocast_left',
-           'concerns_training', 'no_fit', 'is_fitting', 'check_engine']
+__all__ = ['PassCancelled', 'copied_measures', 'validate_aside', 'refresh_bn', 'refreshable', 'kept_batches', 'untouched',
+           'autocast_left', 'concerns_training', 'no_fit', 'is_fitting', 'check_engine']
 
 
 class PassCancelled(Exception):
@@ -220,7 +220,7 @@ def check_engine(learn):
 
 
 def refreshable(learn) -> list[str]:
-    """Names of the batch-norm layers of `learn.model` whose statistics follow the weights, where no training was seen to tell.
+    """Names of the batch-norm layers of `learn.model` whose statistics follow the weights, where no training tells.
 
     They are `tracked_bn`'s, but for those that a `BnFreeze` of the learner keeps from moving.
     """

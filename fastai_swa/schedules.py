@@ -22,8 +22,8 @@ def swa_lr_factor(epoch: int, step: int, n_steps: int, swa_start: int, swa_lr, c
     2. up to `t = 0.9`, or to epoch `swa_start` where that comes first: from 1 to `r` in a straight line;
     3. after that: `r`.
 
-    So all epochs from `swa_start` on have `r`. The paper's code alone would reach it only later where `swa_start < 9`. With `swa_start` 1 the
-    line would end where it begins: there is none, and epoch 0 has 1.
+    So all epochs from `swa_start` on have `r`. The paper's code alone would reach it only later where `swa_start < 9`.
+    With `swa_start` 1 the line would end where it begins: there is none, and epoch 0 has 1.
 
     A pair `(hi, lo)` goes to `hi` in the same way. From the cycle that ends with epoch `swa_start` on, each `cycle_len` epochs fall
     from `hi` to `lo` in a straight line, a step at a time, reaching `lo` in the last step before each fold: step i of the c steps

@@ -25,14 +25,16 @@ from .state import loaders, not_copied
 from .surfaces import MemoryRows, PointFile
 from .weights import load_into
 
-__all__ = ['Space', 'named_solutions', 'measured', 'weighted_sum', 'modes_put_back', 'fingerprints', 'check_ts', 'numbers']
+__all__ = ['Space', 'named_solutions', 'measured', 'weighted_sum', 'modes_put_back', 'fingerprints', 'check_ts',
+           'numbers']
 
 
 class Space:
     """The weights of a learner's model as one flat vector: all its parameters, in float32 at least, end to end.
 
-    - `scratch`: a clean copy of the model, on the device of the data, which takes on the weights of one point after the other. Where modes move
-      weights (LoRA that merges its update in `eval()`), these are the weights as training has them: all points are sums of such.
+    - `scratch`: a clean copy of the model, on the device of the data, which takes on the weights of one point after the
+      other. Where modes move weights (LoRA that merges its update in `eval()`), these are the weights as training has
+      them: all points are sums of such.
     """
     def __init__(self, learn: Learner):
         if not isinstance(learn, Learner): raise TypeError(f'learn must be a Learner, which comes first, not {type(learn).__name__}')
@@ -162,7 +164,8 @@ def measured(space, kind, about, points, at,
                 weights, buffers = at(i)
                 space.put(weights, buffers)
                 with lent(space.scratch, learn.model), modes_put_back(learn.model):
-                    learn.model.eval()    # by itself, so that what it merges is merged once: passes put attributes back, not weights
+                    # here, so that what it merges is merged once: passes put attributes back, not weights
+                    learn.model.eval()
                     row = _measure(learn, names, batches, remarks)
                 rows.add(i, row | {'norm': _norm(weights)})
     except PassCancelled: raise RuntimeError('a callback of the learner cancels validations or batch-norm passes: remove it first') from None
@@ -175,7 +178,7 @@ def measured(space, kind, about, points, at,
 
 @contextmanager
 def modes_put_back(model):
-    "At the end of this context the modules of `model` get the modes that they had at its start, by `train` and `eval` where those are their own."
+    "At the end of this context `model` is put in the modes that it had at its start, by its modules' own `train` and `eval`."
     model = unwrap(model)
     modes = modes_of(model)
     try:

@@ -22,7 +22,8 @@ class Rates(Callback):
         self.momenta.add(self.opt.hypers[-1].get('mom'))
 
 
-@pytest.mark.parametrize('n_epoch, swa_start', [(10, .75), (12, 5), (7, 0), (3, .99), (6, .5), (4, 1), (2, 1), (1, .75), (16, 11)])
+@pytest.mark.parametrize('n_epoch, swa_start', [
+    (10, .75), (12, 5), (7, 0), (3, .99), (6, .5), (4, 1), (2, 1), (1, .75), (16, 11)])
 def test_fit_swa_follows_the_papers_schedule_and_averages(n_epoch, swa_start):
     learn, rates, snaps = learner(), Rates(), Snapshots()
     swa = learn.fit_swa(n_epoch, lr=.1, swa_lr=.02, swa_start=swa_start, cbs=[rates, snaps])
@@ -119,17 +120,19 @@ def test_fit_swa_says_when_its_start_is_never_reached():
     ((2,), dict(swa_lr=.2), 'swa_lr=0.2 is above lr=0.1'), ((1, .1, .2), {}, 'swa_lr=0.2 is above lr=0.1'),
     ((4, .1), dict(swa_lr=(.2, .05), swa_start=1), r'swa_lr=\(0.2, 0.05\) is above lr=0.1'),
     ((2, slice(.01, .1), .11), {}, 'swa_lr=0.11 is above lr=0.1')])
-def test_a_rate_of_averaging_above_lr_is_one_warning_before_the_first_step_that_names_both_and_what_was_meant(args, kwargs, said):
-    learn, order = learner(splitter=two_groups), []
+def test_a_rate_of_averaging_above_lr_is_one_warning_before_the_first_step_that_names_both(args, kwargs, said):
+    learn, said_by_then = learner(splitter=two_groups), []
     with pytest.warns(UserWarning) as caught:
-        learn.fit_swa(*args, **kwargs, cbs=At('before_batch', 0, lambda cb: order.append(len(caught)), batch=0, training=True))
-    assert len(caught) == 1 and order == [1] and caught[0].filename == __file__
-    caught = str(caught[0].message)
-    assert re.search(said, caught) and 'swa_start' in caught
+        look = At('before_batch', 0, lambda cb: said_by_then.append(len(caught)), batch=0, training=True)
+        learn.fit_swa(*args, **kwargs, cbs=look)
+    assert len(caught) == 1 and said_by_then == [1] and caught[0].filename == __file__
+    sentence = str(caught[0].message)
+    assert re.search(said, sentence) and 'swa_start' in sentence    # which may have been meant
 
 
 @pytest.mark.parametrize('kwargs', [
-    dict(lr=.1, swa_lr=.1), dict(lr=.1, swa_lr=.2, swa_start=0), dict(lr=.1, swa_lr=.1, swa_start=0), dict(lr=.1, swa_lr=(.3, .01), swa_start=0),
+    dict(lr=.1, swa_lr=.1), dict(lr=.1, swa_lr=.2, swa_start=0), dict(lr=.1, swa_lr=.1, swa_start=0),
+    dict(lr=.1, swa_lr=(.3, .01), swa_start=0),
     dict(lr=slice(.01, .1), swa_lr=.05), dict(lr=.3, swa_lr=.1*3), dict(lr=.1, swa_lr=(.1, .01)), dict()])
 def test_a_rate_of_averaging_up_to_lr_or_the_tail_after_a_training_needs_no_warning(kwargs):
     with warnings.catch_warnings():

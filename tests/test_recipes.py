@@ -113,7 +113,8 @@ def test_the_controls_and_the_averaged_epochs_of_a_scaled_recipe_get_to_the_rate
     *controls, swa = runs(recipe)
     for control in controls:
         n = len(control.lrs)
-        assert control.lrs == pytest.approx([twins.averaging_lr(e, n - 1, recipe.lr, recipe.lr/100) for e in range(n)], rel=1e-12)
+        expected = [twins.averaging_lr(e, n - 1, recipe.lr, recipe.lr/100) for e in range(n)]
+        assert control.lrs == pytest.approx(expected, rel=1e-12)
         assert control.lrs[-1] == pytest.approx(recipe.lr/100)
     assert swa.lrs[swa.swa_start:] == pytest.approx([recipe.swa_lr]*(recipe.epochs - swa.swa_start))
 

@@ -62,23 +62,26 @@ def test_every_averaged_epoch_is_trained_at_swa_lr_and_the_rate_only_falls_until
 @given(swa_start=st.integers(0, 400), swa_lr=rates)
 def test_it_is_the_papers_schedule_wherever_that_has_come_to_swa_lr_by_the_first_averaged_epoch(swa_start, swa_lr):
     papers = [twins.papers_lr(epoch, swa_start + 1, 1, swa_lr) for epoch in range(swa_start + 50)]
-    if swa_start >= 9: assert papers[swa_start] == pytest.approx(swa_lr, rel=1e-12)    # so that this is about nearly all fits
+    if swa_start >= 9: assert papers[swa_start] == pytest.approx(swa_lr, rel=1e-12)    # this is about nearly all fits
     if papers[swa_start] == pytest.approx(swa_lr, rel=1e-12):
         ours = [swa_lr_factor(epoch, 0, 1, swa_start, swa_lr) for epoch in range(swa_start + 50)]
         assert ours == pytest.approx(papers, rel=1e-12)
 
 
 @lengths
-@given(swa_start=st.integers(0, 30), cycle_len=st.integers(1, 40), n_steps=st.integers(1, 5), lo=st.sampled_from([.01, .1]))
+@given(swa_start=st.integers(0, 30), cycle_len=st.integers(1, 40), n_steps=st.integers(1, 5),
+       lo=st.sampled_from([.01, .1]))
 def test_every_averaged_epoch_of_a_saw_tooth_ends_at_lo_and_each_cycle_falls_from_hi(swa_start, cycle_len, n_steps, lo):
     n_epoch, hi = swa_start + 2*cycle_len + 1, .1
-    factors = [[swa_lr_factor(epoch, step, n_steps, swa_start, (hi, lo), cycle_len) for step in range(n_steps)] for epoch in range(n_epoch)]
+    def of(epoch): return [swa_lr_factor(epoch, step, n_steps, swa_start, (hi, lo), cycle_len) for step in range(n_steps)]
+    factors = [of(epoch) for epoch in range(n_epoch)]
     for fold in twins.folded_epochs(swa_start, cycle_len, n_epoch):
         assert factors[fold][-1] == pytest.approx(lo, rel=1e-12)
         cycle = sum(factors[max(0, fold - cycle_len + 1):fold + 1], [])
         assert all(after <= before + 1e-12 for before, after in zip([hi, *cycle], cycle))
         if fold >= cycle_len: assert cycle[0] == pytest.approx(hi - (hi - lo)/(cycle_len*n_steps), rel=1e-12)
-    for epoch in range(swa_start - cycle_len + 1): assert factors[epoch] == [pytest.approx(twins.averaging_lr(epoch, swa_start, 1, hi))]*n_steps
+    for epoch in range(swa_start - cycle_len + 1):
+        assert factors[epoch] == pytest.approx([twins.averaging_lr(epoch, swa_start, 1, hi)]*n_steps)
 
 
 # cycles of the ensembles
