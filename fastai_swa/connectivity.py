@@ -93,8 +93,8 @@ class Curve:
 
         Callbacks of the learner that do not record, show or steer training, such as mixed precision, work here as they do there. The
         learner is afterwards as it was. Interrupted, the curve keeps what it has learned; bends that are not finite are
-        dropped, with a warning. Raises `ValueError` or `TypeError`, naming the argument, for one that cannot be used, and
-        `ValueError` for a model that no gradient reaches or that takes optimizer steps within the backward pass.
+        dropped, with a warning. Raises `ValueError` or `TypeError`, naming the argument, for one that cannot be used,
+        and `ValueError` for a model that no gradient reaches or that takes optimizer steps within the backward pass.
         """
         n_epoch = check_count('n_epoch', n_epoch, optional=False)
         lr, wd = _check_rate('lr', self.learn.lr if lr is None else lr), _check_rate('wd', wd, least=0)
@@ -164,8 +164,8 @@ class Curve:
 class _OnCurve(nn.Module):
     """`model` with the weights of a random point of the curve, the same one throughout a batch.
 
-    They are written into its own parameters, and what the backward pass leaves in these is handed on to the bends. So the
-    model is run and differentiated as in the learner's own training, whatever its forward pass refers to and whenever
+    They are written into its own parameters, and what the backward pass leaves in these is handed on to the bends. So
+    the model is run and differentiated as in the learner's own training, whatever its forward pass refers to and whenever
     that is run: checkpointing runs parts of it within the backward pass.
     """
     def __init__(self, model, space, points, kind):

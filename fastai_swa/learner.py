@@ -53,9 +53,9 @@ def fit_swa(self:Learner,
 
     The learning rate is `lr` for half the way to `swa_start`, falls to `swa_lr` in a straight line until 0.9 of it, or
     until epoch `swa_start` where that comes first, and stays (or, for a pair, goes through cycles): every epoch that is
-    averaged is trained at `swa_lr`. Momentum is left alone; with a slice all groups follow the same curve, and `swa_lr` is
-    that of the last one. A `swa_lr` above `lr` gets a warning, but for `swa_start=0`, where there is no `lr` to come from:
-    `fit_swa(n, lr, swa_lr=lr, swa_start=0)` is the tail after a training.
+    averaged is trained at `swa_lr`. Momentum is left alone; with a slice all groups follow the same curve, and `swa_lr`
+    is that of the last one. A `swa_lr` above `lr` gets a warning, but for `swa_start=0`, where there is no `lr` to come
+    from: `fit_swa(n, lr, swa_lr=lr, swa_start=0)` is the tail after a training.
 
     Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used.
     """
@@ -208,8 +208,8 @@ def _warn_if_above(swa_lr, lr):
     if highest <= lr * (1 + 1e-9) or rank_distrib():    # rounding is no rise; once for all processes
         return
     given = f'({swa_lr[0]:g}, {swa_lr[1]:g})' if isinstance(swa_lr, tuple) else f'{swa_lr:g}'
-    warnings.warn(f'swa_lr={given} is above lr={lr:g}: swa_lr is the learning rate while averaging, to which the rate now '
-                  'rises; if it was meant as the first epoch to average, that is swa_start', stacklevel=3)
+    warnings.warn(f'swa_lr={given} is above lr={lr:g}: swa_lr is the learning rate while averaging, to which the rate '
+                  'now rises; if it was meant as the first epoch to average, that is swa_start', stacklevel=3)
 
 
 def _check_lr(name, x, given, expected='a number or a slice'):

@@ -23,8 +23,8 @@ from .modules import unwrap
 from .processes import Processes
 from .state import loaders, own_generators, owned_modules, seed_generators
 
-__all__ = ['PassCancelled', 'copied_measures', 'validate_aside', 'refresh_bn', 'refreshable', 'kept_batches', 'untouched',
-           'autocast_left', 'concerns_training', 'no_fit', 'is_fitting', 'check_engine']
+__all__ = ['PassCancelled', 'copied_measures', 'validate_aside', 'refresh_bn', 'refreshable', 'kept_batches',
+           'untouched', 'autocast_left', 'concerns_training', 'no_fit', 'is_fitting', 'check_engine']
 
 
 class PassCancelled(Exception):

@@ -178,7 +178,7 @@ def measured(space, kind, about, points, at,
 
 @contextmanager
 def modes_put_back(model):
-    "At the end of this context `model` is put in the modes that it had at its start, by its modules' own `train` and `eval`."
+    "At the end of this context `model` is put in the modes it had at its start, by its modules' own `train` and `eval`."
     model = unwrap(model)
     modes = modes_of(model)
     try:

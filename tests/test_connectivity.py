@@ -64,8 +64,8 @@ def two_layers(): return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 
 
 
 def written_out(a, b, n_bends, kind, t, batch, wd):
-    """The points of the straight curve between two models of `two_layers`, in float64, with the gradients of loss and decay
-    at `t`: two layers written out."""
+    """The points of the straight curve between two models of `two_layers`, in float64, with the gradients of loss and
+    decay at `t`: two layers written out."""
     names, ends = ['0.weight', '0.bias', '2.weight', '2.bias'], [learn.model.state_dict() for learn in (a, b)]
     def between(s): return {k: ends[0][k].double() * (1 - s) + ends[1][k].double() * s for k in names}
     points = [between(s) for s in np.linspace(0, 1, n_bends + 2)]
@@ -140,14 +140,14 @@ def patched(learn, how):
 WAYS = {'checkpointed': checkpointed(False), 'checkpointed, reentrant': checkpointed(True),
         'run again by hand': lambda m, x: ByHand.apply(m[1](m[0](x)), m[2]),
         'in segments': lambda m, x: checkpoint_sequential([m[1], m[2]], 2, m[0](x), use_reentrant=False)}
-PATCHES = ['compiled forward', 'compiled model', 'closure over the model', 'closure over a layer', 'closure over tensors',
-           'hook on a gradient', 'traced']
+PATCHES = ['compiled forward', 'compiled model', 'closure over the model', 'closure over a layer',
+           'closure over tensors', 'hook on a gradient', 'traced']
 
 
 @pytest.mark.parametrize('how', [*WAYS, *PATCHES])
 @pytest.mark.filterwarnings('ignore:.*torch.jit')
 def test_the_gradients_are_right_whatever_the_forward_pass_refers_to_and_whenever_it_is_run(how, monkeypatch):
-    "Checkpointing, forwards that were replaced, compiled or closed over the live model: against two layers written out."
+    "Checkpointing, forwards replaced, compiled or closed over the live model: against two layers written out."
     dls = loaders(n=16, bs=16)
     a, b = (solution(seed, 1, two_layers, dls) for seed in (0, 1))
     batch, = dls.train.new(shuffle=False)

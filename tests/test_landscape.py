@@ -497,7 +497,7 @@ each_merging = pytest.mark.parametrize('make', lora.models.values(), ids=lora.mo
 
 
 def merging_beside_twin(make, seed, mode):
-    "A trained learner whose model merges, in train mode or in eval mode, and one of equal weights whose model does not."
+    "A trained learner whose model merges, in train or in eval mode, and one of equal weights whose model does not."
     learns = [learner(partial(unmerged, make), seed=seed), learner(make, seed=seed)]
     with learns[0].no_bar(), learns[0].no_logging(): learns[0].fit(2)
     twin, learn = learns

@@ -19,7 +19,8 @@ def test_a_share_is_rounded_up_to_whole_epochs_and_leaves_the_last(n_epoch):
 def test_an_int_is_the_epoch_itself(): assert [start_epoch(s, 10) for s in (0, 3, 12)] == [0, 3, 12]
 
 
-@pytest.mark.parametrize('swa_start, lr, swa_lr, n_epoch', [(161, .05, .01, 300), (126, .1, .01, 225), (126, .1, .05, 225), (161, .1, .05, 300), (10, .1, .01, 15)])
+@pytest.mark.parametrize('swa_start, lr, swa_lr, n_epoch', [
+    (161, .05, .01, 300), (126, .1, .01, 225), (126, .1, .05, 225), (161, .1, .05, 300), (10, .1, .01, 15)])
 def test_the_papers_schedules_at_every_epoch(swa_start, lr, swa_lr, n_epoch):
     for epoch in range(n_epoch):
         ours = lr*swa_lr_factor(epoch, random.randrange(391), 391, swa_start - 1, swa_lr/lr)
@@ -55,7 +56,8 @@ def test_every_averaged_epoch_is_trained_at_swa_lr_and_the_rate_only_falls_until
     assert factors[first:] == [swa_lr] * max(0, n_epoch - first)
     assert all(after <= before + 1e-12 for before, after in zip(factors, factors[1:]))
     assert first == 0 or factors[0] == 1
-    assert factors == pytest.approx([twins.averaging_lr(epoch, first, 1, swa_lr) for epoch in range(n_epoch)], rel=1e-12)
+    expected = [twins.averaging_lr(epoch, first, 1, swa_lr) for epoch in range(n_epoch)]
+    assert factors == pytest.approx(expected, rel=1e-12)
 
 
 @lengths
@@ -73,8 +75,8 @@ def test_it_is_the_papers_schedule_wherever_that_has_come_to_swa_lr_by_the_first
        lo=st.sampled_from([.01, .1]))
 def test_every_averaged_epoch_of_a_saw_tooth_ends_at_lo_and_each_cycle_falls_from_hi(swa_start, cycle_len, n_steps, lo):
     n_epoch, hi = swa_start + 2*cycle_len + 1, .1
-    def of(epoch): return [swa_lr_factor(epoch, step, n_steps, swa_start, (hi, lo), cycle_len) for step in range(n_steps)]
-    factors = [of(epoch) for epoch in range(n_epoch)]
+    def factor(epoch, step): return swa_lr_factor(epoch, step, n_steps, swa_start, (hi, lo), cycle_len)
+    factors = [[factor(epoch, step) for step in range(n_steps)] for epoch in range(n_epoch)]
     for fold in twins.folded_epochs(swa_start, cycle_len, n_epoch):
         assert factors[fold][-1] == pytest.approx(lo, rel=1e-12)
         cycle = sum(factors[max(0, fold - cycle_len + 1):fold + 1], [])

@@ -60,8 +60,8 @@ class Recipe:
 
 
 def sgd_lr(recipe: Recipe, epoch: int, n_epoch: int) -> float:
-    """The SGD run's learning rate in `epoch` of `n_epoch`: constant for half of them, linear down to a hundredth at 0.9, or
-    in the last one where that comes first, constant."""
+    """The SGD run's learning rate in `epoch` of `n_epoch`: constant for half of them, linear down to a hundredth at 0.9,
+    or in the last one where that comes first, constant."""
     return recipe.lr * swa_lr_factor(epoch, 0, 1, n_epoch - 1, .01)
 
 

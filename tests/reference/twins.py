@@ -91,8 +91,8 @@ def papers_lr(epoch: int, swa_start: int, lr_init: float, swa_lr: float) -> floa
 
 
 def averaging_lr(epoch: int, swa_start: int, lr_init: float, swa_lr: float) -> float:
-    """The SWA run's learning rate in `epoch`, both from 0: the corners of the papers' curve, the second one no later than epoch `swa_start`,
-    joined by a straight line. It is `papers_lr` wherever that has come to `swa_lr` by epoch `swa_start`."""
+    """The SWA run's learning rate in `epoch`, both from 0: the corners of the papers' curve, the second one no later than
+    epoch `swa_start`, joined by a straight line. It is `papers_lr` wherever that has come to `swa_lr` by epoch `swa_start`."""
     falls_from, falls_until = .5 * (swa_start + 1), min(.9 * (swa_start + 1), swa_start)
     if falls_until <= falls_from: return lr_init if epoch < swa_start else swa_lr
     return float(np.interp(epoch, [falls_from, falls_until], [lr_init, swa_lr]))
