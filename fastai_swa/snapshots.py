@@ -18,7 +18,7 @@ from .ensemble import Ensemble, one_tensor
 from .files import InUse, Lock
 from .fitting import FitCallback, SideWork, is_fitting
 from .modules import clean_copy, unwrap
-from .passes import copied_measures, refresh_bn
+from .passes import copied_measures, refresh_bn, refreshable
 from .probabilities import Probabilities
 from .processes import Processes
 from .state import not_copied
@@ -385,7 +385,7 @@ def average_checkpoints(paths, model, loader=None, **kwargs) -> nn.Module:
     current = clean_copy(model, () if learn is None else not_copied(learn))
     average = WeightAverage(current)
     for path in paths: average.update(load_into(current, path))
-    names = list(tracked_bn(average.swa_model))
+    names = list(tracked_bn(average.swa_model)) if learn is None else refreshable(learn)
     if names and loader is not None: update_bn(loader, average.swa_model, **kwargs)
     elif names and learn is not None:
         with average.lent_to(learn.model): refresh_bn(learn, names, None, in_fit=False)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException, CancelTrainException, CancelValidException
 from fastai.callback.schedule import ParamScheduler
+from fastai.callback.training import BnFreeze
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
@@ -159,6 +160,20 @@ def test_a_validation_that_is_skipped_or_cut_at_a_snapshot_is_said_and_nothing_f
 
 
 # beside other callbacks
+
+def test_average_checkpoints_leaves_the_batch_norm_alone_that_a_bnfreeze_of_the_learner_keeps_from_moving(tmp_path):
+    learn = learner(cbs=BnFreeze())
+    for p in learn.model[1].parameters(): p.requires_grad_(False)
+    own = {k: v.clone() for k, v in learn.model[1].state_dict().items()}
+    learn.model[1].running_mean.add_(1)    # so that it matters
+    paths = learn.fit_snapshots(2, 1, .1, folder=tmp_path/'snapshots').members
+    for mode in (True, False):
+        learn.model.train(mode)
+        average = average_checkpoints(paths, learn)
+        assert torch.equal(average[1].running_mean, own['running_mean'] + 1)
+        assert torch.equal(average[1].running_var, own['running_var'])
+        assert not torch.equal(average[5].running_mean, torch.load(paths[-1])['5.running_mean'])
+
 
 def test_a_swa_callback_beside_averages_the_same_points_and_average_checkpoints_finds_it_again(tmp_path):
     dls = loaders(n=64, bs=64)    # one batch: whatever the order, its statistics are the same
