@@ -1,19 +1,24 @@
 """Snapshots along a fit: when they are taken, how they are validated, that training does not feel them."""
 import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fastai.callback.core import Callback, CancelFitException, CancelTrainException, CancelValidException
+from fastai.callback.core import Callback, CancelFitException, CancelTrainException, CancelValidException, FetchPredsCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import BnFreeze
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastai.learner import Learner
+from fastai.learner import Learner, Recorder
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import RocAucBinary, accuracy, accuracy_multi, mse
 from fastai_swa import CheckpointCallback, Ensemble, SnapshotCallback, SWACallback, average_checkpoints, update_bn
+from fastai_swa import snapshots as snapshots_file
+from fastai_swa.files import InUse
 from fastai_swa.learner import EpochScheduler
 from fastai_swa.schedules import fge_lr_factor, snapshot_lr_factor
 from fastai_swa.vision import digits
@@ -361,3 +366,224 @@ def test_a_validate_after_ctrl_c_has_no_columns_of_an_ensemble():
     learn.add_cb(SnapshotCallback(0))
     with pytest.raises(KeyboardInterrupt): learn.fit(3, cbs=At('before_batch', 1, raising(KeyboardInterrupt()), batch=2, training=True))
     assert len(learn.validate()) == 2
+
+
+# beside validations and predictions within the fit
+
+class Predicting(Callback):
+    "Predicts in the middle of a fit, which sends the events of one and sets the learner's epoch to 0."
+    def __init__(self, event, order):
+        self.on, self.order, self.is_at_it = event, order, False
+
+    def __call__(self, event_name):
+        if event_name == self.on and not self.is_at_it:
+            self.is_at_it = True
+            self.learn.get_preds()
+            self.is_at_it = False
+
+
+@pytest.mark.parametrize('event, order', [('after_train', -5), ('after_train', 90), ('before_train', -20), ('after_epoch', 90), ('before_epoch', 90)])
+def test_predictions_in_the_middle_of_a_fit_do_not_move_the_snapshots(event, order):
+    learn, snapshots = learner(), SnapshotCallback(0, 2)
+    learn.fit(4, .1, cbs=[snapshots, Predicting(event, order)])
+    assert snapshots.epochs == [0, 2]
+
+
+@pytest.mark.parametrize('order', [-20, 53, 90])
+def test_the_columns_are_those_of_the_fits_own_validation(order):
+    fetch = FetchPredsCallback(ds_idx=0)
+    fetch.order = order
+    learn, snapshots = learner(), SnapshotCallback(0, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.fit(4, .1, cbs=[snapshots, fetch])
+    loss = column(learn, 'ens_valid_loss')
+    assert [v == v for v in loss] == [True, False, True, False]
+    assert loss[2] == pytest.approx(snapshots.ensemble(learn).validate()[0], rel=1e-5)
+
+
+# failures beside the training
+
+class TwoOutputs(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+def of_first(pred, y):
+    return nn.functional.cross_entropy(pred[0], y)
+
+
+def test_outputs_that_cannot_be_combined_are_said_once_and_the_fit_goes_on():
+    learn = Learner(loaders(), TwoOutputs(6, 3), of_first, metrics=[])
+    with learn.no_bar(), pytest.warns(UserWarning) as said:
+        ens = learn.fit_snapshots(3, 1, .1, activation='softmax')
+    texts = [str(w.message) for w in said if 'growing ensemble' in str(w.message)]
+    assert len(texts) == 2
+    assert 'training goes on; its columns are nan: TypeError: members must give one tensor, and TwoOutputs gives a tuple' in texts[0]
+    assert 'failed 3 times in this fit' in texts[1]
+    assert ens.epochs == [0, 1, 2] and all(v != v for v in column(learn, 'ens_valid_loss'))
+    assert all(v == v for v in column(learn, 'valid_loss'))
+
+
+def test_outputs_that_a_callback_takes_apart_are_validated_together():
+    class Taken(Callback):
+        def after_pred(self):
+            self.learn.pred = self.pred[0]
+    learn = learner(model=lambda: TwoOutputs(6, 3), cbs=Taken())
+    ens = learn.fit_snapshots(3, 1, .1)
+    last = [column(learn, name)[-1] for name in ('ens_valid_loss', 'ens_accuracy')]
+    assert list(ens.validate()) == pytest.approx(last, rel=1e-5)
+
+
+def test_a_metric_that_fails_in_one_epoch_costs_the_columns_of_that_epoch_alone():
+    failing = []
+
+    def fragile(pred, y):
+        if failing and failing[0].armed:
+            raise ArithmeticError('no such value')
+        return pred.sum()*0
+
+    class Arm(Callback):
+        "Lets the metric fail on the ensemble's predictions, not on the model's own, in one epoch."
+        order = Recorder.order + 1
+        def before_epoch(self): self.armed = False
+        def after_batch(self): self.armed = not self.training and self.learn.epoch == 1 and self.learn.iter == 0
+    arm = Arm()
+    failing.append(arm)
+    class Disarm(Callback):
+        order = Recorder.order + 7
+        def after_batch(self): arm.armed = False
+    learn, snapshots = learner(metrics=[fragile]), SnapshotCallback(0)
+    with pytest.warns(UserWarning, match='validating the growing ensemble failed, .*ArithmeticError: no such value'):
+        learn.fit(3, .1, cbs=[snapshots, arm, Disarm()])
+    loss = column(learn, 'ens_valid_loss')
+    assert [v == v for v in loss] == [True, False, True]
+    assert loss[2] == pytest.approx(snapshots.ensemble(learn).validate()[0], rel=1e-5)    # the sums have all three
+
+
+def test_ctrl_c_in_a_metric_is_no_failure_to_be_swallowed():
+    calls = []
+    def interrupted(pred, y):
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return pred.sum()
+    with pytest.raises(KeyboardInterrupt):
+        learner(metrics=[interrupted]).fit(2, .1, cbs=SnapshotCallback(0))
+
+
+def test_a_snapshot_that_cannot_be_written_is_raised_at_the_end_and_the_others_are_kept(tmp_path, monkeypatch):
+    def full(file, weights):
+        if learn.epoch == 1:
+            raise OSError(28, 'No space left on device')
+        return write_weights(file, weights)
+    write_weights = snapshots_file.write_weights
+    monkeypatch.setattr(snapshots_file, 'write_weights', full)
+    learn = learner()
+    with pytest.warns(UserWarning, match='keeping a snapshot failed, and training goes on; the ensemble lacks it: OSError: .*No space left'), \
+         pytest.raises(RuntimeError, match=r'the snapshots of the epochs 1 could not be kept \(.*No space left on device\); those of the epochs 0, 2 are in'):
+        learn.fit_snapshots(3, 1, .1, tmp_path/'a')
+    loss = column(learn, 'ens_valid_loss')
+    assert learn.epoch == 2 and [v == v for v in loss] == [True, False, True]
+    ens = Ensemble(tmp_path/'a', learn)
+    assert ens.epochs == [0, 2] and ens.validate()[0] == pytest.approx(loss[2], rel=1e-5)
+    assert sorted(f.name for f in (tmp_path/'a').iterdir()) == ['index.json', 'snapshot-01.pth', 'snapshot-02.pth']
+
+
+def test_what_was_lost_before_an_interruption_is_known_after_it(tmp_path, monkeypatch):
+    write_weights = snapshots_file.write_weights
+    def full(file, weights): raise OSError('full')
+    def fit(stop=()): return learner().fit_snapshots(3, 1, .1, tmp_path/'a', cbs=[CheckpointCallback(tmp_path/'x.ckpt'), *stop])
+    monkeypatch.setattr(snapshots_file, 'write_weights', full)
+    with pytest.warns(UserWarning, match='keeping a snapshot failed'), pytest.raises(KeyboardInterrupt):
+        fit([At('before_batch', 1, raising(KeyboardInterrupt()), batch=2, training=True)])
+    monkeypatch.setattr(snapshots_file, 'write_weights', write_weights)
+    with pytest.raises(RuntimeError, match='the snapshots of the epochs 0 could not be kept .* those of the epochs 1, 2'): fit()
+
+
+# one folder, one fit
+
+def test_a_second_run_on_the_same_folder_is_refused_before_its_first_step(tmp_path):
+    refused = []
+    def other(cb):
+        second = learner(seed=1)
+        before = [p.detach().clone() for p in second.model.parameters()]
+        with pytest.raises(InUse, match='another run is writing its snapshots to .*/a: wait for it, or give each run a folder of its own'):
+            second.fit_snapshots(2, 1, .1, tmp_path/'a')
+        assert all(torch.equal(p, q) for p, q in zip(second.model.parameters(), before))
+        refused.append(cb.learn.epoch)
+    learn = learner()
+    ens = learn.fit_snapshots(2, 1, .1, tmp_path/'a', cbs=[At('before_batch', 0, other, batch=0, training=True), At('after_epoch', 1, other)])
+    assert refused == [0, 1] and torch.equal(ens[1].get_preds()[0], learn.get_preds()[0])
+    assert [f.name for f in tmp_path.iterdir()] == ['a']    # the lock is gone
+
+
+@pytest.mark.parametrize('attached', [False, True])
+def test_the_lock_is_released_however_the_fit_ends(tmp_path, attached):
+    for error in KeyboardInterrupt(), ZeroDivisionError('stop'), CancelFitException('stop'):
+        learn, snapshots = learner(), SnapshotCallback(3, folder=tmp_path/'a')
+        if attached:
+            learn.add_cb(snapshots)
+        try:
+            learn.fit(4, .1, cbs=[At('before_batch', 1, raising(error), batch=1, training=True), *([] if attached else [snapshots])])
+        except BaseException as e:
+            assert e is error or type(e) is type(error)
+    assert learner().fit_snapshots(2, 1, .1, tmp_path/'a').epochs == [0, 1]
+
+
+@pytest.mark.parametrize('name', ['snapshot-02.pth', 'index.json'])
+def test_files_of_others_are_not_overwritten(tmp_path, name):
+    (tmp_path/name).write_text('something else')
+    learn = learner()
+    before = [p.detach().clone() for p in learn.model.parameters()]
+    with pytest.raises(ValueError, match='snapshot-02.pth is there already, and this fit would overwrite it' if 'pth' in name else 'of another fit'):
+        learn.fit_snapshots(2, 1, .1, tmp_path)
+    assert (tmp_path/name).read_text() == 'something else' and [f.name for f in tmp_path.iterdir()] == [name]
+    assert all(torch.equal(p, q) for p, q in zip(learn.model.parameters(), before))
+    if 'pth' in name:    # which fewer snapshots do not touch
+        learn.fit_snapshots(1, 1, .1, tmp_path)
+        assert (tmp_path/name).read_text() == 'something else'
+
+
+def test_a_run_that_was_killed_between_a_snapshot_and_its_index_goes_on(tmp_path, monkeypatch):
+    def fit(learn, name, cbs=()):
+        return learn.fit_snapshots(3, 1, .1, tmp_path/name, cbs=[CheckpointCallback(tmp_path/f'{name}.ckpt'), *cbs])
+    ref = fit(learner(), 'whole')
+    write_index = snapshots_file.write_index
+    def killed(folder, files, **content):
+        if len(files) == 2:
+            raise KeyboardInterrupt
+        write_index(folder, files, **content)
+    monkeypatch.setattr(snapshots_file, 'write_index', killed)
+    with pytest.raises(KeyboardInterrupt): fit(learner(), 'part')
+    assert sorted(f.name for f in (tmp_path/'part').iterdir()) == ['index.json', 'snapshot-01.pth', 'snapshot-02.pth']
+    monkeypatch.setattr(snapshots_file, 'write_index', write_index)
+    ens = fit(learner(seed=3), 'part')
+    assert ens.epochs == [0, 1, 2] and torch.equal(ens.get_preds()[0], ref.get_preds()[0])
+
+
+def test_a_run_whose_folder_another_one_has_taken_meanwhile_does_not_go_on(tmp_path):
+    def fit(cbs): return learner().fit_snapshots(2, 1, .1, tmp_path/'a', cbs=cbs)
+    stop = At('before_batch', 1, raising(KeyboardInterrupt()), batch=2, training=True)
+    with pytest.raises(KeyboardInterrupt): fit([CheckpointCallback(tmp_path/'x.ckpt'), stop])
+    for f in (tmp_path/'a').iterdir():
+        f.unlink()
+    fit([])
+    held = {f.name: f.read_bytes() for f in (tmp_path/'a').iterdir()}
+    with pytest.raises(ValueError, match='holds the models of another fit by now'): fit([CheckpointCallback(tmp_path/'x.ckpt')])
+    assert {f.name: f.read_bytes() for f in (tmp_path/'a').iterdir()} == held
+
+
+def test_two_processes_on_one_folder_end_with_one_set_of_models_and_one_refusal(tmp_path):
+    code = ('import sys, warnings; from tests.helpers import learner\n'
+            'from fastai_swa.files import InUse\n'
+            'try: print("epochs", learner(seed=int(sys.argv[1])).fit_snapshots(20, 1, .1, sys.argv[2]).epochs)\n'
+            'except (InUse, ValueError) as e: print("refused", e)')
+    runs = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, str(i), str(tmp_path/'a')], stdout=subprocess.PIPE, text=True,
+                             cwd=Path(__file__).parents[1]) for i in range(2)]
+    out = [run.communicate(timeout=120)[0] for run in runs]
+    assert sum('refused' in o for o in out) == sum('epochs' in o for o in out) == 1
+    winner = next(i for i, o in enumerate(out) if 'epochs' in o)
+    learn = learner(seed=winner)
+    with learn.no_bar(), learn.no_logging(): ref = learn.fit_snapshots(20, 1, .1)
+    torch.testing.assert_close(Ensemble(tmp_path/'a', learn).get_preds()[0], ref.get_preds()[0])    # with other threads
