@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .fitting import no_fit
-from .interrupts import unwound_whole
-from .modules import clean_copy, unwrap
+from .interrupts import uninterrupted, unwound_whole
+from .modules import Kept, clean_copy, has_own_modes, unwrap
 from .passes import autocast_left
 from .probabilities import Probabilities, as_probabilities, features, vote
 from .samples import Samples, in_common
@@ -27,26 +27,29 @@ __all__ = ['Ensemble']
 class Ensemble:
     """Several trained models that predict as one, with a learner's own methods.
 
-    - `members`: a list of learners, modules, state dicts and paths to these (what `learn.save(with_opt=False)` or `torch.save` wrote), of one
-      architecture or several; the folder that `fit_snapshots`, `fit_fge` or `save` wrote; or another `Ensemble`.
-    - `learn`: the learner whose data, loss and metrics serve; default: the first learner among the members. State dicts are of its
-      architecture, unless `archs` gives a module for each member. Its callbacks see the output of each member as they see its own model's:
-      where one takes an output apart (`self.learn.pred = self.pred.logits` in `after_pred`), what it leaves is combined.
-    - `combine`: 'mean' of the probabilities, the default; 'vote', each class by the number of members that prefer it, ties by the mean; 'stack',
-      see `stack`.
-    - `activation`: what makes probabilities of a model's output: 'softmax', 'sigmoid' (multi-label) or 'none' (regression); default: what the
-      learner's loss says.
+    - `members`: a list of learners, modules, state dicts and paths to these (what `learn.save(with_opt=False)` or
+      `torch.save` wrote), of one architecture or several; the folder that `fit_snapshots`, `fit_fge` or `save` wrote;
+      or another `Ensemble`.
+    - `learn`: the learner whose data, loss and metrics serve; default: the first learner among the members. State dicts
+      are of its architecture, unless `archs` gives a module for each member. Its callbacks see the output of each
+      member as they see its own model's: where one takes an output apart (`self.learn.pred = self.pred.logits` in
+      `after_pred`), what it leaves is combined.
+    - `combine`: 'mean' of the probabilities, the default; 'vote', each class by the number of members that prefer it,
+      ties by the mean; 'stack', see `stack`.
+    - `activation`: what makes probabilities of a model's output: 'softmax', 'sigmoid' (multi-label) or 'none'
+      (regression); default: what the learner's loss says.
 
-    To predict samples that a member was trained on, or that `stack` was fitted on, warns: what is scored there flatters. A member that is a
-    learner was trained on its own training set, others on that of `learn`, as far as it is known. (See `samples.Samples` for how samples are
-    known again; what `stack` was fitted on is not in files.)
+    To predict samples that a member was trained on, or that `stack` was fitted on, warns: what is scored there
+    flatters. A member that is a learner was trained on its own training set, others on that of `learn`, as far as it is
+    known. (See `samples.Samples` for how samples are known again; what `stack` was fitted on is not in files.)
 
     Huang et al. 2017 (arXiv 1704.00109); Garipov et al. 2018 (arXiv 1802.10026).
 
-    Raises `ValueError` or `TypeError`, naming it, for a member that cannot be used: a missing or damaged file, weights of another
-    architecture; for an unknown loss without `activation`; for a vote in regression.
+    Raises `ValueError` or `TypeError`, naming it, for a member that cannot be used: a missing or damaged file, weights
+    of another architecture; for an unknown loss without `activation`; for a vote in regression.
     """
-    def __init__(self, members, learn: Learner | None = None, combine: str | None = None, activation: str | None = None, archs=None):
+    def __init__(self, members, learn: Learner | None = None, combine: str | None = None, activation: str | None = None,
+                 archs=None):
         self.epochs = []    # after which the members were kept, where that is known
         self.stacking = None    # the weights that `stack` found
         self._stacked_on = None    # the data set that it was fitted on
@@ -56,7 +59,10 @@ class Ensemble:
             other, members = members, members.members
             learn, archs = learn or other.learn, archs or other.archs
             combine, activation = combine or other.combine, activation or other.probabilities.kind
-            self.epochs, self.stacking, self._stacked_on, trained_on = other.epochs, other.stacking, other._stacked_on, other._trained_on
+            self.epochs = other.epochs
+            self.stacking = other.stacking
+            self._stacked_on = other._stacked_on
+            trained_on = other._trained_on
         elif isinstance(members, str | Path) and Path(members).is_dir():
             folder, index = Path(members), read_index(Path(members))
             combine, activation = combine or index.get('combine'), activation or index.get('activation')
@@ -83,7 +89,8 @@ class Ensemble:
                 raise TypeError(f'members must be learners, modules, state dicts or paths, not {m!r}')
         self.probabilities = Probabilities(self.learn.loss_func, activation)
         self.combine = combine or 'mean'
-        self._trained_on = trained_on or [_training_set(m) for m in self.members]    # of each member, `None` where it is not known
+        # the training set of each member, `None` where it is not known
+        self._trained_on = trained_on or [_training_set(m) for m in self.members]
 
     @property
     def combine(self) -> str:
@@ -123,14 +130,16 @@ class Ensemble:
 
     @contextmanager
     def active(self):
-        """Within this context the learner is the ensemble: it predicts, validates, shows and interprets with it; gives the learner.
+        """Within this context the learner is the ensemble: it predicts, validates, shows and interprets with it; gives
+        the learner.
 
-        All members are in memory at once, and on the learner's device while it predicts. Its own model, its mode and those of the members come
-        back at the end. To train, save or export inside is refused with `RuntimeError`.
+        All members are in memory at once, and on the learner's device while it predicts. Its own model, its mode and
+        those of the members come back at the end. To train, save or export inside is refused with `RuntimeError`.
 
-        fastai's interpretations that are made inside go on with the ensemble when they are used after it; if its members have changed since,
-        `RuntimeError`. (Not so a method of the learner that is taken along, or an object of another kind that keeps the learner: outside of this
-        context the learner is what it was. `views.as_lent(learn)` is what such an object can keep instead.)
+        fastai's interpretations that are made inside go on with the ensemble when they are used after it; if its
+        members have changed since, `RuntimeError`. (Not so a method of the learner that is taken along, or an object of
+        another kind that keeps the learner: outside of this context the learner is what it was. `views.as_lent(learn)`
+        is what such an object can keep instead.)
         """
         with lending(self.learn, 'active()', self.active, self._version), self._in_learner() as learn:
             yield learn
@@ -146,12 +155,14 @@ class Ensemble:
             return learn.predict(item, **kwargs)
 
     def validate(self, ds_idx: int = 1, dl=None, cbs=None) -> L:
-        "Loss and metrics of the ensemble; both get the log of the combined probabilities, so that no activation is applied twice."
+        """Loss and metrics of the ensemble; both get the log of the combined probabilities, so that no activation is
+        applied twice."""
         with self._in_learner() as learn, learn.no_bar(), learn.no_logging():
             return learn.validate(ds_idx, dl, cbs)
 
     def member_preds(self, ds_idx: int = 1, dl=None, cbs=None):
-        "Probabilities of each member, shape (members, samples, ...), and the targets; one member at a time is on the device."
+        """Probabilities of each member, shape (members, samples, ...), and the targets; one member at a time is on the
+        device."""
         preds = []
         for i in range(len(self)):
             with self._in_learner([i], 'mean', warns=False) as learn, learn.no_bar(), learn.no_logging():
@@ -162,31 +173,39 @@ class Ensemble:
     # stacking
 
     def stack(self, dl=None, ds_idx: int = 1, alphas=tuple(np.logspace(-3, 4, 15)), cbs=None):
-        """Find weights for the members' probabilities by ridge regression on one-hot targets, and combine by them from now on.
+        """Find weights for the members' probabilities by ridge regression on one-hot targets, and combine by them from
+        now on.
 
-        `dl`, or data set `ds_idx` of the learner: samples that no member was trained on. The penalty is the one of `alphas` with the
-        least error in leave-one-out cross-validation. What the ensemble then scores on the same samples flatters it: judge it on others.
+        `dl`, or data set `ds_idx` of the learner: samples that no member was trained on. The penalty is the one of
+        `alphas` with the least error in leave-one-out cross-validation. What the ensemble then scores on the same
+        samples flatters it: judge it on others.
 
-        Raises `ValueError` if there are samples of the learner's training set among them, or of a member's, where all members are right and no
-        weight can be learned. (What a file or a module was trained on is not known. See `samples.Samples` for how samples are known again.)
-        Also if they have no targets, or the targets are not one class, label vector or value for each sample.
+        Raises `ValueError` if there are samples of the learner's training set among them, or of a member's, where all
+        members are right and no weight can be learned. (What a file or a module was trained on is not known. See
+        `samples.Samples` for how samples are known again.) Also if they have no targets, or the targets are not one
+        class, label vector or value for each sample.
         """
         from sklearn.linear_model import RidgeCV    # comes with fastai; slow to import
         dl = self.learn.dls[ds_idx] if dl is None else dl
         if self._in_training_sets(dl, [*self._trained_on, None])[0]:
-            raise ValueError('stack needs data that no member was trained on, and these are the training set of one: hold samples out')
+            raise ValueError('stack needs data that no member was trained on, and these are the training set of one: '
+                             'hold samples out')
         preds, targets = self.member_preds(dl=dl, cbs=cbs)
         y = _stacking_targets(preds, targets, self.probabilities.kind)
         ridge = RidgeCV(alphas).fit(features(preds).numpy(), y.double().numpy())
-        self.stacking = {'weights': np.atleast_2d(ridge.coef_).tolist(), 'bias': np.atleast_1d(ridge.intercept_).tolist(),
-                         'alpha': float(ridge.alpha_)}
+        self.stacking = {
+            'weights': np.atleast_2d(ridge.coef_).tolist(),
+            'bias': np.atleast_1d(ridge.intercept_).tolist(),
+            'alpha': float(ridge.alpha_),
+        }
         self._stacked_on = getattr(dl, 'dataset', None)
         self.combine = 'stack'
 
     # which samples are whose
 
     def _in_training_sets(self, dl, training_sets) -> tuple[int, int]:
-        "How many samples of `dl` are in some of the `training_sets`, `None` being the learner's, and in how many of these sets some are."
+        """How many samples of `dl` are in some of the `training_sets`, `None` being the learner's, and in how many of
+        these sets some are."""
         own = _training_set(self.learn)
         found, n_sets = set(), 0
         for data in training_sets:
@@ -217,23 +236,27 @@ class Ensemble:
             return
         n_found, n_members = self._in_training_sets(dl, self._trained_on)
         if n_found:
-            warnings.warn(f'{n_found} of the {n} samples are training data of {n_members} of the {len(self)} members: what the ensemble scores there '
-                          'flatters it', stacklevel=2)
+            warnings.warn(f'{n_found} of the {n} samples are training data of {n_members} of the {len(self)} members: '
+                          'what the ensemble scores there flatters it', stacklevel=2)
         n_found = len(self._common(dl, self._stacked_on)) if self.combine == 'stack' else 0
         if n_found:
-            warnings.warn(f'stack() was fitted on {n_found} of the {n} samples: what the ensemble scores there flatters it', stacklevel=2)
+            warnings.warn(f'stack() was fitted on {n_found} of the {n} samples: what the ensemble scores there '
+                          'flatters it', stacklevel=2)
 
     # files
 
     def save(self, folder):
-        "Write all members' weights, how they are combined, and one index into `folder`: `Ensemble(folder, learn)` reads it, and its `archs`."
+        """Write all members' weights, how they are combined, and one index into `folder`: `Ensemble(folder, learn)`
+        reads it, and its `archs`."""
         folder = Path(folder)
-        weights = [weights_of(_source(m)) for m in self.members]    # all read before any is written: they may be of that folder
+        # all are read before any is written: they may be of that folder
+        weights = [weights_of(_source(m)) for m in self.members]
         folder.mkdir(parents=True, exist_ok=True)
         files = [f'member-{i + 1:02}.pth' for i in range(len(weights))]
         for file, w in zip(files, weights):
             write_weights(folder/file, w)
-        write_index(folder, files, epochs=self.epochs, combine=self.combine, stacking=self.stacking, activation=self.probabilities.kind)
+        write_index(folder, files, epochs=self.epochs, combine=self.combine, stacking=self.stacking,
+                    activation=self.probabilities.kind)
 
     @classmethod
     def load(cls, folder, learn: Learner, archs=None, **kwargs):
@@ -259,7 +282,6 @@ class Ensemble:
         learn, own = self.learn, self.learn.model
         modules = [self._module(i) for i in (range(len(self)) if which is None else which)]
         members = _Members(modules, _Combination(self.probabilities, combine or self.combine, self.stacking))
-        modes = [(m, m.training) for root in (own, members) for m in root.modules()]
 
         def check(dl, ds_idx):
             if warns:
@@ -274,8 +296,9 @@ class Ensemble:
             check(dl, ds_idx)
             return type(learn).validate(learn, ds_idx, dl, *args, **kwargs)
 
-        with (unwound_whole(), autocast_left(), learn.added_cbs(_EachMember(members)),
-              no_fit(learn, 'active() is not possible: the learner is an ensemble there', also=('save', 'export', 'load', 'create_opt'))):
+        reason = 'active() is not possible: the learner is an ensemble there'
+        with (unwound_whole(), _modes_kept(modules), autocast_left(), learn.added_cbs(_EachMember(members)),
+              no_fit(learn, reason, also=('save', 'export', 'load', 'create_opt'))):
             kept = {k: vars(learn)[k] for k in ('get_preds', 'validate') if k in vars(learn)}
             try:
                 learn.model = members
@@ -286,12 +309,27 @@ class Ensemble:
                 for k in 'get_preds', 'validate':
                     vars(learn).pop(k, None)
                 vars(learn).update(kept)
-                for m, mode in modes:
-                    m.training = mode
+
+
+@contextmanager
+def _modes_kept(members: list):
+    """The modes of `members` come back at the end of this context, and bitwise the weights that `eval()` moves, which
+    to move back would round."""
+    modules = dict.fromkeys(m for member in members for m in member.modules())    # each once
+    modes = [(m, m.training) for m in modules]
+    kept = Kept([m for m in modules if has_own_modes(m)])
+    try:
+        yield
+    finally:
+        with uninterrupted():
+            for m, mode in modes:
+                m.training = mode
+            kept.put_back()
 
 
 class _Members(nn.Module):
-    "In the place of a learner's model: one member at a time, as `_EachMember` says it; what they give combined, where the learner's loop does not run."
+    """In the place of a learner's model: one member at a time, as `_EachMember` says it; what they give combined, where
+    the learner's loop does not run."""
     def __init__(self, members, combination):
         super().__init__()
         self.members, self.combination = nn.ModuleList(members), combination
@@ -302,6 +340,12 @@ class _Members(nn.Module):
             return super().__getattr__(name)
         except AttributeError:    # what callbacks ask the model for, such as its configuration
             return getattr(super().__getattr__('members')[self.at or 0], name)
+
+    def train(self, mode: bool = True):
+        self.training = mode
+        for m in self.members:
+            m.train() if mode else m.eval()    # each by its own, as if it were alone
+        return self
 
     def reset(self):
         for m in self.members:
@@ -315,10 +359,12 @@ class _Members(nn.Module):
 
 
 class _EachMember(Callback):
-    """For each batch lets the learner's loop run once for each of `members`, up to the end of `after_pred`, and combines what is `learn.pred` then.
+    """For each batch lets the learner's loop run once for each of `members`, up to the end of `after_pred`, and
+    combines what is `learn.pred` then.
 
-    The last one's run is the batch's own, which goes on with the combination. So each output takes the way of the learner's own model,
-    through its mixed precision and what else its callbacks do to predictions; `before_batch` and what follows the predictions come once.
+    The last one's run is the batch's own, which goes on with the combination. So each output takes the way of the
+    learner's own model, through its mixed precision and what else its callbacks do to predictions; `before_batch` and
+    what follows the predictions come once.
     """
     order = float('inf')    # after all that prepares a batch, and all that changes a prediction
 
@@ -385,7 +431,8 @@ class _Combination:
     def __call__(self, outputs: list):
         for i, o in enumerate(outputs):
             if o.shape != outputs[0].shape:
-                raise ValueError(f'member {i} predicts {tuple(o.shape)}, member 0 {tuple(outputs[0].shape)}: they cannot be combined')
+                raise ValueError(f'member {i} predicts {tuple(o.shape)}, member 0 {tuple(outputs[0].shape)}: '
+                                 'they cannot be combined')
         if len(outputs) == 1 and self.combine != 'stack':
             return outputs[0]
         probabilities = self.probabilities
@@ -395,7 +442,8 @@ class _Combination:
         ps = torch.stack([probabilities.of(o) for o in outputs])
         if self.combine == 'vote':
             return probabilities.log(vote(ps, probabilities.of(mean), probabilities))
-        weights, bias = (torch.tensor(self.stacking[k], dtype=torch.float32, device=mean.device) for k in ('weights', 'bias'))
+        weights = torch.tensor(self.stacking['weights'], dtype=torch.float32, device=mean.device)
+        bias = torch.tensor(self.stacking['bias'], dtype=torch.float32, device=mean.device)
         scores = (features(ps).float() @ weights.T + bias).view_as(mean)
         return scores if probabilities.kind == 'none' else probabilities.log(as_probabilities(scores, probabilities))
 
@@ -403,8 +451,9 @@ class _Combination:
 def one_tensor(output, model) -> torch.Tensor:
     "An output in float32 at least. Raises `TypeError` for what is not one tensor."
     if not isinstance(output, torch.Tensor):
-        raise TypeError(f'members must give one tensor, and {type(model).__name__} gives a {type(output).__name__}: let a callback of the learner take '
-                        'it apart, as in `def after_pred(self): self.learn.pred = self.pred[0]`')
+        raise TypeError(f'members must give one tensor, and {type(model).__name__} gives a {type(output).__name__}: '
+                        'let a callback of the learner take it apart, as in '
+                        '`def after_pred(self): self.learn.pred = self.pred[0]`')
     return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
@@ -430,10 +479,11 @@ def _stacking_targets(preds, targets, kind):
         raise ValueError('stack needs targets, and these data have none: test_dl(items, with_labels=True)')
     if kind != 'softmax':
         return targets.reshape(len(targets), -1)
-    classes = targets.squeeze(1) if targets.ndim == 2 and targets.shape[1] == 1 else targets    # fastai's tabular data have a column
+    is_column = targets.ndim == 2 and targets.shape[1] == 1    # as fastai's tabular data have them
+    classes = targets.squeeze(1) if is_column else targets
     if preds.ndim != 3 or classes.ndim != 1 or classes.is_floating_point():
-        raise ValueError(f'stack needs one class for each sample, not predictions of shape {tuple(preds.shape[1:])} for targets of shape '
-                         f'{tuple(targets.shape)}')
+        raise ValueError(f'stack needs one class for each sample, not predictions of shape {tuple(preds.shape[1:])} '
+                         f'for targets of shape {tuple(targets.shape)}')
     return F.one_hot(classes.long(), preds.shape[-1])
 
 

@@ -8,8 +8,10 @@ from torch.nn import functional as F
 __all__ = ['Probabilities', 'as_probabilities', 'features', 'vote']
 
 _LOSSES = {
-    'softmax': {'CrossEntropyLoss', 'CrossEntropyLossFlat', 'FocalLoss', 'FocalLossFlat', 'LabelSmoothingCrossEntropy', 'cross_entropy'},
-    'sigmoid': {'BCEWithLogitsLoss', 'BCEWithLogitsLossFlat', 'MultiLabelSoftMarginLoss', 'binary_cross_entropy_with_logits'},
+    'softmax': {'CrossEntropyLoss', 'CrossEntropyLossFlat', 'FocalLoss', 'FocalLossFlat', 'LabelSmoothingCrossEntropy',
+                'cross_entropy'},
+    'sigmoid': {'BCEWithLogitsLoss', 'BCEWithLogitsLossFlat', 'MultiLabelSoftMarginLoss',
+                'binary_cross_entropy_with_logits'},
     'none': {'MSELoss', 'L1Loss', 'SmoothL1Loss', 'HuberLoss', 'mse_loss', 'l1_loss', 'smooth_l1_loss', 'huber_loss'},
 }
 _LITTLE = 1e-3    # below one vote of a hundred members, far above float32's resolution
@@ -17,7 +19,8 @@ _LEAST = 1e-6    # of a probability whose log is taken
 
 
 class Probabilities:
-    """What a loss takes a model's output for, and means of that: probabilities of classes ('softmax'), of labels ('sigmoid'), or values ('none').
+    """What a loss takes a model's output for, and means of that: probabilities of classes ('softmax'), of labels
+    ('sigmoid'), or values ('none').
 
     Means are computed in log space, so that the log of a mean probability is exact however small it is.
     Raises `ValueError` if `loss_func` does not tell and `kind` is not given.
@@ -73,7 +76,8 @@ def _kind(loss_func) -> str:
     for kind, known in _LOSSES.items():
         if known & set(names):
             return kind
-    raise ValueError(f"the loss {names[-1] or names[0]} does not say what the model's output is: pass activation='softmax', 'sigmoid' or 'none'")
+    raise ValueError(f"the loss {names[-1] or names[0]} does not say what the model's output is: pass "
+                     "activation='softmax', 'sigmoid' or 'none'")
 
 
 def vote(ps, mean, probabilities: Probabilities):

@@ -20,11 +20,12 @@ _ALIKE = .9    # least correlation of a column with itself, normalised or encode
 class Samples:
     """What the samples of a data set can be known by.
 
-    - Proofs: files and texts, the objects in a list, the memory of tensors and arrays, a place in a data set that `Subset`s share.
-    - Labels: numbers, such as the items of `Datasets(range(n))`, and the index of a data frame. They mean the same samples only where the
-      source is the same, which is seen by looking at a few samples with equal labels.
-    - Contents: values of tensors that are held in memory, for copies such as `TensorDataset(x[train], y[train])`. They count where the samples
-      of both sets differ from each other, and where more than a hundredth is in common.
+    - Proofs: files and texts, the objects in a list, the memory of tensors and arrays, a place in a data set that
+      `Subset`s share.
+    - Labels: numbers, such as the items of `Datasets(range(n))`, and the index of a data frame. They mean the same
+      samples only where the source is the same, which is seen by looking at a few samples with equal labels.
+    - Contents: values of tensors that are held in memory, for copies such as `TensorDataset(x[train], y[train])`. They
+      count where the samples of both sets differ from each other, and where more than a hundredth is in common.
 
     A stream, and a set whose samples are made as they are read, are known as a whole only.
     """
@@ -73,7 +74,8 @@ class Samples:
 
 
 def in_common(a: Samples, b: Samples) -> list[int]:
-    "The positions of those samples of `a` that are in `b`, too. Random generators of Python, NumPy and torch stay as they are."
+    """The positions of those samples of `a` that are in `b`, too. Random generators of Python, NumPy and torch stay as
+    they are."""
     if a.base is b.base:
         places = set(b.places)
         return [i for i, place in enumerate(a.places) if place in places]
@@ -100,7 +102,8 @@ def _base(data):
 
 def _items(base):
     "What a data set makes its samples from, one for each, if it has such."
-    if isinstance(base, list | tuple | range | np.ndarray | torch.Tensor) or hasattr(base, 'iloc') and hasattr(base, 'columns'):
+    is_frame = hasattr(base, 'iloc') and hasattr(base, 'columns')
+    if is_frame or isinstance(base, list | tuple | range | np.ndarray | torch.Tensor):
         return base
     items = getattr(base, 'items', None)
     if items is None or callable(items) or not hasattr(items, '__getitem__') or len(items) != len(base):
@@ -161,8 +164,8 @@ def _equal(a, b) -> bool:
 
 
 def _frames_agree(a, b) -> bool:
-    """Are the rows of two frames the same, in their order? Each may be normalised and encoded by statistics of its own, as fastai does it,
-    so that a column need not equal the other, but go along with it."""
+    """Are the rows of two frames the same, in their order? Each may be normalised and encoded by statistics of its own,
+    as fastai does it, so that a column need not equal the other, but go along with it."""
     names = [c for c in a.columns if c in b.columns]
     n_told_apart = 0    # columns that could have differed
     all_equal = bool(names)
@@ -210,17 +213,17 @@ def _columns(base) -> list:
     held = getattr(base, 'tensors', None)
     if held is None:
         held = getattr(base, '__dict__', {}).values()
-    return [torch.as_tensor(t) for t in held if isinstance(t, torch.Tensor | np.ndarray) and t.ndim and len(t) == len(base) and _is_number(t)]
+    return [torch.as_tensor(t) for t in held if _is_of_numbers(t) and t.ndim and len(t) == len(base)]
 
 
-def _is_number(t) -> bool:
-    return isinstance(t, torch.Tensor) or t.dtype.kind in 'fiub'
+def _is_of_numbers(o) -> bool:
+    return isinstance(o, torch.Tensor) or isinstance(o, np.ndarray) and o.dtype.kind in 'fiub'
 
 
 def _content(item):
     if isinstance(item, torch.Tensor):
         return _values(item.detach())
-    if isinstance(item, np.ndarray) and _is_number(item):
+    if _is_of_numbers(item):
         return _values(torch.as_tensor(item))
     if type(item) in (tuple, list):
         contents = tuple(map(_content, item))

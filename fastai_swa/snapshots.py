@@ -1,4 +1,6 @@
-"""Models kept along one fit: `SnapshotCallback` validates them together as they come, `average_checkpoints` makes one of them."""
+"""Models kept along one fit: `SnapshotCallback` validates them together as they come, `average_checkpoints` makes one
+of them.
+"""
 import secrets
 import warnings
 import weakref
@@ -22,7 +24,7 @@ from .passes import copied_measures, refresh_bn, refreshable
 from .probabilities import Probabilities
 from .processes import Processes
 from .state import not_copied
-from .weights import load_into, read_index, write_index, write_weights
+from .weights import load_into, read_index, weights_of, write_index, write_weights
 
 __all__ = ['SnapshotCallback', 'average_checkpoints']
 
@@ -53,28 +55,31 @@ class _Fit:
 
 
 class SnapshotCallback(FitCallback):
-    """Keep the weights at the end of epoch `first` and of every `cycle_len`-th after it, and validate their growing ensemble.
+    """Keep the weights at the end of epoch `first` and of every `cycle_len`-th after it, and validate their growing
+    ensemble.
 
-    The columns `ens_valid_loss` and `ens_<metric>` are added to the learner's table, `nan` in epochs without a snapshot. A snapshot is the model
-    in training, so its predictions in the fit's own validation serve, and no pass is added; loss and metrics get the log of the mean
-    probability. Training is left exactly as it is. A later fit starts anew, in a folder of its own.
+    The columns `ens_valid_loss` and `ens_<metric>` are added to the learner's table, `nan` in epochs without a
+    snapshot. A snapshot is the model in training, so its predictions in the fit's own validation serve, and no pass is
+    added; loss and metrics get the log of the mean probability. Training is left exactly as it is. A later fit starts
+    anew, in a folder of its own.
 
-    With `folder` each snapshot is written there as it comes, and the index that `Ensemble(folder, learn)` reads; else they stay in the
-    host's memory. The folder is locked from before the first step to the end of the fit, and nothing in it is overwritten but what the
-    same fit wrote before it was interrupted.
+    With `folder` each snapshot is written there as it comes, and the index that `Ensemble(folder, learn)` reads; else
+    they stay in the host's memory. The folder is locked from before the first step to the end of the fit, and nothing
+    in it is overwritten but what the same fit wrote before it was interrupted.
 
-    What cannot be done does not end the training. A snapshot that cannot be kept, or an ensemble that cannot be validated (outputs that are not
-    one tensor, a metric that fails), is a warning, the columns are `nan`, and the end of the fit says how often; `ensemble` raises for
-    snapshots that were lost. Where a validation is skipped or cut at a snapshot, or is of other samples, that is said, and the columns are
-    `nan` from there on.
+    What cannot be done does not end the training. A snapshot that cannot be kept, or an ensemble that cannot be
+    validated (outputs that are not one tensor, a metric that fails), is a warning, the columns are `nan`, and the end
+    of the fit says how often; `ensemble` raises for snapshots that were lost. Where a validation is skipped or cut at a
+    snapshot, or is of other samples, that is said, and the columns are `nan` from there on.
 
-    Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used; before the first step `ValueError` for a folder with
-    the models of another fit, or a file that would be overwritten, `files.InUse`, a `RuntimeError`, if another run is writing there, and
-    `OSError` if it cannot be written.
+    Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used; before the first step
+    `ValueError` for a folder with the models of another fit, or a file that would be overwritten, `files.InUse`, a
+    `RuntimeError`, if another run is writing there, and `OSError` if it cannot be written.
     """
     order = Recorder.order + 6    # after the columns of a SWACallback
     remove_on_fetch = True
-    _stateattrs = '_fit', 'epochs', 'snapshots', '_sums', '_lost'    # an export carries the settings, not the snapshots
+    # an export carries the settings, not the snapshots
+    _stateattrs = '_fit', 'epochs', 'snapshots', '_sums', '_lost', '_id'
 
     def __init__(self,
         first:int,    # epoch of the first snapshot, from 0
@@ -96,22 +101,26 @@ class SnapshotCallback(FitCallback):
     def _forget(self):
         self.epochs = []    # after which a snapshot was kept
         self.snapshots = []    # their state dicts, or paths
-        self._sums = []    # of each validation batch: running sum over the snapshots, their number, and a fingerprint of its targets
+        self._sums = []    # of each validation batch: sum over the snapshots, their number, fingerprint of its targets
         self._lost = {}    # epoch whose snapshot could not be kept -> why
+        self._id = None    # of the fit that all this is of, which stands in its folder as well
 
     def ensemble(self, learn) -> Ensemble:
         """The snapshots as an `Ensemble` on the data of `learn`.
 
-        Raises `ValueError` if there are none, and `RuntimeError` if some could not be kept; `Ensemble(callback.snapshots, learn)` is of the others.
+        Raises `ValueError` if there are none, and `RuntimeError` if some could not be kept;
+        `Ensemble(callback.snapshots, learn)` is of the others.
         """
         if self._lost:
             epochs = ', '.join(map(str, self._lost))
             kept = ', '.join(map(str, self.epochs)) or 'none'
             where = 'in the `snapshots` of the callback' if self.folder is None else f'in {self.folder}'
-            raise RuntimeError(f'the snapshots of the epochs {epochs} could not be kept ({next(iter(self._lost.values()))}); '
+            why = next(iter(self._lost.values()))
+            raise RuntimeError(f'the snapshots of the epochs {epochs} could not be kept ({why}); '
                                f'those of the epochs {kept} are {where}')
         if not self.snapshots:
-            raise ValueError(f'no snapshot was taken: the first one is due at the end of epoch {self.first} (from 0), and the fit ended before')
+            raise ValueError(f'no snapshot was taken: the first one is due at the end of epoch {self.first} (from 0), '
+                             'and the fit ended before')
         res = Ensemble(self.snapshots, learn, activation=self.activation)
         res.epochs = list(self.epochs)
         return res
@@ -145,6 +154,7 @@ class SnapshotCallback(FitCallback):
         fit.has_begun = True
         if not fit.is_resumed:
             self._forget()
+            self._id = fit.id
         if self.folder is not None:
             fit.processes.first(self._claim)
 
@@ -232,7 +242,8 @@ class SnapshotCallback(FitCallback):
             raise RuntimeError('the predictions of an earlier snapshot are missing')
         total, n_before, targets_before = self._sums[i] if i < len(self._sums) else (None, None, None)
         if n_before != n - 1 or not np.allclose(targets_before, targets, rtol=1e-9, atol=1e-9, equal_nan=True):
-            self._give_up('the validation set gives other samples than at the first snapshot, as one that is shuffled does')
+            self._give_up('the validation set gives other samples than at the first snapshot, '
+                          'as one that is shuffled does')
             return
         self._sums[i] = fit.probabilities.merged(total, terms), n, targets
 
@@ -252,7 +263,8 @@ class SnapshotCallback(FitCallback):
             learn.pred, learn.loss, learn.loss_grad = kept
 
     def _give_up(self, why: str):
-        warnings.warn(f'{why}: from there on the growing ensemble is not validated, and its columns are nan', stacklevel=2)
+        warnings.warn(f'{why}: from there on the growing ensemble is not validated, and its columns are nan',
+                      stacklevel=2)
         self._fit.is_given_up = True
 
     def _log(self, values):
@@ -272,7 +284,8 @@ class SnapshotCallback(FitCallback):
         try:
             self._fit.lock = _folder_lock(self.folder)
         except InUse:
-            raise InUse(f'another run is writing its snapshots to {self.folder}: wait for it, or give each run a folder of its own') from None
+            raise InUse(f'another run is writing its snapshots to {self.folder}: wait for it, or give each run '
+                        'a folder of its own') from None
         _owners[self.folder] = self
 
     def _claim(self):
@@ -286,12 +299,13 @@ class SnapshotCallback(FitCallback):
         n_due = len(range(self.first, self.learn.n_epoch, self.cycle_len))
         for i in range(len(self.snapshots), n_due):
             if self._file(i).exists():
-                raise ValueError(f'{self._file(i)} is there already, and this fit would overwrite it: give another folder, or move it away')
+                raise ValueError(f'{self._file(i)} is there already, and this fit would overwrite it: give '
+                                 'another folder, or move it away')
         self._write_index()    # from now on what is written there is known to be of this fit
 
     def _keep(self):
         if self.folder is None:
-            snapshot = _copied(self.learn.model)
+            snapshot = weights_of(self.learn.model)
         else:
             snapshot = self._fit.processes.first(self._write)
         self.snapshots.append(snapshot)
@@ -299,7 +313,7 @@ class SnapshotCallback(FitCallback):
 
     def _write(self) -> str:
         file = self._file(len(self.snapshots))
-        write_weights(file, _copied(self.learn.model))
+        write_weights(file, weights_of(self.learn.model))
         self._write_index(file)
         return str(file)
 
@@ -316,27 +330,39 @@ class SnapshotCallback(FitCallback):
     # for checkpoints
 
     def fit_settings(self) -> dict:
-        return {'first': self.first, 'cycle_len': self.cycle_len, 'folder': None if self.folder is None else str(self.folder)}
+        folder = None if self.folder is None else str(self.folder)
+        return {'first': self.first, 'cycle_len': self.cycle_len, 'folder': folder}
 
     def state_dict(self) -> dict:
-        return {'epochs': list(self.epochs), 'snapshots': list(self.snapshots), 'sums': list(self._sums), 'lost': [list(pair) for pair in self._lost.items()],
-                'fit': self._fit.id if self._fit else None}
+        fit = self._fit
+        if fit is not None and not fit.has_begun and not fit.is_resumed:    # what is here is of an earlier fit
+            return {'epochs': [], 'snapshots': [], 'sums': [], 'lost': [], 'fit': fit.id}
+        return {
+            'epochs': list(self.epochs),
+            'snapshots': list(self.snapshots),
+            'sums': list(self._sums),
+            'lost': [list(pair) for pair in self._lost.items()],
+            'fit': self._id,
+        }
 
     def load_state_dict(self, state: dict):
-        "Take over a `state_dict`. Raises `ValueError` if one of its files is missing, or the folder is another fit's by now."
+        """Take over a `state_dict`. Raises `ValueError` if one of its files is missing, or the folder is another fit's
+        by now."""
         missing = [s for s in state['snapshots'] if isinstance(s, str) and not Path(s).is_file()]
         if missing:
             raise ValueError(f'{missing[0]} is missing: this fit wrote it before it was interrupted')
         index = {} if self.folder is None else _index_of(self.folder)
-        if state['fit'] is not None and index.get('fit', state['fit']) != state['fit']:
-            raise ValueError(f'folder {self.folder} holds the models of another fit by now, not those that this one wrote before it was interrupted')
+        if index.get('fit', state['fit']) != state['fit']:
+            raise ValueError(f'folder {self.folder} holds the models of another fit by now, not those that this one '
+                             'wrote before it was interrupted')
         self.epochs = list(state['epochs'])
         self.snapshots = list(state['snapshots'])
         self._sums = list(state['sums'])
         self._lost = dict(map(tuple, state['lost']))
+        self._id = state['fit']
         if self._fit is not None:
             self._fit.is_resumed = True
-            self._fit.id = state['fit'] or self._fit.id
+            self._fit.id = state['fit']
 
 
 def _folder_lock(folder: Path) -> Lock:
@@ -355,11 +381,6 @@ def _index_of(folder: Path) -> dict:
         return {}
 
 
-def _copied(model) -> dict:
-    "The state dict of `model`, on the CPU, in tensors of its own."
-    return {k: v.detach().to('cpu', copy=True) if isinstance(v, torch.Tensor) else v for k, v in unwrap(model).state_dict().items()}
-
-
 def _fingerprint(targets) -> list[float]:
     "Numbers that other targets, or the same in another order, do not have."
     res = []
@@ -373,21 +394,32 @@ def _fingerprint(targets) -> list[float]:
 def average_checkpoints(paths, model, loader=None, **kwargs) -> nn.Module:
     """The mean of the weights in the files `paths`, in a clean copy of `model`, with batch norm refreshed.
 
-    - `model`: a learner with a model of their architecture, on whose training set batch norm is refreshed as a `SWACallback` does it; or a
-      module, with a `loader` of training batches and `kwargs` for `update_bn`, if it has batch norm. Neither is changed.
+    - `model`: a learner with a model of their architecture, on whose training set batch norm is refreshed as a
+      `SWACallback` does it; or a module, with a `loader` of training batches and `kwargs` for `update_bn`, if it has
+      batch norm. Neither is changed.
 
-    Izmailov et al. 2018, Algorithm 1. Raises `ValueError` if `paths` is empty, if weights do not fit or a file is damaged, or without the loader
-    that is needed; `FileNotFoundError` for a missing file. They name it.
+    Izmailov et al. 2018, Algorithm 1. Raises `ValueError` if `paths` is empty, if weights do not fit or a file is
+    damaged, or without the loader that is needed; `FileNotFoundError` for a missing file. They name it.
     """
-    paths, learn = [paths] if isinstance(paths, str | Path) else list(paths), model if isinstance(model, Learner) else None
-    if not paths: raise ValueError('paths is empty: there is nothing to average')
-    if learn is not None: model = learn.model
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    if not paths:
+        raise ValueError('paths is empty: there is nothing to average')
+    learn = model if isinstance(model, Learner) else None
+    if learn is not None:
+        model = learn.model
     current = clean_copy(model, () if learn is None else not_copied(learn))
     average = WeightAverage(current)
-    for path in paths: average.update(load_into(current, path))
+    for path in paths:
+        average.update(load_into(current, path))
     names = list(tracked_bn(average.swa_model)) if learn is None else refreshable(learn)
-    if names and loader is not None: update_bn(loader, average.swa_model, **kwargs)
-    elif names and learn is not None:
-        with average.lent_to(learn.model): refresh_bn(learn, names, None, in_fit=False)
-    elif names: raise ValueError('loader is needed: the model has batch norm, whose statistics belong to other weights than the mean')
+    if not names:
+        return average.swa_model
+    if loader is not None:
+        update_bn(loader, average.swa_model, **kwargs)
+    elif learn is not None:
+        with average.lent_to(learn.model):
+            refresh_bn(learn, names, None, in_fit=False)
+    else:
+        raise ValueError('loader is needed: the model has batch norm, whose statistics belong to other weights than '
+                         'the mean')
     return average.swa_model

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .files import replacing
-from .modules import plain_name, unwrap
+from .modules import in_train_mode, plain_name, unwrap, written_in_train_mode
 
 __all__ = ['check_weights_file', 'load_into', 'read_index', 'weights_of', 'write_index', 'write_weights']
 
@@ -26,8 +26,8 @@ def read_weights(file: Path) -> dict:
     try:
         weights = torch.load(file, map_location='cpu', weights_only=True)
     except Exception:
-        raise ValueError(f'{file} holds more than weights, such as an optimizer: save them with learn.save(name, with_opt=False), or '
-                         'torch.save(model.state_dict(), file)') from None
+        raise ValueError(f'{file} holds more than weights, such as an optimizer: save them with '
+                         'learn.save(name, with_opt=False), or torch.save(model.state_dict(), file)') from None
     if isinstance(weights, dict):
         weights = weights.get('model', weights)
     if not isinstance(weights, dict):
@@ -52,26 +52,43 @@ def check_weights_file(file: Path):
 
 
 def weights_of(source) -> dict:
-    "The state dict in a file, of a module (on the CPU; its own tensors, where they are there), or one under plain names."
+    """The state dict in a file, of a module, or one under plain names; on the CPU.
+
+    Of a module it is a copy, of the weights as training has them, where its `eval()` moves them.
+    """
     if isinstance(source, str | Path):
         return read_weights(Path(source))
     if isinstance(source, dict):
         return {plain_name(k): v for k, v in source.items()}
-    return {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in unwrap(source).state_dict().items()}
+    with in_train_mode(source):
+        return {k: _copied(v) for k, v in unwrap(source).state_dict().items()}
+
+
+def _copied(value):
+    "A tensor's copy; what else a state dict holds is the module's extra state."
+    return value.detach().to('cpu', copy=True) if isinstance(value, torch.Tensor) else value
 
 
 def load_into(module: nn.Module, weights, name: str = '') -> nn.Module:
-    "`module` with the `weights`, a state dict called `name` or a path. Raises `FileNotFoundError` or `ValueError`, naming it, if they do not serve."
+    """`module` with the `weights`, a module, a state dict called `name`, or a path; where modes move weights, these are
+    the ones in train mode.
+
+    Raises `FileNotFoundError` or `ValueError`, naming it, if they do not serve.
+    """
+    state = weights_of(weights)
     try:
-        module.load_state_dict(weights_of(weights))
+        with written_in_train_mode(module):
+            module.load_state_dict(state)
     except RuntimeError as e:
         name = weights if isinstance(weights, str | Path) else name
-        raise ValueError(f'{name} does not hold weights of this architecture: {" ".join(str(e).split())[:200]}') from None
+        fault = ' '.join(str(e).split())[:200]
+        raise ValueError(f'{name} does not hold weights of this architecture: {fault}') from None
     return module
 
 
 def write_index(folder: Path, files: list[str], **content):
-    "What `folder` holds, in one step: the names of its `files` of weights in their order, and plain `content`. Raises `OSError`."
+    """What `folder` holds, in one step: the names of its `files` of weights in their order, and plain `content`. Raises
+    `OSError`."""
     with replacing(folder/'index.json') as f:
         f.write(json.dumps({'format': _FORMAT, 'files': files, **content}, indent=1).encode())
 

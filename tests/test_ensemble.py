@@ -1,4 +1,5 @@
 """Ensembles: what they predict, how they are combined, what they are made from."""
+import copy
 import itertools
 import math
 import warnings
@@ -22,6 +23,7 @@ from fastai_swa.vision import digits, digits_net
 from torch import nn
 from torch.nn import functional as F
 
+from . import lora
 from .helpers import learner, loaders, net
 
 
@@ -669,3 +671,58 @@ def test_targets_in_a_column_as_tabular_data_have_them_can_be_stacked():
         assert ens.get_preds()[1].shape == (60, 1)
         ens.stack(other.valid)
         assert ens.combine == 'stack' and ens.validate(dl=dls.test_dl(df.iloc[90:], with_labels=True))[1] > .5
+
+
+# models whose modes move weights
+
+@pytest.mark.parametrize('is_training', [True, False])
+@pytest.mark.parametrize('kind', lora.models)
+def test_members_whose_eval_merges_weights_predict_as_they_do_alone_and_come_back_bitwise(kind, is_training, tmp_path):
+    learn = learner()
+    models = [lora.models[kind]() for _ in range(3)]
+    expected = naive([copy.deepcopy(m) for m in models], learn)
+    for m in models:
+        m.train(is_training)
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in models]
+    ens = Ensemble(models, learn, archs=models)
+    torch.testing.assert_close(ens.get_preds()[0].double(), expected, rtol=0, atol=2e-6)
+    ens.save(tmp_path)
+    for m, was in zip(models, before):
+        assert m.training == is_training and all(torch.equal(v, was[k]) for k, v in m.state_dict().items())
+    for m in models:
+        m.train(not is_training)    # of whatever form the architectures are
+    again = Ensemble.load(tmp_path, learn, archs=models)
+    torch.testing.assert_close(again.get_preds()[0].double(), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize('kind', lora.models)
+def test_snapshots_are_of_the_weights_as_training_has_them_and_average_as_such(kind):
+    seen = []
+    class Look(Callback):
+        def after_batch(self):
+            if self.training and self.iter == self.n_iter - 1:
+                seen.append({k: v.detach().clone() for k, v in self.model.state_dict().items()})
+    learn = learner(model=lora.models[kind])
+    ens = learn.fit_snapshots(3, 1, .05, cbs=Look())
+    last = learn.recorder.values[-1]
+    for weights, expected in zip(ens.members, seen, strict=True):
+        assert all(torch.equal(v, expected[k]) for k, v in weights.items())
+    assert list(ens.validate()) == pytest.approx(list(last[-2:]), rel=1e-5)
+    torch.testing.assert_close(ens[-1].get_preds()[0], learn.get_preds()[0], rtol=0, atol=2e-6)
+
+
+class OwnEval(nn.Linear):
+    "Has an `eval` of its own, which PyTorch calls for the outermost module alone."
+    def eval(self):
+        self.is_ready = True
+        return super().eval()
+
+    def forward(self, x):
+        return super().forward(x)*(2 if getattr(self, 'is_ready', False) else 1)
+
+
+def test_the_eval_of_a_member_is_called_as_if_it_were_alone():
+    learn = learner()
+    models = [OwnEval(6, 3) for _ in range(2)]
+    expected = naive(copy.deepcopy(models), learn)
+    torch.testing.assert_close(Ensemble(models, learn).get_preds()[0].double(), expected, rtol=0, atol=5e-7)

@@ -15,7 +15,8 @@ def common(a, b):
 
 
 def numbers(seed, n=60, inputs=None):
-    "`Datasets` whose items are numbers, of a source of their own for each `seed`; the transforms are new objects each time."
+    """`Datasets` whose items are numbers, of a source of their own for each `seed`; the transforms are new objects each
+    time."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 4, generator=g) if inputs is None else inputs
     y = torch.randn(n, generator=g)

@@ -587,3 +587,15 @@ def test_two_processes_on_one_folder_end_with_one_set_of_models_and_one_refusal(
     learn = learner(seed=winner)
     with learn.no_bar(), learn.no_logging(): ref = learn.fit_snapshots(20, 1, .1)
     torch.testing.assert_close(Ensemble(tmp_path/'a', learn).get_preds()[0], ref.get_preds()[0])    # with other threads
+
+
+def test_a_second_fit_of_one_callback_that_is_interrupted_at_once_does_not_inherit_the_first_ones_snapshots(tmp_path):
+    def fits(learn, stop):
+        learn.add_cb(snapshots := SnapshotCallback(0))
+        learn.fit(2, .1)
+        learn.fit(2, .1, cbs=[CheckpointCallback(tmp_path/'x.ckpt'), *stop])
+        return snapshots
+    with pytest.raises(KeyboardInterrupt):
+        fits(learner(), [At('before_batch', 0, raising(KeyboardInterrupt()), batch=2, training=True)])
+    snapshots = fits(learner(), [])
+    assert snapshots.epochs == [0, 1] and len(snapshots.snapshots) == 2

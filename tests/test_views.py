@@ -52,7 +52,7 @@ READINGS = {
     'confusion_matrix': (ClassificationInterpretation, lambda interp: interp.confusion_matrix()),
     'most_confused': (ClassificationInterpretation, lambda interp: [count for *_, count in interp.most_confused()]),
     'items': (ClassificationInterpretation, lambda interp: interp[[3, 5, 8]][1].numpy()),
-    'decoded': (SegmentationInterpretation, lambda interp: interp[torch.tensor([1, 2])][3].numpy()),
+    'of a tensor of places': (SegmentationInterpretation, lambda interp: interp[torch.tensor([1, 2])][1].numpy()),
     'a class of the user': (Own, lambda interp: interp.scores()),
 }
 
