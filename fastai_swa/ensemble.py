@@ -11,6 +11,7 @@ from fastcore.foundation import L, noop
 from torch import nn
 from torch.nn import functional as F
 
+from .files import save_weights
 from .fitting import no_fit
 from .interrupts import uninterrupted, unwound_whole
 from .modules import Kept, clean_copy, has_own_modes, unwrap
@@ -19,7 +20,7 @@ from .probabilities import Probabilities, as_probabilities, features, vote
 from .samples import Samples, in_common
 from .state import not_copied
 from .views import lending
-from .weights import check_weights_file, load_into, read_index, weights_of, write_index, write_weights
+from .weights import check_weights_file, load_into, read_index, weights_of, write_index
 
 __all__ = ['Ensemble']
 
@@ -254,7 +255,7 @@ class Ensemble:
         folder.mkdir(parents=True, exist_ok=True)
         files = [f'member-{i + 1:02}.pth' for i in range(len(weights))]
         for file, w in zip(files, weights):
-            write_weights(folder/file, w)
+            save_weights(folder/file, w)
         write_index(folder, files, epochs=self.epochs, combine=self.combine, stacking=self.stacking,
                     activation=self.probabilities.kind)
 

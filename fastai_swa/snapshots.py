@@ -17,14 +17,14 @@ from .averaging import WeightAverage
 from .batchnorm import check_count, tracked_bn, update_bn
 from .columns import complete_row, insert_columns, plain_values, recorder_of
 from .ensemble import Ensemble, one_tensor
-from .files import InUse, Lock
+from .files import InUse, Lock, save_weights
 from .fitting import FitCallback, SideWork, is_fitting
-from .modules import clean_copy, unwrap
+from .modules import clean_copy, set_modes
 from .passes import copied_measures, refresh_bn, refreshable
 from .probabilities import Probabilities
 from .processes import Processes
 from .state import not_copied
-from .weights import load_into, read_index, weights_of, write_index, write_weights
+from .weights import load_into, read_index, weights_of, write_index
 
 __all__ = ['SnapshotCallback', 'average_checkpoints']
 
@@ -313,7 +313,7 @@ class SnapshotCallback(FitCallback):
 
     def _write(self) -> str:
         file = self._file(len(self.snapshots))
-        write_weights(file, weights_of(self.learn.model))
+        save_weights(file, weights_of(self.learn.model))
         self._write_index(file)
         return str(file)
 
@@ -408,18 +408,20 @@ def average_checkpoints(paths, model, loader=None, **kwargs) -> nn.Module:
     if learn is not None:
         model = learn.model
     current = clean_copy(model, () if learn is None else not_copied(learn))
+    modes = [m.training for m in current.modules()]
     average = WeightAverage(current)
     for path in paths:
         average.update(load_into(current, path))
-    names = list(tracked_bn(average.swa_model)) if learn is None else refreshable(learn)
-    if not names:
-        return average.swa_model
-    if loader is not None:
-        update_bn(loader, average.swa_model, **kwargs)
-    elif learn is not None:
-        with average.lent_to(learn.model):
-            refresh_bn(learn, names, None, in_fit=False)
-    else:
+    swa_model = average.swa_model
+    if learn is not None and loader is None:
+        names = refreshable(learn)
+        if names:
+            with average.lent_to(learn.model):
+                refresh_bn(learn, names, None, in_fit=False)
+    set_modes(swa_model, dict(zip(swa_model.modules(), modes)))    # it is averaged in train mode, where modes move weights
+    if learn is None and loader is None and tracked_bn(swa_model):
         raise ValueError('loader is needed: the model has batch norm, whose statistics belong to other weights than '
                          'the mean')
-    return average.swa_model
+    if loader is not None:
+        update_bn(loader, swa_model, **kwargs)
+    return swa_model

@@ -77,8 +77,8 @@ class _ViewOf:
             for context in self.contexts[len(now):]:
                 stack.enter_context(context.enter())
             if [c.version() for c in self.contexts] != self.versions:
-                raise RuntimeError(f'this was made inside {self.names}, which would predict with other weights now than '
-                                   'it did then: make it again')
+                raise RuntimeError(f'this was made inside {self.names}, which would predict with other weights now '
+                                   'than it did then: make it again')
             yield
 
     def is_entered(self) -> bool:

@@ -6,18 +6,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .files import replacing
+from .files import write_text
 from .modules import in_train_mode, plain_name, unwrap, written_in_train_mode
 
-__all__ = ['check_weights_file', 'load_into', 'read_index', 'weights_of', 'write_index', 'write_weights']
+__all__ = ['check_weights_file', 'load_into', 'read_index', 'weights_of', 'write_index']
 
 _FORMAT = 'fastai_swa ensemble 1'
-
-
-def write_weights(file: Path, weights: dict):
-    "A state dict, in one step. Raises `OSError`; `file` is then as before."
-    with replacing(file) as f:
-        torch.save(weights, f)
 
 
 def read_weights(file: Path) -> dict:
@@ -89,8 +83,7 @@ def load_into(module: nn.Module, weights, name: str = '') -> nn.Module:
 def write_index(folder: Path, files: list[str], **content):
     """What `folder` holds, in one step: the names of its `files` of weights in their order, and plain `content`. Raises
     `OSError`."""
-    with replacing(folder/'index.json') as f:
-        f.write(json.dumps({'format': _FORMAT, 'files': files, **content}, indent=1).encode())
+    write_text(folder/'index.json', json.dumps({'format': _FORMAT, 'files': files, **content}, indent=1))
 
 
 def read_index(folder: Path) -> dict:

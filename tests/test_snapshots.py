@@ -24,6 +24,7 @@ from fastai_swa.schedules import fge_lr_factor, snapshot_lr_factor
 from fastai_swa.vision import digits
 from torch import nn
 
+from . import lora
 from .helpers import At, assert_close, assert_same, column, fingerprint, learner, loaders, net, raising
 
 N_STEPS = 6
@@ -215,6 +216,60 @@ def test_checkpoints_average_to_the_mean_of_their_weights_for_any_module(tmp_pat
     with pytest.raises(ValueError, match='0.pth does not hold weights of this architecture'): average_checkpoints(paths, net(width=9))
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path/'plain.pth')
     assert torch.equal(average_checkpoints(tmp_path/'plain.pth', nn.Linear(2, 2)).weight, torch.load(tmp_path/'plain.pth')['weight'])    # no batch norm: no loader
+
+
+class NormEval(nn.Sequential):
+    "Keeps its batch norm in eval mode, as mmdetection's `norm_eval` does."
+    def train(self, mode=True):
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+def frozen_net():
+    layers = [nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)]
+    return NormEval(*layers)
+
+
+@pytest.mark.parametrize('of', ['learner', 'module'])
+@pytest.mark.parametrize('is_training', [True, False])
+def test_batch_norm_that_the_models_train_keeps_frozen_stays_so_when_checkpoints_are_averaged(tmp_path, of, is_training):
+    learn = learner(model=frozen_net)
+    ens = learn.fit_snapshots(3, 1, .1, tmp_path)
+    learn.model.train(is_training)
+    arguments = (learn,) if of == 'learner' else (learn.model, learn.dls.train.new(shuffle=False, drop_last=False))
+    average = average_checkpoints(ens.members, *arguments)
+    last = torch.load(ens.members[-1], weights_only=True)
+    for name in 'running_mean', 'running_var':
+        assert torch.equal(average.state_dict()[f'1.{name}'], last[f'1.{name}'])
+        assert not torch.equal(average.state_dict()[f'4.{name}'], last[f'4.{name}'])
+
+
+def test_a_learners_bn_freeze_counts_when_checkpoints_are_averaged(tmp_path):
+    learn = learner(cbs=BnFreeze())
+    for p in learn.model[1].parameters():
+        p.requires_grad_(False)
+    ens = learn.fit_snapshots(2, 1, .1, tmp_path)
+    average, last = average_checkpoints(ens.members, learn), torch.load(ens.members[-1], weights_only=True)
+    assert torch.equal(average[1].running_mean, last['1.running_mean'])
+    assert not torch.equal(average[5].running_mean, last['5.running_mean'])
+
+
+@pytest.mark.parametrize('is_training', [True, False])
+@pytest.mark.parametrize('kind', lora.models)
+def test_checkpoints_of_models_whose_modes_move_weights_average_as_training_has_them(tmp_path, kind, is_training):
+    torch.manual_seed(0)
+    models, paths = [lora.models[kind]() for _ in range(3)], [tmp_path/f'{i}.pth' for i in range(3)]
+    for m, path in zip(models, paths):
+        torch.save(m.state_dict(), path)    # in train mode
+    expected = {k: sum(m.state_dict()[k].double() for m in models)/3 for k, _ in models[0].named_parameters()}
+    model = lora.models[kind]()
+    before = {k: v.clone() for k, v in model.train(is_training).state_dict().items()}
+    average = average_checkpoints(paths, model, [(torch.randn(16, 6), 0) for _ in range(3)])
+    assert average.training == is_training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    average.train()
+    for k, v in average.named_parameters():
+        torch.testing.assert_close(v.double(), expected[k], rtol=1e-5, atol=1e-6)
 
 
 # files
@@ -476,9 +531,9 @@ def test_a_snapshot_that_cannot_be_written_is_raised_at_the_end_and_the_others_a
     def full(file, weights):
         if learn.epoch == 1:
             raise OSError(28, 'No space left on device')
-        return write_weights(file, weights)
-    write_weights = snapshots_file.write_weights
-    monkeypatch.setattr(snapshots_file, 'write_weights', full)
+        return save_weights(file, weights)
+    save_weights = snapshots_file.save_weights
+    monkeypatch.setattr(snapshots_file, 'save_weights', full)
     learn = learner()
     with pytest.warns(UserWarning, match='keeping a snapshot failed, and training goes on; the ensemble lacks it: OSError: .*No space left'), \
          pytest.raises(RuntimeError, match=r'the snapshots of the epochs 1 could not be kept \(.*No space left on device\); those of the epochs 0, 2 are in'):
@@ -491,13 +546,13 @@ def test_a_snapshot_that_cannot_be_written_is_raised_at_the_end_and_the_others_a
 
 
 def test_what_was_lost_before_an_interruption_is_known_after_it(tmp_path, monkeypatch):
-    write_weights = snapshots_file.write_weights
+    save_weights = snapshots_file.save_weights
     def full(file, weights): raise OSError('full')
     def fit(stop=()): return learner().fit_snapshots(3, 1, .1, tmp_path/'a', cbs=[CheckpointCallback(tmp_path/'x.ckpt'), *stop])
-    monkeypatch.setattr(snapshots_file, 'write_weights', full)
+    monkeypatch.setattr(snapshots_file, 'save_weights', full)
     with pytest.warns(UserWarning, match='keeping a snapshot failed'), pytest.raises(KeyboardInterrupt):
         fit([At('before_batch', 1, raising(KeyboardInterrupt()), batch=2, training=True)])
-    monkeypatch.setattr(snapshots_file, 'write_weights', write_weights)
+    monkeypatch.setattr(snapshots_file, 'save_weights', save_weights)
     with pytest.raises(RuntimeError, match='the snapshots of the epochs 0 could not be kept .* those of the epochs 1, 2'): fit()
 
 

@@ -104,13 +104,13 @@ def test_a_view_passes_for_the_learner_but_its_model_and_training_are_refused_ou
     view = interp.learn
     assert isinstance(view, Learner) and view.dls is learn.dls and 'inside active()' in repr(view)
     with pytest.raises(RuntimeError, match=r"'model' is the model's, which has other weights outside of active\(\)"):
-        view.model
+        view.model    # noqa: B018
     with pytest.raises(RuntimeError, match='fit inside active'):
         view.fit(1)
     with pytest.raises(TypeError, match='cannot be copied or pickled'):
         copy.deepcopy(interp)
     with pytest.raises(AttributeError):
-        view.no_such_name
+        view.no_such_name    # noqa: B018
     view.path = 'elsewhere'
     assert learn.path == 'elsewhere'
 

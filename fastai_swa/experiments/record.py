@@ -13,7 +13,6 @@ from ..files import read, save_weights, write, write_text
 from ..modules import unwrap
 from ..state import take
 from ..version import __version__
-from ..weights import write_weights
 from .recipes import parts, runs
 
 __all__ = ['Settings', 'Record', 'what_is_run', 'read_record', 'seed_files', 'weights_file', 'snapshots_folder', 'json_number', 'seconds_text',
