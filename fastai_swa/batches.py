@@ -5,10 +5,11 @@ from itertools import islice
 
 import torch
 from fastai.data.load import DataLoader
-from fastai.torch_core import apply, get_random_states, set_random_states
+from fastai.torch_core import apply
 from torch.utils.data import DataLoader as TorchDataLoader, IterableDataset
 
-from .state import generators
+from .holders import holder_kept
+from .randomness import libraries_kept, put, get, sources_in
 
 __all__ = ['fresh_loader', 'training_loader', 'share', 'KeptBatches']
 
@@ -44,24 +45,39 @@ def share(dl, processes, n_batches):
     return Share(inner, dl.rank, dl.world_size, dl.device)
 
 
-def fresh_loader(dl, **kwargs):
-    "A loader like `dl`, over the same data; `kwargs` as for fastai's `DataLoader.new`. `dl` itself where its class makes none."
+def fresh_loader(dl, processes=None, **kwargs):
+    """A loader like `dl`, over the same data; `kwargs` as for fastai's `DataLoader.new`. `dl` itself where its class makes none.
+
+    - `processes`: those that go through it together; they agree on the order by it, so that an error in one ends that in all.
+    """
     if isinstance(dl, DataLoader) and hasattr(dl, 'world_size'):    # fastai's DistributedDL, which has no `new`
-        return type(dl)(fresh_loader(dl.dl, **kwargs), dl.rank, dl.world_size, dl.device)
+        cls = type(dl) if processes is None else _agreeing(type(dl), processes)
+        return cls(fresh_loader(dl.dl, **kwargs), dl.rank, dl.world_size, dl.device)
     if isinstance(dl, DataLoader):
-        # at its first `new` a loader may send a sample through its transforms: what they draw must not depend on whether it is the first
-        states, kept = get_random_states(), [(put, get()) for _, get, put in generators(dl)]
-        try: new = dl.new(**kwargs)
-        except TypeError: return dl    # the constructor of a subclass asks for what `new` does not know
-        finally:
-            set_random_states(**states)
-            for put, state in kept: put(state)
+        # at its first `new` a loader may send a sample through its transforms: what they draw or count must not depend on whether it is the first
+        kept = [(source, get(source)) for _, source in sources_in([('loader', dl)])]
+        with libraries_kept(), holder_kept(dl):
+            try: new = dl.new(**kwargs)
+            except TypeError: return dl    # the constructor of a subclass asks for what `new` does not know
+            finally:
+                for source, state in kept: put(source, state)
         if dl.n is not None and new.dataset is dl.dataset: new.n = dl.n    # `new` forgets that the loader stops early
         return new
     if type(dl) is TorchDataLoader and dl.batch_size is not None and kwargs and not isinstance(dl.dataset, IterableDataset):
         names = 'dataset', 'batch_size', 'sampler', 'num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn', 'generator'
         return type(dl)(**{name: getattr(dl, name) for name in names}, **kwargs)
     return dl
+
+
+def _agreeing(cls, processes):
+    "fastai's loader for several processes, whose order comes from the first one by `processes`."
+    class Agreeing(cls):
+        def get_idxs(self):
+            idxs = list(self.dl.get_idxs())    # drawn in all, as fastai's does
+            self._agreed = processes.first(lambda: idxs)
+            return super().get_idxs()
+        def _broadcast(self, t, rank): return self._agreed
+    return Agreeing
 
 
 class KeptBatches:

@@ -95,13 +95,14 @@ class CheckpointCallback(FitCallback):
                 self._say_extended(was, settings, saved['state']['epoch'])
         elif past.fits:
             past.kept = [*past.kept[:len(past.fits) - 1], past.kept_by_last()]
-            past.end = take(learn)
+            past.end = take(learn, _first_held.get(learn))
             past.end['random'] = processes.gather(past.end['random'])
         past.changing = {k: settings[k] for k in _CHANGING}
         if any(getattr(dl, 'persistent_workers', False) for dl in loaders(learn)):
             warnings.warn('a loader has persistent_workers, whose random state is not in the checkpoint: a resumed fit draws other augmentations')
         attributes = plain_attributes(learn)
-        for name, cb in named_callbacks(learn): _first_seen.setdefault(cb, attributes.get(name, {}))
+        for name, cb in named_callbacks(learn): _first_seen.setdefault(cb, attributes.pop(name, {}))
+        _first_held.setdefault(learn, {path: attrs for path, attrs in attributes.items() if path not in dict(named_callbacks(learn))})
         self._fit.settings, self._fit.saved = settings, saved
         self._fit.is_past = bool(saved) and place < len(saved['fits']) - 1
 
@@ -175,7 +176,7 @@ class CheckpointCallback(FitCallback):
         recorder = recorder_of(learn)
         if learn.epoch > 0 and recorder is not None: self._rows.append(list(recorder.log))
         if not self._due(): return
-        state = take(learn, {name: _first_seen[cb] for name, cb in named_callbacks(learn) if cb in _first_seen})
+        state = take(learn, _settings_of_objects(learn))
         state['random'], state['data'] = fit.processes.gather(state['random']), _sizes(learn)
         content = {'fits': [*fit.past.fits, fit.settings], 'kept': fit.past.kept, 'end': fit.past.end, 'state': state}
         try: fit.processes.first(write, self.file, _KIND, _VERSION, content)
@@ -189,12 +190,9 @@ class CheckpointCallback(FitCallback):
         if state['data'] != _sizes(learn):
             raise ValueError(f'{self.file} is of a fit whose data were exchanged on the way ({_sizes(learn)}, then {state["data"]}: samples, batch '
                              'size, batches): it cannot go on')
-        for name, cb in named_callbacks(learn):    # what a callback has kept from an interruption in this process
-            kept = state['callbacks'].get(name, {})
-            vars(cb).update({k: unpack(v) for k, v in _first_seen.get(cb, {}).items() if k not in kept})
         recorder = recorder_of(learn)
         columns = None if recorder is None else recorder.metric_names
-        restore(learn, {**state, 'random': state['random'][fit.processes.rank]})
+        restore(learn, {**state, 'random': state['random'][fit.processes.rank]}, _settings_of_objects(learn))
         if recorder is not None: self._reorder_rows(recorder, list(columns))
         if fit.processes.rank: return
         number = f'fit {len(fit.past.fits) + 1}, ' * bool(fit.past.fits)
@@ -217,7 +215,8 @@ class CheckpointCallback(FitCallback):
         "End a fit that was completed before: the learner is as it was after that."
         fit.unmute()
         end, kept = fit.past.end, fit.past.kept[len(fit.past.fits)]
-        restore(self.learn, {**end, 'states': end['states'] | kept, 'random': end['random'][fit.processes.rank]})
+        state = {**end, 'states': end['states'] | kept, 'random': end['random'][fit.processes.rank]}
+        restore(self.learn, state, _first_held.get(self.learn))
         for cb in self.learn.cbs:
             if isinstance(cb, TrackerCallback): cb.run = False    # would load or save its best weights now
         fit.past.fits = [*fit.past.fits, fit.settings]
@@ -267,6 +266,12 @@ class _Past:
 _pasts = weakref.WeakKeyDictionary()    # learner -> file -> _Past
 _owners = weakref.WeakValueDictionary()    # file -> the callback that locked it last
 _first_seen = weakref.WeakKeyDictionary()    # callback -> its plain attributes before its first fit: settings, unless the fit changes them
+_first_held = weakref.WeakKeyDictionary()    # learner -> the same of data, modules, losses and what callbacks hold
+
+
+def _settings_of_objects(learn) -> dict:
+    "What `take` may leave out, since a new run of the program makes it again, and `restore` puts back where an interrupted fit has moved it."
+    return _first_held.get(learn, {}) | {name: _first_seen[cb] for name, cb in named_callbacks(learn) if cb in _first_seen}
 
 
 def _plain(cell):

@@ -1,6 +1,9 @@
-"""Passes through a learner's own loop, aside from its training: to validate other weights, to refresh batch norm."""
+"""Passes through a learner's own loop, aside from its training: to validate other weights, to refresh batch norm.
+
+Nothing that a pass changes may be seen by training. What is put back, and why, is one context manager for each, below.
+"""
 import copy
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -11,7 +14,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.callback.training import BnFreeze, ShortEpochCallback, bn_types
 from fastai.learner import AvgLoss, Recorder
-from fastai.torch_core import num_distrib, get_random_states, set_random_states, set_seed, to_detach
+from fastai.torch_core import num_distrib, to_detach
 from fastcore.foundation import L
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,42 +22,57 @@ from .batches import KeptBatches, fresh_loader, share, training_loader
 from .batchnorm import Moments, batch_moments, tracked_bn
 from .columns import plain_values
 from .fitting import is_fitting, no_fit    # noqa: F401
+from .holders import holders_kept, is_own, owned_modules, unrepeatable
+from .interrupts import unwound_whole
 from .modules import unwrap
-from .processes import Processes
-from .state import loaders, own_generators, owned_modules, seed_generators
+from .processes import PassFailed, Processes, Together
+from .randomness import randomness_kept, seed_all
 
-__all__ = ['PassCancelled', 'copied_measures', 'validate_aside', 'refresh_bn', 'refreshable', 'kept_batches',
-           'untouched', 'autocast_left', 'concerns_training', 'no_fit', 'is_fitting', 'check_engine']
+__all__ = ['PassCancelled', 'PassFailed', 'copied_measures', 'validate_aside', 'refresh_bn', 'refreshable', 'kept_batches', 'untouched',
+           'autocast_left', 'buffers_kept', 'concerns_training', 'no_fit', 'is_fitting', 'check_engine']
 
 
 class PassCancelled(Exception):
     "A callback cancelled a pass; it must not cancel the fit that the pass stands aside from."
 
 
+# the passes
+
 def validate_aside(learn, dl=None, in_fit: bool = True) -> list:
     """Loss and metrics of `learn.model` on the validation set, or on `dl`, as floats (`nan` where there is no value).
 
+    The model's buffers are afterwards what they were, also where a callback validates in train mode.
+
     - `in_fit`: as in `refresh_bn`.
 
-    Raises `PassCancelled` if a callback cancels it.
+    Raises `PassCancelled` if a callback cancels it, `ValueError` if the validation set can be gone through only once, and `PassFailed` if it failed in
+    another process.
     """
-    collector = _Collector(learn.metrics, Processes(learn))
-    with _aside(learn), _events_around(learn, in_fit), learn.added_cbs(collector): _run(learn, fresh_loader(learn.dls[1]) if dl is None else dl)
-    return plain_values(collector.measured)
+    if dl is None: _check_repeatable(learn, 1)
+    with _aside(learn), buffers_kept(learn.model), _events_around(learn, in_fit), _together(learn) as processes:
+        if dl is None: dl = fresh_loader(learn.dls[1], processes=processes)
+        collector = _Collector(learn.metrics, processes)
+        with _replaced(learn, 'model', _without_collectives(learn.model, processes)), learn.added_cbs(collector): _run(learn, dl)
+        return plain_values(collector.measured)
 
 
 def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None) -> Moments:
-    """Refresh the batch-norm layers `names` of `learn.model` on the training set, or `n_batches` of it, each sample once; or on `dl`.
+    """Refresh the batch-norm layers `names` of `learn.model` on the training set, or `n_batches` of it, each sample once; or on `dl`. Other buffers are
+    afterwards what they were.
 
     Outside a fit the events around a validation are sent as well: they set mixed precision and the like up and tear them down. Of
     several processes each takes a share of the samples, or `n_batches` of its own.
-    Raises `PassCancelled` if a callback cancels the pass; like any error that leaves the statistics as they were.
+    Raises `PassCancelled` if a callback cancels the pass, `ValueError` if the training set can be gone through only once, and `PassFailed` if it failed
+    in another process; like any error that leaves the statistics as they were.
     """
-    with _aside(learn), _events_around(learn, in_fit):
+    if dl is None: _check_repeatable(learn, 0)
+    model = unwrap(learn.model)
+    layers = {name: m for name, m in model.named_modules() if name in set(names)}
+    refreshed = [t for m in layers.values() for t in m._buffers.values()]
+    with _aside(learn), buffers_kept(model, but=refreshed), _events_around(learn, in_fit), _together(learn) as processes:
         model = unwrap(learn.model)    # data-parallel replicas would each keep statistics of their own
-        modules, processes = dict(model.named_modules()), Processes(learn)
         if dl is None: dl = share(learn.dls.train, processes, n_batches) if processes.size > 1 else training_loader(learn, n_batches)
-        with batch_moments(model, {name: modules[name] for name in names}, processes.gather if processes.size > 1 else None) as moments, \
+        with batch_moments(model, layers, processes.gather if processes.size > 1 else None) as moments, \
              _replaced(learn, 'model', model), learn.added_cbs(_EndBatch(moments)):
             _run(learn, dl)
     return moments
@@ -62,7 +80,16 @@ def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None) -> Mo
 
 def kept_batches(learn, n_batches: int | None = None, train: bool = True) -> KeptBatches:
     "Of the training set, each sample once, or `n_batches` of it; or of the validation set: for several passes over the same."
+    _check_repeatable(learn, 0 if train else 1)
     with _aside(learn): return KeptBatches(partial(training_loader, learn, n_batches) if train else partial(fresh_loader, learn.dls[1]))
+
+
+def _check_repeatable(learn, i):
+    "Raise `ValueError` if a pass through the `i`-th loader would use up what training needs."
+    used_up = unrepeatable(learn, i)
+    if used_up:
+        raise ValueError(f'{used_up[0]} can be gone through only once, and a pass aside from training would take from it what training needs: '
+                         'make it anew in `__iter__`, or hold it in an attribute of its own')
 
 
 def _events_around(learn, in_fit): return nullcontext() if in_fit or is_fitting(learn, '_do_fit') else learn.validation_context()
@@ -71,6 +98,26 @@ def _events_around(learn, in_fit): return nullcontext() if in_fit or is_fitting(
 def _run(learn, dl):
     try: learn._do_epoch_validate(dl=dl)
     except (CancelFitException, CancelEpochException, CancelTrainException): raise PassCancelled('a callback cancelled it') from None
+
+
+@contextmanager
+def _together(learn):
+    "The processes that make a pass together. An error in one of them ends the pass in all: each waits for the others at its end."
+    together = Together(Processes(learn))
+    try:
+        yield together
+    except Exception as e:
+        together.fail(e)
+        raise
+    together.check()
+
+
+def _without_collectives(model, processes):
+    "Within DistributedDataParallel each forward pass waits for the other processes, which may have failed; so the buffers are exchanged once."
+    if processes.size == 1: return model
+    model = unwrap(model)
+    processes.broadcast(model.buffers())
+    return model
 
 
 class _Collector(Callback):
@@ -90,6 +137,7 @@ class _Collector(Callback):
     def _whole_batch(self):
         learn = self.learn
         own = {k: vars(learn)[k] for k in ('pred', 'yb', 'loss')}
+        self.processes.check()
         pred, yb = learn.to_detach((learn.pred, learn.yb), cpu=False)
         vars(learn).update(pred=pred, yb=yb, loss=learn.loss_func(pred, *yb), to_detach=partial(to_detach, gather=False))
         try: yield
@@ -125,7 +173,29 @@ def _replaced(o, name, value):
     finally: setattr(o, name, old)
 
 
-LOOP = 'dl xb yb pred loss loss_grad iter n_iter training epoch n_epoch train_iter pct_train'.split()
+# what is put back
+
+@contextmanager
+def _aside(learn):
+    "Within this context the learner's loop runs without what concerns training; all that it changes is put back, however the context ends."
+    with ExitStack() as stack:
+        for context in (unwound_whole(), loop_state_kept(learn), progress_bars_kept(learn), randomness_kept(learn), holders_kept(learn),
+                        losses_kept(learn), muted(learn)):
+            stack.enter_context(context)
+        yield
+
+
+@contextmanager
+def untouched(learn, seed: int):
+    """Within this context passes can be made with other weights and without a progress bar for each, and all random generators begin with `seed`;
+    at its end, however that comes, learner and callbacks hold what they held, and the generators stand where they stood."""
+    with ExitStack() as stack:
+        for context in (unwound_whole(), attributes_kept(learn, *filter(is_own, learn.cbs)), autocast_left(), _aside(learn)):
+            stack.enter_context(context)
+        seed_all(learn, seed)
+        learn.cbs = L(cb for cb in learn.cbs if not isinstance(cb, ProgressCallback) and not concerns_training(cb))
+        yield
+
 
 def concerns_training(cb) -> bool:
     "Does `cb` record, watch, steer or end training, so that a pass aside from it must not reach it?"
@@ -135,57 +205,82 @@ def concerns_training(cb) -> bool:
 
 
 @contextmanager
-def _aside(learn):
-    "Within this context the learner's loop runs without what concerns training; all that it changes is put back."
-    muted = [cb for cb in learn.cbs if concerns_training(cb)]
-    runs = [(vars(cb), vars(cb).get('run')) for cb in muted]
-    loop = {name: vars(learn)[name] for name in LOOP if name in vars(learn)}
-    bars = [(vars(cb), vars(cb)['pbar']) for cb in learn.cbs if 'pbar' in vars(cb)]
-    losses = [m for root in owned_modules(learn.loss_func) for m in root.modules()]
-    modules = [(vars(m), dict(vars(m))) for m in (*unwrap(learn.model).modules(), *losses)]    # modes, and what a forward pass notes
-    buffers = [(b, b.clone()) for m in losses for b in m._buffers.values() if b is not None]
-    kept = [(put, get()) for _, get, put in own_generators(learn)]
-    rngs = [(vars(dl), vars(dl)['rng']) for dl in loaders(learn) if 'rng' in getattr(dl, '__dict__', {})]
-    states = get_random_states()
+def muted(learn):
+    "Callbacks that concern training get no event: the Recorder would add a row, a scheduler would move the rate."
+    runs = [(vars(cb), vars(cb).get('run', _UNSET)) for cb in learn.cbs if concerns_training(cb)]
     try:
         for attrs, _ in runs: attrs['run'] = False
         yield
     finally:
-        set_random_states(**states)
-        for put, state in kept: put(state)
-        for attrs, rng in rngs: attrs['rng'] = rng
-        for attrs, old in modules:
-            attrs.update(old)
-            for name in attrs.keys() - old.keys(): del attrs[name]
-        for b, old in buffers: b.copy_(old)
-        for attrs, bar in bars: attrs['pbar'] = bar
-        vars(learn).update(loop)
         for attrs, run in runs:
-            if run is None: attrs.pop('run', None)
+            if run is _UNSET: attrs.pop('run', None)
             else: attrs['run'] = run
+
+_UNSET = object()
 
 
 @contextmanager
-def untouched(learn, seed: int):
-    """Within this context passes can be made with other weights and without a progress bar for each, and all random generators begin with `seed`;
-    at its end, however that comes, learner and callbacks hold what they held, and the generators stand where they stood."""
-    kept = [(vars(o), dict(vars(o))) for o in (learn, *learn.cbs)]
-    held = [(v, copy.copy(v)) for cb in learn.cbs for v in vars(cb).values() if type(v) in (list, dict, set)]    # what a callback collects
-    grads = [(p, None if p.grad is None else p.grad.clone()) for m in owned_modules(learn.loss_func) for p in m.parameters()]
-    with autocast_left(), _aside(learn):
-        try:
-            set_seed(seed)
-            seed_generators(learn, seed)
-            learn.cbs = L(cb for cb in learn.cbs if not isinstance(cb, ProgressCallback) and not concerns_training(cb))
-            yield
+def loop_state_kept(learn):
+    "The loop's place (batch, loss, epoch ...) is training's again: a pass within an epoch writes over it."
+    loop = {name: vars(learn)[name] for name in LOOP if name in vars(learn)}
+    try: yield
+    finally: vars(learn).update(loop)
+
+LOOP = 'dl xb yb pred loss loss_grad iter n_iter training epoch n_epoch train_iter pct_train'.split()
+
+
+@contextmanager
+def progress_bars_kept(learn):
+    "The bar of the epoch stays the callback's: a validation puts one of its own in its place, and closes it."
+    bars = [(vars(cb), vars(cb)['pbar']) for cb in learn.cbs if 'pbar' in vars(cb)]
+    try: yield
+    finally:
+        for attrs, bar in bars: attrs['pbar'] = bar
+
+
+@contextmanager
+def attributes_kept(*objects):
+    "The attributes of `objects` are bound to what they were bound to."
+    kept = [(vars(o), dict(vars(o))) for o in objects]
+    try: yield
+    finally:
+        for attrs, old in kept:
+            attrs.clear()
+            attrs.update(old)
+
+
+@contextmanager
+def losses_kept(learn):
+    "The buffers and gradients of losses that are modules, however large: a validation counts in them, and their parameters are in no optimizer of a pass."
+    model = set(unwrap(learn.model).modules())
+    losses = [m for root in owned_modules(learn.loss_func) for m in root.modules() if m not in model]    # GANLoss holds the model
+    grads = [(p, None if p.grad is None else p.grad.clone()) for m in losses for p in m._parameters.values() if p is not None]
+    with ExitStack() as stack:
+        for m in losses: stack.enter_context(buffers_kept(m, recurse=False))
+        try: yield
         finally:
-            for attrs, old in kept:
-                attrs.clear()
-                attrs.update(old)
-            for o, old in held:
-                o.clear()
-                o.extend(old) if isinstance(o, list) else o.update(old)
             for p, grad in grads: p.grad = grad
+
+
+@contextmanager
+def buffers_kept(module, but=(), recurse=True):
+    """The buffers of `module`, all but the tensors `but`, are bitwise what they were, under the names that they had: batch norm in train mode and
+    observers of quantization move theirs in a validation, too."""
+    skipped = {id(t) for t in but}
+    modules = unwrap(module).modules() if recurse else [module]
+    names = [(m._buffers, dict(m._buffers)) for m in modules]
+    tensors = {id(t): t for _, old in names for t in old.values() if t is not None and id(t) not in skipped}
+    kept = [(t, t.data, t.detach().clone()) for t in tensors.values()]    # the second keeps storage and shape, should the tensor get others
+    try: yield
+    finally:
+        for now, old in names:
+            if now.keys() != old.keys() or any(now[k] is not t for k, t in old.items()):
+                now.clear()
+                now.update(old)
+        with torch.no_grad():
+            for t, data, old in kept:
+                if t.data_ptr() != data.data_ptr() or t.shape != data.shape or t.dtype != data.dtype: t.data = data
+                if t.device.type != 'cpu' or not torch.equal(t, old): t.copy_(old)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {'interrupts', 'version'},
     {'modules', 'files', 'processes', 'packing'},
-    {'averaging', 'batchnorm', 'schedules', 'geometry', 'probabilities', 'weights'},
+    {'averaging', 'batchnorm', 'schedules', 'geometry', 'probabilities', 'weights', 'holders'},
     {'vision', 'randomness', 'fitting', 'columns', 'surfaces', 'samples', 'views'},
     {'state'},
     {'batches'},

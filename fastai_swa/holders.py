@@ -1,0 +1,591 @@
+"""What a learner holds beside its weights: loaders, samplers, data sets, transforms, modules, losses, callbacks and the objects in them. Found without
+running any of it, noted, and put back.
+
+No data set is iterated, since that runs its transforms; no property is read, and no method of a user's class is called.
+"""
+import io
+import itertools
+import sys
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache, partial
+from types import CellType, FunctionType, GeneratorType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
+
+import numpy as np
+import torch
+from fastai.callback.core import Callback
+from fastai.data.load import DataLoader
+from fastai.learner import Learner, Recorder
+from fastai.optimizer import _BaseOptimizer
+from fastcore.foundation import L
+from torch import nn
+from torch.utils import data
+
+from .modules import unwrap
+from .packing import elements, is_record, put_elements, shared_memory
+
+__all__ = ['roots', 'walk', 'attributes', 'namespace', 'nested', 'holders_kept', 'holder_kept', 'unrepeatable', 'loaders', 'named_callbacks',
+           'keeps_state', 'owned_modules', 'is_own', 'can_hold', 'set_attribute', 'is_used_up', 'name_once', 'readable']
+
+MAX_LEAVES = 10_000    # of the containers, arrays and tensors that one object holds, for them to be kept
+MAX_BYTES = 1_000_000
+_MAX_OBJECTS = 100    # a longer container holds samples, not transforms and the like: it is not searched for objects that hold something
+
+CONTAINERS = (list, tuple, dict, set, deque, bytearray)
+_ATOMS = {type(None), bool, int, float, complex, str, bytes, range, torch.Size, torch.dtype, torch.device}
+
+
+# what stands where in a learner
+
+def loaders(learn) -> list:
+    "The loaders of `learn`, also where its `dls` is no `DataLoaders` but an object with `train` and `valid`."
+    own = getattr(learn.dls, 'loaders', None)
+    return own or [dl for name in ('train', 'valid') if (dl := getattr(learn.dls, name, None)) is not None]
+
+
+def named_callbacks(learn):
+    "(name, callback) pairs; callbacks of one class are counted."
+    seen = {}
+    for cb in learn.cbs:
+        cls = f'{type(cb).__module__}.{type(cb).__qualname__}'
+        seen[cls] = seen.get(cls, -1) + 1
+        yield f'{cls}.{getattr(cb, "key", seen[cls])}', cb    # an average is known by its name
+
+
+def keeps_state(cb) -> bool:
+    "Does the callback say itself what is to be kept of it?"
+    return hasattr(type(cb), 'state_dict') and hasattr(type(cb), 'load_state_dict')
+
+
+def is_own(cb) -> bool:
+    "Is it a callback of this package? These take no part in passes, and look after themselves."
+    return any(cls.__module__.split('.')[0] == __name__.split('.')[0] for cls in type(cb).__mro__)
+
+
+def owned_modules(owner) -> list:
+    "`owner` if it is a module, else those that it holds as attributes, as fastai's losses do."
+    held = [unwrap(owner)] if isinstance(owner, nn.Module) else getattr(owner, '__dict__', {}).values()
+    return [m for m in held if isinstance(m, nn.Module)]
+
+
+def roots(learn, callbacks) -> list:
+    """(path, object): where what `learn` holds begins; `callbacks`: the named ones that belong to it.
+
+    Callbacks come late: one may refer to the model or to a loader, which then have their own paths already.
+    """
+    own = [(f'loaders.{i}', dl) for i, dl in enumerate(loaders(learn))]
+    return [*own, ('model', unwrap(learn.model)), ('loss', learn.loss_func), *callbacks, ('dls', learn.dls)]
+
+
+def walk(roots, but=()):
+    "(path, object) for each object below `roots` that can hold others, or a random state; those in `but` and what only they hold are passed by."
+    seen = {id(o) for o in but}
+    for root in roots:
+        stack = [root]
+        while stack:
+            path, o = stack.pop()
+            if type(o) in _ATOMS or id(o) in seen:
+                continue
+            seen.add(id(o))
+            if isinstance(o, CONTAINERS):
+                if len(o) <= _MAX_OBJECTS:
+                    stack.extend((f'{path}.{k}', v) for k, v in _entries(o))
+            elif isinstance(o, CellType):
+                yield path, o
+                stack.extend((path, v) for _, v in attributes(o))
+            elif can_hold(o) or o is root[1]:
+                yield path, o
+                stack.extend((f'{path}.{k}', v) for k, v in attributes(o) if type(v) not in _ATOMS)
+
+
+def _entries(o):
+    return elements(o) if isinstance(o, dict) else enumerate(_values(o))
+
+
+def _values(o):
+    return tuple.__iter__(o) if isinstance(o, tuple) else elements(o)
+
+
+_STOPS = (type, ModuleType, torch.Tensor, np.ndarray, Learner, Callback, _BaseOptimizer, torch.optim.Optimizer, GeneratorType)
+_OF_TORCH = (nn.Module, data.DataLoader, data.Dataset, data.Sampler, torch.Generator)
+# their objects belong to the process: threads, files, figures, bars; or they are data that know how to keep themselves
+_FOREIGN = sys.stdlib_module_names - {'collections', 'types', 'argparse'} | set('''torch numpy pandas polars pyarrow PIL cv2 h5py zarr lmdb matplotlib IPython ipywidgets tqdm fastprogress wandb tensorboard
+                                             tensorboardX mlflow neptune comet_ml clearml aim accelerate'''.split())
+
+
+def can_hold(o) -> bool:
+    "Is it of a kind that may hold something that training or a pass changes?"
+    if isinstance(o, FunctionType | MethodType | partial | CellType | SimpleNamespace):
+        return True
+    if isinstance(o, _STOPS):
+        return False
+    return isinstance(o, _OF_TORCH) or not _is_foreign(type(o)) or _has_random_state(type(o))
+
+
+@lru_cache(1000)
+def _is_foreign(cls) -> bool:
+    return cls.__module__.split('.')[0] in _FOREIGN or issubclass(cls, data.dataloader._BaseDataLoaderIter)
+
+
+@lru_cache(1000)
+def _has_random_state(cls) -> bool:
+    import random
+    return issubclass(cls, (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator))
+
+
+def namespace(o) -> dict:
+    "The attributes of an object that are in its `__dict__`."
+    try:
+        attrs = object.__getattribute__(o, '__dict__')
+    except AttributeError:
+        return {}
+    return attrs if type(attrs) is dict else {}
+
+
+@lru_cache(1000)
+def _slots(cls) -> tuple:
+    "The descriptors of the attributes that are not in a `__dict__`."
+    if _is_foreign(cls):
+        return ()
+    return tuple(d for c in cls.__mro__ for d in vars(c).values() if type(d) is MemberDescriptorType)
+
+
+_UNSET = object()
+
+
+def _slot_values(o):
+    for d in _slots(type(o)):
+        try:
+            yield d, d.__get__(o)
+        except AttributeError:
+            yield d, _UNSET
+
+
+_MODULES_OWN = set(vars(nn.Module()))    # parameters, buffers, submodules, hooks, flags
+
+
+def attributes(o) -> list:
+    "(name, value) for what an object holds: attributes, the variables that a function closes over, and its defaults."
+    own = namespace(o)
+    if isinstance(o, nn.Module):
+        return [*((k, v) for k, v in own.items() if k not in _MODULES_OWN), *o._modules.items()]
+    if isinstance(o, MethodType):
+        return [('self', o.__self__), ('func', o.__func__)]
+    if isinstance(o, partial):
+        return [('func', o.func), ('args', o.args), ('keywords', o.keywords), *own.items()]
+    if isinstance(o, CellType):
+        return [] if o == CellType() else [('contents', o.cell_contents)]
+    if isinstance(o, FunctionType):
+        if '_torchdynamo_orig_callable' in own:    # compiled: what is inside is the compiler's
+            return [('compiled', own['_torchdynamo_orig_callable'])]
+        cells = [(i, c) for i, c in enumerate(o.__closure__ or ())]
+        return [*cells, ('defaults', o.__defaults__), ('keywords', o.__kwdefaults__), *own.items()]
+    slots = [(d.__name__, v) for d, v in _slot_values(o) if v is not _UNSET]
+    return [*own.items(), *slots]
+
+
+def set_attribute(o, name, value):
+    "Set what `attributes` has under that name."
+    if isinstance(o, CellType):
+        o.cell_contents = value
+        return
+    slot = next((d for d in _slots(type(o)) if d.__name__ == name), None)
+    if slot is None:
+        namespace(o)[name] = value
+    else:
+        slot.__set__(o, value)
+
+
+# what is small enough to be kept
+
+_NESTED = (*CONTAINERS, torch.Tensor, np.ndarray, L)
+
+
+def nested(o, max_leaves=MAX_LEAVES, max_bytes=MAX_BYTES):
+    """The containers, the arrays and tensors in the container `o`, itself among them, the number of leaves and that of bytes; `None` if they are
+    more than that. It is found out level by level, so that a large container costs nothing."""
+    containers, arrays, seen, n_leaves, n_bytes = [], [], set(), 0, 0
+    level = [o]
+    while level:
+        inner = []
+        for v in level:
+            if isinstance(v, torch.Tensor | np.ndarray):
+                arrays.append(v)
+                n_leaves += 1
+                n_bytes += v.nbytes
+            elif id(v) not in seen:
+                seen.add(id(v))
+                containers.append(v)
+                inner.append(v)
+        sizes = [len(v) for v in inner if isinstance(v, CONTAINERS)]
+        if sum(sizes) > max_leaves or n_bytes > max_bytes:
+            return None
+        values = list(itertools.chain.from_iterable(map(_inside, inner)))
+        if set(map(type, values)) <= _ATOMS:
+            level = []
+        else:
+            level = [v for v in values if isinstance(v, _NESTED) or is_record(v)]
+        n_leaves += len(values) - len(level)
+        if n_leaves > max_leaves:
+            return None
+    return containers, arrays, n_leaves, n_bytes
+
+
+def _inside(o):
+    if isinstance(o, dict):
+        return dict.values(o)
+    return _values(o) if isinstance(o, CONTAINERS) else namespace(o).values()
+
+
+# noted, and put back
+
+class _Notes:
+    "What some objects hold now."
+    def __init__(self, protected=()):
+        self.protected = protected    # data pointers of tensors that are not to be put back
+        self.spaces = []    # a dict that is a namespace, its contents
+        self.slots = []    # object, descriptor, value
+        self.containers = []    # container, its contents
+        self.tensors = []    # tensor, an alias that keeps its storage and shape, a copy
+        self.grads = []    # tensor, its gradient
+        self.arrays = []    # array, a copy
+        self.files = []    # file, position
+        self.shared = []    # memory that processes share, its bytes
+        self.streams = []    # object, name of an attribute of it, the iterator there, the `Replay` that stands there meanwhile
+        self.large = []    # path, object, its length: too large to be kept
+        self.seen = set()
+
+    def add_streams(self, o):
+        "Let iterators that `o` holds go through a `Replay`, so that what a pass takes from them comes again."
+        for name, v in attributes(o):
+            if name in _OF_PASS or not is_replayable(v):
+                continue
+            replay = v if isinstance(v, Replay) else Replay(v)
+            with suppress(AttributeError, TypeError, KeyError):    # nothing that could be exchanged: `unrepeatable` names it
+                set_attribute(o, name, replay)
+                replay.begin()
+                self.streams.append((o, name, replay))
+
+    def add(self, path, o):
+        "Note what the object `o` holds."
+        own = namespace(o)
+        self.spaces.append((own, dict(own)))
+        if isinstance(o, nn.Module):
+            self._add_module(path, o)
+            values = [(k, v) for k, v in own.items() if k not in _MODULES_OWN]
+        elif isinstance(o, Recorder):
+            self._add_flat(own)    # one loss a step, none of which changes
+            return
+        else:
+            slots = list(_slot_values(o))
+            self.slots += [(o, d, v) for d, v in slots]
+            values = attributes(o) if not slots else [*own.items(), *((d.__name__, v) for d, v in slots)]
+        self._add_contents(path, values)
+
+    def _add_module(self, path, m):
+        own = vars(m)
+        structure = [own[k] for k in _MODULES_OWN if isinstance(own.get(k), dict)]
+        if m in self.protected:
+            structure = [d for d in structure if d is not m._parameters and d is not m._buffers]    # whose tensors are the pass's matter
+        else:
+            for k, t in (*m._parameters.items(), *m._buffers.items()):
+                self._add_contents(f'{path}.{k}', [(k, t)])
+        self.spaces += [(d, dict(d)) for d in structure]
+
+    def _add_flat(self, own):
+        for v in own.values():
+            held = v if isinstance(v, CONTAINERS) else namespace(v).get('items')    # an L
+            if isinstance(held, list | dict):
+                self.containers.append((held, elements(held)))
+
+    def _add_contents(self, path, values):
+        "Note the containers, arrays and tensors among `values`, those of one object."
+        n_leaves, n_bytes = MAX_LEAVES, MAX_BYTES
+        for name, v in values:
+            if isinstance(v, io.IOBase):
+                self._add_file(v)
+            if (memory := shared_memory(v)) is not None:
+                self.shared.append((memory, bytes(memory)))
+            if not isinstance(v, (*CONTAINERS, torch.Tensor, np.ndarray)) or id(v) in self.seen or name in _OF_PASS:
+                continue
+            if isinstance(v, torch.Tensor) and v.data_ptr() in self.protected:
+                continue
+            self.seen.add(id(v))
+            found = nested(v, n_leaves, n_bytes)
+            if found is None:
+                self.large.append((f'{path}.{name}', v, _length(v)))
+                continue
+            containers, arrays, leaves, size = found
+            n_leaves -= leaves
+            n_bytes -= size
+            for o in containers:
+                self._add_container(o)
+            for o in arrays:
+                self._add_array(o)
+
+    def _add_container(self, o):
+        if isinstance(o, tuple):
+            return
+        if isinstance(o, CONTAINERS):
+            self.containers.append((o, elements(o)))
+        else:
+            self.spaces.append((namespace(o), dict(namespace(o))))
+
+    def _add_array(self, o):
+        if isinstance(o, np.ndarray):
+            if o.flags.writeable:
+                self.arrays.append((o, o.copy()))
+            return
+        if o.layout is not torch.strided or o.is_meta or o.is_inference() or isinstance(o, nn.parameter.UninitializedTensorMixin):
+            return
+        if o.data_ptr() in self.protected:
+            return
+        self.tensors.append((o, o.data, o.detach().clone()))
+        if o.is_leaf and o.requires_grad:
+            self.grads.append((o, o.grad, None if o.grad is None else o.grad.clone()))
+
+    def _add_file(self, f):
+        with suppress(OSError, ValueError):    # a pipe, or closed
+            self.files.append((f, f.tell()))
+
+    def put_back(self):
+        "Let all hold again what they held. Gives the paths of large ones that have another length."
+        faults = []
+        files = [] if self.streams else self.files    # an iterator may read from one, and gives again what it has read
+        for put, notes in ((_put_space, self.spaces), (_put_slot, self.slots), (_put_container, self.containers), (_put_array, self.arrays),
+                           (_put_tensor, self.tensors), (_put_grad, self.grads), (_put_file, files), (_put_memory, self.shared),
+                           (_put_stream, self.streams)):
+            for note in notes:
+                try:
+                    put(*note)
+                except Exception as e:    # the others are put back all the same
+                    faults.append(f'a {type(note[0]).__name__} ({e})')
+        return faults + [path for path, o, length in self.large if _length(o) != length]
+
+
+def _length(o):
+    return (o._version, o.shape) if isinstance(o, torch.Tensor) and not o.is_inference() else len(o)
+
+
+_OF_LOADERS = '_n_inp', '_types'    # found out by a loader's first `new`, which sends a sample through the transforms
+
+
+def _put_space(space, old):
+    if space.keys() == old.keys() and all(space[k] is v for k, v in old.items()):
+        return
+    for k in space.keys() - old.keys() - set(_OF_LOADERS):
+        del space[k]
+    if list(space)[:len(old)] != list(old):    # the order counts as well: of hooks, for one
+        added = {k: space.pop(k) for k in _OF_LOADERS if k in space and k not in old}
+        space.clear()
+        space.update({**old, **added})
+        return
+    space.update(old)
+
+
+def _put_slot(o, descriptor, old):
+    if old is not _UNSET:
+        descriptor.__set__(o, old)
+        return
+    with suppress(AttributeError, ValueError):    # it is not set now, either
+        descriptor.__delete__(o)
+
+
+def _put_container(o, old):
+    now = elements(o)
+    if isinstance(o, dict):
+        same = len(now) == len(old) and all(k is q and v is w for (k, v), (q, w) in zip(now, old))
+    else:
+        same = len(now) == len(old) and all(a is b for a, b in zip(now, old))
+    if not same:
+        put_elements(o, old)
+
+
+def _put_array(o, old):
+    if o.dtype.hasobject or o.tobytes() != old.tobytes():
+        o[...] = old
+
+
+def _put_tensor(t, alias, old):
+    with torch.no_grad():
+        if t.data_ptr() != alias.data_ptr() or t.shape != alias.shape or t.dtype != alias.dtype:
+            t.data = alias
+        if t.device.type != 'cpu' or not torch.equal(t, old):    # on a GPU a comparison waits
+            t.copy_(old)
+
+
+def _put_grad(t, grad, old):
+    t.grad = grad
+    if grad is not None:
+        grad.copy_(old)
+
+
+def _put_file(f, position):
+    if f.tell() != position:
+        f.seek(position)
+
+
+def _put_stream(o, name, replay):
+    if not replay.rewind():
+        set_attribute(o, name, replay.inner)    # untouched: it can stand there itself
+
+
+def _put_memory(memory, old):
+    memory[:] = old
+
+
+@contextmanager
+def holder_kept(o):
+    "What the object `o`, a loader for instance, and the objects in it hold is put back at the end of this context."
+    notes = _Notes()
+    for path, holder in walk([('it', o)]):
+        notes.add_streams(holder)
+        _note(notes, path, holder)
+    try:
+        yield
+    finally:
+        notes.put_back()
+
+
+@contextmanager
+def holders_kept(learn):
+    """What sampler, data set, transforms, loss, modules and callbacks hold, and the objects in them, is put back at the end of this context, as far as
+    it is small: attributes, and containers, arrays and tensors of together `MAX_LEAVES` leaves and `MAX_BYTES` an object, in place. What is larger is
+    named in one warning if its length changed. The weights and buffers of the model are left alone."""
+    notes = _note_all(learn)
+    try:
+        yield
+    finally:
+        changed = notes.put_back()
+        for path in changed:
+            name_once(learn, path, f'{readable(path)} was changed by a pass aside from training and is too large to be put back '
+                      f'(more than {MAX_LEAVES:,} values): training may differ from what it is without that pass')
+
+
+def _note_all(learn):
+    model = unwrap(learn.model)
+    protected = {*model.modules(), *(t.data_ptr() for t in itertools.chain(model.parameters(), model.buffers()))} - {0}
+    notes = _Notes(protected)
+    callbacks = [(name, cb) for name, cb in named_callbacks(learn) if not is_own(cb)]
+    ours = [cb for cb in learn.cbs if is_own(cb)]
+    for path, o in walk([*roots(learn, callbacks), ('metrics', list(getattr(learn, 'metrics', ())))], but=[learn, *ours]):
+        if path.startswith('loaders.'):
+            notes.add_streams(o)
+        _note(notes, path, o)
+    return notes
+
+
+def _note(notes, path, o):
+    if isinstance(o, CellType):
+        notes.slots.append((o, CellType.cell_contents, o.cell_contents if o != CellType() else _UNSET))
+        notes._add_contents(path, attributes(o))
+    elif not isinstance(o, torch.Generator):
+        notes.add(path, o)
+
+
+_named = weakref.WeakKeyDictionary()    # learner -> paths that a warning has named
+
+
+def name_once(learn, path, sentence):
+    "Warn, once for a path of a learner."
+    said = _named.setdefault(learn, set())
+    if path not in said:
+        said.add(path)
+        warnings.warn(sentence, stacklevel=2)
+
+
+def readable(path: str) -> str:
+    "`path` as a user would write it."
+    for i, name in enumerate(('train', 'valid')):
+        if path == f'loaders.{i}' or path.startswith(f'loaders.{i}.'):
+            return f'dls.{name}{path.removeprefix(f"loaders.{i}")}'
+    return path
+
+
+# what is used up
+
+class Replay:
+    "Stands for an iterator `inner`: what is taken from it between `begin` and `rewind` is given once more after that."
+    def __init__(self, inner):
+        self.inner = inner
+        self.pending = deque()    # taken from `inner`, to be given again
+        self.taken = None    # since `begin`
+
+    def begin(self):
+        self.taken = []
+
+    def rewind(self) -> bool:
+        "Does it differ from `inner` now?"
+        self.pending.extendleft(reversed(self.taken or []))
+        self.taken = None
+        return bool(self.pending)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        value = self.pending.popleft() if self.pending else next(self.inner)
+        if self.taken is not None:
+            self.taken.append(value)
+        return value
+
+    def __getattr__(self, name):
+        if name == 'inner':    # not there yet, as while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
+def is_replayable(v) -> bool:
+    return isinstance(v, Replay) or is_used_up(v) and not isinstance(v, io.IOBase)
+
+
+def unrepeatable(learn, only=None) -> list[str]:
+    """Where the data of `learn` hold something that is used up when it is gone through, and that a pass aside from training cannot give back: a pipe, or a
+    generator in a container. (One in an attribute gives again what a pass took from it.)
+
+    - `only`: of this loader, 0 for the training set.
+    """
+    found = {}
+    for i, dl in enumerate(loaders(learn)):
+        if only not in (None, i):
+            continue
+        for path, o in walk([(f'loaders.{i}', dl)]):
+            for name, v in _used_up(o):
+                found.setdefault(id(v), f'{readable(path)}.{name} ({type(v).__name__})')
+    return list(found.values())
+
+
+_OF_PASS = 'it', '_DataLoader__idxs', '_iterator'    # what a loader holds while it is gone through, and makes anew
+
+
+def _used_up(o):
+    "(name, value) for what is used up in the attributes of `o`, and cannot be exchanged there."
+    for name, v in attributes(o):
+        if name in _OF_PASS:
+            continue
+        if is_used_up(v) and (isinstance(v, io.IOBase) or isinstance(o, partial | MethodType)):
+            yield name, v
+        if isinstance(v, CONTAINERS) and len(v) <= _MAX_OBJECTS:
+            yield from ((f'{name}.{k}', x) for k, x in _entries(v) if is_used_up(x))
+
+
+def is_used_up(v) -> bool:
+    "Is it gone when it was gone through, and can it not be put back?"
+    if isinstance(v, io.IOBase):
+        return not _has_position(v)
+    if isinstance(v, GeneratorType):
+        return True
+    # an iterator of a user's class counts in attributes, which are put back
+    is_built_in = isinstance(v, Iterator) and not namespace(v) and type(v).__module__.split('.')[0] in _FOREIGN
+    return is_built_in and not isinstance(v, itertools.repeat) or isinstance(v, data.dataloader._BaseDataLoaderIter)
+
+
+def _has_position(f) -> bool:
+    try:
+        f.tell()
+        return True
+    except (OSError, ValueError):
+        return f.closed or f.seekable()    # the latter: while it is read line by line

@@ -1,0 +1,183 @@
+"""Every random generator of a learner: found, read, put back, begun with a seed."""
+import random
+import warnings
+from contextlib import contextmanager
+from functools import singledispatch
+
+import numpy as np
+import torch
+from fastai.torch_core import get_random_states, set_random_states, set_seed
+from fastcore.xtras import ReindexCollection
+
+from .holders import is_own, keeps_state, named_callbacks, roots, walk
+
+__all__ = ['sources', 'sources_in', 'get', 'put', 'seed', 'seed_all', 'randomness_kept', 'random_states', 'set_random_states_of']
+
+
+@singledispatch
+def get(source):
+    "The state of a random generator, or of an order that is shuffled in place; `None` for anything else, which has none."
+    return None
+
+
+@singledispatch
+def put(source, state):
+    "Put a state of `get` back."
+    raise TypeError(f'{type(source).__name__} is no random generator')
+
+
+@singledispatch
+def seed(source, n: int):
+    "Begin a random generator with `n`; an order stays as it is."
+    raise TypeError(f'{type(source).__name__} is no random generator')
+
+
+@get.register
+def _(source: torch.Generator):
+    return source.get_state()
+
+@put.register
+def _(source: torch.Generator, state):
+    source.set_state(state)
+
+@seed.register
+def _(source: torch.Generator, n):
+    source.manual_seed(n)
+
+
+@get.register
+def _(source: random.Random):
+    return source.getstate()
+
+@put.register
+def _(source: random.Random, state):
+    source.setstate(state)
+
+@seed.register
+def _(source: random.Random, n):
+    source.seed(n)
+
+
+@get.register
+def _(source: np.random.RandomState):
+    return source.get_state()
+
+@put.register
+def _(source: np.random.RandomState, state):
+    source.set_state(state)
+
+@seed.register
+def _(source: np.random.RandomState, n):
+    source.seed(n)
+
+
+@get.register
+def _(source: np.random.BitGenerator):
+    return source.state
+
+@put.register
+def _(source: np.random.BitGenerator, state):
+    source.state = state
+
+@seed.register
+def _(source: np.random.BitGenerator, n):
+    source.state = type(source)(n).state
+
+
+@get.register
+def _(source: np.random.Generator):
+    return get(source.bit_generator)
+
+@put.register
+def _(source: np.random.Generator, state):
+    put(source.bit_generator, state)
+
+@seed.register
+def _(source: np.random.Generator, n):
+    seed(source.bit_generator, n)
+
+
+@get.register
+def _(source: ReindexCollection):
+    return list(source.idxs)
+
+@put.register
+def _(source: ReindexCollection, state):
+    source.idxs[:] = state    # in place: a language model's loader shares it between its texts and their lengths
+
+@seed.register
+def _(source: ReindexCollection, n):
+    pass
+
+
+_NONE = get.dispatch(object)
+
+
+def sources_in(roots, but=()):
+    "(path, source) for each random generator, and each order shuffled in place, below `roots`."
+    for path, o in walk(roots, but):
+        if get.dispatch(type(o)) is not _NONE:
+            yield path, o
+
+
+def sources(learn, with_stateful=False):
+    """(path, source) for those in the loaders, callbacks, model and loss of `learn`.
+
+    - `with_stateful`: also in callbacks with a `state_dict` of their own, but for those of this package.
+    """
+    callbacks = [(name, cb) for name, cb in named_callbacks(learn) if not (is_own(cb) if with_stateful else keeps_state(cb))]
+    left = [cb for cb in learn.cbs if not any(cb is c for _, c in callbacks)]
+    return sources_in(roots(learn, callbacks), but=[learn, *left])
+
+
+def seed_all(learn, n: int):
+    "Begin all random generators, those of the libraries and those that `sources` finds, with `n`."
+    set_seed(n)
+    for _, source in sources(learn, with_stateful=True):
+        seed(source, n)
+
+
+@contextmanager
+def randomness_kept(learn):
+    "All random generators, of Python, NumPy, torch and each GPU, and those that `sources` finds, stand at the end of this context where they stood."
+    kept = [(source, get(source)) for _, source in sources(learn, with_stateful=True)]
+    with libraries_kept():
+        try:
+            yield
+        finally:
+            for source, state in kept:
+                put(source, state)
+
+
+@contextmanager
+def libraries_kept():
+    "The random generators of Python, NumPy, torch and each GPU stand at the end of this context where they stood."
+    states = get_random_states()
+    try:
+        yield
+    finally:
+        set_random_states(**states)
+
+
+_LIBRARIES = 'random_state', 'numpy_state', 'torch_state', 'torch_cuda_state'    # not the settings of cuDNN
+
+
+def random_states(learn) -> dict:
+    "The states of all random generators of `learn` and of the libraries."
+    libraries = {k: v for k, v in get_random_states().items() if k in _LIBRARIES}
+    return {'libraries': libraries, 'own': {path: get(source) for path, source in sources(learn)}}
+
+
+def set_random_states_of(learn, states: dict):
+    "Put what `random_states` gave back. A random generator that is not found any more is named in a warning."
+    now = get_random_states()
+    libraries = states['libraries']
+    kept = dict(states['own'])
+    if len(libraries['torch_cuda_state']) != len(now['torch_cuda_state']):    # another machine
+        libraries = {k: v for k, v in libraries.items() if k != 'torch_cuda_state'}
+    set_random_states(**{**now, **libraries})
+    for path, source in sources(learn):
+        if path in kept:
+            put(source, kept.pop(path))
+    if kept:
+        warnings.warn(f'random generators are not there any more, or not yet: {", ".join(sorted(kept)[:3])}')
