@@ -11,16 +11,16 @@ from torch.utils.data import DataLoader as TorchDataLoader, IterableDataset
 from .holders import holder_kept
 from .randomness import libraries_kept, put, get, sources_in
 
-__all__ = ['fresh_loader', 'training_loader', 'share', 'KeptBatches']
+__all__ = ['fresh_loader', 'training_loader', 'share', 'FirstBatches', 'KeptBatches']
 
 
 def training_loader(learn, n_batches):
     "The training set, or `n_batches` of it, each sample once."
     dl = _each_once(fresh_loader(learn.dls.train, drop_last=False))
-    return dl if n_batches is None else _FirstBatches(dl, n_batches)
+    return dl if n_batches is None else FirstBatches(dl, n_batches)
 
 
-class _FirstBatches:
+class FirstBatches:
     "The first `n` batches of a loader."
     def __init__(self, dl, n): self.dl, self.n = dl, n
     def __len__(self): return min(len(self.dl), self.n)

@@ -17,10 +17,11 @@ from .batchnorm import StatisticsWatch, check_count, tracked_bn, union
 from .columns import complete_row, insert_columns, recorder_of
 from .files import save_weights
 from .fitting import FitCallback, SideWork, no_fit, passed_callbacks
+from .holders import unrepeatable
 from .interrupts import uninterrupted
-from .modules import check_copyable, clean_copy, named_tensors, plain_name, unwrap
-from .state import pack, unpack
-from .passes import LOOP, check_engine, refresh_bn, validate_aside
+from .modules import check_copyable, clean_copy, dropped_hooks, named_tensors, plain_name, unwrap
+from .packing import pack, unpack
+from .passes import LOOP, check_engine, refresh_bn, same_output, validate_aside
 from .processes import Processes
 from .schedules import start_epoch
 from .state import not_copied
@@ -484,14 +485,32 @@ class SWACallback(FitCallback):
             warnings.warn(f'learn.{self._name} stands aside in fits that another SWACallback of its name is passed to', stacklevel=2)
         return True
 
+    def _check_hooks(self):
+        "A copy of the model leaves out hooks that know the learner or are a callback's: does it compute the same without them?"
+        hooked = dropped_hooks(self.learn.model, self._shared())
+        if hooked and not same_output(self.learn, clean_copy(self.learn.model, self._shared())):
+            where = f'module {hooked[0]!r}' if hooked[0] else 'the model'
+            raise ValueError(f'a hook of {where} changes what the model computes, and a copy cannot have it, because it is a callback\'s or knows the '
+                             'learner: swa_model would not be what its columns say; make the hook a function of its own, or pass a swa_model')
+
+    def _check_data(self):
+        "Data that can be gone through only once are there for training."
+        for i, what in enumerate(('its batch norm cannot be refreshed', 'it cannot be validated')):
+            used_up = unrepeatable(self.learn, i)
+            if used_up and (i or tracked_bn(unwrap(self.learn.model))):
+                self._say(what, f'{used_up[0]} can be gone through only once, and {self._what} gets nothing of it: {what}; make it anew in '
+                                '`__iter__`, or hold it in an attribute of its own')
+
     def _check_ahead(self):
         "Say before a long fit what would only show later in it."
         fit = self._fit
         check_engine(self.learn)
         if self._given is None:
             check_copyable(self.learn.model, self._shared())
+            self._check_hooks()
         else:
             check_match(self.learn.model, self._given)
+        self._check_data()
         if self._continued is not None:
             _state_to_continue(self._continued, unwrap(self.learn.model))
         if fit.start >= self.n_epoch:

@@ -66,14 +66,14 @@ def check_copyable(model: nn.Module, shared=()):
 def dropped_hooks(model: nn.Module, shared=()) -> list[str]:
     """The names of the modules of `model` with hooks that `clean_copy` leaves out although they may change what the model computes.
 
-    Hooks of fastai's `Hook` and of callbacks are not counted: these watch. The model itself is `''`.
+    Hooks of fastai's `Hook` are not counted: these watch. The model itself is `''`.
     """
     model = unwrap(model)
     origin = _Origin(model, shared)
     names = []
     for name, m in model.named_modules():
         hooks = [hook for d in _hook_dicts(m) for hook in d.values() if hook is not True]
-        if any(origin.kind(hook) == 'foreign' for hook in hooks):
+        if any(origin.kind(hook) in ('foreign', 'callback') for hook in hooks):
             names.append(plain_name(name))
     return names
 
@@ -141,7 +141,7 @@ class _Origin:
         return kept
 
     def kind(self, hook) -> str:
-        "'own': part of what the model computes. 'observer': of fastai's `Hook` or a callback. 'foreign': it reaches what is not copied."
+        "'own': part of what the model computes. 'observer': of fastai's `Hook`. 'callback': of one. 'foreign': it reaches what is not copied."
         function = hook
         if type(function).__name__ == '_WrappedHook':    # how load_state_dict's hooks are kept
             function = function.hook
@@ -149,7 +149,7 @@ class _Origin:
             function = function.func
         owner = getattr(function, '__self__', function)
         if _is_stranger(owner):
-            return 'observer'
+            return 'callback'
         if (getattr(function, '__module__', None) or '').startswith('torch.nn.utils.') or id(owner) in self.held:
             return 'own'
         if _is_of(owner, _HOOK):

@@ -3,6 +3,7 @@
 Nothing that a pass changes may be seen by training. What is put back, and why, is one context manager for each, below.
 """
 import copy
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
@@ -18,17 +19,17 @@ from fastai.torch_core import num_distrib, to_detach
 from fastcore.foundation import L
 from torch.nn.parallel import DistributedDataParallel
 
-from .batches import KeptBatches, fresh_loader, share, training_loader
+from .batches import FirstBatches, KeptBatches, fresh_loader, share, training_loader
 from .batchnorm import Moments, batch_moments, tracked_bn
 from .columns import plain_values
 from .fitting import is_fitting, no_fit    # noqa: F401
 from .holders import holders_kept, is_own, owned_modules, unrepeatable
 from .interrupts import unwound_whole
-from .modules import unwrap
+from .modules import in_train_mode, unwrap
 from .processes import PassFailed, Processes, Together
 from .randomness import randomness_kept, seed_all
 
-__all__ = ['PassCancelled', 'PassFailed', 'copied_measures', 'validate_aside', 'refresh_bn', 'refreshable', 'kept_batches', 'untouched',
+__all__ = ['PassCancelled', 'PassFailed', 'copied_measures', 'validate_aside', 'refresh_bn', 'refreshable', 'kept_batches', 'same_output', 'untouched',
            'autocast_left', 'buffers_kept', 'concerns_training', 'no_fit', 'is_fitting', 'check_engine']
 
 
@@ -76,6 +77,34 @@ def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None) -> Mo
              _replaced(learn, 'model', model), learn.added_cbs(_EndBatch(moments)):
             _run(learn, dl)
     return moments
+
+
+def same_output(learn, other) -> bool:
+    "Does `other`, a copy of `learn.model`, make the same of a validation batch as that does now? Within a fit; nothing of the learner is changed."
+    outputs = []
+    with in_train_mode(learn.model), _aside(learn), buffers_kept(learn.model):
+        batch = KeptBatches(lambda: FirstBatches(fresh_loader(learn.dls[1]), 1))
+        for model in (learn.model, other):
+            with _replaced(learn, 'model', model), learn.added_cbs(_KeepOutput(outputs)), randomness_kept(learn):
+                _run(learn, batch)
+    return len(outputs) < 2 or _are_close(*outputs)
+
+
+class _KeepOutput(Callback):
+    "Puts what the model makes of each batch into `outputs`."
+    order = 1000
+    def __init__(self, outputs): self.outputs = outputs
+    def after_pred(self): self.outputs.append(self.learn.pred)
+
+
+def _are_close(a, b) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_are_close, a, b))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_are_close(v, b[k]) for k, v in a.items())
+    return True    # nothing that could be compared
 
 
 def kept_batches(learn, n_batches: int | None = None, train: bool = True) -> KeptBatches:
