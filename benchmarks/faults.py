@@ -7,7 +7,8 @@ Each run is a process of its own. After a fault the same call is made again, in 
 weights, another order of the data and another random state, until it ends. It *survived* if it then ended
 bitwise as the run that nothing happened to (weights, optimizer, average with its batch norm, columns, losses,
 learning rates, random states) and no file was ever half written; where the fault is one to refuse, if it was
-refused in one sentence and nothing else was touched. Everything else is *lost*.
+refused in one sentence and nothing else was touched; where it is one of the average's passes, if only the values
+of that epoch are lost, and that is said. Everything else is *lost*.
 
 - Ctrl-C while averaging, every step being folded: survived if the learner holds weights that the undisturbed
   fit passed through, each tensor those before or after the step under way; if the average is the mean of as
@@ -136,6 +137,7 @@ def run(folder, seed, cbs=(), **kwargs):
     "Leaves its digest when it ends. `seed` counts where there is a checkpoint, else the run begins as all do."
     learn = learner(folder, seed if (folder/'run.ckpt').exists() else 0, **kwargs)
     swa = fit(learn, cbs)
+    torch.save([list(row) for row in learn.recorder.values], folder/'rows')
     (folder/'done').write_text(digest(learn, swa))
 
 
@@ -245,14 +247,60 @@ def worker_dies(folder, rng):
 
 
 def metric_raises(folder, rng):
-    calls = [rng.randrange(1, 2 * EPOCHS)]
-    def metric(preds, targets):
-        calls[0] -= 1
-        if calls[0] < 0: raise ZeroDivisionError('in a metric')
-        return accuracy(preds, targets)
-    metric.__name__ = 'accuracy'
-    def start(folder, seed): run(folder, seed, metrics=[AvgMetric(metric)])
+    "In the learner's own validation, at a random batch: the fit ends, and can be made again."
+    epoch, batch = rng.randrange(EPOCHS), rng.randrange(2)
+
+    def start(folder, seed):
+        run(folder, seed, metrics=[failing_metric(N_CALLS_BEFORE[epoch] + batch)])
+
     return ended(child(start, folder, 0)) == 1 and finish(folder)
+
+
+def metric_raises_aside(folder, rng):
+    "In the validation of the average, at a random batch: only the values of that epoch are lost."
+    epoch, batch = rng.randrange(2, EPOCHS), rng.randrange(2)
+
+    def start(folder, seed):
+        run_without(folder, epoch, 'in a metric', metrics=[failing_metric(N_CALLS_BEFORE[epoch] + 2 + batch)])
+
+    return ended(child(start, folder, 0)) == 0 and (folder/'done').read_text() == WHOLE['digest']
+
+
+# of the metric, before each epoch: two batches, and from epoch 2 on as many for the average
+N_CALLS_BEFORE = [0, 2, 4, 8, 12, 16]
+
+
+def failing_metric(n):
+    "Accuracy, but the call after `n` others raises."
+    calls = iter(range(n + 1))    # not an attribute, which passes put back
+
+    def metric(preds, targets):
+        if next(calls, None) == n:
+            raise ZeroDivisionError('in a metric')
+        return accuracy(preds, targets)
+
+    metric.__name__ = 'accuracy'
+    return AvgMetric(metric)
+
+
+def run_without(folder, epoch, error, cbs=(), **kwargs):
+    """The run, in which `error` keeps the average of `epoch` from being evaluated; leaves its digest with those values.
+
+    Raises `RuntimeError` if that is not said in a warning, or if the columns of the average have a value.
+    """
+    learn = learner(folder, 0, **kwargs)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        swa = fit(learn, cbs)
+    if not any(error in str(w.message) for w in caught):
+        raise RuntimeError(f'no warning says {error!r}')
+    names = learn.recorder.metric_names[1:]
+    for i, name in enumerate(names):
+        if name.startswith('swa_'):
+            if not np.isnan(learn.recorder.values[epoch][i]):
+                raise RuntimeError(f'{name} has a value')
+            learn.recorder.values[epoch][i] = WHOLE['rows'][epoch][i]
+    (folder/'done').write_text(digest(learn, swa))
 
 
 def nan_loss(folder, rng):
@@ -271,24 +319,19 @@ def nan_loss(folder, rng):
 
 
 def out_of_memory(folder, rng):
-    "The batch-norm pass runs out of memory: the learner keeps weights and statistics, the run can be made again."
-    epoch, batch = rng.randrange(2, EPOCHS), rng.randrange(10)
+    "The batch-norm pass of an epoch runs out of memory: only the values of that epoch are lost."
+    epoch, batch = rng.randrange(2, EPOCHS - 1), rng.randrange(10)
+
+    class Memory(Callback):
+        def before_batch(self):
+            in_pass = not self.training and self.learn.dl.dataset is self.learn.dls.train.dataset
+            if in_pass and self.learn.recorder.log[0] == epoch and self.iter == batch:
+                raise torch.OutOfMemoryError('CUDA out of memory')
+
     def start(folder, seed):
-        learn = learner(folder, seed)
-        kept = {}
-        class Memory(Callback):
-            def after_train(self): kept.update({k: v.clone() for k, v in self.learn.model.state_dict().items()})
-            def before_batch(self):
-                in_pass = not self.training and self.learn.dl.dataset is self.learn.dls.train.dataset
-                if in_pass and self.learn.recorder.log[0] == epoch and self.iter == batch:
-                    raise torch.OutOfMemoryError('CUDA out of memory')
-        try: fit(learn, [Memory()])
-        except torch.OutOfMemoryError:
-            if not all(torch.equal(v, kept[k]) for k, v in learn.model.state_dict().items()):
-                raise RuntimeError('weights changed')
-            return
-        raise RuntimeError('no fault')
-    return ended(child(start, folder, 0)) == 0 and finish(folder)
+        run_without(folder, epoch, 'CUDA out of memory', [Memory()])
+
+    return ended(child(start, folder, 0)) == 0 and (folder/'done').read_text() == WHOLE['digest']
 
 
 def two_runs(folder, rng):
@@ -538,7 +581,7 @@ def digests_of(name, folder) -> dict:
 
 
 def written_again(name, folder, seconds=None) -> float:
-    """Writer `name` writes over what is in `folder`/there, and is killed `seconds` after its beginning; `None`: it is let be.
+    """Writer `name` writes over what is in `folder`/there, and is killed after so many `seconds`; `None`: it is let be.
 
     Leaves the digests of what was there at its beginning as 'old'. Seconds from there to its end.
     """
@@ -687,7 +730,7 @@ FAULTS = [
     Row('disk full', [disk_full]),
     Row('read-only folder', [read_only]),
     Row('loader worker killed', [worker_dies]),
-    Row('exception in a metric', [metric_raises]),
+    Row('exception in a metric', [metric_raises, metric_raises_aside]),
     Row('NaN loss', [nan_loss]),
     Row('out of memory in the batch-norm pass', [out_of_memory]),
     Row('two runs on one path', [two_runs]),
@@ -713,6 +756,7 @@ def prepare(base):
 
     assert ended(child(whole, base/'whole', 0)) == 0, (base/'whole'/'error').read_text()
     WHOLE.update(digest=(base/'whole'/'done').read_text(), seconds=time.time() - start)
+    WHOLE['rows'] = torch.load(base/'whole'/'rows', weights_only=False)
     WHOLE['members'] = json.loads((base/'whole'/'members').read_text())
     assert ended(child(all_points, base/'whole')) == 0, (base/'whole'/'error').read_text()
     WHOLE['points'] = base/'whole'/'points'
