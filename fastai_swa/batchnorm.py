@@ -176,7 +176,7 @@ def _asked_in_train_mode(model):
 
 @contextmanager
 def _ended_by(put_back):
-    "`put_back` is called at the end of this context, whole, however that comes; it may be called twice. In `unwound_whole`."
+    "`put_back` is called at the end of this context, whole, however that comes; perhaps twice. In `unwound_whole`."
     try:
         try:
             yield
