@@ -74,7 +74,7 @@ def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None) -> Mo
         model = unwrap(learn.model)    # data-parallel replicas would each keep statistics of their own
         if dl is None: dl = share(learn.dls.train, processes, n_batches) if processes.size > 1 else training_loader(learn, n_batches)
         with batch_moments(model, layers, processes.gather if processes.size > 1 else None) as moments, \
-             _replaced(learn, 'model', model), learn.added_cbs(_EndBatch(moments)):
+             _replaced(learn, 'model', model), _gan_put_back(learn), learn.added_cbs(_EndBatch(moments)):
             _run(learn, dl)
     return moments
 
@@ -191,8 +191,23 @@ def _copy_metric(metric):
 class _EndBatch(Callback):
     "Tells `moments` where batches end."
     def __init__(self, moments): self.moments = moments
+    def before_validate(self):
+        """Of a GAN, fastai validates the generator. While the critic is on, a batch reaches both: the critic sees real and generated images,
+        as in training."""
+        trainer = getattr(self.learn, 'gan_trainer', None)
+        if trainer is not None: trainer.switch(gen_mode=False)
     def after_batch(self): self.moments.end_batch()
     def after_cancel_validate(self): raise PassCancelled('a callback cancelled it')
+
+
+@contextmanager
+def _gan_put_back(learn):
+    "At the end of this context the half of a GAN is on that was on before."
+    trainer = getattr(learn, 'gan_trainer', None)
+    mode = None if trainer is None else vars(trainer).get('gen_mode')
+    try: yield
+    finally:
+        if mode is not None: trainer.switch(gen_mode=mode)
 
 
 @contextmanager
