@@ -16,7 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from .interrupts import uninterrupted, unwound_whole
 from .modules import Kept, has_own_modes, unwrap
 
-__all__ = ['update_bn', 'batch_moments', 'tracked_bn', 'statistics', 'StatisticsWatch', 'union', 'kept_statistics']
+__all__ = ['update_bn', 'batch_moments', 'tracked_bn', 'statistics', 'StatisticsWatch', 'union']
 
 
 def update_bn(loader, model: nn.Module, device=None, n_batches: int | None = None, inputs=None):
@@ -262,25 +262,6 @@ def _are_equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     if [(t.dtype, t.device) for t in a] != [(t.dtype, t.device) for t in b]:
         return False
     return all(torch.equal(s, t) for s, t in zip(a, b))
-
-
-@contextmanager
-def kept_statistics(model: nn.Module):
-    """At the end of this context all normalising layers of `model` hold the statistics that they held at its beginning.
-
-    For a validation, which does not move them unless a callback validates in train mode. Costs one copy of them.
-    """
-    layers = [m for m in unwrap(model).modules() if statistics(m)]
-    own = [(m, k, b) for m in layers for k, b in m._buffers.items() if b is not None]
-    copies = [b.clone() for *_, b in own]
-
-    def put_back():
-        for (m, k, b), values in zip(own, copies):
-            b.copy_(values)
-            m._buffers[k] = b
-
-    with unwound_whole(), _ended_by(put_back):
-        yield
 
 
 # the pass
