@@ -13,7 +13,7 @@ from fastai.torch_core import join_path_file, rank_distrib
 from torch import nn
 
 from .averaging import WeightAverage, all_finite, check_match, check_swa_model, check_weight, equal, refuse_mismatch
-from .batchnorm import StatisticsWatch, check_count, tracked_bn, union
+from .batchnorm import StatisticsWatch, check_count, outside_sentence, statistics_outside_buffers, tracked_bn, union
 from .columns import complete_row, insert_columns, recorder_of
 from .files import save_weights
 from .fitting import FitCallback, SideWork, no_fit, passed_callbacks
@@ -493,6 +493,12 @@ class SWACallback(FitCallback):
             raise ValueError(f'a hook of {where} changes what the model computes, and a copy cannot have it, because it is a callback\'s or knows the '
                              'learner: swa_model would not be what its columns say; make the hook a function of its own, or pass a swa_model')
 
+    def _check_statistics(self):
+        "Running statistics that are no buffers cannot be refreshed."
+        outside = statistics_outside_buffers(unwrap(self.learn.model))
+        if outside:
+            self._say('outside', outside_sentence(outside))
+
     def _check_data(self):
         "Data that can be gone through only once are there for training."
         for i, what in enumerate(('its batch norm cannot be refreshed', 'it cannot be validated')):
@@ -510,6 +516,7 @@ class SWACallback(FitCallback):
             self._check_hooks()
         else:
             check_match(self.learn.model, self._given)
+        self._check_statistics()
         self._check_data()
         if self._continued is not None:
             _state_to_continue(self._continued, unwrap(self.learn.model))

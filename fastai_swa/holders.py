@@ -90,10 +90,11 @@ def walk(roots, but=()):
             if type(o) in _ATOMS or id(o) in seen:
                 continue
             seen.add(id(o))
-            if isinstance(o, CONTAINERS):
-                if len(o) <= _MAX_OBJECTS:
-                    stack.extend((f'{path}.{k}', v) for k, v in _entries(o))
-            elif isinstance(o, CellType):
+            if isinstance(o, CONTAINERS) and len(o) <= _MAX_OBJECTS:
+                stack.extend((f'{path}.{k}', v) for k, v in _entries(o))
+            if type(o) in CONTAINERS:
+                continue
+            if isinstance(o, CellType):
                 yield path, o
                 stack.extend((path, v) for _, v in attributes(o))
             elif can_hold(o) or o is root[1]:

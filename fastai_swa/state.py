@@ -12,7 +12,7 @@ from torch import nn
 
 from .holders import (CONTAINERS, MAX_BYTES, MAX_LEAVES, attributes, can_hold, is_used_up, keeps_state, loaders, name_once, named_callbacks,
                       nested, owned_modules, readable, roots, set_attribute, walk)
-from .modules import named_tensors, plain_name, unwrap
+from .modules import in_train_mode, named_tensors, plain_name, unwrap, written_in_train_mode
 from .packing import Packer, Unpacker, class_name, equal, is_record, pack, unpack
 from .randomness import random_states, set_random_states_of
 
@@ -33,11 +33,16 @@ def take(learn: Learner, unchanged: dict | None = None) -> dict:
     What a callback or the data have exchanged since the last time and cannot be kept is named in one warning, as is what can be gone through only once.
     Raises `TypeError`, naming it, if the optimizer keeps something that is not plain data.
     """
+    with in_train_mode(unwrap(learn.model)):    # where modes move weights, they are those that training has
+        return _taken(learn, unchanged or {})
+
+
+def _taken(learn, unchanged) -> dict:
     pack = Packer()
     model, opt = unwrap(learn.model), learn.opt
     own = {id(p) for p in model.parameters()}
     params = [p for group in opt.param_lists for p in group]
-    callbacks, held = _without_unchanged(plain_attributes(learn), unchanged or {}, [name for name, _ in named_callbacks(learn)])
+    callbacks, held = _without_unchanged(plain_attributes(learn), unchanged, [name for name, _ in named_callbacks(learn)])
     return {
         'epoch': learn.epoch,
         'model': pack(_tensors(model)),
@@ -73,6 +78,12 @@ def restore(learn: Learner, state: dict, unchanged: dict | None = None):
     masters = [p for p in params if id(p) not in own]
     if len(masters) != len(state['masters']) or len(state['gradients']) != len(params):
         raise ValueError('the optimizer has other parameters than the one of the state')
+    with written_in_train_mode(model):
+        _put(learn, state, weights, params, masters, unchanged or {})
+
+
+def _put(learn, state, weights, params, masters, unchanged):
+    model, opt = unwrap(learn.model), learn.opt
     with torch.no_grad():
         _set_tensors(model, weights)
         for m, tensors in zip(owned_modules(learn.loss_func), unpack(state['losses'])): _set_tensors(m, tensors)
@@ -86,7 +97,7 @@ def restore(learn: Learner, state: dict, unchanged: dict | None = None):
     for k, v in state['learner'].items(): setattr(learn, k, unpack(v))
     for key, cb in named_callbacks(learn):
         if keeps_state(cb) and key in state['states']: cb.load_state_dict(unpack(state['states'][key]))
-    _put_attributes(learn, {**state.get('held', {}), **state['callbacks']}, unchanged or {})
+    _put_attributes(learn, {**state.get('held', {}), **state['callbacks']}, unchanged)
     set_random_states_of(learn, unpack(state['random']))    # last: nothing after it may draw
 
 
