@@ -75,7 +75,7 @@ def test_signatures_are_the_contract():
 def test_the_readmes_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r'```python\n(.*?)```', (ROOT/'README.md').read_text(), re.S)
-    assert len(blocks) == 11
+    assert len(blocks) == 12
     space = {}
     for block in blocks: exec(block, space)
     assert space['swa'].n_averaged == 1 and sorted(p.name for p in (tmp_path/'models').iterdir()) == ['average.pth', 'best.pth']
