@@ -2,7 +2,7 @@
 import keyword
 import warnings
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
@@ -19,7 +19,7 @@ from .files import save_weights
 from .fitting import FitCallback, SideWork, no_fit, passed_callbacks
 from .holders import unrepeatable
 from .interrupts import uninterrupted
-from .modules import check_copyable, clean_copy, dropped_hooks, named_tensors, plain_name, unwrap
+from .modules import check_copyable, clean_copy, dropped_hooks, named_tensors, plain_data, plain_name, unwrap
 from .packing import pack, unpack
 from .passes import LOOP, check_engine, refresh_bn, same_output, validate_aside
 from .processes import Processes
@@ -215,7 +215,7 @@ class SWACallback(FitCallback):
         if fit.epoch < fit.start:
             return
         fit.watch = StatisticsWatch(unwrap(self.learn.model))
-        if self.every and self.enabled:
+        if self.enabled and (self.every or Processes(self.learn).size > 1):
             fit.backup = pack(self.state_dict())    # in the host's memory
 
     def after_cancel_step(self):
@@ -276,7 +276,7 @@ class SWACallback(FitCallback):
 
     def over(self):
         self._unmute()
-        self._end_epoch()
+        self._end_epoch(alone=True)
         if self._average is not None:
             self._average.running.release()
         self._fit.side.conclude()
@@ -286,11 +286,11 @@ class SWACallback(FitCallback):
     def _fold(self):
         "Fold the model in training; if that fails, the average is as it was."
         fit = self._fit
-        n_averaged = self.n_averaged
         with fit.side.attempt(f'folding the weights into {self._what}', 'they are left out of it'):
             self._fold_or_raise(unwrap(self.learn.model))
+            fit.failed = False
             return
-        fit.failed = self.n_averaged == n_averaged
+        fit.failed = not fit.folded
 
     def _fold_or_raise(self, model):
         fit = self._fit
@@ -319,24 +319,37 @@ class SWACallback(FitCallback):
             average.running.load_state_dict(state)
         return average
 
-    def _end_epoch(self):
-        "The training part of an epoch is over: was what it folded unseen finite, and which statistics follow the weights?"
+    def _end_epoch(self, alone=False):
+        """The training part of an epoch is over: was what it folded unseen finite, and which statistics follow the weights?
+
+        - `alone`: other processes, if there are any, are not asked; they may be elsewhere, as after an error.
+        """
         fit, average = self._fit, self._average
         if fit.watch is None:    # it was over before
             return
-        if fit.folded and fit.backup is not None and not all_finite(average.running.swa_model.parameters()):
-            with uninterrupted():
-                self.load_state_dict(unpack(fit.backup))
-                fit.folded = False
+        gather = _of_one if alone else Processes(self.learn).gather
+        folded = gather(fit.folded)
+        if fit.folded and not all(folded):
+            self._take_back()
+        elif fit.folded and self.every and fit.backup is not None and not all_finite(average.running.swa_model.parameters()):
+            self._take_back()
             self._say_infinite()
         elif fit.folded:
             if self.learn.train_iter > fit.n_batches:
-                average.bn = union(Processes(self.learn).gather(fit.watch.moved()))
+                average.bn = union(gather(fit.watch.moved()))
             elif not average.bn:    # no batch ran, and no epoch before tells
                 average.bn = list(tracked_bn(unwrap(self.learn.model)))
-            average.running.settle()
+            average.running.settle(unwrap(self.learn.model))
             average.stale = bool(average.bn)
         fit.watch = fit.backup = None    # last: what was interrupted above is done again at the end of the fit
+
+    def _take_back(self):
+        "The average, and what is counted, is again what it was before the epoch under way."
+        fit = self._fit
+        with uninterrupted():
+            self.load_state_dict(unpack(fit.backup))
+            fit.folded = False
+        fit.failed = True
 
     # its state, for checkpoints
 
@@ -363,7 +376,8 @@ class SWACallback(FitCallback):
         swa_model = unwrap(average.running.swa_model)
         buffers = {k: v for k, v in named_tensors(swa_model.named_buffers).items() if k not in swa_model.state_dict()}
         modes = [m.training for m in swa_model.modules()]
-        state = average.running.state_dict() | {'buffers': buffers, 'training': modes}
+        attributes = [_packed_attributes(m) for m in swa_model.modules()]
+        state = average.running.state_dict() | {'buffers': buffers, 'training': modes, 'attributes': attributes}
         return res | {'average': state, 'bn': list(average.bn), 'stale': average.stale}
 
     def load_state_dict(self, state: dict):
@@ -372,9 +386,13 @@ class SWACallback(FitCallback):
             self._average = None
         else:
             average = self._average or self._new_average(unwrap(self.learn.model))
-            self._load_average(average.running, state['average'])
-            average.epochs, average.bn, average.stale = list(state['epochs']), list(state['bn']), state['stale']
-            self._average = average
+            with uninterrupted():
+                self._load_average(average.running, state['average'])
+                average.learner = weakref.ref(self.learn)
+                average.epochs = list(state['epochs'])
+                average.bn = list(state['bn'])
+                average.stale = state['stale']
+                self._average = average
         if self._fit:
             vars(self._fit).update(state['fit'])
             if self._fit.n_folds:
@@ -389,6 +407,8 @@ class SWACallback(FitCallback):
                 own[name].data = value.to(own[name].device, copy=True)
         for m, mode in zip(swa_model.modules(), state['training']):
             m.training = mode
+        for m, attributes in zip(swa_model.modules(), state.get('attributes', ())):
+            vars(m).update({name: unpack(value) for name, value in attributes.items()})
 
     def _shared(self): return not_copied(self.learn)
 
@@ -400,7 +420,9 @@ class SWACallback(FitCallback):
         with fit.side.attempt(f'validating {self._what}', 'its columns are nan in that epoch'):
             with self._average.running.lent_to(self.learn.model):
                 self._refresh(self.learn, in_fit=True)
-                return validate_aside(self.learn)
+                values = validate_aside(self.learn)
+            fit.failed = False
+            return values
         fit.failed = True
         return []
 
@@ -599,6 +621,11 @@ class SaveSWAModelCallback(FitCallback, SaveModelCallback):
             self._save(self.fname)
 
 
+def _of_one(o) -> list:
+    "What a single process gathers."
+    return [o]
+
+
 # arguments, and what is known of others' averages
 
 def check_name(name: str) -> str:
@@ -654,6 +681,17 @@ def _weights_with_points(swa) -> dict:
     weights = unwrap(swa.swa_model).state_dict()
     weights._metadata[''][_POINTS] = {'n_averaged': swa.n_averaged, 'epochs': swa.averaged_epochs}
     return weights
+
+
+def _packed_attributes(module) -> dict:
+    "What `module` has in plain attributes, but for what no file can hold."
+    res = {}
+    for name, value in plain_data(module).items():
+        with suppress(TypeError, ValueError):
+            packed = pack(value)
+            unpack(packed)    # what is made anew from an object that is there is left out
+            res[name] = packed
+    return res
 
 
 def _weight_of(weight, n_averaged: int):

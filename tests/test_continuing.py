@@ -179,3 +179,18 @@ def test_buffers_of_a_plain_linear_network_need_no_pass():
     further = SWACallback(0, average=first)
     learn.fit(2, cbs=further)
     assert further.n_averaged == 4
+
+
+def test_plain_attributes_of_the_latest_model_averaged_survive_a_resume(tmp_path):
+    from fastai.callback.core import Callback
+    class Anneals(Callback):
+        def before_train(self): self.model.temperature, self.model.seen = 1 + self.epoch, [*getattr(self.model, 'seen', []), (self.epoch, torch.ones(2))]
+    def run(*cbs):
+        learn, swa = learner(), SWACallback(0, cycle_len=3)
+        learn.fit(5, cbs=[swa, Anneals(), *cbs])
+        return swa.swa_model
+    def checkpoint(): return CheckpointCallback(tmp_path/'run.ckpt')
+    with pytest.raises(KeyboardInterrupt): run(checkpoint(), At('after_step', 2, raising(KeyboardInterrupt()), batch=2))
+    with pytest.raises(KeyboardInterrupt): run(checkpoint(), At('after_step', 4, raising(KeyboardInterrupt()), batch=2))
+    swa_model, expected = run(checkpoint()), run()
+    assert swa_model.temperature == expected.temperature == 4 and repr(swa_model.seen) == repr(expected.seen)
