@@ -1,4 +1,5 @@
-"""`SWACallback`: the running average of a fit, validated beside the model in training. Callbacks only wire; the mathematics is below."""
+"""`SWACallback`: the running average of a fit, validated beside the model in training. Callbacks only wire; the
+mathematics is below."""
 import keyword
 import warnings
 import weakref
@@ -56,13 +57,15 @@ class _Fit:
     begun: bool = False    # whether training has begun
     side: SideWork = field(default_factory=SideWork)
     said: set = field(default_factory=set)    # what was warned about
-    epoch: int = -1    # the epoch under way; what follows is of it (`learn.epoch` is 0 after a validation within the fit)
+    # the epoch under way; what follows is of it (`learn.epoch` is 0 after a validation within the fit)
+    epoch: int = -1
     trained: bool = False    # whether its training part has ended
     folded: bool = False    # whether points of it are in the average
     failed: bool = False    # whether its value of the average could not be had
     step_cancelled: bool = False    # whether the optimizer step under way was left out
     n_batches: int = 0    # `learn.train_iter` at its beginning
-    watch: StatisticsWatch = None    # the statistics of batch norm at its beginning; `None` once it was asked what moved
+    # the statistics of batch norm at its beginning; `None` once it was asked what moved
+    watch: StatisticsWatch = None
     backup: dict = None    # the callback's state at its beginning, while steps are folded unseen
     muted: list = field(default_factory=list)    # trackers that must not act on a value that could not be had
 
@@ -70,16 +73,19 @@ class _Fit:
 class SWACallback(FitCallback):
     """Average the weights at the ends of epochs into `swa_model` and validate it beside the model in training.
 
-    Training itself is left exactly as it is. The columns `swa_valid_loss` and `swa_<metric>` are added to the learner's table, `nan`
-    in epochs that did not validate the average. A later fit starts a new average at its first fold; until then the old one stays.
-    With `every=k` it is the weights after each k-th optimizer step that are folded, and `averaged_epochs` are the epochs with such steps.
-    Several averages are kept in one fit by callbacks of different `name`s, which is then also what their columns begin with.
-    Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", Algorithm 1.
+    Training itself is left exactly as it is. The columns `swa_valid_loss` and `swa_<metric>` are added to the learner's
+    table, `nan` in epochs that did not validate the average. A later fit starts a new average at its first fold; until
+    then the old one stays. With `every=k` it is the weights after each k-th optimizer step that are folded, and
+    `averaged_epochs` are the epochs with such steps. Several averages are kept in one fit by callbacks of different
+    `name`s, which is then also what their columns begin with. Izmailov et al. 2018, "Averaging Weights Leads to Wider
+    Optima and Better Generalization", Algorithm 1.
 
-    What the averaging does beside the training and cannot do (a pass, a validation, a fold) is a warning and leaves `nan`; training goes on.
-    Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used, at the latest before the first step.
+    What the averaging does beside the training and cannot do (a pass, a validation, a fold) is a warning and leaves
+    `nan`; training goes on. Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used, at
+    the latest before the first step.
     """
-    order = Recorder.order + 5    # after the Recorder has logged the epoch, before trackers and the progress table read it
+    # after the Recorder has logged the epoch, before trackers and the progress table read it
+    order = Recorder.order + 5
     remove_on_fetch = True    # as the Recorder has it: not for passes aside from training
     _stateattrs = '_average', '_given', '_continued', '_fit', '_stands_aside'
 
@@ -87,12 +93,16 @@ class SWACallback(FitCallback):
         swa_start=0.75,    # int: index from 0 of the first epoch folded. float in [0, 1): that share of the fit
         swa_model:nn.Module=None,    # module to average into; default: a clean copy of the learner's model
         cycle_len:int=1,    # fold at the end of epoch `swa_start` and of every `cycle_len`-th after it
-        swa_eval_freq:int=1,    # validate the average at its 1st, (1+f)th, (1+2f)th ... fold and in the last epoch; 0: last only
+        # validate the average at its 1st, (1+f)th, (1+2f)th ... fold and in the last epoch; 0: last only
+        swa_eval_freq:int=1,
         bn_batches:int=None,    # training batches used to refresh batch norm; None: the whole training set
         weight=equal,    # function from `n_averaged` to the weight of the new point: `equal`, `ema(decay)` or another
-        every:int=None,    # fold every so many optimizer steps, from the start of epoch `swa_start` on, instead of at the ends of epochs
-        name:str='swa',    # `learn.<name>`, and what the columns begin with; several averages in one fit have different ones
-        average=None,    # go on with this average, points and all: an earlier `SWACallback`, or a file of `SaveSWAModelCallback`
+        # fold every so many optimizer steps, from the start of epoch `swa_start` on, instead of at the ends of epochs
+        every:int=None,
+        # `learn.<name>`, and what the columns begin with; several averages in one fit have different ones
+        name:str='swa',
+        # go on with this average, points and all: an earlier `SWACallback`, or a file of `SaveSWAModelCallback`
+        average=None,
     ):
         self.swa_start = _check_swa_start(swa_start)
         check_swa_model(swa_model)
@@ -102,7 +112,8 @@ class SWACallback(FitCallback):
         check_weight(weight)
         self.every = check_count('every', every)
         if self.every and self.cycle_len != 1:
-            raise ValueError(f'cycle_len={cycle_len} and every={every} exclude each other: one counts epochs, the other optimizer steps')
+            raise ValueError(f'cycle_len={cycle_len} and every={every} exclude each other: one counts epochs, the '
+                             'other optimizer steps')
         self.weight = weight
         self.enabled = True
         self._name = self._attribute = check_name(name)
@@ -110,7 +121,8 @@ class SWACallback(FitCallback):
         self._given = swa_model
         self._continued = _check_average(average)
 
-    def _init_state(self):    # also what an unpickled callback starts with: an export carries the settings, not the average
+    # also what an unpickled callback starts with: an export carries the settings, not the average
+    def _init_state(self):
         super()._init_state()
         self._average = None    # the `_Average`
         self._given = None    # the user's own swa_model
@@ -130,7 +142,9 @@ class SWACallback(FitCallback):
 
     @property
     def swa_model(self) -> nn.Module | None:
-        "The module that holds the average, with plain state-dict keys; `None` (or the one passed) before the first fold."
+        """The module that holds the average, with plain state-dict keys; `None` (or the one passed) before the first
+        fold.
+        """
         return self._given if self._average is None else self._average.running.swa_model
 
     @property
@@ -145,14 +159,16 @@ class SWACallback(FitCallback):
 
     @contextmanager
     def averaged(self):
-        """Within this context the learner predicts, validates, shows, saves and exports with the average; gives the learner.
+        """Within this context the learner predicts, validates, shows, saves and exports with the average; gives the
+        learner.
 
-        Nothing is copied: the learner's own model holds the average's tensors, and gets its own back at the end. Batch norm is
-        refreshed first if it needs it. Raises `RuntimeError` if there is no average or the context is entered twice; a `fit` inside
-        is refused with one, too. (`learn.load` inside would load into the average.)
+        Nothing is copied: the learner's own model holds the average's tensors, and gets its own back at the end. Batch
+        norm is refreshed first if it needs it. Raises `RuntimeError` if there is no average or the context is entered
+        twice; a `fit` inside is refused with one, too. (`learn.load` inside would load into the average.)
         """
         learn = self._existing('averaged')
-        with lending(learn, 'averaged()', self.averaged, self._version), self._average.running.lent_to(learn.model), no_fit(learn):
+        running = self._average.running
+        with lending(learn, 'averaged()', self.averaged, self._version), running.lent_to(learn.model), no_fit(learn):
             self._refresh(learn)
             yield learn
 
@@ -192,7 +208,8 @@ class SWACallback(FitCallback):
         if not self.enabled or self._must_stand_aside():
             return
         if is_learners_own(self.learn, self._name):
-            raise ValueError(f'name={self._name!r} is an attribute of the learner already: give the SWACallback another name')
+            raise ValueError(f'name={self._name!r} is an attribute of the learner already: give the SWACallback '
+                             'another name')
         fit = _Fit(start_epoch(self.swa_start, self.n_epoch))
         recorder = recorder_of(self.learn)
         if recorder is not None:
@@ -320,7 +337,8 @@ class SWACallback(FitCallback):
         return average
 
     def _end_epoch(self, alone=False):
-        """The training part of an epoch is over: was what it folded unseen finite, and which statistics follow the weights?
+        """The training part of an epoch is over: was what it folded unseen finite, and which statistics follow the
+        weights?
 
         - `alone`: other processes, if there are any, are not asked; they may be elsewhere, as after an error.
         """
@@ -329,9 +347,10 @@ class SWACallback(FitCallback):
             return
         gather = _of_one if alone else Processes(self.learn).gather
         folded = gather(fit.folded)
-        if fit.folded and not all(folded):
+        can_go_back = fit.folded and fit.backup is not None
+        if can_go_back and not all(folded):
             self._take_back()
-        elif fit.folded and self.every and fit.backup is not None and not all_finite(average.running.swa_model.parameters()):
+        elif can_go_back and self.every and not all_finite(average.running.swa_model.parameters()):
             self._take_back()
             self._say_infinite()
         elif fit.folded:
@@ -462,10 +481,12 @@ class SWACallback(FitCallback):
     def _existing(self, call) -> Learner:
         self.clean_up()
         if self._average is None:
-            raise RuntimeError(f'{call}() needs an average and there is none yet: run a fit that reaches swa_start={self.swa_start}')
+            raise RuntimeError(f'{call}() needs an average and there is none yet: run a fit that reaches '
+                               f'swa_start={self.swa_start}')
         learn = self._average.learner()
         if learn is None:
-            raise RuntimeError(f'{call}() needs the learner that was averaged, and it is gone; swa_model still holds the average')
+            raise RuntimeError(f'{call}() needs the learner that was averaged, and it is gone; swa_model still holds '
+                               'the average')
         return learn
 
     def _say(self, what, sentence):
@@ -480,40 +501,51 @@ class SWACallback(FitCallback):
 
     def _say_infinite(self):
         where = 'in' if self.every else 'at the end of'
-        self._say('finite', f'the weights {where} epoch {self._fit.epoch} are not finite; such epochs are left out of the average')
+        self._say('finite', f'the weights {where} epoch {self._fit.epoch} are not finite; such epochs are left out of '
+                            'the average')
 
     def _nothing_folded(self):
         fit = self._fit
         if self.every and fit.start < self.n_epoch:
-            return f'every={self.every} was not reached: this fit took {fit.n_steps} optimizer steps from epoch {fit.start} on and averages nothing'
-        return (f'swa_start={self.swa_start} was not reached: epoch {fit.start} (from 0) would be the first one folded, so this fit '
+            return (f'every={self.every} was not reached: this fit took {fit.n_steps} optimizer steps from epoch '
+                    f'{fit.start} on and averages nothing')
+        return (f'swa_start={self.swa_start} was not reached: epoch {fit.start} (from 0) would be the first one '
+                'folded, so this fit '
                 f'of {self.n_epoch} epochs averages nothing')
 
     # before the first step
 
     def _must_stand_aside(self) -> bool:
-        "Is another callback of this name passed to the fit, while this one is attached for good? Raises `ValueError` if both are the one or the other."
+        """Is another callback of this name passed to the fit, while this one is attached for good? Raises `ValueError`
+        if both are the one or the other.
+        """
         namesakes = [cb for cb in self._grab(SWACallback) if cb is not self and cb.enabled and cb._name == self._name]
         if not namesakes:
             return False
         passed = passed_callbacks(self.learn)
         if any(cb is self for cb in passed) == any(cb is other for cb in passed for other in namesakes):
-            raise ValueError(f'this fit has two SWACallbacks of the name {self._name!r}, whose columns would collide: pass one, or give them '
+            raise ValueError(f'this fit has two SWACallbacks of the name {self._name!r}, whose columns would collide: '
+                             'pass one, or give them '
                              'different names')
         if any(cb is self for cb in passed):
             return False
         if not self._stands_aside:
             self._stands_aside = True
-            warnings.warn(f'learn.{self._name} stands aside in fits that another SWACallback of its name is passed to', stacklevel=2)
+            warnings.warn(f'learn.{self._name} stands aside in fits that another SWACallback of its name is passed to',
+                          stacklevel=2)
         return True
 
     def _check_hooks(self):
-        "A copy of the model leaves out hooks that know the learner or are a callback's: does it compute the same without them?"
+        """A copy of the model leaves out hooks that know the learner or are a callback's: does it compute the same
+        without them?
+        """
         hooked = dropped_hooks(self.learn.model, self._shared())
         if hooked and not same_output(self.learn, clean_copy(self.learn.model, self._shared())):
             where = f'module {hooked[0]!r}' if hooked[0] else 'the model'
-            raise ValueError(f'a hook of {where} changes what the model computes, and a copy cannot have it, because it is a callback\'s or knows the '
-                             'learner: swa_model would not be what its columns say; make the hook a function of its own, or pass a swa_model')
+            raise ValueError(f'a hook of {where} changes what the model computes, and a copy cannot have it, because '
+                             'it is of a callback or knows the '
+                             'learner: swa_model would not be what its columns say; make the hook a function of its '
+                             'own, or pass a swa_model')
 
     def _check_statistics(self):
         "Running statistics that are no buffers cannot be refreshed."
@@ -526,7 +558,8 @@ class SWACallback(FitCallback):
         for i, what in enumerate(('its batch norm cannot be refreshed', 'it cannot be validated')):
             used_up = unrepeatable(self.learn, i)
             if used_up and (i or tracked_bn(unwrap(self.learn.model))):
-                self._say(what, f'{used_up[0]} can be gone through only once, and {self._what} gets nothing of it: {what}; make it anew in '
+                self._say(what, f'{used_up[0]} can be gone through only once, and {self._what} gets nothing of it: '
+                                f'{what}; make it anew in '
                                 '`__iter__`, or hold it in an attribute of its own')
 
     def _check_ahead(self):
@@ -552,29 +585,36 @@ class SWACallback(FitCallback):
         for tracker, acts in ((EarlyStoppingCallback, 'stops this fit'), (ReduceLROnPlateau, 'cuts the learning rate')):
             for cb in self._grab(tracker):
                 if cb.monitor in fit.columns and cb.patience <= pause:
-                    self._say(acts, f'{type(cb).__name__}(monitor={cb.monitor!r}, patience={cb.patience}) {acts} for want of values: the '
-                                    f'average is validated first in epoch {first} (swa_start={self.swa_start}), and there can be {pause} '
+                    self._say(acts, f'{type(cb).__name__}(monitor={cb.monitor!r}, patience={cb.patience}) {acts} for '
+                                    'want of values: the '
+                                    f'average is validated first in epoch {first} (swa_start={self.swa_start}), and '
+                                    f'there can be {pause} '
                                     f'epochs without; use a patience above {pause}')
         for cb in self._grab(SaveModelCallback):
             if cb.monitor in fit.columns and not isinstance(cb, SaveSWAModelCallback):
-                self._say('saves', f'SaveModelCallback(monitor={cb.monitor!r}) saves the weights in training, not the average; '
+                self._say('saves', f'SaveModelCallback(monitor={cb.monitor!r}) saves the weights in training, not the '
+                                   'average; '
                                    'use SaveSWAModelCallback')
 
 
 class SaveSWAModelCallback(FitCallback, SaveModelCallback):
-    """fastai's `SaveModelCallback` for the average: saves `swa_model` whenever a column of it improves. Loads nothing at the end.
+    """fastai's `SaveModelCallback` for the average: saves `swa_model` whenever a column of it improves. Loads nothing
+    at the end.
 
-    The file is what `learn.save(fname, with_opt=False)` writes within `averaged()`, so `learn.load(fname, with_opt=False)` reads it into
-    any learner with that architecture; `SWACallback(average=file)` goes on with it. It is replaced in one step: whatever happens, there is
-    the old one or the new. Needs a `SWACallback` in the same fit, and stands aside where that one does; of several, the one that has
-    the column `monitor` is saved. A file that cannot be written is a warning, and training goes on.
-    Raises `ValueError` if there is none, or for a `monitor` that is not one of its columns.
+    The file is what `learn.save(fname, with_opt=False)` writes within `averaged()`, so `learn.load(fname,
+    with_opt=False)` reads it into any learner with that architecture; `SWACallback(average=file)` goes on with it. It
+    is replaced in one step: whatever happens, there is the old one or the new. Needs a `SWACallback` in the same fit,
+    and stands aside where that one does; of several, the one that has the column `monitor` is saved. A file that cannot
+    be written is a warning, and training goes on. Raises `ValueError` if there is none, or for a `monitor` that is not
+    one of its columns.
     """
     def __init__(self,
         monitor='swa_valid_loss',    # column to watch
         comp=None,    # comparison: np.less or np.greater; default: less for a loss or an error, else greater
         min_delta=0.,    # least change that counts as an improvement
-        fname=None,    # file name under `learn.path/learn.model_dir`; default: `<name>_model` for the average of that name, so `swa_model`
+        # file name under `learn.path/learn.model_dir`; default: `<name>_model` for the average of that name, so
+        # `swa_model`
+        fname=None,
         every_epoch=False,    # True or an int k: save after each (k-th) epoch that has an average, as `fname_<epoch>`
         at_end=False,    # save once, when the fit ends, instead of at improvements
         reset_on_fit=True,    # forget the best value at the start of a fit
@@ -585,7 +625,8 @@ class SaveSWAModelCallback(FitCallback, SaveModelCallback):
     def before_fit(self):
         averages = [cb for cb in self.learn.cbs if isinstance(cb, SWACallback)]
         if not averages:
-            raise ValueError('SaveSWAModelCallback needs a SWACallback in the same fit: pass one, or call learn.to_swa() first')
+            raise ValueError('SaveSWAModelCallback needs a SWACallback in the same fit: pass one, or call '
+                             'learn.to_swa() first')
         columns = [name for swa in averages if swa._fit for name in swa._fit.columns]
         if not columns:    # all stand aside, or there is no Recorder
             return
@@ -633,7 +674,8 @@ def check_name(name: str) -> str:
     if not isinstance(name, str):
         raise TypeError(f'name must be a str, not {name!r}')
     if not name.isidentifier() or keyword.iskeyword(name):
-        raise ValueError(f'name must be an identifier such as swa or ema, for learn.<name> and the columns, not {name!r}')
+        raise ValueError('name must be an identifier such as swa or ema, for learn.<name> and the columns, not '
+                         f'{name!r}')
     return name
 
 
@@ -655,7 +697,9 @@ def _check_average(average):
 
 
 def _state_to_continue(average, model=None) -> tuple[dict, list]:
-    "The state of an earlier average, and the epochs it is of. Raises `ValueError` if there is none, or if it is not one of `model`."
+    """The state of an earlier average, and the epochs it is of. Raises `ValueError` if there is none, or if it is not
+    one of `model`.
+    """
     if isinstance(average, SWACallback):
         average.clean_up()
         if not average.n_averaged:
@@ -666,7 +710,8 @@ def _state_to_continue(average, model=None) -> tuple[dict, list]:
         weights = read_weights(average)
         points = getattr(weights, '_metadata', {}).get('', {}).get(_POINTS)
         if points is None:
-            raise ValueError(f'{average} does not say of how many points it is the average: it was not written by SaveSWAModelCallback')
+            raise ValueError(f'{average} does not say of how many points it is the average: it was not written by '
+                             'SaveSWAModelCallback')
         state = {'swa_model': weights, 'n_averaged': points['n_averaged'], 'master': {}}
         epochs = points['epochs']
     if model is not None:
@@ -675,7 +720,8 @@ def _state_to_continue(average, model=None) -> tuple[dict, list]:
     return state, list(epochs)
 
 
-_POINTS = 'fastai_swa'    # where a file of weights says what they are the average of: in what torch keeps beside them for each module
+# where a file of weights says what they are the average of: in what torch keeps beside them for each module
+_POINTS = 'fastai_swa'
 
 def _weights_with_points(swa) -> dict:
     weights = unwrap(swa.swa_model).state_dict()
@@ -706,13 +752,15 @@ def _weight_of(weight, n_averaged: int):
 
 def _check_swa_start(swa_start):
     if isinstance(swa_start, bool) or not isinstance(swa_start, Real):
-        raise TypeError(f'swa_start must be an int (an epoch, from 0) or a float in [0, 1) (a share of the fit), not {swa_start!r}')
+        raise TypeError('swa_start must be an int (an epoch, from 0) or a float in [0, 1) (a share of the fit), not '
+                        f'{swa_start!r}')
     if isinstance(swa_start, Integral):
         if swa_start < 0:
             raise ValueError(f'swa_start must be an epoch counted from 0, not {swa_start}')
         return int(swa_start)
     if not 0 <= swa_start < 1:
-        raise ValueError(f'swa_start must be in [0, 1) where it is a share of the fit, not {swa_start}; pass an int for an epoch')
+        raise ValueError(f'swa_start must be in [0, 1) where it is a share of the fit, not {swa_start}; pass an int '
+                         'for an epoch')
     return float(swa_start)
 
 

@@ -32,23 +32,28 @@ _START = 'the first averaged epoch'
 
 
 class CheckpointCallback(FitCallback):
-    """Keep the whole state of a fit in one file, so that the same call, made again after a crash, goes on and ends bitwise as without it.
+    """Keep the whole state of a fit in one file, so that the same call, made again after a crash, goes on and ends
+    bitwise as without it.
 
-    The state is written before the first epoch and before each `every`-th one after it, in one step: the file is always complete. It
-    is removed when the fit completes. Weights, optimizer, averages, the Recorder's history and table, trackers, the gradient scaler
-    and all random generators are in it (`state.take`); it loads with `torch.load(weights_only=True)`. Fits of one learner on one path
-    are numbered: those before the interrupted one, such as the first stage of `fine_tune`, are skipped and leave the learner as it was
-    before the latter; for that the file of a second fit holds this state too. A fit that is stopped within an epoch (Ctrl-C, an
-    exception, a NaN) leaves the file of the last epoch boundary written.
+    The state is written before the first epoch and before each `every`-th one after it, in one step: the file is always
+    complete. It is removed when the fit completes. Weights, optimizer, averages, the Recorder's history and table,
+    trackers, the gradient scaler and all random generators are in it (`state.take`); it loads with
+    `torch.load(weights_only=True)`. Fits of one learner on one path are numbered: those before the interrupted one,
+    such as the first stage of `fine_tune`, are skipped and leave the learner as it was before the latter; for that the
+    file of a second fit holds this state too. A fit that is stopped within an epoch (Ctrl-C, an exception, a NaN)
+    leaves the file of the last epoch boundary written.
 
-    A call with more epochs goes on with a file made for fewer: with its own schedule from there on, and with the first averaged epoch of the file.
-    That is bitwise the longer fit where the two agree on the epochs done, and where not that is said.
+    A call with more epochs goes on with a file made for fewer: with its own schedule from there on, and with the first
+    averaged epoch of the file. That is bitwise the longer fit where the two agree on the epochs done, and where not
+    that is said.
 
-    Raises, before anything of the fit has changed: `ValueError` if the file is damaged, foreign or newer, none of which is ever
-    overwritten, or if the model, the data's size, the schedule or the like is another one than in the file; `RuntimeError` if another
-    run is using the path; `OSError` if it cannot be written. A later epoch that cannot be written is a warning: training goes on.
+    Raises, before anything of the fit has changed: `ValueError` if the file is damaged, foreign or newer, none of which
+    is ever overwritten, or if the model, the data's size, the schedule or the like is another one than in the file;
+    `RuntimeError` if another run is using the path; `OSError` if it cannot be written. A later epoch that cannot be
+    written is a warning: training goes on.
     """
-    order = _FIRST = -1000    # sees an epoch before all others. At the end of the fit it comes last: when all is done, the file can go
+    # sees an epoch before all others. At the end of the fit it comes last: when all is done, the file can go
+    order = _FIRST = -1000
     _stateattrs = '_fit', '_lock', '_rows', 'order'
 
     def __init__(self,
@@ -79,7 +84,9 @@ class CheckpointCallback(FitCallback):
     def before_fit(self):
         learn = self.learn
         self._rows = []
-        if sum(isinstance(cb, CheckpointCallback) for cb in learn.cbs) > 1: raise ValueError('this fit has two CheckpointCallbacks; pass one')
+        if sum(isinstance(cb, CheckpointCallback) for cb in learn.cbs) > 1: raise ValueError('this fit has two '
+                                                                                             'CheckpointCallbacks; '
+                                                                                             'pass one')
         processes, past = Processes(learn), _pasts.setdefault(learn, {}).setdefault(self.file, _Past())
         self._fit = _Fit(processes, past)    # from here on `over` gives the lock back, whatever happens
         saved, settings = processes.first(self._open), _settings(learn, processes)
@@ -99,7 +106,8 @@ class CheckpointCallback(FitCallback):
             past.end['random'] = processes.gather(past.end['random'])
         past.changing = {k: settings[k] for k in _CHANGING}
         if any(getattr(dl, 'persistent_workers', False) for dl in loaders(learn)):
-            warnings.warn('a loader has persistent_workers, whose random state is not in the checkpoint: a resumed fit draws other augmentations')
+            warnings.warn('a loader has persistent_workers, whose random state is not in the checkpoint: a resumed fit '
+                          'draws other augmentations')
         attributes = plain_attributes(learn)
         for name, cb in named_callbacks(learn): _first_seen.setdefault(cb, attributes.pop(name, {}))
         _first_held.setdefault(learn, {path: attrs for path, attrs in attributes.items() if path not in dict(named_callbacks(learn))})
@@ -114,16 +122,19 @@ class CheckpointCallback(FitCallback):
             reasons.append('the schedule is another one on the epochs done')
         for name, settings in now.items():
             if isinstance(settings, dict) and settings.get(_START) != was[name].get(_START):
-                reasons.append(f'averaging starts in epoch {was[name][_START]} as in the file, not in epoch {settings[_START]}')
+                reasons.append(f'averaging starts in epoch {was[name][_START]} as in the file, not in epoch '
+                               f'{settings[_START]}')
         if reasons:
-            warnings.warn(f'{self.file.name}: {" and ".join(reasons)}: the fit does not end where one of {now[_N_EPOCHS]} epochs from the '
+            warnings.warn(f'{self.file.name}: {" and ".join(reasons)}: the fit does not end where one of '
+                          f'{now[_N_EPOCHS]} epochs from the '
                           'beginning would')
 
     def _open(self):
         "Lock the path; what the file there holds, if anything."
         self.file.parent.mkdir(parents=True, exist_ok=True)
         owner = _owners.get(self.file)
-        if owner not in (None, self) and not (owner.learn and is_fitting(owner.learn, in_all_threads=True)): owner.over()    # left from an interruption
+        # left from an interruption
+        if owner not in (None, self) and not (owner.learn and is_fitting(owner.learn, in_all_threads=True)): owner.over()
         self._lock = Lock(self.file)
         _owners[self.file] = self
         saved = read(self.file, _KIND, _VERSION) if self.file.exists() else None
@@ -157,7 +168,8 @@ class CheckpointCallback(FitCallback):
 
     def _remove(self):
         try: self.file.unlink(missing_ok=True)
-        except OSError as e: warnings.warn(f'{self.file} could not be removed ({e}): remove it, or the same fit called again goes on from it')
+        except OSError as e: warnings.warn(f'{self.file} could not be removed ({e}): remove it, or the same fit called '
+                                           'again goes on from it')
 
     def _tell(self, text): print(f'{self.file.name}: {text}')
 
@@ -188,7 +200,8 @@ class CheckpointCallback(FitCallback):
         fit, learn = self._fit, self.learn
         state, fit.saved = fit.saved['state'], None
         if state['data'] != _sizes(learn):
-            raise ValueError(f'{self.file} is of a fit whose data were exchanged on the way ({_sizes(learn)}, then {state["data"]}: samples, batch '
+            raise ValueError(f'{self.file} is of a fit whose data were exchanged on the way ({_sizes(learn)}, then '
+                             f'{state["data"]}: samples, batch '
                              'size, batches): it cannot go on')
         recorder = recorder_of(learn)
         columns = None if recorder is None else recorder.metric_names
@@ -198,7 +211,8 @@ class CheckpointCallback(FitCallback):
         number = f'fit {len(fit.past.fits) + 1}, ' * bool(fit.past.fits)
         self._tell(f'going on with {number}epoch {learn.epoch} (from 0) of {learn.n_epoch}')
         for cb in learn.cbs:
-            if isinstance(cb, ProgressCallback) and getattr(cb, 'mbar', None): cb.mbar.update(0)    # its bar must begin there
+            # its bar must begin there
+            if isinstance(cb, ProgressCallback) and getattr(cb, 'mbar', None): cb.mbar.update(0)
         for row in self._rows: learn.logger(L(row))
 
     def _reorder_rows(self, recorder, columns):
@@ -235,7 +249,8 @@ class _Fit:
     is_past: bool = False    # whether it was completed before
     epoch: int = -1    # the epoch begun last
     within: bool = False    # whether that one is not over
-    muted: list = field(default_factory=list)    # attributes of callbacks that see nothing of epochs trained before, and their `run`
+    # attributes of callbacks that see nothing of epochs trained before, and their `run`
+    muted: list = field(default_factory=list)
 
     def mute(self, learn, but):
         "Let no callback but `but` see the events of an epoch that was trained before."
@@ -251,7 +266,8 @@ class _Fit:
 class _Past:
     "What a learner has done on one path so far."
     def __init__(self):
-        self.fits, self.end = [], None    # the settings of the completed fits; the state after the last one, once another begins
+        # the settings of the completed fits; the state after the last one, once another begins
+        self.fits, self.end = [], None
         self.callbacks = []    # of the last one: names, and those with a state of their own
         self.kept = []    # for each of the fits, once another begins: what its callbacks kept, such as an average
         self.changing = {}    # settings that a fit may change by itself, as they were before the one begun last
@@ -265,12 +281,15 @@ class _Past:
 
 _pasts = weakref.WeakKeyDictionary()    # learner -> file -> _Past
 _owners = weakref.WeakValueDictionary()    # file -> the callback that locked it last
-_first_seen = weakref.WeakKeyDictionary()    # callback -> its plain attributes before its first fit: settings, unless the fit changes them
+# callback -> its plain attributes before its first fit: settings, unless the fit changes them
+_first_seen = weakref.WeakKeyDictionary()
 _first_held = weakref.WeakKeyDictionary()    # learner -> the same of data, modules, losses and what callbacks hold
 
 
 def _settings_of_objects(learn) -> dict:
-    "What `take` may leave out, since a new run of the program makes it again, and `restore` puts back where an interrupted fit has moved it."
+    """What `take` may leave out, since a new run of the program makes it again, and `restore` puts back where an
+    interrupted fit has moved it.
+    """
     return _first_held.get(learn, {}) | {name: _first_seen[cb] for name, cb in named_callbacks(learn) if cb in _first_seen}
 
 
@@ -284,7 +303,8 @@ def _settings(learn: Learner, processes: Processes) -> dict:
     "What must be the same where a fit goes on, under the name that it has for a user."
     model, opt = unwrap(learn.model), learn.opt
     if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in model.parameters()):
-        raise ValueError('the model has a lazy module that has not seen a batch yet; run one batch through the model first')
+        raise ValueError('the model has a lazy module that has not seen a batch yet; run one batch through the model '
+                         'first')
     res = {
         _N_EPOCHS: learn.n_epoch,
         'the model': {name: [*p.shape, str(p.dtype).removeprefix('torch.')] for name, p in named_tensors(model.named_parameters).items()},
@@ -333,8 +353,8 @@ def _sampled(scheduler, n_epoch, n_steps) -> dict:
 
 
 def _place(fits: list, candidates: list, n_done: int, file: Path) -> int:
-    """Which of the `fits` that a file knows (the last one is unfinished) has the settings of one of the `candidates`, after `n_done`
-    completed fits here. Raises `ValueError` with what differs if none has."""
+    """Which of the `fits` that a file knows (the last one is unfinished) has the settings of one of the `candidates`,
+    after `n_done` completed fits here. Raises `ValueError` with what differs if none has."""
     last = len(fits) - 1
     for settings in candidates:
         # the next in order; else the latest one, where only some are called again, as fine_tune's two after Ctrl-C
@@ -342,7 +362,8 @@ def _place(fits: list, candidates: list, n_done: int, file: Path) -> int:
             if fits[place] == settings: return place
     if any(_extends(settings, fits[last]) for settings in candidates): return last
     faults = list(_differences(fits[min(n_done, last)], candidates[0]))
-    raise ValueError(f'{file} is of another fit: {"; ".join(faults[:3])}{" ..." * (len(faults) > 3)}. It is left as it is: call the same fit '
+    raise ValueError(f'{file} is of another fit: {"; ".join(faults[:3])}{" ..." * (len(faults) > 3)}. It is left as it '
+                     'is: call the same fit '
                      'again, move the file away, or pass resume=False to start anew')
 
 

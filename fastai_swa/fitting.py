@@ -1,4 +1,5 @@
-"""Is this a real fit? A base class for callbacks that get the events of one training fit alone, and what may not end it."""
+"""Is this a real fit? A base class for callbacks that get the events of one training fit alone, and what may not end
+it."""
 import sys
 import warnings
 from collections import Counter
@@ -18,12 +19,14 @@ _AROUND_EPOCHS = 'before_fit', 'after_cancel_fit', 'after_fit'
 class FitCallback(Callback):
     """A callback that gets the events of one training fit alone, from its own `before_fit` to its own `after_fit`.
 
-    It gets none of `validate`, `get_preds`, `predict`, `lr_find` and `tta`, nor of a fit within the fit, also where another callback calls
-    these in the middle of it. (fastai sends `before_fit` and many other events in all of them.)
+    It gets none of `validate`, `get_preds`, `predict`, `lr_find` and `tta`, nor of a fit within the fit, also where
+    another callback calls these in the middle of it. (fastai sends `before_fit` and many other events in all of them.)
 
-    - `_fit`: what a subclass keeps about the fit under way. Its `before_fit` sets it; where that leaves `None`, the fit goes on without it.
-    - `over()`: called when the fit is over, however it ended, and `_fit` is about to become `None`. After Ctrl-C or an error, which fastai
-      announces by no event, that is when the callback is taken from the learner, or, if it is attached for good, when it is needed next.
+    - `_fit`: what a subclass keeps about the fit under way. Its `before_fit` sets it; where that leaves `None`, the fit
+      goes on without it.
+    - `over()`: called when the fit is over, however it ended, and `_fit` is about to become `None`. After Ctrl-C or an
+      error, which fastai announces by no event, that is when the callback is taken from the learner, or, if it is
+      attached for good, when it is needed next.
     """
     _fit = None
     _is_listening = False    # whether the event sent last was one of the fit under way
@@ -37,7 +40,8 @@ class FitCallback(Callback):
     @learn.setter
     def learn(self, learn):
         try:
-            if learn is None and self.learn is not None and not is_fitting(self.learn, '_do_fit'):    # else it is back in a moment
+            # else it is back in a moment
+            if learn is None and self.learn is not None and not is_fitting(self.learn, '_do_fit'):
                 self._end()
         finally:
             vars(self)['learn'] = learn
@@ -59,7 +63,8 @@ class FitCallback(Callback):
     def _begin(self):
         self._end()    # what an interruption has left
         learn = self.learn
-        if not is_fitting(learn) or any(isinstance(cb, LRFinder) for cb in learn.cbs):    # the former: a learner as a context manager
+        # the former: a learner as a context manager
+        if not is_fitting(learn) or any(isinstance(cb, LRFinder) for cb in learn.cbs):
             return
         self._loss_func = learn.loss_func
         try:
@@ -92,7 +97,8 @@ class FitCallback(Callback):
         learn = self.learn
         if learn.lock.locked():    # validate, get_preds and predict hold it
             return False
-        if event_name in _IN_A_BATCH and self._is_listening:    # to look through the stack in each batch would cost too much
+        # to look through the stack in each batch would cost too much
+        if event_name in _IN_A_BATCH and self._is_listening:
             return True
         depth = _count_frames(learn, '_do_fit')
         is_own = depth == (0 if event_name in _AROUND_EPOCHS else 1) and not is_fitting(learn, 'tta')
@@ -111,7 +117,8 @@ def _take_back_loss(learn, loss_func):
 
 
 class SideWork:
-    """What a callback does beside a training, which must not end it: a failure is said once for each kind of work, and counted.
+    """What a callback does beside a training, which must not end it: a failure is said once for each kind of work, and
+    counted.
 
     KeyboardInterrupt and other exceptions that are no `Exception` pass through.
     """
@@ -122,7 +129,8 @@ class SideWork:
     def attempt(self, work: str, consequence: str = ''):
         """Within this context an exception ends the context and nothing else.
 
-        - `work`: what is attempted, as in 'validating the average'; `consequence`: what follows if it fails, as in 'its columns are nan'.
+        - `work`: what is attempted, as in 'validating the average'; `consequence`: what follows if it fails, as in 'its
+          columns are nan'.
         """
         try:
             yield
@@ -144,8 +152,8 @@ class SideWork:
 
 
 def is_fitting(learn, method='fit', in_all_threads=False) -> bool:
-    """Is `learn.fit` under way in this thread, or with `_do_fit` an epoch of it? (Its own state does not tell: Ctrl-C leaves no trace in it,
-    and `tta` sends the events of a fit.)"""
+    """Is `learn.fit` under way in this thread, or with `_do_fit` an epoch of it? (Its own state does not tell: Ctrl-C
+    leaves no trace in it, and `tta` sends the events of a fit.)"""
     frames = sys._current_frames().values() if in_all_threads else [sys._getframe()]
     return any(_count_frames(learn, method, frame) for frame in frames)
 
@@ -173,9 +181,12 @@ def passed_callbacks(learn) -> list:
 
 @contextmanager
 def no_fit(learn, reason='averaged() would train the average; leave that context first, or call apply()', also=()):
-    "Within this context the methods of `learn` that train, and those named in `also`, raise `RuntimeError` before they change anything."
+    """Within this context the methods of `learn` that train, and those named in `also`, raise `RuntimeError` before
+    they change anything.
+    """
     cls = type(learn)
-    names = [n for n in dir(cls) if n.startswith('fit') and callable(getattr(cls, n)) or n in ('fine_tune', 'lr_find', *also)]
+    fits = [n for n in dir(cls) if n.startswith('fit') and callable(getattr(cls, n))]
+    names = [*fits, *(n for n in ('fine_tune', 'lr_find', *also) if n in dir(cls))]
     kept = {n: vars(learn)[n] for n in names if n in vars(learn)}
 
     def refuse(name, *args, **kwargs):

@@ -1,7 +1,8 @@
 """Ctrl-C and what must not be torn apart by it. Plain Python.
 
-Python turns a SIGINT into a `KeyboardInterrupt` between any two steps of the main thread, and launchers often send two in a row:
-the second arrives while `finally` clauses of the first are at work, and cuts them short. These two context managers hold it.
+Python turns a SIGINT into a `KeyboardInterrupt` between any two steps of the main thread, and launchers often send two
+in a row: the second arrives while `finally` clauses of the first are at work, and cuts them short. These two context
+managers hold it.
 """
 import signal
 import sys
@@ -13,7 +14,8 @@ __all__ = ['uninterrupted', 'unwound_whole']
 
 @contextmanager
 def uninterrupted():
-    """A SIGINT that arrives within this context is held until its end: for changes of some milliseconds that must be whole or not at all.
+    """A SIGINT that arrives within this context is held until its end: for changes of some milliseconds that must be
+    whole or not at all.
 
     Only the main thread is ever interrupted; in another one nothing is done.
     """
@@ -26,10 +28,11 @@ def uninterrupted():
 
 @contextmanager
 def unwound_whole():
-    """The first SIGINT within this context interrupts it as usual; one that arrives while that is unwinding is held until the context's end.
+    """The first SIGINT within this context interrupts it as usual; one that arrives while that is unwinding is held
+    until the context's end.
 
-    So what `finally` clauses inside, and in the context managers entered inside, put back is put back even after two Ctrl-C in a row. Code
-    that has caught the interruption and goes on can be interrupted again.
+    So what `finally` clauses inside, and in the context managers entered inside, put back is put back even after two
+    Ctrl-C in a row. Code that has caught the interruption and goes on can be interrupted again.
     """
     arrived = []
 
@@ -61,10 +64,13 @@ def _is_unwinding() -> bool:
 
 @contextmanager
 def _handled_by(make_handler):
-    "SIGINT goes to `make_handler(before)` within this context, which gives the handler `before`; it goes there again at the end."
+    """SIGINT goes to `make_handler(before)` within this context, which gives the handler `before`; it goes there again
+    at the end.
+    """
     before = signal.getsignal(signal.SIGINT)
     is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or not callable(before):    # ignored, left to the system, or not Python's: no KeyboardInterrupt comes
+    # ignored, left to the system, or not Python's: no KeyboardInterrupt comes
+    if not is_main or not callable(before):
         yield None
         return
     signal.signal(signal.SIGINT, make_handler(before))
