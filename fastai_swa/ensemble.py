@@ -1,6 +1,6 @@
 """`Ensemble`: many models, one prediction."""
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -280,7 +280,7 @@ class Ensemble:
     @contextmanager
     def _in_learner(self, which=None, combine: str | None = None, warns: bool = True):
         "Within this context the learner predicts with the members `which`, by default all, combined by `combine`."
-        learn, own = self.learn, self.learn.model
+        learn = self.learn
         modules = [self._module(i) for i in (range(len(self)) if which is None else which)]
         members = _Members(modules, _Combination(self.probabilities, combine or self.combine, self.stacking))
 
@@ -298,18 +298,32 @@ class Ensemble:
             return type(learn).validate(learn, ds_idx, dl, *args, **kwargs)
 
         reason = 'active() is not possible: the learner is an ensemble there'
-        with (unwound_whole(), _modes_kept(modules), autocast_left(), learn.added_cbs(_EachMember(members)),
-              no_fit(learn, reason, also=('save', 'export', 'load', 'create_opt'))):
-            kept = {k: vars(learn)[k] for k in ('get_preds', 'validate') if k in vars(learn)}
+        contexts = (_modes_kept(modules), autocast_left(), learn.added_cbs(_EachMember(members)),
+                    no_fit(learn, reason, also=('save', 'export', 'load', 'create_opt')),
+                    _attributes(learn, model=members, get_preds=get_preds, validate=validate))
+        stack = ExitStack()
+        with unwound_whole():
             try:
-                learn.model = members
-                vars(learn).update(get_preds=get_preds, validate=validate)
+                with uninterrupted():
+                    for context in contexts:
+                        stack.enter_context(context)
                 yield learn
             finally:
-                learn.model = own
-                for k in 'get_preds', 'validate':
-                    vars(learn).pop(k, None)
-                vars(learn).update(kept)
+                with uninterrupted():
+                    stack.close()
+
+
+@contextmanager
+def _attributes(o, **values):
+    "Within this context `o` has these attributes of its own."
+    kept = {k: vars(o)[k] for k in values if k in vars(o)}
+    vars(o).update(values)
+    try:
+        yield
+    finally:
+        for k in values:
+            vars(o).pop(k, None)
+        vars(o).update(kept)
 
 
 @contextmanager

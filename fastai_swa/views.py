@@ -31,20 +31,24 @@ class _Context:
 _contexts = weakref.WeakKeyDictionary()    # learner -> the contexts that it is in, the innermost last
 
 
-@contextmanager
-def lending(learn, name: str, enter: Callable, version: Callable):
-    """Within this context the interpretations that are made of `learn` keep what it predicts with here, for use after
-    the context, too.
+class lending:
+    """Within this context the interpretations that are made of `learn` keep what it predicts with here, for use after the
+    context, too.
 
     - `name`: of the context, as users write it; `enter`: the bound method that gives it; `version`: a function of no
       arguments, whose value changes when the context would predict with something else than before.
     """
-    inside = _contexts.setdefault(learn, [])
-    inside.append(_Context(name, enter, version))
-    try:
-        yield
-    finally:
-        inside.pop()
+    def __init__(self, learn, name: str, enter: Callable, version: Callable):
+        self.inside = _contexts.setdefault(learn, [])
+        self.context = _Context(name, enter, version)
+
+    def __enter__(self):
+        self.inside.append(self.context)
+
+    def __exit__(self, *error):
+        self.inside[:] = [c for c in self.inside if c is not self.context]
+
+    __del__ = __exit__    # where Ctrl-C has come in between
 
 
 def as_lent(learn):

@@ -2,6 +2,8 @@
 import copy
 import itertools
 import math
+import signal
+import sys
 import warnings
 
 import numpy as np
@@ -19,6 +21,7 @@ from fastai.tabular.core import Categorify, Normalize
 from fastai.tabular.data import TabularDataLoaders
 from fastai.tabular.learner import tabular_learner
 from fastai_swa import Ensemble
+from fastai_swa.views import as_lent
 from fastai_swa.vision import digits, digits_net
 from torch import nn
 from torch.nn import functional as F
@@ -726,3 +729,41 @@ def test_the_eval_of_a_member_is_called_as_if_it_were_alone():
     models = [OwnEval(6, 3) for _ in range(2)]
     expected = naive(copy.deepcopy(models), learn)
     torch.testing.assert_close(Ensemble(models, learn).get_preds()[0].double(), expected, rtol=0, atol=5e-7)
+
+
+def test_ctrl_c_at_any_line_of_the_way_in_and_out_leaves_the_learner_as_it_was():
+    learn, models = trained()
+    own, names, cbs = learn.model, set(vars(learn)), [type(cb) for cb in learn.cbs]
+    ens = Ensemble(models, learn)
+    files = [f'fastai_swa/{name}.py' for name in ('ensemble', 'fitting', 'views', 'passes')]
+
+    def interrupted_at(n):
+        "Whether there is an n-th line on the way."
+        lines = itertools.count(1)
+
+        def trace(frame, event, arg):
+            if not frame.f_code.co_filename.endswith((*files, 'fastai/learner.py')):
+                return None
+            if event == 'line' and next(lines) == n:
+                signal.raise_signal(signal.SIGINT)
+            return trace
+        sys.settrace(trace)
+        try:
+            with ens.active():
+                pass
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return next(lines) > n
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        n = 1
+        while interrupted_at(n):
+            assert learn.model is own and set(vars(learn)) == names and [type(cb) for cb in learn.cbs] == cbs, n
+            assert as_lent(learn) is learn, n
+            n += 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert n > 30

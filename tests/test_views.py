@@ -6,6 +6,7 @@ import fastai.vision.learner    # noqa: F401  (plot_top_losses of images)
 import numpy as np
 import pytest
 import torch
+from fastai.data.core import DataLoaders
 from fastai.interpret import ClassificationInterpretation, Interpretation, SegmentationInterpretation
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -17,7 +18,8 @@ from fastai_swa.views import as_lent, lending
 
 @pytest.fixture(scope='module')
 def data():
-    return digits(n_train=64, bs=16)
+    dls = digits(n_train=64, bs=16)
+    return DataLoaders(dls.train, dls.test_dl(list(dls.valid_ds.items[:60]), with_labels=True), device='cpu')
 
 
 def fitted(data):
