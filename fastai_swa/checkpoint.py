@@ -18,7 +18,7 @@ from .files import Lock, read, write
 from .fitting import FitCallback, is_fitting
 from .modules import named_tensors, unwrap
 from .processes import Processes
-from .state import keeps_state, loaders, named_callbacks, pack, plain_attributes, restore, take, unpack
+from .state import keeps_state, loaders, named_callbacks, pack, plain_attributes, restore, take
 
 __all__ = ['CheckpointCallback']
 
@@ -204,9 +204,9 @@ class CheckpointCallback(FitCallback):
                              f'{state["data"]}: samples, batch '
                              'size, batches): it cannot go on')
         recorder = recorder_of(learn)
-        columns = None if recorder is None else recorder.metric_names
+        columns = None if recorder is None else list(recorder.metric_names)
         restore(learn, {**state, 'random': state['random'][fit.processes.rank]}, _settings_of_objects(learn))
-        if recorder is not None: self._reorder_rows(recorder, list(columns))
+        if recorder is not None: self._reorder_rows(recorder, columns)
         if fit.processes.rank: return
         number = f'fit {len(fit.past.fits) + 1}, ' * bool(fit.past.fits)
         self._tell(f'going on with {number}epoch {learn.epoch} (from 0) of {learn.n_epoch}')
@@ -235,8 +235,6 @@ class CheckpointCallback(FitCallback):
             if isinstance(cb, TrackerCallback): cb.run = False    # would load or save its best weights now
         fit.past.fits = [*fit.past.fits, fit.settings]
         if fit.processes.rank == 0: self._tell(f'fit {len(fit.past.fits)} was completed before; it is skipped')
-
-
 
 
 @dataclass

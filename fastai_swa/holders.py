@@ -17,7 +17,6 @@ from types import CellType, FunctionType, GeneratorType, MemberDescriptorType, M
 import numpy as np
 import torch
 from fastai.callback.core import Callback
-from fastai.data.load import DataLoader
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import _BaseOptimizer
 from fastcore.foundation import L

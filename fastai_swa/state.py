@@ -8,7 +8,6 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import Optimizer
 from fastcore.foundation import L
-from torch import nn
 
 from .holders import (CONTAINERS, MAX_BYTES, MAX_LEAVES, attributes, can_hold, is_used_up, keeps_state, loaders, name_once, named_callbacks,
                       nested, owned_modules, readable, roots, set_attribute, walk)
