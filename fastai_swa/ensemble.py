@@ -1,4 +1,5 @@
 """`Ensemble`: many models, one prediction."""
+import secrets
 import warnings
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -248,16 +249,35 @@ class Ensemble:
 
     def save(self, folder):
         """Write all members' weights, how they are combined, and one index into `folder`: `Ensemble(folder, learn)`
-        reads it, and its `archs`."""
+        reads it, and its `archs`.
+
+        The index comes last, in one step. Over a folder that holds an ensemble the members get names of their own, and
+        the old ones go when the index no longer names them: whatever happens, there is the old ensemble or the new.
+        Raises `OSError` if something cannot be written, `ValueError` if the folder has an index of something else.
+        """
         folder = Path(folder)
         # all are read before any is written: they may be of that folder
         weights = [weights_of(_source(m)) for m in self.members]
         folder.mkdir(parents=True, exist_ok=True)
+        old = read_index(folder)['files'] if (folder/'index.json').exists() else []
         files = [f'member-{i + 1:02}.pth' for i in range(len(weights))]
-        for file, w in zip(files, weights):
-            save_weights(folder/file, w)
-        write_index(folder, files, epochs=self.epochs, combine=self.combine, stacking=self.stacking,
-                    activation=self.probabilities.kind)
+        if any((folder/file).exists() for file in files):
+            mark = secrets.token_hex(4)
+            files = [f'member-{i + 1:02}-{mark}.pth' for i in range(len(weights))]
+        try:
+            for file, w in zip(files, weights):
+                save_weights(folder/file, w)
+            write_index(folder, files, epochs=self.epochs, combine=self.combine, stacking=self.stacking,
+                        activation=self.probabilities.kind)
+        finally:
+            is_written = (folder/'index.json').exists() and read_index(folder)['files'] == files
+            for file in old if is_written else files:
+                if Path(file).name == file:    # of this folder
+                    (folder/file).unlink(missing_ok=True)
+        gone = {(folder/file).resolve() for file in old}
+        for i, member in enumerate(self.members):    # one that was read from there is now where its copy is
+            if isinstance(member, str | Path) and Path(member).resolve() in gone:
+                self.members[i] = folder/files[i]
 
     @classmethod
     def load(cls, folder, learn: Learner, archs=None, **kwargs):

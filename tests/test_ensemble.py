@@ -767,3 +767,34 @@ def test_ctrl_c_at_any_line_of_the_way_in_and_out_leaves_the_learner_as_it_was()
     finally:
         signal.signal(signal.SIGINT, before)
     assert n > 30
+
+
+def test_a_save_over_an_ensemble_that_fails_leaves_the_old_one_whole(tmp_path, monkeypatch):
+    from fastai_swa import ensemble
+    learn = learner()
+    old, new = ([net() for _ in range(3)] for _ in range(2))
+    Ensemble(old, learn).save(tmp_path)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    save, calls = ensemble.save_weights, []
+    def full(file, weights):
+        calls.append(file)
+        if len(calls) == 2: raise OSError(28, 'No space left on device')
+        save(file, weights)
+    monkeypatch.setattr(ensemble, 'save_weights', full)
+    with pytest.raises(OSError, match='No space left'): Ensemble(new, learn).save(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    for module, file in zip(old, Ensemble(tmp_path, learn).members):
+        assert torch.equal(module[0].weight, torch.load(file, weights_only=True)['0.weight'])
+
+
+def test_a_save_over_an_ensemble_replaces_it_and_one_of_its_own_members_can_go_on(tmp_path):
+    learn = learner()
+    Ensemble([net(), net()], learn).save(tmp_path)
+    again = Ensemble(tmp_path, learn)
+    preds = again.get_preds()[0]
+    again[[1, 0]].save(tmp_path)
+    again = Ensemble(tmp_path, learn)
+    again.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    torch.testing.assert_close(again.get_preds()[0], preds)
+    assert torch.equal(again.get_preds()[0], Ensemble(tmp_path, learn).get_preds()[0])
