@@ -418,7 +418,8 @@ def average_checkpoints(paths, model, loader=None, **kwargs) -> nn.Module:
         if names:
             with average.lent_to(learn.model):
                 refresh_bn(learn, names, None, in_fit=False)
-    set_modes(swa_model, dict(zip(swa_model.modules(), modes)))    # it is averaged in train mode, where modes move weights
+    # where modes move weights, it was averaged in train mode
+    set_modes(swa_model, dict(zip(swa_model.modules(), modes)))
     if learn is None and loader is None and tracked_bn(swa_model):
         raise ValueError('loader is needed: the model has batch norm, whose statistics belong to other weights than '
                          'the mean')

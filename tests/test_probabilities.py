@@ -1,15 +1,17 @@
 """What a loss takes an output for, and means of outputs."""
 import pytest
 import torch
-from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
+from fastai.losses import (BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat,
+                           MSELossFlat)
 from fastai_swa.probabilities import Probabilities, features, vote
 from torch import nn
 from torch.nn import functional as F
 
 
 @pytest.mark.parametrize('loss, kind', [
-    (CrossEntropyLossFlat(), 'softmax'), (nn.CrossEntropyLoss(), 'softmax'), (F.cross_entropy, 'softmax'), (FocalLossFlat(), 'softmax'),
-    (LabelSmoothingCrossEntropyFlat(), 'softmax'), (BCEWithLogitsLossFlat(), 'sigmoid'), (nn.BCEWithLogitsLoss(), 'sigmoid'),
+    (CrossEntropyLossFlat(), 'softmax'), (nn.CrossEntropyLoss(), 'softmax'), (F.cross_entropy, 'softmax'),
+    (FocalLossFlat(), 'softmax'), (LabelSmoothingCrossEntropyFlat(), 'softmax'),
+    (BCEWithLogitsLossFlat(), 'sigmoid'), (nn.BCEWithLogitsLoss(), 'sigmoid'),
     (MSELossFlat(), 'none'), (nn.L1Loss(), 'none')])
 def test_the_loss_says_what_an_output_is(loss, kind):
     assert Probabilities(loss).kind == kind

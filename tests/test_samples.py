@@ -70,8 +70,8 @@ class Held(Dataset):
 
 
 @pytest.mark.parametrize('make', [
-    TensorDataset, lambda x, y: list(zip(x, y)), lambda x, y: list(zip(x.numpy(), y.numpy())), lambda x, y: [(x[i], y[i]) for i in range(len(x))],
-    Held], ids='TensorDataset tensors arrays rows Held'.split())
+    TensorDataset, lambda x, y: list(zip(x, y)), lambda x, y: list(zip(x.numpy(), y.numpy())),
+    lambda x, y: [(x[i], y[i]) for i in range(len(x))], Held], ids='TensorDataset tensors arrays rows Held'.split())
 def test_copies_of_tensors_are_known_by_their_values_and_subsets_by_their_places(make):
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(60, 3, 4, 4, generator=g), torch.randint(2, (60,), generator=g)
@@ -108,13 +108,15 @@ def test_files_are_known_by_their_paths_also_beside_labels(tmp_path):
 
 def frame(seed, n=200):
     r = np.random.RandomState(seed)
-    res = pd.DataFrame({'a': r.randn(n), 'b': r.randn(n)*3, 'kind': r.choice(list('xyz'), n), 'y': r.choice(list('uv'), n)})
+    kinds, classes = r.choice(list('xyz'), n), r.choice(list('uv'), n)
+    res = pd.DataFrame({'a': r.randn(n), 'b': r.randn(n)*3, 'kind': kinds, 'y': classes})
     res.loc[::17, 'b'] = np.nan
     return res
 
 
 def tables(df, train, valid):
-    parts = TabularPandas(df, [Categorify, FillMissing, Normalize], ['kind'], ['a', 'b'], 'y', splits=(list(train), list(valid)))
+    procs, splits = [Categorify, FillMissing, Normalize], (list(train), list(valid))
+    parts = TabularPandas(df, procs, ['kind'], ['a', 'b'], 'y', splits=splits)
     return parts.dataloaders(bs=32)
 
 

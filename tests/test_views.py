@@ -69,7 +69,8 @@ def test_an_interpretation_reads_the_same_inside_and_after_the_context(data, kin
             interp = cls.from_learner(learn)
             inside = read(interp)
         np.testing.assert_array_equal(read(interp), inside)
-        assert not np.array_equal(read(cls.from_learner(learn)), inside)    # one that is made outside is of the learner's own model
+        own = cls.from_learner(learn)    # one that is made outside is of the learner's own model
+        assert not np.array_equal(read(own), inside)
         with context():
             np.testing.assert_array_equal(read(interp), inside)
 
@@ -83,7 +84,8 @@ def test_top_losses_are_plotted_after_the_context_with_the_predictions_that_have
         losses, places = interp.top_losses(4)
         _, preds, targets, _, again = interp[places]
         interp.plot_top_losses(4)
-    torch.testing.assert_close(-preds[range(4), targets.long()].log(), losses.as_subclass(torch.Tensor), rtol=1e-3, atol=1e-4)
+    found = -preds[range(4), targets.long()].log()
+    torch.testing.assert_close(found, losses.as_subclass(torch.Tensor), rtol=1e-3, atol=1e-4)
     assert torch.equal(again, losses)
 
 
@@ -124,7 +126,7 @@ def test_after_the_members_have_changed_an_interpretation_is_refused(data):
         with ens.active():
             interp = ClassificationInterpretation.from_learner(learn)
         ens.combine = 'vote'
-        with pytest.raises(RuntimeError, match=r'was made inside active\(\), which would predict with other weights now'):
+        with pytest.raises(RuntimeError, match=r'made inside active\(\), which would predict with other weights'):
             interp.confusion_matrix()
         ens.combine = 'mean'
         interp.confusion_matrix()
@@ -157,5 +159,6 @@ def test_contexts_within_contexts_are_all_entered_again_in_their_order_and_no_fo
     with outer.entered():
         view.no_bar()
     assert outer.n_entered == inner.n_entered == 3
-    with other.entered(), pytest.raises(RuntimeError, match=r'made inside outer\(\) and inner\(\), and the learner is inside other\(\) now'):
+    refused = r'made inside outer\(\) and inner\(\), and the learner is inside other\(\) now'
+    with other.entered(), pytest.raises(RuntimeError, match=refused):
         view.no_bar()
