@@ -1,11 +1,14 @@
 """Have two data sets samples in common? What a model was trained on is known again by what data sets are made from."""
+from contextlib import ExitStack, contextmanager
 from numbers import Number
 from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.torch_core import get_random_states, set_random_states
 from torch.utils.data import Subset
+
+from .holders import holder_kept
+from .randomness import get, libraries_kept, put, sources_in
 
 __all__ = ['Samples', 'in_common']
 
@@ -74,8 +77,7 @@ class Samples:
 
 
 def in_common(a: Samples, b: Samples) -> list[int]:
-    """The positions of those samples of `a` that are in `b`, too. Random generators of Python, NumPy and torch stay as
-    they are."""
+    "The positions of those samples of `a` that are in `b`, too. Data sets and random generators stay as they were."
     if a.base is b.base:
         places = set(b.places)
         return [i for i, place in enumerate(a.places) if place in places]
@@ -140,15 +142,27 @@ def _same_source(a, b, pairs) -> bool:
         return _frames_agree(a.rows([i for i, _ in pairs]), b.rows([j for _, j in pairs]))
     if a.is_frame or b.is_frame:
         return False
-    states = get_random_states()
+    looked_at = pairs[::max(1, len(pairs) // _N_LOOKED_AT)][:_N_LOOKED_AT]
     try:
-        looked_at = pairs[::max(1, len(pairs) // _N_LOOKED_AT)][:_N_LOOKED_AT]
-        n_equal = sum(_equal(a.sample(i), b.sample(j)) for i, j in looked_at)
+        with _as_before(a.base, b.base):
+            n_equal = sum(_equal(a.sample(i), b.sample(j)) for i, j in looked_at)
     except Exception:    # samples that cannot be loaded are not known
         return False
-    finally:
-        set_random_states(**states)
     return 2 * n_equal >= len(looked_at)    # some may be augmented at random
+
+
+@contextmanager
+def _as_before(*data_sets):
+    "What the `data_sets` count, and all random generators, stand at the end of this context where they stood."
+    generators = [(o, get(o)) for _, o in sources_in(list(enumerate(data_sets)))]
+    with libraries_kept(), ExitStack() as stack:
+        for data in data_sets:
+            stack.enter_context(holder_kept(data))
+        try:
+            yield
+        finally:
+            for o, state in generators:
+                put(o, state)
 
 
 def _equal(a, b) -> bool:

@@ -32,8 +32,8 @@ _contexts = weakref.WeakKeyDictionary()    # learner -> the contexts that it is 
 
 
 class lending:
-    """Within this context the interpretations that are made of `learn` keep what it predicts with here, for use after the
-    context, too.
+    """Within this context the interpretations that are made of `learn` keep what it predicts with here, for use after
+    the context, too.
 
     - `name`: of the context, as users write it; `enter`: the bound method that gives it; `version`: a function of no
       arguments, whose value changes when the context would predict with something else than before.

@@ -1,4 +1,6 @@
 """Samples are known again by what data sets are made from, and others are not taken for them."""
+import random
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,6 +8,7 @@ import torch
 from fastai.data.core import Datasets
 from fastai.tabular.core import Categorify, FillMissing, Normalize, TabularPandas
 from fastai.tabular.data import TabularDataLoaders    # noqa: F401  (dataloaders of TabularPandas)
+from fasttransform import Transform
 from fastai_swa.samples import Samples, in_common
 from torch.utils.data import Dataset, Subset, TensorDataset
 
@@ -40,14 +43,24 @@ def test_equal_numbers_of_other_sources_are_other_samples(inputs):
     assert common(a.valid, b.valid) == common(a.train, b.train) == []
 
 
-def test_looking_at_samples_leaves_the_random_generators_alone():
-    def noisy(i):
-        torch.rand(1), np.random.rand()
-        return i
+class Noisy(Transform):
+    "Draws from random generators of several kinds, and counts what it is asked for."
+    def __init__(self):
+        self.own, self.n_calls = random.Random(0), 0
+
+    def encodes(self, i: int):
+        self.n_calls += 1
+        return i + 0*(self.own.random() + float(torch.rand(1)) + np.random.rand())
+
+
+def test_looking_at_samples_leaves_random_generators_and_data_sets_as_they_were():
+    noisy = Noisy()
     a, b = (Datasets(range(30), [[noisy]]) for _ in range(2))
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    def state():
+        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), noisy.own.getstate(), noisy.n_calls
+    before = state()
     assert len(common(a, b)) == 30
-    assert torch.equal(torch.get_rng_state(), before[0]) and np.random.get_state()[1].tolist() == before[1]
+    assert state() == before
 
 
 def test_samples_that_cannot_be_loaded_are_not_known():

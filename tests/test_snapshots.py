@@ -632,7 +632,7 @@ def test_a_run_whose_folder_another_one_has_taken_meanwhile_does_not_go_on(tmp_p
 def test_two_processes_on_one_folder_end_with_one_set_of_models_and_one_refusal(tmp_path):
     code = ('import sys, warnings; from tests.helpers import learner\n'
             'from fastai_swa.files import InUse\n'
-            'try: print("epochs", learner(seed=int(sys.argv[1])).fit_snapshots(20, 1, .1, sys.argv[2]).epochs)\n'
+            'try: print("epochs", learner(seed=int(sys.argv[1])).fit_snapshots(10, 1, .1, sys.argv[2]).epochs)\n'
             'except (InUse, ValueError) as e: print("refused", e)')
     runs = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, str(i), str(tmp_path/'a')], stdout=subprocess.PIPE, text=True,
                              cwd=Path(__file__).parents[1]) for i in range(2)]
@@ -640,7 +640,7 @@ def test_two_processes_on_one_folder_end_with_one_set_of_models_and_one_refusal(
     assert sum('refused' in o for o in out) == sum('epochs' in o for o in out) == 1
     winner = next(i for i, o in enumerate(out) if 'epochs' in o)
     learn = learner(seed=winner)
-    with learn.no_bar(), learn.no_logging(): ref = learn.fit_snapshots(20, 1, .1)
+    with learn.no_bar(), learn.no_logging(): ref = learn.fit_snapshots(10, 1, .1)
     torch.testing.assert_close(Ensemble(tmp_path/'a', learn).get_preds()[0], ref.get_preds()[0])    # with other threads
 
 
