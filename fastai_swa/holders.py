@@ -5,6 +5,7 @@ No data set is iterated, since that runs its transforms; no property is read, an
 """
 import io
 import itertools
+import random
 import sys
 import warnings
 import weakref
@@ -26,7 +27,7 @@ from torch.utils import data
 from .modules import unwrap
 from .packing import elements, is_record, put_elements, shared_memory
 
-__all__ = ['roots', 'walk', 'attributes', 'namespace', 'nested', 'holders_kept', 'holder_kept', 'unrepeatable', 'loaders', 'named_callbacks',
+__all__ = ['roots', 'walk', 'attributes', 'namespace', 'nested', 'found_in', 'holders_kept', 'holder_kept', 'unrepeatable', 'loaders', 'named_callbacks',
            'keeps_state', 'owned_modules', 'is_own', 'can_hold', 'set_attribute', 'is_used_up', 'name_once', 'readable']
 
 MAX_LEAVES = 10_000    # of the containers, arrays and tensors that one object holds, for them to be kept
@@ -79,26 +80,31 @@ def roots(learn, callbacks) -> list:
     return [*own, ('model', unwrap(learn.model)), ('loss', learn.loss_func), *callbacks, ('dls', learn.dls)]
 
 
-def walk(roots, but=()):
-    "(path, object) for each object below `roots` that can hold others, or a random state; those in `but` and what only they hold are passed by."
+def walk(roots, but=(), stop=lambda path, o: False):
+    """(path, object) for each object below `roots` that can hold others, or a random state. Those in `but`, and those where `stop(path, object)`, are passed by,
+    with what only they hold."""
     seen = {id(o) for o in but}
     for root in roots:
         stack = [root]
         while stack:
             path, o = stack.pop()
-            if type(o) in _ATOMS or id(o) in seen:
+            if id(o) in seen:
                 continue
             seen.add(id(o))
-            if isinstance(o, CONTAINERS) and len(o) <= _MAX_OBJECTS:
-                stack.extend((f'{path}.{k}', v) for k, v in _entries(o))
-            if type(o) in CONTAINERS:
+            if isinstance(o, CONTAINERS):
+                inner = [*_entries(o)] if len(o) <= _MAX_OBJECTS else []
+                if type(o) not in CONTAINERS and not _is_foreign(type(o)):    # a class of one's own may count in attributes
+                    yield path, o
+                    inner += attributes(o)
+            elif (can_hold(o) or o is root[1] and type(o) not in _ATOMS) and not stop(path, o):
+                yield path, o
+                inner = attributes(o)
+            else:
                 continue
-            if isinstance(o, CellType):
-                yield path, o
-                stack.extend((path, v) for _, v in attributes(o))
-            elif can_hold(o) or o is root[1]:
-                yield path, o
-                stack.extend((f'{path}.{k}', v) for k, v in attributes(o) if type(v) not in _ATOMS)
+            if isinstance(o, CellType):    # its contents are the function's
+                stack.extend((path, v) for _, v in inner if _leads_on(type(v)))
+            else:
+                stack.extend((f'{path}.{k}', v) for k, v in inner if _leads_on(type(v)))
 
 
 def _entries(o):
@@ -118,11 +124,22 @@ _FOREIGN = sys.stdlib_module_names - {'collections', 'types', 'argparse'} | set(
 
 def can_hold(o) -> bool:
     "Is it of a kind that may hold something that training or a pass changes?"
-    if isinstance(o, FunctionType | MethodType | partial | CellType | SimpleNamespace):
+    return _can_hold(type(o))
+
+
+@lru_cache(5000)
+def _can_hold(cls) -> bool:
+    if issubclass(cls, (FunctionType, MethodType, partial, CellType, SimpleNamespace)):
         return True
-    if isinstance(o, _STOPS):
+    if issubclass(cls, (*_STOPS, *CONTAINERS)):
         return False
-    return isinstance(o, _OF_TORCH) or not _is_foreign(type(o)) or _has_random_state(type(o))
+    return issubclass(cls, _OF_TORCH) or not _is_foreign(cls) or issubclass(cls, _WITH_RANDOM_STATE)
+
+
+@lru_cache(5000)
+def _leads_on(cls) -> bool:
+    "Can objects of that class be on the way to one that can hold something?"
+    return cls not in _ATOMS and (issubclass(cls, CONTAINERS) or _can_hold(cls))
 
 
 @lru_cache(1000)
@@ -130,10 +147,7 @@ def _is_foreign(cls) -> bool:
     return cls.__module__.split('.')[0] in _FOREIGN or issubclass(cls, data.dataloader._BaseDataLoaderIter)
 
 
-@lru_cache(1000)
-def _has_random_state(cls) -> bool:
-    import random
-    return issubclass(cls, (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator))
+_WITH_RANDOM_STATE = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 
 
 def namespace(o) -> dict:
@@ -165,6 +179,7 @@ def _slot_values(o):
 
 
 _MODULES_OWN = set(vars(nn.Module()))    # parameters, buffers, submodules, hooks, flags
+_MODULES_DICTS = [k for k, v in vars(nn.Module()).items() if isinstance(v, dict)]
 
 
 def attributes(o) -> list:
@@ -287,13 +302,12 @@ class _Notes:
 
     def _add_module(self, path, m):
         own = vars(m)
-        structure = [own[k] for k in _MODULES_OWN if isinstance(own.get(k), dict)]
-        if m in self.protected:
-            structure = [d for d in structure if d is not m._parameters and d is not m._buffers]    # whose tensors are the pass's matter
-        else:
-            for k, t in (*m._parameters.items(), *m._buffers.items()):
-                self._add_contents(f'{path}.{k}', [(k, t)])
-        self.spaces += [(d, dict(d)) for d in structure]
+        left = ('_parameters', '_buffers') if m in self.protected else ()    # whose tensors are the pass's matter
+        for k in _MODULES_DICTS:
+            if k not in left and isinstance(d := own.get(k), dict):
+                self.spaces.append((d, dict(d) if d else _EMPTY))
+        if not left:
+            self._add_contents(path, [*m._parameters.items(), *m._buffers.items()], each=True)
 
     def _add_flat(self, own):
         for v in own.values():
@@ -301,10 +315,14 @@ class _Notes:
             if isinstance(held, list | dict):
                 self.containers.append((held, elements(held)))
 
-    def _add_contents(self, path, values):
-        "Note the containers, arrays and tensors among `values`, those of one object."
+    def _add_contents(self, path, values, each=False):
+        "Note the containers, arrays and tensors among `values`, those of one object, or where the limits are for `each`, of several."
         n_leaves, n_bytes = MAX_LEAVES, MAX_BYTES
         for name, v in values:
+            if not _can_be_noted(type(v)) or type(v) is tuple and set(map(type, v)) <= _ATOMS:
+                continue
+            if each:
+                n_leaves, n_bytes = MAX_LEAVES, MAX_BYTES
             if isinstance(v, io.IOBase):
                 self._add_file(v)
             if (memory := shared_memory(v)) is not None:
@@ -366,6 +384,14 @@ class _Notes:
         return faults + [path for path, o, length in self.large if _length(o) != length]
 
 
+_EMPTY = {}
+
+
+@lru_cache(5000)
+def _can_be_noted(cls) -> bool:
+    return issubclass(cls, (*CONTAINERS, torch.Tensor, np.ndarray, io.IOBase)) or cls.__module__.startswith(('multiprocessing', 'ctypes', '_ctypes'))
+
+
 def _length(o):
     return (o._version, o.shape) if isinstance(o, torch.Tensor) and not o.is_inference() else len(o)
 
@@ -374,7 +400,7 @@ _OF_LOADERS = '_n_inp', '_types'    # found out by a loader's first `new`, which
 
 
 def _put_space(space, old):
-    if space.keys() == old.keys() and all(space[k] is v for k, v in old.items()):
+    if not space and not old or space.keys() == old.keys() and all(space[k] is v for k, v in old.items()):
         return
     for k in space.keys() - old.keys() - set(_OF_LOADERS):
         del space[k]
@@ -450,12 +476,22 @@ def holder_kept(o):
         notes.put_back()
 
 
+def found_in(learn) -> list:
+    "(path, object) for what a pass aside from training must leave as it is: all that `learn` holds but this package's callbacks."
+    callbacks = [(name, cb) for name, cb in named_callbacks(learn) if not is_own(cb)]
+    ours = [cb for cb in learn.cbs if is_own(cb)]
+    return list(walk(roots(learn, callbacks), but=[learn, *ours]))
+
+
 @contextmanager
-def holders_kept(learn):
+def holders_kept(learn, found=None):
     """What sampler, data set, transforms, loss, modules and callbacks hold, and the objects in them, is put back at the end of this context, as far as
     it is small: attributes, and containers, arrays and tensors of together `MAX_LEAVES` leaves and `MAX_BYTES` an object, in place. What is larger is
-    named in one warning if its length changed. The weights and buffers of the model are left alone."""
-    notes = _note_all(learn)
+    named in one warning if its length changed. The weights and buffers of the model are left alone.
+
+    - `found`: what `found_in(learn)` gives.
+    """
+    notes = _note_all(learn, found)
     try:
         yield
     finally:
@@ -465,13 +501,14 @@ def holders_kept(learn):
                       f'(more than {MAX_LEAVES:,} values): training may differ from what it is without that pass')
 
 
-def _note_all(learn):
+def _note_all(learn, found=None):
     model = unwrap(learn.model)
     protected = {*model.modules(), *(t.data_ptr() for t in itertools.chain(model.parameters(), model.buffers()))} - {0}
     notes = _Notes(protected)
-    callbacks = [(name, cb) for name, cb in named_callbacks(learn) if not is_own(cb)]
-    ours = [cb for cb in learn.cbs if is_own(cb)]
-    for path, o in walk([*roots(learn, callbacks), ('metrics', list(getattr(learn, 'metrics', ())))], but=[learn, *ours]):
+    metrics = 'fastai.learner.Recorder.0.'    # a pass measures with copies
+    for path, o in found_in(learn) if found is None else found:
+        if path.startswith(metrics):
+            continue
         if path.startswith('loaders.'):
             notes.add_streams(o)
         _note(notes, path, o)

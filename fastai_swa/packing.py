@@ -58,6 +58,7 @@ class Packer:
     def __init__(self, refused=(), keep_devices=False, lenient=False, holes=None):
         self.copies = {}    # id -> tensor and its copy; the tensor is kept, so that its id stays taken
         self.open = set()    # ids of the containers that are being packed
+        self.root = 'it'    # the name of what is packed
         self.refused = refused
         self.keep_devices = keep_devices
         self.lenient = lenient
@@ -69,6 +70,8 @@ class Packer:
             return o
         if id(o) in self.open:
             return self._hole(o, what)    # a container that holds itself
+        if not self.open:
+            self.root = what
         self.open.add(id(o))
         try:
             return self._packed(o, what)
@@ -138,7 +141,8 @@ class Packer:
         if self.holes is not None:
             self.holes.append((what, o))
             return 'hole', class_name(type(o))
-        raise TypeError(f'{what} keeps a {type(o).__module__}.{type(o).__qualname__}, which a checkpoint cannot hold')
+        place = what.removeprefix(self.root)
+        raise TypeError(f'{self.root} keeps a {type(o).__module__}.{type(o).__qualname__}{place and f" at {place}"}, which a checkpoint cannot hold')
 
     def _values(self, values, what):
         return [self(v, f'{what}[{i}]') for i, v in enumerate(values)]

@@ -23,7 +23,7 @@ from .batches import FirstBatches, KeptBatches, fresh_loader, share, training_lo
 from .batchnorm import Moments, batch_moments, tracked_bn
 from .columns import plain_values
 from .fitting import is_fitting, no_fit    # noqa: F401
-from .holders import holders_kept, is_own, owned_modules, unrepeatable
+from .holders import found_in, holders_kept, is_own, owned_modules, unrepeatable
 from .interrupts import unwound_whole
 from .modules import in_train_mode, unwrap
 from .processes import PassFailed, Processes, Together
@@ -222,9 +222,10 @@ def _replaced(o, name, value):
 @contextmanager
 def _aside(learn):
     "Within this context the learner's loop runs without what concerns training; all that it changes is put back, however the context ends."
+    found = found_in(learn)
     with ExitStack() as stack:
-        for context in (unwound_whole(), loop_state_kept(learn), progress_bars_kept(learn), randomness_kept(learn), holders_kept(learn),
-                        losses_kept(learn), muted(learn)):
+        for context in (unwound_whole(), loop_state_kept(learn), progress_bars_kept(learn), randomness_kept(learn, found),
+                        holders_kept(learn, found), losses_kept(learn), muted(learn)):
             stack.enter_context(context)
         yield
 

@@ -9,9 +9,9 @@ import torch
 from fastai.torch_core import get_random_states, set_random_states, set_seed
 from fastcore.xtras import ReindexCollection
 
-from .holders import is_own, keeps_state, named_callbacks, roots, walk
+from .holders import found_in, keeps_state, named_callbacks, roots, walk
 
-__all__ = ['sources', 'sources_in', 'get', 'put', 'seed', 'seed_all', 'randomness_kept', 'random_states', 'set_random_states_of']
+__all__ = ['sources', 'sources_in', 'get', 'put', 'seed', 'seed_all', 'randomness_kept', 'libraries_kept', 'random_states', 'set_random_states_of']
 
 
 @singledispatch
@@ -113,34 +113,38 @@ def _(source: ReindexCollection, n):
 _NONE = get.dispatch(object)
 
 
+def is_source(o) -> bool:
+    return get.dispatch(type(o)) is not _NONE
+
+
 def sources_in(roots, but=()):
     "(path, source) for each random generator, and each order shuffled in place, below `roots`."
     for path, o in walk(roots, but):
-        if get.dispatch(type(o)) is not _NONE:
+        if is_source(o):
             yield path, o
 
 
-def sources(learn, with_stateful=False):
-    """(path, source) for those in the loaders, callbacks, model and loss of `learn`.
-
-    - `with_stateful`: also in callbacks with a `state_dict` of their own, but for those of this package.
-    """
-    callbacks = [(name, cb) for name, cb in named_callbacks(learn) if not (is_own(cb) if with_stateful else keeps_state(cb))]
-    left = [cb for cb in learn.cbs if not any(cb is c for _, c in callbacks)]
-    return sources_in(roots(learn, callbacks), but=[learn, *left])
+def sources(learn):
+    "(path, source) for those in the loaders, callbacks without a `state_dict`, model and loss of `learn`."
+    callbacks = [(name, cb) for name, cb in named_callbacks(learn) if not keeps_state(cb)]
+    return sources_in(roots(learn, callbacks), but=[learn, *filter(keeps_state, learn.cbs)])
 
 
 def seed_all(learn, n: int):
-    "Begin all random generators, those of the libraries and those that `sources` finds, with `n`."
+    "Begin all random generators, those of the libraries and those that `learn` holds, with `n`."
     set_seed(n)
-    for _, source in sources(learn, with_stateful=True):
-        seed(source, n)
+    for _, o in found_in(learn):
+        if is_source(o):
+            seed(o, n)
 
 
 @contextmanager
-def randomness_kept(learn):
-    "All random generators, of Python, NumPy, torch and each GPU, and those that `sources` finds, stand at the end of this context where they stood."
-    kept = [(source, get(source)) for _, source in sources(learn, with_stateful=True)]
+def randomness_kept(learn, found=None):
+    """All random generators, of Python, NumPy, torch and each GPU, and those that `learn` holds, stand at the end of this context where they stood.
+
+    - `found`: what `found_in(learn)` gives.
+    """
+    kept = [(o, get(o)) for _, o in found or found_in(learn) if is_source(o)]
     with libraries_kept():
         try:
             yield

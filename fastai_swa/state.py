@@ -1,6 +1,8 @@
 """The whole state of a fit as plain data: taken from a learner between two epochs, put back into that or another one."""
 import weakref
 from collections import defaultdict
+from functools import partial
+from types import FunctionType, MethodType
 
 import numpy as np
 import torch
@@ -199,8 +201,14 @@ def _holders(learn):
     "(path, object) for all whose attributes are kept; no callback with a state of its own, nor what it holds."
     callbacks = [(name, cb) for name, cb in named_callbacks(learn) if not keeps_state(cb)]
     stateful = [cb for cb in learn.cbs if keeps_state(cb)]
-    for path, o in walk(roots(learn, callbacks), but=[learn, *stateful]):
+    for path, o in walk(roots(learn, callbacks), [learn, *stateful], _is_the_programs):
         if path != 'dls' and type(o) is not L and not is_record(o): yield path, o
+
+
+def _is_the_programs(path, o) -> bool:
+    "Functions of callbacks, as the logger of a table, and what the Recorder measures with are made anew."
+    if path.startswith('fastai.learner.Recorder.0.'): return True
+    return isinstance(o, FunctionType | MethodType | partial) and path.split('.')[0] not in ('loaders', 'model', 'loss')
 
 
 def _packed_attributes(path, o, own, holes) -> dict:
