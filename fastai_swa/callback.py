@@ -67,7 +67,6 @@ class _Fit:
     # the statistics of batch norm at its beginning; `None` once it was asked what moved
     watch: StatisticsWatch = None
     backup: dict = None    # the callback's state at its beginning, while steps are folded unseen
-    muted: list = field(default_factory=list)    # trackers that must not act on a value that could not be had
 
 
 class SWACallback(FitCallback):
@@ -165,6 +164,8 @@ class SWACallback(FitCallback):
         Nothing is copied: the learner's own model holds the average's tensors, and gets its own back at the end. Batch
         norm is refreshed first if it needs it. Raises `RuntimeError` if there is no average or the context is entered
         twice; a `fit` inside is refused with one, too. (`learn.load` inside would load into the average.)
+        Interpretations made inside go on with the average outside; for other objects that keep the learner for later
+        there is `views.as_lent`.
         """
         learn = self._existing('averaged')
         running = self._average.running
@@ -219,8 +220,8 @@ class SWACallback(FitCallback):
 
     def before_epoch(self):
         fit = self._fit
-        self._unmute()
-        fit.epoch = self.epoch
+        self.unmute_trackers()
+        fit.epoch = self.epoch_under_way
         fit.trained = fit.folded = fit.failed = False
 
     def before_train(self):
@@ -276,7 +277,7 @@ class SWACallback(FitCallback):
 
     def after_epoch(self):
         if self._fit.failed:
-            self._mute_trackers()
+            self.mute_trackers(self._fit.columns)
 
     def after_cancel_fit(self):
         self._end_epoch()
@@ -292,7 +293,6 @@ class SWACallback(FitCallback):
             self._say('nothing', self._nothing_folded())
 
     def over(self):
-        self._unmute()
         self._end_epoch(alone=True)
         if self._average is not None:
             self._average.running.release()
@@ -456,18 +456,6 @@ class SWACallback(FitCallback):
         average.stale = False
 
     def _log(self, values): complete_row(recorder_of(self.learn), self._fit.before, self._fit.columns, values)
-
-    def _mute_trackers(self):
-        "In an epoch whose value could not be had, what steers training by it neither counts nor acts."
-        for cb in self._grab(EarlyStoppingCallback) + self._grab(ReduceLROnPlateau):
-            if cb.monitor in self._fit.columns and cb.run:
-                cb.run = False
-                self._fit.muted.append(cb)
-
-    def _unmute(self):
-        for cb in self._fit.muted:
-            cb.run = True
-        self._fit.muted = []
 
     # small helpers
 

@@ -8,6 +8,7 @@ from functools import partial
 
 from fastai.callback.core import Callback, _inner_loop
 from fastai.callback.schedule import LRFinder
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau
 from fastcore.foundation import L
 
 __all__ = ['FitCallback', 'SideWork', 'is_fitting', 'no_fit', 'passed_callbacks']
@@ -31,6 +32,7 @@ class FitCallback(Callback):
     _fit = None
     _is_listening = False    # whether the event sent last was one of the fit under way
     _loss_func = None    # the learner's when the fit began
+    _muted = ()    # trackers that are switched off for an epoch
 
     @property
     def learn(self):
@@ -73,6 +75,25 @@ class FitCallback(Callback):
             self._end()
             raise
 
+    @property
+    def epoch_under_way(self) -> int:
+        "The epoch of the fit; `learn.epoch` is 0 after a validation within it."
+        frame = next(_frames(self.learn, '_do_fit'), None)
+        return self.learn.epoch if frame is None else frame.f_locals.get('epoch', self.learn.epoch)
+
+    def mute_trackers(self, columns):
+        """Until `unmute_trackers`, what steers training by one of the `columns`, whose value could not be had, neither
+        counts nor acts."""
+        for cb in self.learn.cbs:
+            if isinstance(cb, EarlyStoppingCallback | ReduceLROnPlateau) and cb.monitor in columns and cb.run:
+                cb.run = False
+                self._muted = [*self._muted, cb]
+
+    def unmute_trackers(self):
+        for cb in self._muted:
+            cb.run = True
+        self._muted = []
+
     def over(self):
         "The fit is over, however it ended."
 
@@ -85,6 +106,7 @@ class FitCallback(Callback):
         if self._loss_func is not None:    # no `after_fit` has come
             _take_back_loss(self.learn, self._loss_func)
             self._loss_func = None
+        self.unmute_trackers()
         if self._fit is None:
             return
         try:
@@ -100,7 +122,7 @@ class FitCallback(Callback):
         # to look through the stack in each batch would cost too much
         if event_name in _IN_A_BATCH and self._is_listening:
             return True
-        depth = _count_frames(learn, '_do_fit')
+        depth = sum(1 for _ in _frames(learn, '_do_fit'))
         is_own = depth == (0 if event_name in _AROUND_EPOCHS else 1) and not is_fitting(learn, 'tta')
         is_end_of_another = event_name == 'after_fit' and depth == 1
         self._is_listening = is_own or is_end_of_another
@@ -155,28 +177,22 @@ def is_fitting(learn, method='fit', in_all_threads=False) -> bool:
     """Is `learn.fit` under way in this thread, or with `_do_fit` an epoch of it? (Its own state does not tell: Ctrl-C
     leaves no trace in it, and `tta` sends the events of a fit.)"""
     frames = sys._current_frames().values() if in_all_threads else [sys._getframe()]
-    return any(_count_frames(learn, method, frame) for frame in frames)
+    return any(True for frame in frames for _ in _frames(learn, method, frame))
 
 
-def _count_frames(learn, method, frame=None) -> int:
-    "How many calls of `learn.method` are under way on the stack of `frame`, by default this one."
+def _frames(learn, method, frame=None):
+    "The calls of `learn.method` under way on the stack of `frame`, by default this one, the innermost first."
     frame = frame or sys._getframe()
-    n = 0
     while frame is not None:
         if frame.f_code.co_name == method and frame.f_locals.get('self') is learn:
-            n += 1
+            yield frame
         frame = frame.f_back
-    return n
 
 
 def passed_callbacks(learn) -> list:
     "The callbacks that were passed to the `learn.fit` under way; those attached for good are not among them."
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == 'fit' and frame.f_locals.get('self') is learn:
-            return list(L(frame.f_locals.get('cbs')))
-        frame = frame.f_back
-    return []
+    frame = next(_frames(learn, 'fit'), None)
+    return [] if frame is None else list(L(frame.f_locals.get('cbs')))
 
 
 @contextmanager

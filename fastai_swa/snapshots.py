@@ -139,7 +139,8 @@ class SnapshotCallback(FitCallback):
 
     def before_epoch(self):
         fit = self._fit
-        fit.epoch = self.learn.epoch    # which a validation within the fit sets to 0
+        self.unmute_trackers()
+        fit.epoch = self.epoch_under_way
         fit.is_due = False
         fit.measures = []
         fit.n_batches = 0
@@ -206,6 +207,12 @@ class SnapshotCallback(FitCallback):
     def after_cancel_epoch(self):
         if self._fit.columns:
             self._log([])
+
+    def after_epoch(self):
+        fit = self._fit
+        is_lost = fit.epoch in self._lost
+        if is_lost or self._is_validated() and not (fit.has_sums and fit.has_values):
+            self.mute_trackers(fit.columns)
 
     def over(self):
         fit = self._fit

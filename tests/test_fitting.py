@@ -215,3 +215,13 @@ def test_side_work_is_said_once_for_each_kind_and_counted():
         with pytest.raises(KeyboardInterrupt), side.attempt('drawing'): raise KeyboardInterrupt
         side.conclude()
     assert [str(w.message) for w in warned] == ['drawing failed, and training goes on; there is no figure: OSError: a', 'drawing failed 3 times in this fit']
+
+
+def test_the_epoch_is_the_fits_also_where_an_earlier_callback_has_predicted_in_it():
+    class Predicts(Callback):
+        order = -5
+        def before_epoch(self):
+            if not self.learn.lock.locked(): self.learn.get_preds()
+    learn, swa = learner(), SWACallback(2)
+    learn.fit(4, cbs=[swa, Predicts()])
+    assert swa.averaged_epochs == [2, 3]
