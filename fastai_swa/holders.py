@@ -131,7 +131,7 @@ def can_hold(o) -> bool:
 def _can_hold(cls) -> bool:
     if issubclass(cls, (FunctionType, MethodType, partial, CellType, SimpleNamespace)):
         return True
-    if issubclass(cls, (*_STOPS, *CONTAINERS)):
+    if issubclass(cls, (*_STOPS, *CONTAINERS, Replay)):
         return False
     return issubclass(cls, _OF_TORCH) or not _is_foreign(cls) or issubclass(cls, _WITH_RANDOM_STATE)
 
@@ -467,8 +467,7 @@ def _put_memory(memory, old):
 def holder_kept(o):
     "What the object `o`, a loader for instance, and the objects in it hold is put back at the end of this context."
     notes = _Notes()
-    for path, holder in walk([('it', o)]):
-        notes.add_streams(holder)
+    for path, holder in walk([('it', o)]):    # iterators are the pass's matter, around this
         _note(notes, path, holder)
     try:
         yield
