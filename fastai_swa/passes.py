@@ -24,8 +24,8 @@ from .batchnorm import Moments, batch_moments, tracked_bn
 from .columns import plain_values
 from .fitting import is_fitting, no_fit    # noqa: F401
 from .holders import found_in, holders_kept, is_own, owned_modules, unrepeatable
-from .interrupts import unwound_whole
-from .modules import in_train_mode, unwrap
+from .interrupts import uninterrupted, unwound_whole
+from .modules import has_own_modes, in_train_mode, modes_of, set_modes, unwrap
 from .processes import PassFailed, Processes, Together
 from .randomness import randomness_kept, seed_all
 
@@ -225,7 +225,7 @@ def _aside(learn):
     found = found_in(learn)
     with ExitStack() as stack:
         for context in (unwound_whole(), loop_state_kept(learn), progress_bars_kept(learn), randomness_kept(learn, found),
-                        holders_kept(learn, found), losses_kept(learn), muted(learn)):
+                        holders_kept(learn, found), losses_kept(learn), forms_kept(learn.model), muted(learn)):
             stack.enter_context(context)
         yield
 
@@ -305,6 +305,28 @@ def losses_kept(learn):
         try: yield
         finally:
             for p, grad in grads: p.grad = grad
+
+
+@contextmanager
+def forms_kept(model):
+    """Where `train()` and `eval()` move weights, these are bitwise what they were, in the modes that they were in: a validation merges them, and a module
+    that is told otherwise by its attributes alone would merge them once more."""
+    model = unwrap(model)
+    inner = dict.fromkeys(m for outer in filter(has_own_modes, model.modules()) for m in outer.modules())
+    modes = modes_of(model)
+    names = [(m._parameters, dict(m._parameters)) for m in inner]
+    bits = [(p, p.data, p.detach().clone()) for m in inner for p in m._parameters.values() if p is not None]
+    try:
+        yield
+    finally:
+        with uninterrupted(), torch.no_grad():
+            if inner:
+                set_modes(model, modes)
+            for now, old in names:
+                now.update(old)
+            for p, data, old in bits:
+                p.data = data
+                data.copy_(old)
 
 
 @contextmanager

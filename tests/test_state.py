@@ -1,60 +1,12 @@
 """The state of a fit as plain data."""
-import random
-from collections import Counter, OrderedDict, deque
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai_swa import SWACallback
-from fastai_swa.state import generators, pack, restore, take, unpack
-from fastcore.foundation import L
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from fastai_swa.state import restore, take
 from torch import nn
 
 from .helpers import At, assert_same, fingerprint, learner, net
-
-leaves = (st.none() | st.booleans() | st.integers(-2**130, 2**130) | st.floats() | st.text(max_size=5) | st.binary(max_size=5)
-          | st.builds(lambda x: torch.tensor(x), st.floats(width=32)) | st.builds(lambda n: torch.arange(n).view(1, n), st.integers(0, 4))
-          | st.builds(np.float32, st.floats(width=32)) | st.builds(np.int64, st.integers(-9, 9)) | st.builds(lambda n: np.arange(n, dtype=np.uint8), st.integers(0, 3))
-          | st.just(Path('a/b')) | st.just(torch.Size([2, 3])) | st.just(range(1, 9, 2)) | st.builds(lambda s: deque(s, 3), st.lists(st.integers(), max_size=5))
-          | st.sets(st.integers()) | st.builds(Counter, st.text(max_size=4)) | st.builds(OrderedDict, st.just({'b': 1, 'a': (2,)})))
-values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=4) | st.lists(inner, max_size=4).map(tuple) | st.lists(inner, max_size=4).map(L)
-                      | st.dictionaries(st.text(max_size=3) | st.integers(-3, 3), inner, max_size=3), max_leaves=12)
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor): return type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(7), b.nan_to_num(7))
-    if isinstance(a, np.ndarray): return isinstance(b, np.ndarray) and a.dtype == b.dtype and a.tolist() == b.tolist()
-    if type(a) is not type(b): return False
-    if isinstance(a, dict): return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple | L): return len(a) == len(b) and all(map(same, a, b))
-    return a == b or (a != a and b != b)
-
-
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
-@given(values)
-def test_what_is_packed_written_and_unpacked_is_the_same_in_value_and_type(tmp_path_factory, value):
-    path = tmp_path_factory.getbasetemp()/'packed'
-    torch.save(pack(value), path)
-    assert same(value, unpack(torch.load(path, weights_only=True)))
-
-
-@pytest.mark.parametrize('value', [object(), lambda: 0, nn.Linear(1, 1), {'a': [1, object()]}, {(1, 2): 3}, np.array(['a']), torch.zeros(2, device='meta')])
-def test_what_is_no_plain_data_is_refused(value):
-    with pytest.raises(TypeError, match='checkpoint'): pack(value)
-
-
-def test_the_losses_of_all_steps_are_one_tensor(): assert len(pack([torch.tensor(float(i)) for i in range(1000)])) == 2
-
-
-def test_a_tied_tensor_is_written_once():
-    t = torch.randn(3)
-    a, b = pack([t, t])
-    assert a.data_ptr() == b.data_ptr() != t.data_ptr()
-
 
 # forks: a state taken in one run, restored in others
 
@@ -105,14 +57,3 @@ def test_a_generator_that_is_gone_is_named_in_a_warning():
     other = learner()
     other.create_opt()
     with pytest.warns(UserWarning, match='loaders.0.own'): restore(other, taken[0])
-
-
-def test_generators_are_found_wherever_a_loader_may_hold_them():
-    class Holder: pass
-    root, deep = Holder(), Holder()
-    closed, default = random.Random(2), np.random.RandomState(3)
-    def inside(x, rng=default): return closed.random() + rng.rand()
-    deep.tfms = [inside, {'a': (np.random.default_rng(1),)}]
-    root.generator, root.deep, root.self = torch.Generator(), deep, root
-    found = {path: get() for path, get, _ in generators(root, 'x')}
-    assert len(found) == 4 and 'x.generator' in found
