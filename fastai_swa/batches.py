@@ -1,4 +1,5 @@
 """The batches of passes aside from training: each sample once, drawn from loaders of their own, kept where they are the same again and again."""
+import copy
 import math
 from functools import partial
 from itertools import islice
@@ -6,7 +7,7 @@ from itertools import islice
 import torch
 from fastai.data.load import DataLoader
 from fastai.torch_core import apply
-from torch.utils.data import DataLoader as TorchDataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader as TorchDataLoader
 
 from .holders import holder_kept
 from .randomness import libraries_kept, put, get, sources_in
@@ -63,10 +64,20 @@ def fresh_loader(dl, processes=None, **kwargs):
                 for source, state in kept: put(source, state)
         if dl.n is not None and new.dataset is dl.dataset: new.n = dl.n    # `new` forgets that the loader stops early
         return new
-    if type(dl) is TorchDataLoader and dl.batch_size is not None and kwargs and not isinstance(dl.dataset, IterableDataset):
-        names = 'dataset', 'batch_size', 'sampler', 'num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn', 'generator'
-        return type(dl)(**{name: getattr(dl, name) for name in names}, **kwargs)
-    return dl
+    return _fresh_torch_loader(dl, kwargs.get('drop_last')) if isinstance(dl, TorchDataLoader) else dl
+
+
+def _fresh_torch_loader(dl, drop_last):
+    """A copy of a torch loader, with its data set and sampler, but with workers of its own: those that persist are training's, and what they
+    count and draw cannot be put back. `drop_last`: as for the constructor; `None` leaves it. `dl` itself where it cannot be copied."""
+    try: new = copy.copy(dl)
+    except Exception: return dl
+    own = vars(new)    # torch refuses to set these
+    own.update(_iterator=None, persistent_workers=False)
+    if drop_last is not None and dl.drop_last != drop_last:
+        own['drop_last'] = drop_last
+        if type(dl.batch_sampler) is BatchSampler: own['batch_sampler'] = BatchSampler(dl.batch_sampler.sampler, dl.batch_size, drop_last)
+    return new
 
 
 def _agreeing(cls, processes):

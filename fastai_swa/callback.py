@@ -523,17 +523,19 @@ class SWACallback(FitCallback):
                           stacklevel=2)
         return True
 
-    def _check_hooks(self):
-        """A copy of the model leaves out hooks that know the learner or are a callback's: does it compute the same
-        without them?
-        """
-        hooked = dropped_hooks(self.learn.model, self._shared())
-        if hooked and not same_output(self.learn, clean_copy(self.learn.model, self._shared())):
+    def _check_copy(self):
+        """Does a copy of the model compute what the model computes? It leaves out hooks that know the learner or are of a
+        callback, and something in the model may know its parts by their identity."""
+        model, shared = self.learn.model, self._shared()
+        if Processes(self.learn).size > 1 or same_output(self.learn, clean_copy(model, shared)):
+            return
+        hooked = dropped_hooks(model, shared)
+        why = 'something in it knows its parts by their identity'
+        if hooked:
             where = f'module {hooked[0]!r}' if hooked[0] else 'the model'
-            raise ValueError(f'a hook of {where} changes what the model computes, and a copy cannot have it, because '
-                             'it is of a callback or knows the '
-                             'learner: swa_model would not be what its columns say; make the hook a function of its '
-                             'own, or pass a swa_model')
+            why = f'a hook of {where}, which a copy cannot have because it is of a callback or knows the learner, changes it'
+        raise ValueError(f'a copy of the model computes something else than the model: {why}; swa_model would not be what '
+                         'its columns say. Make a hook a function of its own, or pass a swa_model')
 
     def _check_statistics(self):
         "Running statistics that are no buffers cannot be refreshed."
@@ -556,7 +558,7 @@ class SWACallback(FitCallback):
         check_engine(self.learn)
         if self._given is None:
             check_copyable(self.learn.model, self._shared())
-            self._check_hooks()
+            self._check_copy()
         else:
             check_match(self.learn.model, self._given)
         self._check_statistics()

@@ -18,6 +18,7 @@ from types import CellType, FunctionType, GeneratorType, MemberDescriptorType, M
 import numpy as np
 import torch
 from fastai.callback.core import Callback
+from fastai.data.load import DataLoader
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import _BaseOptimizer
 from fastcore.foundation import L
@@ -164,7 +165,8 @@ def _slots(cls) -> tuple:
     "The descriptors of the attributes that are not in a `__dict__`."
     if _is_foreign(cls):
         return ()
-    return tuple(d for c in cls.__mro__ for d in vars(c).values() if type(d) is MemberDescriptorType)
+    members = (d for c in cls.__mro__ for d in vars(c).values() if type(d) is MemberDescriptorType)
+    return tuple(d for d in members if d.__name__ not in ('__dict__', '__weakref__'))
 
 
 _UNSET = object()
@@ -276,7 +278,7 @@ class _Notes:
     def add_streams(self, o):
         "Let iterators that `o` holds go through a `Replay`, so that what a pass takes from them comes again."
         for name, v in attributes(o):
-            if name in _OF_PASS or not is_replayable(v):
+            if _is_of_pass(o, name) or not is_replayable(v):
                 continue
             replay = v if isinstance(v, Replay) else Replay(v)
             with suppress(AttributeError, TypeError, KeyError):    # nothing that could be exchanged: `unrepeatable` names it
@@ -327,7 +329,7 @@ class _Notes:
                 self._add_file(v)
             if (memory := shared_memory(v)) is not None:
                 self.shared.append((memory, bytes(memory)))
-            if not isinstance(v, (*CONTAINERS, torch.Tensor, np.ndarray)) or id(v) in self.seen or name in _OF_PASS:
+            if not isinstance(v, (*CONTAINERS, torch.Tensor, np.ndarray)) or id(v) in self.seen:
                 continue
             if isinstance(v, torch.Tensor) and v.data_ptr() in self.protected:
                 continue
@@ -495,6 +497,10 @@ def holders_kept(learn, found=None):
         yield
     finally:
         changed = notes.put_back()
+        for o, name, replay in notes.streams:
+            if replay.draws:
+                name_once(learn, f'{type(o).__qualname__}.{name}', f'{type(o).__qualname__}.{name} draws random numbers as it is gone through, and a pass '
+                          'aside from training has gone through some of it: training differs from what it is without that pass')
         for path in changed:
             name_once(learn, path, f'{readable(path)} was changed by a pass aside from training and is too large to be put back '
                       f'(more than {MAX_LEAVES:,} values): training may differ from what it is without that pass')
@@ -549,6 +555,7 @@ class Replay:
         self.inner = inner
         self.pending = deque()    # taken from `inner`, to be given again
         self.taken = None    # since `begin`
+        self.draws = False    # whether it has drawn from a library's generator for something that is given twice
 
     def begin(self):
         self.taken = []
@@ -563,7 +570,14 @@ class Replay:
         return self
 
     def __next__(self):
-        value = self.pending.popleft() if self.pending else next(self.inner)
+        if self.pending:
+            value = self.pending.popleft()
+        elif self.taken is None:
+            return next(self.inner)
+        else:
+            before = _drawn()
+            value = next(self.inner)
+            self.draws |= _drawn() != before
         if self.taken is not None:
             self.taken.append(value)
         return value
@@ -574,8 +588,13 @@ class Replay:
         return getattr(self.inner, name)
 
 
+def _drawn() -> tuple:
+    "What differs once a library's generator was drawn from."
+    return random.getstate(), torch.get_rng_state().numpy().tobytes(), repr(np.random.get_state()[1:]), np.random.get_state()[1].tobytes()
+
+
 def is_replayable(v) -> bool:
-    return isinstance(v, Replay) or is_used_up(v) and not isinstance(v, io.IOBase)
+    return isinstance(v, Replay) or is_used_up(v) and not isinstance(v, io.IOBase | data.dataloader._BaseDataLoaderIter)
 
 
 def unrepeatable(learn, only=None) -> list[str]:
@@ -597,12 +616,17 @@ def unrepeatable(learn, only=None) -> list[str]:
 _OF_PASS = 'it', '_DataLoader__idxs', '_iterator'    # what a loader holds while it is gone through, and makes anew
 
 
+def _is_of_pass(o, name) -> bool:
+    return name in _OF_PASS and isinstance(o, DataLoader | data.DataLoader)
+
+
 def _used_up(o):
     "(name, value) for what is used up in the attributes of `o`, and cannot be exchanged there."
     for name, v in attributes(o):
-        if name in _OF_PASS:
+        if _is_of_pass(o, name):
             continue
-        if is_used_up(v) and (isinstance(v, io.IOBase) or isinstance(o, partial | MethodType)):
+        in_place = isinstance(v, io.IOBase | data.dataloader._BaseDataLoaderIter) or isinstance(o, partial | MethodType)
+        if is_used_up(v) and in_place:
             yield name, v
         if isinstance(v, CONTAINERS) and len(v) <= _MAX_OBJECTS:
             yield from ((f'{name}.{k}', x) for k, x in _entries(v) if is_used_up(x))

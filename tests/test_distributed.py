@@ -95,8 +95,9 @@ def two_processes(model, n=90, n_valid=41, **kwargs): return learner(model, dls=
 
 
 class Inputs(Callback):
-    "The inputs of each batch-norm pass, as the callback's own loop sees them: batches with the layers in train mode, outside training."
-    def __init__(self): self.passes = []
+    """The inputs of each batch-norm pass, as the callback's own loop sees them: batches with the layers in train mode, outside training.
+    (On the class: what a callback holds itself is put back after a pass.)"""
+    passes = []
     def before_validate(self): self.passes.append([])
     def before_batch(self):
         if not self.training: self.passes[-1].append(self.xb[0].clone())
