@@ -43,6 +43,7 @@ class _Average:
     epochs: list = field(default_factory=list)    # with points in it, from 0
     bn: list = field(default_factory=list)    # names of the layers whose statistics follow the weights
     stale: bool = False    # whether these statistics are of other weights
+    structure: list = None    # of the model that `swa_model` is a copy of
 
 
 @dataclass
@@ -331,6 +332,7 @@ class SWACallback(FitCallback):
         "An average without a point yet, or with those of the one that is gone on with."
         swa_model = clean_copy(model, self._shared()) if self._given is None else self._given
         average = _Average(WeightAverage(model, self.weight, swa_model), weakref.ref(self.learn))
+        average.structure = _structure(model)
         if self._continued is not None:
             state, average.epochs = _state_to_continue(self._continued)
             average.running.load_state_dict(state)
@@ -358,9 +360,23 @@ class SWACallback(FitCallback):
                 average.bn = union(gather(fit.watch.moved()))
             elif not average.bn:    # no batch ran, and no epoch before tells
                 average.bn = list(tracked_bn(unwrap(self.learn.model)))
-            average.running.settle(unwrap(self.learn.model))
+            self._follow(average, unwrap(self.learn.model))
             average.stale = bool(average.bn)
         fit.watch = fit.backup = None    # last: what was interrupted above is done again at the end of the fit
+
+    def _follow(self, average, model):
+        "Let `swa_model` be of the model's present make: of modules, hooks and functions that training may have exchanged."
+        average.running.settle(model)
+        structure = _structure(model)
+        if structure == average.structure or self._given is not None:
+            return
+        with self._fit.side.attempt(f'following a change of the model in {self._what}', 'it is still made as before'):
+            running = WeightAverage(model, self.weight, clean_copy(model, self._shared()))
+            running.load_state_dict(average.running.state_dict())
+            running.settle(model)
+            with uninterrupted():
+                average.running = running
+                average.structure = structure
 
     def _take_back(self):
         "The average, and what is counted, is again what it was before the epoch under way."
@@ -650,6 +666,16 @@ class SaveSWAModelCallback(FitCallback, SaveModelCallback):
     def after_fit(self):
         if self.at_end:
             self._save(self.fname)
+
+
+def _structure(model) -> list:
+    """What a copy of `model` has from the time that it was made: the classes of its modules, their hooks, and forwards of
+    their own."""
+    res = []
+    for name, m in model.named_modules():
+        hooks = [id(hook) for hooks in (m._forward_pre_hooks, m._forward_hooks) for hook in hooks.values()]
+        res.append((name, type(m), hooks, id(vars(m).get('forward'))))
+    return res
 
 
 def _of_one(o) -> list:

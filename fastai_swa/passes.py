@@ -80,28 +80,20 @@ def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None) -> Mo
 
 
 def same_output(learn, other) -> bool:
-    """Does `other`, a copy of `learn.model`, make the same of a validation batch as that does now? Within a fit; nothing of
-    the learner is changed. `True` also where that cannot be told: the pass fails, or the model itself differs from one time
-    to the next."""
-    outputs = []
+    """Does `other`, a copy of `learn.model`, make the same of a validation batch as that does now, both in eval mode? Nothing
+    of the learner is changed. `True` also where that cannot be told: the model cannot be called like that, or differs by
+    itself from one time to the next."""
+    own = unwrap(learn.model)
     try:
-        with in_train_mode(learn.model), _aside(learn), buffers_kept(learn.model), autocast_left():
-            batch = KeptBatches(lambda: FirstBatches(fresh_loader(learn.dls[1]), 1))
-            for model in (learn.model, other, learn.model):
-                with _replaced(learn, 'model', model), learn.added_cbs(_KeepOutput(outputs)), randomness_kept(learn), \
-                     holders_kept(learn), buffers_kept(learn.model):
-                    _run(learn, batch)
+        with in_train_mode(own), _aside(learn), torch.no_grad():
+            learn._split(learn._set_device(KeptBatches(lambda: FirstBatches(fresh_loader(learn.dls[1]), 1)).batches[0]))
+            outputs = []
+            for model in (own, other, own):
+                with randomness_kept(learn), holders_kept(learn), buffers_kept(own):
+                    outputs.append(model.eval()(*learn.xb))
     except Exception:
         return True
-    own, copied, again = outputs if len(outputs) == 3 else (None, None, None)
-    return _are_close(own, copied) or not _are_close(own, again)
-
-
-class _KeepOutput(Callback):
-    "Puts what the model makes of each batch into `outputs`."
-    order = 1000
-    def __init__(self, outputs): self.outputs = outputs
-    def after_pred(self): self.outputs.append(self.learn.pred)
+    return _are_close(outputs[0], outputs[1]) or not _are_close(outputs[0], outputs[2])
 
 
 def _are_close(a, b) -> bool:

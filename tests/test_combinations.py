@@ -469,3 +469,43 @@ def test_memory_holds_two_sets_of_weights():
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.numel() == 64*64}
     momentum = sum(isinstance(v, torch.Tensor) and v.numel() == 64*64 for s in learn.opt.state.values() for v in s.values())
     assert len(storages) == 2 + momentum
+
+
+@pytest.mark.parametrize('change', ['hook', 'no hook', 'module', 'forward'])
+def test_any_change_of_the_model_in_the_middle_of_a_fit_is_one_of_swa_model(change):
+    def doubled(module, args, output): return 2*output
+    class Changes(Callback):
+        order = 60
+        def before_train(self):
+            model = self.learn.model
+            if self.epoch == 0 and change == 'no hook': self.handle = model[-1].register_forward_hook(doubled)
+            if self.epoch != 3: return
+            if change == 'hook': model[-1].register_forward_hook(doubled)
+            if change == 'no hook': self.handle.remove()
+            if change == 'module': model[2] = nn.Tanh()
+            if change == 'forward': model[-1].forward = lambda x, layer=model[-1]: 3*nn.functional.linear(x, layer.weight, layer.bias)
+    learn, swa = learner(lambda: net(dropout=0)), SWACallback(1)
+    learn.fit(5, cbs=[swa, Changes()])
+    loss = twins.evaluate(swa.swa_model, list(learn.dls.valid), nn.functional.cross_entropy)[0]
+    assert column(learn, 'swa_valid_loss')[-1] == pytest.approx(loss, rel=1e-4) and swa.n_averaged == 4
+
+
+def test_any_model_that_knows_its_parts_by_their_identity_is_refused_before_the_first_step():
+    class Ids(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+            self.scales = {id(self.net): 3.}
+        def forward(self, x): return self.net(x)*self.scales.get(id(self.net), 1.)
+    learn = learner(Ids)
+    before = [p.clone() for p in parameters(learn.model)]
+    with pytest.raises(ValueError, match='a copy of the model computes something else'): learn.fit(2, cbs=SWACallback(0))
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters(learn.model)))
+
+
+def test_any_callback_whose_hook_changes_the_output_is_refused_before_the_first_step():
+    class Doubles(Callback):
+        def before_fit(self): self.handle = self.learn.model[-1].register_forward_hook(self.hook)
+        def hook(self, module, args, output): return 2*output
+        def after_fit(self): self.handle.remove()
+    with pytest.raises(ValueError, match="hook of module '7'"): learner().fit(2, cbs=[SWACallback(0), Doubles()])
