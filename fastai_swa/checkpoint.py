@@ -103,7 +103,7 @@ class CheckpointCallback(FitCallback):
         elif past.fits:
             past.kept = [*past.kept[:len(past.fits) - 1], past.kept_by_last()]
             past.end = take(learn, _first_held.get(learn))
-            past.end['random'] = processes.gather(past.end['random'])
+            _gather(past.end, processes)
         past.changing = {k: settings[k] for k in _CHANGING}
         if any(getattr(dl, 'persistent_workers', False) for dl in loaders(learn)):
             warnings.warn('a loader has persistent_workers, whose random state is not in the checkpoint: a resumed fit '
@@ -188,12 +188,14 @@ class CheckpointCallback(FitCallback):
         recorder = recorder_of(learn)
         if learn.epoch > 0 and recorder is not None: self._rows.append(list(recorder.log))
         if not self._due(): return
-        state = take(learn, _settings_of_objects(learn))
-        state['random'], state['data'] = fit.processes.gather(state['random']), _sizes(learn)
-        content = {'fits': [*fit.past.fits, fit.settings], 'kept': fit.past.kept, 'end': fit.past.end, 'state': state}
-        try: fit.processes.first(write, self.file, _KIND, _VERSION, content)
-        except OSError as e:
-            if learn.epoch == 0: raise
+        try:
+            state = take(learn, _settings_of_objects(learn))
+            _gather(state, fit.processes)
+            state['data'] = _sizes(learn)
+            content = {'fits': [*fit.past.fits, fit.settings], 'kept': fit.past.kept, 'end': fit.past.end, 'state': state}
+            fit.processes.first(write, self.file, _KIND, _VERSION, content)
+        except Exception as e:
+            if learn.epoch == 0: raise    # before the first step
             if fit.processes.rank == 0: self._not_written(e)
 
     def _go_on(self):
@@ -205,7 +207,7 @@ class CheckpointCallback(FitCallback):
                              'size, batches): it cannot go on')
         recorder = recorder_of(learn)
         columns = None if recorder is None else list(recorder.metric_names)
-        restore(learn, {**state, 'random': state['random'][fit.processes.rank]}, _settings_of_objects(learn))
+        restore(learn, {**state, **_own(state, fit.processes)}, _settings_of_objects(learn))
         if recorder is not None: self._reorder_rows(recorder, columns)
         if fit.processes.rank: return
         number = f'fit {len(fit.past.fits) + 1}, ' * bool(fit.past.fits)
@@ -229,12 +231,23 @@ class CheckpointCallback(FitCallback):
         "End a fit that was completed before: the learner is as it was after that."
         fit.unmute()
         end, kept = fit.past.end, fit.past.kept[len(fit.past.fits)]
-        state = {**end, 'states': end['states'] | kept, 'random': end['random'][fit.processes.rank]}
+        state = {**end, 'states': end['states'] | kept, **_own(end, fit.processes)}
         restore(self.learn, state, _first_held.get(self.learn))
         for cb in self.learn.cbs:
             if isinstance(cb, TrackerCallback): cb.run = False    # would load or save its best weights now
         fit.past.fits = [*fit.past.fits, fit.settings]
         if fit.processes.rank == 0: self._tell(f'fit {len(fit.past.fits)} was completed before; it is skipped')
+
+
+def _gather(state: dict, processes: Processes):
+    "Random generators, and what data, modules and other objects hold, are each process's own."
+    for key in ('random', 'held'):
+        state[key] = processes.gather(state[key])
+
+
+def _own(state: dict, processes: Processes) -> dict:
+    "This process's part of what `_gather` has brought together; files of format 1 have no 'held'."
+    return {key: state[key][processes.rank] for key in ('random', 'held') if key in state}
 
 
 @dataclass
