@@ -3,6 +3,7 @@ mathematics is below."""
 import keyword
 import warnings
 import weakref
+from collections import OrderedDict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -120,6 +121,9 @@ class SWACallback(FitCallback):
         self._init_state()
         self._given = swa_model
         self._continued = _check_average(average)
+        self._goes_on = average is not None    # whether the next fit does, or the one under way did
+        if swa_model is not None and isinstance(average, SWACallback) and average.swa_model is swa_model:
+            raise ValueError('swa_model is the module of the average that is gone on with, which stays as it is: pass another one')
 
     # also what an unpickled callback starts with: an export carries the settings, not the average
     def _init_state(self):
@@ -233,9 +237,11 @@ class SWACallback(FitCallback):
         fit.n_batches = self.learn.train_iter
         if fit.epoch < fit.start:
             return
-        fit.watch = StatisticsWatch(unwrap(self.learn.model))
+        with fit.side.attempt(f'preparing an epoch of {self._what}', 'its batch norm may be of other weights'):
+            fit.watch = StatisticsWatch(unwrap(self.learn.model))
         if self.enabled and (self.every or Processes(self.learn).size > 1):
-            fit.backup = pack(self.state_dict())    # in the host's memory
+            with fit.side.attempt(f'a copy of {self._what}', 'steps that are not finite cannot be taken back'):
+                fit.backup = pack(self.state_dict())    # in the host's memory
 
     def after_cancel_step(self):
         self._fit.step_cancelled = True    # the scaler of mixed precision skipped it
@@ -254,10 +260,7 @@ class SWACallback(FitCallback):
         fit.trained = True
         since = fit.epoch - fit.start
         if not self.every and self.enabled and since >= 0 and since % self.cycle_len == 0:
-            if all_finite(unwrap(self.learn.model).parameters()):
-                self._fold()
-            else:
-                self._say_infinite()
+            self._fold(if_finite=True)
         self._end_epoch()
         recorder = recorder_of(self.learn)
         if recorder is not None:
@@ -301,11 +304,14 @@ class SWACallback(FitCallback):
 
     # folding
 
-    def _fold(self):
+    def _fold(self, if_finite=False):
         "Fold the model in training; if that fails, the average is as it was."
-        fit = self._fit
+        fit, model = self._fit, unwrap(self.learn.model)
         with fit.side.attempt(f'folding the weights into {self._what}', 'they are left out of it'):
-            self._fold_or_raise(unwrap(self.learn.model))
+            if if_finite and not all_finite(model.parameters()):
+                self._say_infinite()
+                return
+            self._fold_or_raise(model)
             fit.failed = False
             return
         fit.failed = not fit.folded
@@ -333,20 +339,26 @@ class SWACallback(FitCallback):
         swa_model = clean_copy(model, self._shared()) if self._given is None else self._given
         average = _Average(WeightAverage(model, self.weight, swa_model), weakref.ref(self.learn))
         average.structure = _structure(model)
-        if self._continued is not None:
-            state, average.epochs = _state_to_continue(self._continued)
-            average.running.load_state_dict(state)
+        if isinstance(self._continued, dict):
+            average.running.load_state_dict(unpack(self._continued['state']))
+            average.epochs = list(self._continued['epochs'])
         return average
 
     def _end_epoch(self, alone=False):
-        """The training part of an epoch is over: was what it folded unseen finite, and which statistics follow the
-        weights?
+        "The training part of an epoch is over."
+        fit = self._fit
+        if fit.watch is None:    # it was over before
+            return
+        with fit.side.attempt(f'closing an epoch of {self._what}', 'its batch norm may be of other weights'):
+            self._close_epoch(alone)
+        fit.watch = fit.backup = None    # last: what was interrupted above is done again at the end of the fit
+
+    def _close_epoch(self, alone):
+        """Was what the epoch folded unseen finite, and which statistics follow the weights?
 
         - `alone`: other processes, if there are any, are not asked; they may be elsewhere, as after an error.
         """
         fit, average = self._fit, self._average
-        if fit.watch is None:    # it was over before
-            return
         gather = _of_one if alone else Processes(self.learn).gather
         folded = gather(fit.folded)
         can_go_back = fit.folded and fit.backup is not None
@@ -362,7 +374,6 @@ class SWACallback(FitCallback):
                 average.bn = list(tracked_bn(unwrap(self.learn.model)))
             self._follow(average, unwrap(self.learn.model))
             average.stale = bool(average.bn)
-        fit.watch = fit.backup = None    # last: what was interrupted above is done again at the end of the fit
 
     def _follow(self, average, model):
         "Let `swa_model` be of the model's present make: of modules, hooks and functions that training may have exchanged."
@@ -395,7 +406,8 @@ class SWACallback(FitCallback):
 
     def fit_settings(self) -> dict:
         "What must not change between the parts of one fit."
-        res = {name: getattr(self, name) for name in ('swa_start', 'cycle_len', 'every', 'enabled', 'bn_batches')}
+        res = {name: getattr(self, name) for name in ('swa_start', 'cycle_len', 'every', 'enabled', 'bn_batches', 'swa_eval_freq')}
+        res['going on with an average'] = self._goes_on
         res['the first averaged epoch'] = start_epoch(self.swa_start, self.n_epoch)
         res['weight'] = [_weight_of(self.weight, n) for n in range(_N_WEIGHTS)]
         return res
@@ -404,6 +416,7 @@ class SWACallback(FitCallback):
         "Average, counters and where it stands in a fit, as plain data; tensors are live."
         fit, average = self._fit, self._average
         res = {'average': None, 'epochs': self.averaged_epochs, 'bn': [], 'stale': False, 'fit': {}}
+        res['continued'] = self._continued if isinstance(self._continued, dict) else None
         if fit is not None:
             res['fit'] = {k: getattr(fit, k) for k in _COUNTS}
         if average is None:
@@ -432,6 +445,8 @@ class SWACallback(FitCallback):
             vars(self._fit).update(state['fit'])
             if self._fit.n_folds:
                 self._continued = None
+        if state.get('continued'):
+            self._continued = state['continued']
 
     def _load_average(self, running, state):
         running.load_state_dict(state)
@@ -579,8 +594,10 @@ class SWACallback(FitCallback):
             check_match(self.learn.model, self._given)
         self._check_statistics()
         self._check_data()
-        if self._continued is not None:
-            _state_to_continue(self._continued, unwrap(self.learn.model))
+        if self._continued is not None and not isinstance(self._continued, dict):
+            # now: the callback may begin another average in this fit, the file be written again
+            state, epochs = _state_to_continue(self._continued, unwrap(self.learn.model))
+            self._continued = {'state': pack(state), 'epochs': epochs}
         if fit.start >= self.n_epoch:
             self._say('nothing', self._nothing_folded())
             return
@@ -654,8 +671,8 @@ class SaveSWAModelCallback(FitCallback, SaveModelCallback):
     def _save(self, name):
         if not self._fit.n_folds:
             return
-        file = join_path_file(name, self.learn.path/self.learn.model_dir, ext='.pth')
         with self._fit.side.attempt(f'saving {self._swa._what}', 'the file stays as it was'):
+            file = join_path_file(name, self.learn.path/self.learn.model_dir, ext='.pth')
             self._swa.refresh()
             if not rank_distrib():
                 save_weights(file, _weights_with_points(self._swa))
@@ -741,6 +758,9 @@ _POINTS = 'fastai_swa'
 
 def _weights_with_points(swa) -> dict:
     weights = unwrap(swa.swa_model).state_dict()
+    if '' not in getattr(weights, '_metadata', {}):    # of a model that makes its own
+        weights = OrderedDict(weights)
+        weights._metadata = OrderedDict({'': {}})
     weights._metadata[''][_POINTS] = {'n_averaged': swa.n_averaged, 'epochs': swa.averaged_epochs}
     return weights
 

@@ -188,6 +188,8 @@ class CheckpointCallback(FitCallback):
         recorder = recorder_of(learn)
         if learn.epoch > 0 and recorder is not None: self._rows.append(list(recorder.log))
         if not self._due(): return
+        for cb in learn.cbs:
+            if isinstance(cb, FitCallback): cb.unmute_trackers()    # of the epoch before, which is over
         try:
             state = take(learn, _settings_of_objects(learn))
             _gather(state, fit.processes)

@@ -409,7 +409,7 @@ class _EachMember(Callback):
         self._is_last = True    # is the run under way the batch's own?
 
     def __call__(self, event_name):    # fastai's would put the errors of members into other words
-        if event_name not in ('before_batch', 'after_pred', 'after_cancel_batch', 'after_batch'):
+        if event_name not in ('before_batch', 'after_pred', 'after_loss', 'after_cancel_batch', 'after_batch'):
             return
         if unwrap(self.learn.model) is self.members:    # else within another ensemble's prediction
             getattr(self, event_name)()
@@ -440,6 +440,13 @@ class _EachMember(Callback):
         if not self._is_last:
             raise _NextMember
         self._combine()
+
+    def after_loss(self):
+        "A callback may have put a loss of its own in the place, which is the last member's."
+        learn = self.learn
+        if len(self.members.members) > 1 and len(learn.yb):
+            learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
+            learn.loss = learn.loss_grad.clone()
 
     def after_cancel_batch(self):
         if self.members.at is not None:    # cancelled after the prediction, before it came here

@@ -101,7 +101,8 @@ def _open_new(target: Path, mode: int | None):
     opener = partial(os.open, mode=0o666 if mode is None else mode)    # never readable to more than it will be
     while True:
         # mode x follows no link that lies there
-        new = open(target.with_name(f'{target.name}.{secrets.token_hex(8)}{_HALF_WRITTEN}'), 'xb', opener=opener)
+        name = f'{_short(target.name)}.{secrets.token_hex(8)}{_HALF_WRITTEN}'
+        new = open(target.with_name(name), 'xb', opener=opener)
         try:
             is_own = _try_lock(new.fileno()) and _is_at(new.fileno(), new.name)
         except OSError:    # files cannot be locked here, and nobody takes it for left behind
@@ -115,11 +116,16 @@ def _open_new(target: Path, mode: int | None):
     return new
 
 
+def _short(name: str) -> str:
+    "As much of a file's name as leaves room for an ending: a name has 255 bytes."
+    return name.encode()[:200].decode(errors='ignore')
+
+
 def _remove_left_behind(target: Path):
     "Remove what writers of `target` have left that are no more."
     with suppress(OSError), os.scandir(target.parent) as entries:
         for entry in entries:
-            is_ours = entry.name.startswith(f'{target.name}.') and entry.name.endswith(_HALF_WRITTEN)
+            is_ours = entry.name.startswith(f'{_short(target.name)}.') and entry.name.endswith(_HALF_WRITTEN)
             if is_ours and entry.is_file(follow_symlinks=False):
                 _remove_if_unlocked(entry.path)
 

@@ -5,11 +5,15 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
+from types import CellType, FunctionType, MethodType
 
 from fastai.callback.core import Callback, _inner_loop
 from fastai.callback.schedule import LRFinder
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau
 from fastcore.foundation import L
+from torch import nn
+
+from .interrupts import uninterrupted
 
 __all__ = ['FitCallback', 'SideWork', 'is_fitting', 'no_fit', 'passed_callbacks']
 
@@ -41,15 +45,16 @@ class FitCallback(Callback):
 
     @learn.setter
     def learn(self, learn):
+        is_over = learn is None and self.learn is not None and not is_fitting(self.learn, '_do_fit')
         try:
-            # else it is back in a moment
-            if learn is None and self.learn is not None and not is_fitting(self.learn, '_do_fit'):
-                self._end()
+            if is_over:    # else it is back in a moment
+                with uninterrupted():
+                    self._end(at_once=True)
         finally:
             vars(self)['learn'] = learn
 
     def __call__(self, event_name):
-        if event_name in _IN_A_BATCH and not hasattr(type(self), event_name):
+        if self.learn is None or event_name in _IN_A_BATCH and not hasattr(type(self), event_name):
             return
         if not self._concerns(event_name):
             return
@@ -102,9 +107,10 @@ class FitCallback(Callback):
         if self.learn is not None and not is_fitting(self.learn):
             self._end()
 
-    def _end(self):
+    def _end(self, at_once=False):
+        "The fit is over; `at_once`: it was under way a moment ago, so that nobody but its callbacks has changed the loss."
         if self._loss_func is not None:    # no `after_fit` has come
-            _take_back_loss(self.learn, self._loss_func)
+            _take_back_loss(self.learn, self._loss_func, at_once)
             self._loss_func = None
         self.unmute_trackers()
         if self._fit is None:
@@ -129,13 +135,34 @@ class FitCallback(Callback):
         return is_own
 
 
-def _take_back_loss(learn, loss_func):
-    "MixUp and its like put a method of theirs in the loss's place while they train; an interruption leaves it there."
-    function = learn.loss_func
-    while isinstance(function, partial):
-        function = function.func
-    if isinstance(function, Callback) or isinstance(getattr(function, '__self__', None), Callback):
-        learn.loss_func = loss_func
+def _take_back_loss(learn, loss_func, at_once):
+    """MixUp and its like put a loss of theirs in the place while they train; an interruption leaves it there. It is known
+    by the callback that it refers to, or, `at_once`, by the old loss."""
+    if learn.loss_func is loss_func:
+        return
+    stack, seen = [learn.loss_func], set()
+    while stack and len(seen) < 1000:
+        o = stack.pop()
+        if isinstance(o, Callback) or at_once and o is loss_func:
+            learn.loss_func = loss_func
+            return
+        if id(o) not in seen:
+            seen.add(id(o))
+            stack.extend(_referred(o))
+
+
+def _referred(o) -> list:
+    "What a loss may be made of."
+    if isinstance(o, partial):
+        return [o.func, *o.args, *o.keywords.values()]
+    if isinstance(o, MethodType):
+        return [o.__self__, o.__func__]
+    if isinstance(o, FunctionType):
+        cells = [c.cell_contents for c in o.__closure__ or () if c != CellType()]
+        return [*cells, *(o.__defaults__ or ())]
+    if isinstance(o, nn.Module):
+        return [*vars(o).values(), *o.children()]
+    return list(getattr(o, '__dict__', {}).values()) if callable(o) and not isinstance(o, type) else []
 
 
 class SideWork:
@@ -170,7 +197,11 @@ class SideWork:
     def conclude(self):
         "Say how often each kind of work failed, if any did."
         for work, n in self.failures.items():
-            warnings.warn(f'{work} failed {n} time{"s" if n > 1 else ""} in this fit', stacklevel=2)
+            text = f'{work} failed {n} time{"s" if n > 1 else ""} in this fit'
+            try:
+                warnings.warn(text, stacklevel=2)
+            except Warning:    # made an error by the user; here it would leave the learner half tidied up
+                print(text, file=sys.stderr)
 
 
 def is_fitting(learn, method='fit', in_all_threads=False) -> bool:

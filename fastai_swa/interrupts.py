@@ -35,10 +35,11 @@ def unwound_whole():
     Ctrl-C in a row. Code that has caught the interruption and goes on can be interrupted again.
     """
     arrived = []
+    handled = sys.exc_info()[1]    # by code around this context, such as an `except KeyboardInterrupt`
 
     def handler(before):
         def handle(*args):
-            if _is_unwinding():
+            if _is_unwinding(handled):
                 arrived.append(args)
             elif callable(before):
                 before(*args)
@@ -52,10 +53,10 @@ def unwound_whole():
             before(*arrived[0])
 
 
-def _is_unwinding() -> bool:
+def _is_unwinding(handled) -> bool:
     "Is a `KeyboardInterrupt` on its way up, so that what runs is an `except`, `finally` or `__exit__` of it?"
     e = sys.exc_info()[1]
-    while e is not None:
+    while e is not None and e is not handled:
         if isinstance(e, KeyboardInterrupt):
             return True
         e = e.__context__

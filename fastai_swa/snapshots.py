@@ -338,7 +338,7 @@ class SnapshotCallback(FitCallback):
 
     def fit_settings(self) -> dict:
         folder = None if self.folder is None else str(self.folder)
-        return {'first': self.first, 'cycle_len': self.cycle_len, 'folder': folder}
+        return {'first': self.first, 'cycle_len': self.cycle_len, 'folder': folder, 'activation': self.activation}
 
     def state_dict(self) -> dict:
         fit = self._fit

@@ -194,3 +194,45 @@ def test_plain_attributes_of_the_latest_model_averaged_survive_a_resume(tmp_path
     with pytest.raises(KeyboardInterrupt): run(checkpoint(), At('after_step', 4, raising(KeyboardInterrupt()), batch=2))
     swa_model, expected = run(checkpoint()), run()
     assert swa_model.temperature == expected.temperature == 4 and repr(swa_model.seen) == repr(expected.seen)
+
+
+def test_the_average_gone_on_with_is_that_of_the_beginning_also_where_its_callback_starts_anew_in_the_same_fit():
+    learn = learner().to_swa(swa_start=0)
+    learn.fit(3)
+    more = SWACallback(0, name='more', average=learn.swa)
+    learn.fit(2, cbs=more)
+    assert more.averaged_epochs == [0, 1, 2, 0, 1] and more.n_averaged == 5 and learn.swa.n_averaged == 2
+
+
+def test_a_file_that_the_fit_itself_writes_again_counts_once_after_a_resume(tmp_path):
+    first = learner(path=tmp_path)
+    first.fit(3, cbs=[SWACallback(0), SaveSWAModelCallback(at_end=True)])
+    def run(*cbs):
+        learn, swa = learner(path=tmp_path), SWACallback(1, average=tmp_path/'models'/'swa_model.pth')
+        learn.fit(5, cbs=[swa, SaveSWAModelCallback(comp=lambda a, b: True), *cbs])
+        return swa
+    def checkpoint(): return CheckpointCallback(tmp_path/'run.ckpt', every=2)
+    with pytest.raises(KeyboardInterrupt): run(checkpoint(), At('after_step', 3, raising(KeyboardInterrupt()), batch=2))
+    assert run(checkpoint()).averaged_epochs == [0, 1, 2, 1, 2, 3, 4]
+
+
+def test_a_resume_with_or_without_an_average_to_go_on_with_is_another_fit(tmp_path):
+    learn, first = learner(), SWACallback(0)
+    learn.fit(2, cbs=first)
+    interrupted(5, tmp_path/'run.ckpt', average=first)
+    with pytest.raises(ValueError, match='going on with an average is False and was True'): start(5, tmp_path/'run.ckpt')
+
+
+def test_an_average_over_steps_goes_on_after_an_epoch_that_was_not_finite():
+    learn, first = learner(), SWACallback(0, every=1)
+    learn.fit(2, cbs=first)
+    kept = []
+    def spoil(cb):
+        kept[:] = [p.detach().clone() for p in cb.learn.model.parameters()]
+        for p in cb.learn.model.parameters(): p.data.fill_(float('nan'))
+    def mend(cb):
+        for p, old in zip(cb.learn.model.parameters(), kept): p.data.copy_(old)
+    more = SWACallback(0, every=1, average=first)
+    with pytest.warns(UserWarning, match='not finite'):
+        learn.fit(3, cbs=[At('before_batch', 0, spoil, batch=4, training=True), At('before_train', 1, mend), more])
+    assert more.n_averaged == 12 + 12 and more.averaged_epochs == [0, 1, 1, 2]

@@ -225,3 +225,34 @@ def test_the_epoch_is_the_fits_also_where_an_earlier_callback_has_predicted_in_i
     learn, swa = learner(), SWACallback(2)
     learn.fit(4, cbs=[swa, Predicts()])
     assert swa.averaged_epochs == [2, 3]
+
+
+@pytest.mark.parametrize('wrap', [lambda cb, old: lambda p, y: cb.loss(p, y), lambda cb, old: lambda p, y: 2 * old(p, y), lambda cb, old: Weighted(old)],
+                         ids=['closure over the callback', 'closure over the loss', 'module'])
+def test_any_loss_that_a_callback_puts_in_the_place_goes_with_an_interruption(wrap):
+    class Replaces(Callback):
+        def before_train(self): self.old, self.learn.loss_func = self.learn.loss_func, wrap(self, self.learn.loss_func)
+        def after_train(self): self.learn.loss_func = self.old
+        def loss(self, preds, targets): return 3 * self.old(preds, targets)
+    learn = learner()
+    loss_func = learn.loss_func
+    with pytest.raises(KeyboardInterrupt): learn.fit(2, cbs=[Replaces(), SWACallback(0), At('after_step', 1, raising(KeyboardInterrupt()), batch=1)])
+    assert learn.loss_func is loss_func
+
+
+class Weighted(torch.nn.Module):
+    def __init__(self, loss): super().__init__(); self.loss = loss
+    def forward(self, preds, targets): return 2 * self.loss(preds, targets)
+
+
+def test_a_second_ctrl_c_while_callbacks_leave_the_learner_leaves_it_usable():
+    import os, signal
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        learn, log = learner(), Log()
+        def over(): os.kill(os.getpid(), signal.SIGINT), [0 for _ in range(1000)]
+        log.over = over
+        with pytest.raises(KeyboardInterrupt): learn.fit(3, cbs=[log, At('after_step', 1, raising(KeyboardInterrupt()), batch=2)])
+    finally: signal.signal(signal.SIGINT, before)
+    learn.validate()
+    learn.fit(1)

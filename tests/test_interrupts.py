@@ -104,3 +104,15 @@ def test_a_sigint_that_the_user_ignores_stays_ignored():
         interrupt()
         work()
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_in_an_except_clause_of_an_interruption_another_one_comes_at_once():
+    done = []
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt), unwound_whole():
+            interrupt()
+            work()
+            done.append('not reached')
+    assert done == []

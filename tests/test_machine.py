@@ -22,7 +22,7 @@ class Interrupt(KeyboardInterrupt): pass
 class Watch(Callback):
     "Notes, from the weights alone, what should be folded; the first to see an epoch that is really trained, the last to see its end."
     order = 1000
-    def __init__(self, machine): self.machine = machine
+    machine = None    # on the class: what a callback holds itself is state of the fit, which a checkpoint brings back
     def before_epoch(self):
         if not self.learn.lock.locked(): self.machine.epoch_begins(self.learn)
     def after_step(self): self.machine.step_taken(self.learn)
@@ -50,7 +50,8 @@ class Session(RuleBasedStateMachine):
         for dl in dls.loaders: dl.dataset = Samples(dl.dataset)
         self.learn = learner(dls=dls, seed=seed, path=self.folder, splitter=split)
         self.learn.to_swa(swa_start=self.start, every=self.every)
-        self.learn.add_cb(Watch(self))
+        Watch.machine = self
+        self.learn.add_cb(Watch())
         self.swa, self.enabled, self.calls = self.learn.swa, True, []
         self.weights = [p.clone() for p in parameters(self.learn.model)]
 

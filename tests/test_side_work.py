@@ -8,9 +8,9 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau
 from fastai.learner import AvgMetric
 from fastai.metrics import accuracy
-from fastai_swa import SaveSWAModelCallback, SWACallback
+from fastai_swa import CheckpointCallback, SaveSWAModelCallback, SWACallback
 
-from .helpers import At, Snapshots, assert_close, assert_same, column, fingerprint, learner, net, parameters
+from .helpers import At, Snapshots, assert_close, assert_same, column, fingerprint, learner, net, parameters, raising
 from .reference import twins
 
 
@@ -144,3 +144,40 @@ def test_what_is_known_before_the_first_step_is_still_raised():
         def after_step(self): steps.append(1)
     with pytest.raises(ValueError, match='does not match'): trained(SWACallback(0, swa_model=net(width=5)), Count())
     assert not steps
+
+
+def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path):
+    (tmp_path/'models').write_text('no folder')
+    with pytest.warns(UserWarning, match='saving the average failed'): learn = trained(SWACallback(0), SaveSWAModelCallback(), path=tmp_path, n_epoch=3)
+    assert len(learn.recorder.values) == 3
+
+
+def test_a_model_that_cannot_be_looked_through_costs_the_average_alone():
+    class Extra(torch.nn.Sequential):
+        def get_extra_state(self): return open
+        def set_extra_state(self, state): pass
+    for every in (None, 1):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            assert len(trained(SWACallback(0, every=every), model=Extra(*net()), n_epoch=3).recorder.values) == 3
+
+
+def test_warnings_made_errors_leave_no_callback_on_the_learner():
+    learn = learner()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        with pytest.raises(Exception, match='out of memory'): learn.fit(3, cbs=[SWACallback(0), InPass('valid', (1,), fails)])
+    assert not [cb for cb in learn.cbs if isinstance(cb, SWACallback | InPass)] and not hasattr(learn, 'swa')
+
+
+def test_a_tracker_muted_for_a_failed_value_is_not_muted_by_a_resume(tmp_path):
+    def start(*cbs):
+        learn = learner()
+        tracker = EarlyStoppingCallback('swa_valid_loss', min_delta=10., patience=3)
+        learn.fit(10, cbs=[SWACallback(0), tracker, InPass('valid', (2,), fails), CheckpointCallback(tmp_path/'run.ckpt'), *cbs])
+        return len(learn.recorder.values)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        whole = start()
+        with pytest.raises(KeyboardInterrupt): start(At('after_step', 3, raising(KeyboardInterrupt()), batch=2))
+        assert start() == whole < 10
