@@ -97,6 +97,8 @@ def walk(roots, but=(), stop=lambda path, o: False):
                 if type(o) not in CONTAINERS and not _is_foreign(type(o)):    # a class of one's own may count in attributes
                     yield path, o
                     inner += attributes(o)
+            elif isinstance(o, Replay):
+                continue
             elif (can_hold(o) or o is root[1] and type(o) not in _ATOMS) and not stop(path, o):
                 yield path, o
                 inner = attributes(o)
@@ -469,7 +471,8 @@ def _put_memory(memory, old):
 def holder_kept(o):
     "What the object `o`, a loader for instance, and the objects in it hold is put back at the end of this context."
     notes = _Notes()
-    for path, holder in walk([('it', o)]):    # iterators are the pass's matter, around this
+    for path, holder in list(walk([('it', o)])):
+        notes.add_streams(holder)
         _note(notes, path, holder)
     try:
         yield
@@ -554,17 +557,16 @@ class Replay:
     def __init__(self, inner):
         self.inner = inner
         self.pending = deque()    # taken from `inner`, to be given again
-        self.taken = None    # since `begin`
+        self.taken = []    # what was taken since each `begin`; they may be nested
         self.draws = False    # whether it has drawn from a library's generator for something that is given twice
 
     def begin(self):
-        self.taken = []
+        self.taken.append([])
 
     def rewind(self) -> bool:
         "Does it differ from `inner` now?"
-        self.pending.extendleft(reversed(self.taken or []))
-        self.taken = None
-        return bool(self.pending)
+        self.pending.extendleft(reversed(self.taken.pop()))
+        return bool(self.pending or self.taken)
 
     def __iter__(self):
         return self
@@ -572,14 +574,14 @@ class Replay:
     def __next__(self):
         if self.pending:
             value = self.pending.popleft()
-        elif self.taken is None:
+        elif not self.taken:
             return next(self.inner)
         else:
             before = _drawn()
             value = next(self.inner)
             self.draws |= _drawn() != before
-        if self.taken is not None:
-            self.taken.append(value)
+        if self.taken:
+            self.taken[-1].append(value)
         return value
 
     def __getattr__(self, name):
@@ -590,7 +592,8 @@ class Replay:
 
 def _drawn() -> tuple:
     "What differs once a library's generator was drawn from."
-    return random.getstate(), torch.get_rng_state().numpy().tobytes(), repr(np.random.get_state()[1:]), np.random.get_state()[1].tobytes()
+    _, keys, *place = np.random.get_state()
+    return random.getstate(), torch.get_rng_state().numpy().tobytes(), keys.tobytes(), place
 
 
 def is_replayable(v) -> bool:

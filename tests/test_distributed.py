@@ -290,3 +290,102 @@ def test_the_second_stage_of_fine_tune_goes_on_in_two_processes(tmp_path):
     from .helpers import assert_same
     run(tmp_path/'a', tuned, tmp_path, True, 0)
     for a, b in zip(run(tmp_path/'b', tuned, tmp_path, False, 7), run(tmp_path/'c', tuned, tmp_path/'whole', False, 0)): assert_same(a, b)
+
+
+# what fails in one process ends the pass in all, and the training in none
+
+class Fails(Callback):
+    "Raises at one event of a pass in one process."
+    order = 2
+    def __init__(self, rank, event, at): self.rank, self.on, self.at, self.n, self.in_pass = rank, event, at, 0, False
+    def __call__(self, event_name):
+        if event_name == 'before_validate': self.in_pass = any(type(cb).__name__ in ('_Collector', '_EndBatch') for cb in self.learn.cbs)
+        if not self.in_pass or event_name != self.on or self.learn.training: return
+        if self.learn.iter == self.at and torch.distributed.get_rank() == self.rank: raise ArithmeticError('only here')
+
+
+def failing_value(rank):
+    def f(pred, y):
+        if distributed.get_rank() == rank and not f.is_training: raise ArithmeticError('only here')
+        return accuracy(pred, y)
+    f.is_training = True
+    return f
+
+
+def one_fails(rank, where, failing):
+    from fastai_swa.passes import PassFailed, refresh_bn, validate_aside
+    learn, seen = two_processes(net), []
+    class Passes(Callback):
+        order = 80
+        def after_validate(self):
+            if any(type(cb).__name__ in ('_Collector', '_EndBatch') for cb in self.learn.cbs): return
+            for run in (partial(validate_aside, self.learn), partial(refresh_bn, self.learn, ['1', '5'], None, True)):
+                try: seen.append(type(run()).__name__)
+                except Exception as e: seen.append(f'{type(e).__name__}: {e}')
+    fails = {'first batch': lambda: Fails(failing, 'before_batch', 0), 'last batch': lambda: Fails(failing, 'after_batch', 1),
+             'item': lambda: None, 'metric': lambda: None, 'nothing': lambda: None}[where]()
+    if where == 'metric':
+        metric = failing_value(failing)
+        learn.metrics = [metric]
+        class Arms(Callback):
+            order = 79
+            def after_validate(self): metric.is_training = False
+            def before_epoch(self): metric.is_training = True
+        learn.add_cb(Arms())
+    with context(learn):
+        if where == 'item':    # in a loader of one process alone
+            class Raises(Callback):
+                order = 78
+                def after_validate(self):
+                    if any(type(cb).__name__ in ('_Collector', '_EndBatch') for cb in self.learn.cbs): return
+                    for dl in self.learn.dls.loaders: dl.dl.after_batch = raising_batch if rank == failing else dl.dl.after_batch
+                def before_epoch(self):
+                    for dl in self.learn.dls.loaders: vars(dl.dl).pop('after_batch', None)
+            learn.add_cb(Raises())
+        learn.fit(2, cbs=[Passes(), *([fails] if fails is not None else [])])
+    model = learn.model.state_dict()
+    return seen, {k: v for k, v in model.items()}
+
+
+def raising_batch(b): raise ArithmeticError('only here')
+
+
+@pytest.mark.parametrize('failing', [0, 1])
+@pytest.mark.parametrize('where', ['first batch', 'last batch', 'item', 'metric'])
+def test_what_fails_in_one_process_ends_the_pass_in_all_and_training_goes_on(tmp_path, where, failing):
+    results = run(tmp_path/'two', one_fails, where, failing)
+    whole = run(tmp_path/'whole', one_fails, 'nothing', failing)
+    assert whole[0][0] == whole[1][0] == ['list', 'Moments']*2
+    for rank, (seen, model) in enumerate(results):
+        failed = [s for s in seen if 'only here' in s]
+        assert len(seen) == 4 and len(failed) == (2 if where == 'metric' else 4), seen
+        for s in failed: assert s.startswith('ArithmeticError' if rank == failing else f'PassFailed: it failed in process {failing} (ArithmeticError'), s
+        for k, v in whole[rank][1].items():
+            if 'running' not in k and 'num_b' not in k: assert torch.equal(v, model[k]), k
+
+
+def averaged_while_one_fails(rank, failing):
+    learn, swa = two_processes(net), SWACallback(0)
+    with context(learn): learn.fit(3, cbs=[swa, Fails(failing, 'before_batch', 1)])
+    return column(learn, 'swa_valid_loss'), swa.n_averaged, learn.model.state_dict(), swa.swa_model.state_dict()
+
+def test_an_average_of_which_one_process_cannot_make_the_passes_is_still_that_of_all(tmp_path):
+    (a, n, model, average), (b, m, other, same) = run(tmp_path/'two', averaged_while_one_fails, 1)
+    assert all(v != v for v in a + b) and n == m == 3
+    for k in model: assert torch.equal(model[k], other[k]) or 'running' in k, k
+    for k in average: assert torch.equal(average[k], same[k]) or 'running' in k, k
+
+
+def counted(rank, with_swa):
+    class Counts(Callback):
+        def __init__(self): self.n = 0
+        def before_batch(self):
+            self.n += 1
+            if self.training: self.learn.xb = (self.xb[0]*(1 + .001*self.n),)
+    learn = two_processes(net, cbs=Counts())
+    with context(learn): learn.fit(3, cbs=SWACallback(0) if with_swa else None)
+    return {k: v for k, v in fingerprint(learn).items() if k != 'cbs'} | {'n': learn.counts.n}
+
+def test_what_counts_its_passes_is_untouched_in_two_processes(tmp_path):
+    from .helpers import assert_same
+    for a, b in zip(run(tmp_path/'with', counted, True), run(tmp_path/'without', counted, False)): assert_same(a, b)
