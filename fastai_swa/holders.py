@@ -207,10 +207,15 @@ def attributes(o) -> list:
 
 
 def set_attribute(o, name, value):
-    "Set what `attributes` has under that name."
+    "Set what `attributes` has under that name. Raises `TypeError` where it cannot be exchanged."
     if isinstance(o, CellType):
         o.cell_contents = value
         return
+    if isinstance(o, FunctionType) and name in ('defaults', 'keywords'):
+        setattr(o, {'defaults': '__defaults__', 'keywords': '__kwdefaults__'}[name], value)
+        return
+    if isinstance(o, partial | MethodType) and name not in namespace(o):
+        raise TypeError(f'{name} of a {type(o).__name__} cannot be exchanged')
     slot = next((d for d in _slots(type(o)) if d.__name__ == name), None)
     if slot is None:
         namespace(o)[name] = value

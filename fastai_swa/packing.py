@@ -297,7 +297,8 @@ class Unpacker:
 
     def _read_tuple(self, v, packed, now, what):
         base = now if type(now) is tuple and len(now) == len(v) else [_MISSING]*len(v)
-        return tuple(self(x, b, f'{what}[{i}]') for i, (x, b) in enumerate(zip(v, base)))
+        values = tuple(self(x, b, f'{what}[{i}]') for i, (x, b) in enumerate(zip(v, base)))
+        return now if base is now and all(x is b for x, b in zip(values, now)) else values
 
     def _read_array(self, v, packed, now, what):
         value = v.clone().numpy()

@@ -50,7 +50,7 @@ def validate_aside(learn, dl=None, in_fit: bool = True) -> list:
     another process.
     """
     if dl is None: _check_repeatable(learn, 1)
-    with _aside(learn), buffers_kept(learn.model), _events_around(learn, in_fit), _together(learn) as processes:
+    with _aside(learn, buffers_kept(learn.model)), _events_around(learn, in_fit), _together(learn) as processes:
         if dl is None: dl = fresh_loader(learn.dls[1], processes=processes)
         collector = _Collector(learn.metrics, processes)
         with _replaced(learn, 'model', _without_collectives(learn.model, processes)), learn.added_cbs(collector): _run(learn, dl)
@@ -70,7 +70,7 @@ def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None) -> Mo
     model = unwrap(learn.model)
     layers = {name: m for name, m in model.named_modules() if name in set(names)}
     refreshed = [t for m in layers.values() for t in m._buffers.values()]
-    with _aside(learn), buffers_kept(model, but=refreshed), _events_around(learn, in_fit), _together(learn) as processes:
+    with _aside(learn, buffers_kept(model, but=refreshed)), _events_around(learn, in_fit), _together(learn) as processes:
         model = unwrap(learn.model)    # data-parallel replicas would each keep statistics of their own
         if dl is None: dl = share(learn.dls.train, processes, n_batches) if processes.size > 1 else training_loader(learn, n_batches)
         with batch_moments(model, layers, processes.gather if processes.size > 1 else None) as moments, \
@@ -219,23 +219,34 @@ def _replaced(o, name, value):
 # what is put back
 
 @contextmanager
-def _aside(learn):
-    "Within this context the learner's loop runs without what concerns training; all that it changes is put back, however the context ends."
+def _whole(*contexts):
+    """Within this context the `contexts` are entered, in this order. They are entered and left whole, whenever an interruption comes; if one fails while
+    it is left, the others are left all the same."""
+    with unwound_whole():
+        stack = ExitStack()
+        try:
+            try:
+                with uninterrupted():
+                    for context in contexts: stack.enter_context(context)
+                yield
+            finally:
+                with uninterrupted(): stack.close()
+        finally:
+            with uninterrupted(): stack.close()    # for an interruption that arrived just before the line above
+
+
+def _aside(learn, *more):
+    "Within this context the learner's loop runs without what concerns training; all that it changes is put back, however it ends. `more`: contexts."
     found = found_in(learn)
-    with ExitStack() as stack:
-        for context in (unwound_whole(), loop_state_kept(learn), progress_bars_kept(learn), randomness_kept(learn, found),
-                        holders_kept(learn, found), losses_kept(learn), forms_kept(learn.model), muted(learn)):
-            stack.enter_context(context)
-        yield
+    return _whole(callbacks_kept(learn), loop_state_kept(learn), progress_bars_kept(learn), randomness_kept(learn, found), holders_kept(learn, found),
+                  losses_kept(learn), forms_kept(learn.model), muted(learn), *more)
 
 
 @contextmanager
 def untouched(learn, seed: int):
     """Within this context passes can be made with other weights and without a progress bar for each, and all random generators begin with `seed`;
     at its end, however that comes, learner and callbacks hold what they held, and the generators stand where they stood."""
-    with ExitStack() as stack:
-        for context in (unwound_whole(), attributes_kept(learn, *filter(is_own, learn.cbs)), autocast_left(), _aside(learn)):
-            stack.enter_context(context)
+    with _whole(attributes_kept(learn, *filter(is_own, learn.cbs)), autocast_left(), _aside(learn)):
         seed_all(learn, seed)
         learn.cbs = L(cb for cb in learn.cbs if not isinstance(cb, ProgressCallback) and not concerns_training(cb))
         yield
@@ -264,11 +275,27 @@ _UNSET = object()
 
 
 @contextmanager
-def loop_state_kept(learn):
-    "The loop's place (batch, loss, epoch ...) is training's again: a pass within an epoch writes over it."
-    loop = {name: vars(learn)[name] for name in LOOP if name in vars(learn)}
+def callbacks_kept(learn):
+    "The learner has its own callbacks, and its own model: a pass adds callbacks that collect, and an interruption may keep fastai from removing them."
+    cbs, items, model = learn.cbs, list(learn.cbs), learn.model
+    own = {name: cb for name, cb in vars(learn).items() if isinstance(cb, Callback)}
     try: yield
-    finally: vars(learn).update(loop)
+    finally:
+        learn.cbs, learn.model = cbs, model
+        cbs[:] = items
+        for name in [k for k, v in vars(learn).items() if isinstance(v, Callback) and k not in own]: del vars(learn)[name]
+        vars(learn).update(own)
+
+
+@contextmanager
+def loop_state_kept(learn):
+    "The loop's place (batch, loss, epoch ...), and whether gradients are on, is training's again: a pass within an epoch writes over it."
+    loop = {name: vars(learn)[name] for name in LOOP if name in vars(learn)}
+    with_grad = torch.is_grad_enabled()
+    try: yield
+    finally:
+        torch.set_grad_enabled(with_grad)
+        vars(learn).update(loop)
 
 LOOP = 'dl xb yb pred loss loss_grad iter n_iter training epoch n_epoch train_iter pct_train'.split()
 

@@ -7,6 +7,7 @@ from types import FunctionType, MethodType
 import numpy as np
 import torch
 from fastai.callback.core import Callback
+from fastai.data.core import TfmdDL
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import Optimizer
 from fastcore.foundation import L
@@ -59,6 +60,7 @@ def _taken(learn, unchanged) -> dict:
         'learner': Packer(lenient=True)({k: vars(learn)[k] for k in _COUNTERS if k in vars(learn)}),
         'callbacks': callbacks,
         'held': held,
+        'loaders': [_knows_batches(dl) for dl in loaders(learn)],
         'states': {key: pack(cb.state_dict(), key) for key, cb in named_callbacks(learn) if keeps_state(cb)},
     }
 
@@ -98,6 +100,7 @@ def _put(learn, state, weights, params, masters, unchanged):
     for k, v in state['learner'].items(): setattr(learn, k, unpack(v))
     for key, cb in named_callbacks(learn):
         if keeps_state(cb) and key in state['states']: cb.load_state_dict(unpack(state['states'][key]))
+    for dl, knows in zip(loaders(learn), state.get('loaders', ())): _let_know(dl, knows)
     _put_attributes(learn, {**state.get('held', {}), **state['callbacks']}, unchanged)
     set_random_states_of(learn, unpack(state['random']))    # last: nothing after it may draw
 
@@ -205,6 +208,22 @@ def _holders(learn):
         if path != 'dls' and type(o) is not L and not is_record(o): yield path, o
 
 
+def _knows_batches(dl) -> bool:
+    "Has fastai's loader sent a sample through its transforms, to see what a batch is made of? It does so once, when that is first asked."
+    return not isinstance(dl, TfmdDL) or '_n_inp' in vars(dl)
+
+
+def _let_know(dl, knows):
+    "A loader that knows what a batch is made of does not draw or count for it again, one that does not, does."
+    if not isinstance(dl, TfmdDL) or knows == _knows_batches(dl): return
+    if knows: dl._one_pass()
+    else:
+        for name in _LEARNED & vars(dl).keys(): delattr(dl, name)
+
+
+_LEARNED = {'_n_inp', '_types'}
+
+
 def _is_the_programs(path, o) -> bool:
     "Functions of callbacks, as the logger of a table, and what the Recorder measures with are made anew."
     if path.startswith('fastai.learner.Recorder.0.'): return True
@@ -219,7 +238,9 @@ def _packed_attributes(path, o, own, holes) -> dict:
     for k, v in attributes(o):
         k = str(k)
         if k in _OF_LOADERS or isinstance(o, Callback) and k in ('learn', *_KEPT): continue
-        if can_hold(v) and type(v) is not L and not is_record(v): continue    # has a path of its own
+        if can_hold(v) and type(v) is not L and not is_record(v):    # has a path of its own
+            holes.append((f'{path}.{k}', o, v))
+            continue
         if not isinstance(o, Callback) and isinstance(v, _SIZED):
             if (size := nested(v, n_leaves, n_bytes)) is None: continue
             n_leaves, n_bytes = n_leaves - size[2], n_bytes - size[3]
@@ -259,7 +280,11 @@ def _put_attributes(learn, state, unchanged):
         now = {str(k): v for k, v in attributes(o)}
         for k, v in attrs.items():
             if k == _SMOOTH: o.smooth_loss.count, o.smooth_loss.val = unpack(v)
-            elif not k.startswith(_SMOOTH): set_attribute(o, k, unpacker(v, now[k], f'{path}.{k}') if k in now else unpacker(v, what=f'{path}.{k}'))
+            elif not k.startswith(_SMOOTH):
+                value = unpacker(v, now[k], f'{path}.{k}') if k in now else unpacker(v, what=f'{path}.{k}')
+                try:
+                    if k not in now or value is not now[k]: set_attribute(o, k, value)
+                except TypeError: unpacker.missing.append(f'{path}.{k}')
     for where in unpacker.missing:
         name_once(learn, where, f'{readable(where)} cannot be put back from the checkpoint: there is nothing of its class in its place, and it is no dataclass, '
                   'named tuple or enum of a module')
