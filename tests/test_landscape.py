@@ -278,11 +278,15 @@ def test_sets_and_batches_are_those_asked_for():
     assert sizes(train_batches=1, bn_batches=3) == ([16] * 3 + [16] + valid, [*COLUMNS, 'norm'])
 
 
+NOTED = []    # by what runs in a pass, whose own lists are put back after it
+
+
 def test_a_model_without_batch_norm_needs_no_pass_for_it():
-    learn, seen = surface_learner(SQUARE), []
-    learn.add_cb(At('after_batch', 0, lambda cb: seen.append(len(cb.xb[0]))))
+    learn = surface_learner(SQUARE)
+    NOTED.clear()
+    learn.add_cb(At('after_batch', 0, lambda cb: NOTED.append(len(cb.xb[0]))))
     line(learn, [weights(0, 0, 0, 0, 0), weights(1, 0, 0, 0, 0)], ts=[0, 1])
-    assert seen == [4, 3, 3] * 2
+    assert NOTED == [4, 3, 3] * 2
 
 
 def test_what_is_drawn_is_the_same_at_each_point_and_depends_on_the_seed_alone():
@@ -528,10 +532,11 @@ def test_a_model_that_merges_in_eval_is_measured_as_its_twin_that_does_not_and_s
 @pytest.mark.parametrize('make', [lora.MergedMixed, net], ids=['merged', 'plain'])
 def test_two_ctrl_c_in_a_row_leave_the_learner_bitwise_as_before(make, mode, where, ctrl_c, more_ctrl_c, monkeypatch):
     learn, other = merging_beside_twin(make, 0, mode)[0], merging_beside_twin(make, 1, mode)[1].model.state_dict()
-    before, calls = everything(learn), []
+    before = everything(learn)
+    NOTED.clear()
     def first(predicted, target):
-        calls.append(None)
-        if len(calls) == (1 if where == 'in the first pass' else 11): ctrl_c()
+        NOTED.append(None)
+        if len(NOTED) == (1 if where == 'in the first pass' else 11): ctrl_c()
         return F.cross_entropy(predicted, target)
     with monkeypatch.context() as m:
         m.setattr(learn, 'loss_func', first)
