@@ -30,7 +30,8 @@ def ema(decay: float):
     The first point is taken whole, so the average never contains weights from before it.
     Raises `TypeError` or `ValueError` if `decay` is not a number in [0, 1).
     """
-    if isinstance(decay, bool) or not isinstance(decay, Real): raise TypeError(f'decay must be a number in [0, 1), not {decay!r}')
+    if isinstance(decay, bool) or not isinstance(decay, Real): raise TypeError('decay must be a number in [0, 1), not '
+                                                                               f'{decay!r}')
     if not 0 <= decay < 1: raise ValueError(f'decay must be in [0, 1), not {decay!r}')
     return partial(_ema_weight, decay)
 
@@ -43,12 +44,14 @@ def check_weight(weight):
     if not callable(weight): raise TypeError(f'weight must be a function such as equal or ema(0.99), not {weight!r}')
     try: fits = 0 <= weight(1) <= 1
     except Exception: fits = False
-    if not fits: raise ValueError(f'weight must give a number in [0, 1] for a number of points, as equal and ema(0.99) do, and {weight!r} does not')
+    if not fits: raise ValueError('weight must give a number in [0, 1] for a number of points, as equal and ema(0.99) '
+                                  f'do, and {weight!r} does not')
 
 
 def check_swa_model(swa_model):
     "Raise `TypeError` unless `swa_model` is a module or `None`."
-    if not isinstance(swa_model, nn.Module | None): raise TypeError(f'swa_model must be an nn.Module or None, not {type(swa_model).__name__}')
+    if not isinstance(swa_model, nn.Module | None): raise TypeError('swa_model must be an nn.Module or None, not '
+                                                                    f'{type(swa_model).__name__}')
 
 
 BLOCK = 128    # points: the longest sum of the two levels, and how many are folded before there are two
@@ -63,28 +66,35 @@ class _Block:
 
 
 class WeightAverage:
-    """The running average of a model's weights: `swa_model <- swa_model + weight * (model - swa_model)` at each `update`.
+    """The running average of a model's weights: `swa_model <- swa_model + weight * (model - swa_model)` at each
+    `update`.
 
-    - `model`: the module in training; `torch.compile`d and data-parallel ones are seen through, names are those of the bare module.
-    - `weight`: function from `n_averaged`, the number of points so far, to the new point's weight in [0, 1]: `equal`, `ema(decay)`
-      or any other. The first point is always taken whole.
-    - `swa_model`: module to average into, of the same architecture; by default a clean copy of `model` (`modules.clean_copy`).
+    - `model`: the module in training; `torch.compile`d and data-parallel ones are seen through, names are those of the
+      bare module.
+    - `weight`: function from `n_averaged`, the number of points so far, to the new point's weight in [0, 1]: `equal`,
+      `ema(decay)` or any other. The first point is always taken whole.
+    - `swa_model`: module to average into, of the same architecture; by default a clean copy of `model`
+      (`modules.clean_copy`).
 
-    `swa_model` follows the model's dtypes and devices. Where the model is in low precision (under 32 bits) the average is kept in
-    float32 beside it, since an average in bfloat16 soon stops moving. Buffers and plain attributes are those of the latest model: the
-    statistics of batch norm belong to those weights, not to the average, until `update_bn` has recomputed them.
+    `swa_model` follows the model's dtypes and devices. Where the model is in low precision (under 32 bits) the average
+    is kept in float32 beside it, since an average in bfloat16 soon stops moving. Buffers and plain attributes are those
+    of the latest model: the statistics of batch norm belong to those weights, not to the average, until `update_bn` has
+    recomputed them.
 
-    Beyond the first 128 points the average is summed in two levels, which costs one more float32 set of weights: points go into the
-    mean of a block of at most 128, and the block into the average; what that merge loses to rounding goes into the next block. So
-    the error does not grow with the number of points: it is at most that of one sum over 128 points, 64 roundings of float32
-    (6e-8 of a weight each), and commonly a tenth of that. Measured for 10,000 points near 1 that drift by 1e-3: .03 % of the
-    drift, for 50,000: .02 %, for `ema(.9999)`: .05 % (in one level: 10, 50 and 4 %). The attribute `swa_model` and all methods
-    merge the open block by themselves; who holds the module itself calls `settle()` before using it.
+    Beyond the first 128 points the average is summed in two levels, which costs one more float32 set of weights: points
+    go into the mean of a block of at most 128, and the block into the average; what that merge loses to rounding goes
+    into the next block. So the error does not grow with the number of points: it is at most that of one sum over 128
+    points, 64 roundings of float32 (6e-8 of a weight each), and commonly a tenth of that. Measured for 10,000 points
+    near 1 that drift by 1e-3: .03 % of the drift, for 50,000: .02 %, for `ema(.9999)`: .05 % (in one level: 10, 50 and
+    4 %). The attribute `swa_model` and all methods merge the open block by themselves; who holds the module itself
+    calls `settle()` before using it.
 
-    Where `train()` and `eval()` move weights (LoRA that is merged in `eval()`), the average is one of the weights as training has them:
-    `swa_model` is kept in train mode, `update` puts it there again, and its own `eval()` merges the average.
+    Where `train()` and `eval()` move weights (LoRA that is merged in `eval()`), the average is one of the weights as
+    training has them: `swa_model` is kept in train mode, `update` puts it there again, and its own `eval()` merges the
+    average.
 
-    Raises `TypeError` for arguments of the wrong kind and `ValueError`, naming the tensors, for a `swa_model` that does not match.
+    Raises `TypeError` for arguments of the wrong kind and `ValueError`, naming the tensors, for a `swa_model` that does
+    not match.
     """
     def __init__(self, model: nn.Module, weight=equal, swa_model: nn.Module | None = None):
         if not isinstance(model, nn.Module): raise TypeError(f'model must be an nn.Module, not {type(model).__name__}')
@@ -123,10 +133,10 @@ class WeightAverage:
     def update(self, model: nn.Module):
         """Fold the weights of `model` into the average. Nothing is read back from the device.
 
-        Raises `ValueError` before anything changes if the parameters of `model` no longer match the average's, naming them, or if
-        `weight` gives something outside [0, 1]; `RuntimeError` while the average's tensors are lent to a model. After any error,
-        and Ctrl-C, weights and `n_averaged` are those before the call or after it; only a kernel that fails when others have
-        already run (a device that is lost) leaves what cannot be undone.
+        Raises `ValueError` before anything changes if the parameters of `model` no longer match the average's, naming
+        them, or if `weight` gives something outside [0, 1]; `RuntimeError` while the average's tensors are lent to a
+        model. After any error, and Ctrl-C, weights and `n_averaged` are those before the call or after it; only a
+        kernel that fails when others have already run (a device that is lost) leaves what cannot be undone.
         """
         if self.is_lent: raise RuntimeError('the average cannot be updated while its weights are lent to the model')
         weight = self._next_weight()
@@ -159,10 +169,11 @@ class WeightAverage:
         link.copy_latest()
 
     def settle(self, model: nn.Module | None = None):
-        """Merge the open block of points into the average, so that the module that is `swa_model` holds the average of all.
+        """Merge the open block of points into the average, so that the module that is `swa_model` holds the average of
+        all.
 
-        - `model`: the model folded last, as it was then. All its plain attributes are taken over; `update` passes over those of
-          PyTorch's own layers with parameters, which are settings that no training changes.
+        - `model`: the model folded last, as it was then. All its plain attributes are taken over; `update` passes over
+          those of PyTorch's own layers with parameters, which are settings that no training changes.
         """
         if self._block.n:
             with uninterrupted(), torch.no_grad():
@@ -198,14 +209,15 @@ class WeightAverage:
         return self._linked
 
     def release(self):
-        """Forget the model folded last and the memory for blocks, so that the average alone does not keep them; the next `update`
-        links again."""
+        """Forget the model folded last and the memory for blocks, so that the average alone does not keep them; the
+        next `update` links again."""
         self.settle()
         self._linked = None
 
     @contextmanager
     def lent_to(self, model: nn.Module):
-        """Within this context `model` holds the average's own tensors (see `lent`), after `swa_model` took on its dtypes and device.
+        """Within this context `model` holds the average's own tensors (see `lent`), after `swa_model` took on its
+        dtypes and device.
 
         Raises `ValueError` if `model` does not match the average, `RuntimeError` if the average is lent already.
         """
@@ -216,8 +228,8 @@ class WeightAverage:
         with self._exchange.out(): yield self._swa_model
 
     def copy_to(self, model: nn.Module):
-        """Write the average into the parameters, buffers and plain attributes of `model`, in place, as training has them; the model
-        keeps its modes. Raises like `lent_to`."""
+        """Write the average into the parameters, buffers and plain attributes of `model`, in place, as training has
+        them; the model keeps its modes. Raises like `lent_to`."""
         if self.is_lent: raise RuntimeError('the average is lent to a model; leave that context first')
         self.settle()
         with in_train_mode(self._swa_model), written_in_train_mode(model):
@@ -227,10 +239,11 @@ class WeightAverage:
                 for a in link.attributes: a.reversed().follow()
 
     def state_dict(self) -> dict:
-        """`{'swa_model': plain state dict, 'n_averaged': int, 'master': {name: float32 tensor}}`; tensors are live, as in PyTorch.
+        """`{'swa_model': plain state dict, 'n_averaged': int, 'master': {name: float32 tensor}}`; tensors are live, as
+        in PyTorch.
 
-        `master` is empty unless the model is in low precision. Where modes move weights, these are the weights as training has
-        them, as copies if `swa_model` is in eval mode.
+        `master` is empty unless the model is in low precision. Where modes move weights, these are the weights as
+        training has them, as copies if `swa_model` is in eval mode.
         """
         self.settle()
         model = unwrap(self._swa_model)
@@ -241,8 +254,8 @@ class WeightAverage:
         return {'swa_model': state, 'n_averaged': self.n_averaged, 'master': dict(self._master)}
 
     def load_state_dict(self, state: dict):
-        """Take over a `state_dict`. Raises `ValueError` before anything changes if it is none, or belongs to another model,
-        and `RuntimeError` while the average is lent."""
+        """Take over a `state_dict`. Raises `ValueError` before anything changes if it is none, or belongs to another
+        model, and `RuntimeError` while the average is lent."""
         if self.is_lent: raise RuntimeError('a state cannot be loaded while the average is lent to a model')
         if not isinstance(state, dict) or not {'swa_model', 'n_averaged', 'master'} <= set(state):
             raise ValueError('not the state of a WeightAverage: expected a dict with swa_model, n_averaged and master')
@@ -294,7 +307,8 @@ class _Link:
         self.slots = _slots(model) + _slots(swa_model)
         self.snapshot = [dict(d) for d in self.slots]
         single = [(d, k, t) for d in self.slots for k, t in d.items() if isinstance(t, torch.Tensor) and t.numel() <= 1]
-        self.single = list(zip(*single)) or ((), (), ())    # those that a comparison of dicts takes for equal where their values are
+        # those that a comparison of dicts takes for equal where their values are
+        self.single = list(zip(*single)) or ((), (), ())
         self.resizable = [b for m in model.modules() if not isinstance(m, _NormBase) for b in m._buffers.values() if b is not None]
         self.kinds = list(map(_kind, self.resizable))
         self.low_ptrs = self._low_ptrs()
@@ -305,8 +319,10 @@ class _Link:
 
     def holds(self, model) -> bool:
         "Is `model` still made of the linked tensors, and are the two sides of one dtype and device?"
-        try: same = self.slots == self.snapshot      # dicts compare by identity first: no tensor is read while all is as it was
-        except RuntimeError: same = False            # "truth value of a tensor is ambiguous": there is another tensor in its place
+        # dicts compare by identity first: no tensor is read while all is as it was
+        try: same = self.slots == self.snapshot
+        # "truth value of a tensor is ambiguous": there is another tensor in its place
+        except RuntimeError: same = False
         dst, src = self.params
         dicts, keys, tensors = self.single
         return (model is self.model and same and all(map(is_, map(getitem, dicts, keys), tensors))
@@ -328,8 +344,8 @@ class _Link:
         for group in self.groups: group.fold(weight)
 
     def open_block(self, weight, carries):
-        """mean of the block <- model, a point of `weight`, and if the block `carries` it, what was lost to rounding when the one
-        before was merged."""
+        """mean of the block <- model, a point of `weight`, and if the block `carries` it, what was lost to rounding
+        when the one before was merged."""
         for group in self.groups: group.open_block((1 - weight) / weight if carries and weight > _LEAST_CARRYING else 0.)
 
     def collect(self, weight):
@@ -337,7 +353,9 @@ class _Link:
         for group in self.groups: group.collect(weight)
 
     def merge(self, weight):
-        "average <- average + weight * (mean of the block - average); what is lost to rounding is left in place of the mean."
+        """average <- average + weight * (mean of the block - average); what is lost to rounding is left in place of the
+        mean.
+        """
         for group in self.groups: group.merge(weight)
 
     def copy_latest(self):
@@ -345,7 +363,8 @@ class _Link:
         for average, model in self.integers + self.buffers: torch._foreach_copy_(average, model)
 
 
-_LEAST_CARRYING = 1e-6    # weight of a block's first point; beside a smaller one what is carried, divided by it, would drown the point
+# weight of a block's first point; beside a smaller one what is carried, divided by it, would drown the point
+_LEAST_CARRYING = 1e-6
 
 
 @dataclass
@@ -403,7 +422,8 @@ def _open_block(group, like, model, carried):
 
 
 def _merge(average, means, weight):
-    """average <- average + weight * (means - average); then `means` holds how much more it should be (a compensated sum, Dekker 1971).
+    """average <- average + weight * (means - average); then `means` holds how much more it should be (a compensated
+    sum, Dekker 1971).
 
     In pieces: a whole set of sums would be another set of weights in memory.
     """
@@ -422,7 +442,8 @@ class _Attributes:
     "The attributes of a module of the model beside those of its counterpart in the average."
     source: dict    # of the module that is followed
     target: dict    # of the one that follows
-    names: set = field(default_factory=set)    # those that the target has from the source, or had from the start as the source did
+    # those that the target has from the source, or had from the start as the source did
+    names: set = field(default_factory=set)
 
     def follow(self) -> list[str]:
         "Give the target the source's plain attributes, as copies; returns the names of those that cannot be copied."
@@ -459,7 +480,8 @@ _dtype, _device, _numel = attrgetter('dtype'), torch.Tensor.get_device, torch.Te
 
 def _kind(t): return t.shape, t.dtype, t.device
 
-def _shape(o): return getattr(o, 'shape', None)    # a state dict may hold a module's extra state, which need not be a tensor
+# a state dict may hold a module's extra state, which need not be a tensor
+def _shape(o): return getattr(o, 'shape', None)
 
 def _slots(model): return [d for m in model.modules() for d in (m._parameters, m._buffers, m._modules)]
 
@@ -488,17 +510,21 @@ def _pair_params(model, swa_model):
     first = {}
     for name, p in src.items():
         if first.setdefault(id(dst[name]), (name, p))[1] is not p:
-            raise ValueError(f'the model does not match the average: {name!r} is tied to {first[id(dst[name])][0]!r} in the average only')
+            raise ValueError(f'the model does not match the average: {name!r} is tied to {first[id(dst[name])][0]!r} '
+                             'in the average only')
         if p.numel() and p.data_ptr() == dst[name].data_ptr():
             raise ValueError(f'swa_model shares {name!r} with the model in training; pass a separate module')
     for name, _ in model.named_buffers():
         try: swa_model.get_submodule(plain_name(name).rpartition('.')[0])
-        except AttributeError: raise ValueError(f'the model does not match the average: its buffer {name!r} has no place there') from None
+        except AttributeError: raise ValueError(f'the model does not match the average: its buffer {name!r} has no '
+                                                'place there') from None
     return {name: (dst[name], p) for name, p in first.values()}
 
 
 def _convert(name, d, p, master):
-    "Give `d`, the average of `p`, the dtype and device of `p`; a float32 master appears and disappears with low precision."
+    """Give `d`, the average of `p`, the dtype and device of `p`; a float32 master appears and disappears with low
+    precision.
+    """
     if is_low(p):
         master[name] = master.get(name, d.data).to(p.device, torch.float32, copy=name not in master)
         source = master[name]
@@ -529,7 +555,9 @@ _SCRATCH = 2**20    # elements: enough to fill a GPU, few enough to stay in a CP
 
 
 def _runs(tuples):
-    "Pieces of the tensors in `tuples`, each of tensors of one shape, in lists of at most `_SCRATCH` elements or one row together."
+    """Pieces of the tensors in `tuples`, each of tensors of one shape, in lists of at most `_SCRATCH` elements or one
+    row together.
+    """
     run, n = [], 0
     for tensors in tuples:
         first = tensors[0]
@@ -544,7 +572,9 @@ def _runs(tuples):
 
 
 def _low_groups(triples):
-    "Groups of the pieces of (average, model, master), one for each dtype, device and run; all of a device use one scratch."
+    """Groups of the pieces of (average, model, master), one for each dtype, device and run; all of a device use one
+    scratch.
+    """
     kinds, scratch, groups = {}, {}, []
     for triple in triples: kinds.setdefault((triple[1].dtype, triple[1].device), []).append(triple)
     runs = [(device, list(map(list, zip(*run)))) for (_, device), tensors in kinds.items() for run in _runs(tensors)]
@@ -559,16 +589,17 @@ def _low_groups(triples):
 
 @contextmanager
 def lent(source: nn.Module, model: nn.Module):
-    """Within this context `model` holds the very tensors of `source`, a module of the same shapes and dtypes; afterwards its own again.
+    """Within this context `model` holds the very tensors of `source`, a module of the same shapes and dtypes;
+    afterwards its own again.
 
-    Parameters and buffers keep their identity, only their data is exchanged, so that optimizers, compiled code and wrappers go on
-    referring to them; no tensor is copied. What the model does to its buffers inside happens to `source`. The model has the plain
-    attributes of `source`, too, as copies. Modes stay the model's own.
+    Parameters and buffers keep their identity, only their data is exchanged, so that optimizers, compiled code and
+    wrappers go on referring to them; no tensor is copied. What the model does to its buffers inside happens to
+    `source`. The model has the plain attributes of `source`, too, as copies. Modes stay the model's own.
 
-    Where `train()` and `eval()` move weights, the model gets the weights of `source` as training has them, is brought to its mode by
-    real calls, and its own tensors, attributes and modes are put back without any; `source` gets the bits of its parameters back,
-    for which those of the modules with such modes are copied. (A module's own buffers, where it has modes of its own, as well; but
-    for statistics of batch norm.)
+    Where `train()` and `eval()` move weights, the model gets the weights of `source` as training has them, is brought
+    to its mode by real calls, and its own tensors, attributes and modes are put back without any; `source` gets the
+    bits of its parameters back, for which those of the modules with such modes are copied. (A module's own buffers,
+    where it has modes of its own, as well; but for statistics of batch norm.)
 
     Raises `ValueError`, naming the parameters and before anything changes, if the two do not match.
     """
@@ -576,7 +607,9 @@ def lent(source: nn.Module, model: nn.Module):
 
 
 class _Exchange:
-    "A model and the source whose tensors it is lent. Raises `ValueError`, naming the parameters, if the two do not match."
+    """A model and the source whose tensors it is lent. Raises `ValueError`, naming the parameters, if the two do not
+    match.
+    """
     def __init__(self, source, model):
         self.source, self.model = unwrap(source), unwrap(model)
         self.is_out = False    # does the model hold the source's tensors?

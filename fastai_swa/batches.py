@@ -1,4 +1,5 @@
-"""The batches of passes aside from training: each sample once, drawn from loaders of their own, kept where they are the same again and again."""
+"""The batches of passes aside from training: each sample once, drawn from loaders of their own, kept where they are the
+same again and again."""
 import copy
 import math
 from functools import partial
@@ -30,12 +31,15 @@ class FirstBatches:
 
 
 def _each_once(dl):
-    if hasattr(dl, 'wgts'): dl.get_idxs = partial(DataLoader.get_idxs, dl)    # fastai's weighted loaders repeat and omit samples
+    # fastai's weighted loaders repeat and omit samples
+    if hasattr(dl, 'wgts'): dl.get_idxs = partial(DataLoader.get_idxs, dl)
     return dl
 
 
 def share(dl, processes, n_batches):
-    "Of the samples of `dl`, fastai's loader for several processes, those of this one: each sample once, where `dl` itself repeats some."
+    """Of the samples of `dl`, fastai's loader for several processes, those of this one: each sample once, where `dl`
+    itself repeats some.
+    """
     inner = _each_once(fresh_loader(dl.dl, drop_last=False))
     idxs = processes.first(lambda: list(inner.get_idxs()))    # shuffled, in one order for all
     low, high = (len(idxs) * r // processes.size for r in (processes.rank, processes.rank + 1))
@@ -47,15 +51,18 @@ def share(dl, processes, n_batches):
 
 
 def fresh_loader(dl, processes=None, **kwargs):
-    """A loader like `dl`, over the same data; `kwargs` as for fastai's `DataLoader.new`. `dl` itself where its class makes none.
+    """A loader like `dl`, over the same data; `kwargs` as for fastai's `DataLoader.new`. `dl` itself where its class
+    makes none.
 
-    - `processes`: those that go through it together; they agree on the order by it, so that an error in one ends that in all.
+    - `processes`: those that go through it together; they agree on the order by it, so that an error in one ends that
+      in all.
     """
     if isinstance(dl, DataLoader) and hasattr(dl, 'world_size'):    # fastai's DistributedDL, which has no `new`
         cls = type(dl) if processes is None else _agreeing(type(dl), processes)
         return cls(fresh_loader(dl.dl, **kwargs), dl.rank, dl.world_size, dl.device)
     if isinstance(dl, DataLoader):
-        # at its first `new` a loader may send a sample through its transforms: what they draw or count must not depend on whether it is the first
+        # at its first `new` a loader may send a sample through its transforms: what they draw or count must not depend
+        # on whether it is the first
         kept = [(source, get(source)) for _, source in sources_in([('loader', dl)])]
         with libraries_kept(), holder_kept(dl):
             try: new = dl.new(**kwargs)
@@ -68,8 +75,9 @@ def fresh_loader(dl, processes=None, **kwargs):
 
 
 def _fresh_torch_loader(dl, drop_last):
-    """A copy of a torch loader, with its data set and sampler, but with workers of its own: those that persist are training's, and what they
-    count and draw cannot be put back. `drop_last`: as for the constructor; `None` leaves it. `dl` itself where it cannot be copied."""
+    """A copy of a torch loader, with its data set and sampler, but with workers of its own: those that persist are
+    training's, and what they count and draw cannot be put back. `drop_last`: as for the constructor; `None` leaves it.
+    `dl` itself where it cannot be copied."""
     try: new = copy.copy(dl)
     except Exception: return dl
     own = vars(new)    # torch refuses to set these
@@ -92,7 +100,8 @@ def _agreeing(cls, processes):
 
 
 class KeptBatches:
-    """The batches of `make()`, a loader that gives the same ones each time: drawn once and kept, or drawn anew if they are more than `_LIMIT` bytes.
+    """The batches of `make()`, a loader that gives the same ones each time: drawn once and kept, or drawn anew if they
+    are more than `_LIMIT` bytes.
 
     Each pass gets copies of its own.
     """

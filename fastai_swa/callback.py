@@ -123,7 +123,8 @@ class SWACallback(FitCallback):
         self._continued = _check_average(average)
         self._goes_on = average is not None    # whether the next fit does, or the one under way did
         if swa_model is not None and isinstance(average, SWACallback) and average.swa_model is swa_model:
-            raise ValueError('swa_model is the module of the average that is gone on with, which stays as it is: pass another one')
+            raise ValueError('swa_model is the module of the average that is gone on with, which stays as it is: pass '
+                             'another one')
 
     # also what an unpickled callback starts with: an export carries the settings, not the average
     def _init_state(self):
@@ -376,7 +377,9 @@ class SWACallback(FitCallback):
             average.stale = bool(average.bn)
 
     def _follow(self, average, model):
-        "Let `swa_model` be of the model's present make: of modules, hooks and functions that training may have exchanged."
+        """Let `swa_model` be of the model's present make: of modules, hooks and functions that training may have
+        exchanged.
+        """
         average.running.settle(model)
         structure = _structure(model)
         if structure == average.structure or self._given is not None:
@@ -555,8 +558,8 @@ class SWACallback(FitCallback):
         return True
 
     def _check_copy(self):
-        """Does a copy of the model compute what the model computes? It leaves out hooks that know the learner or are of a
-        callback, and something in the model may know its parts by their identity."""
+        """Does a copy of the model compute what the model computes? It leaves out hooks that know the learner or are of
+        a callback, and something in the model may know its parts by their identity."""
         model, shared = self.learn.model, self._shared()
         if Processes(self.learn).size > 1 or same_output(self.learn, clean_copy(model, shared)):
             return
@@ -565,7 +568,8 @@ class SWACallback(FitCallback):
         if hooked:
             where = f'module {hooked[0]!r}' if hooked[0] else 'the model'
             why = f'a hook of {where}, which a copy cannot have because it is of a callback or knows the learner, changes it'
-        raise ValueError(f'a copy of the model computes something else than the model: {why}; swa_model would not be what '
+        raise ValueError(f'a copy of the model computes something else than the model: {why}; swa_model would not be '
+                         'what '
                          'its columns say. Make a hook a function of its own, or pass a swa_model')
 
     def _check_statistics(self):
@@ -686,8 +690,8 @@ class SaveSWAModelCallback(FitCallback, SaveModelCallback):
 
 
 def _structure(model) -> list:
-    """What a copy of `model` has from the time that it was made: the classes of its modules, their hooks, and forwards of
-    their own."""
+    """What a copy of `model` has from the time that it was made: the classes of its modules, their hooks, and forwards
+    of their own."""
     res = []
     for name, m in model.named_modules():
         hooks = [id(hook) for hooks in (m._forward_pre_hooks, m._forward_hooks) for hook in hooks.values()]

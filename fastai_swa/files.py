@@ -28,7 +28,8 @@ _LOCK = '.fastai_swa.lock'
 
 @contextmanager
 def replacing(file: Path):
-    """A binary handle; what is written to it replaces `file` in one step at the end. On any error `file` stays as it was.
+    """A binary handle; what is written to it replaces `file` in one step at the end. On any error `file` stays as it
+    was.
 
     - It is written beside `file` under a name that no other process or thread uses: two that write the same
       file never mix, the last one wins.
@@ -202,7 +203,8 @@ class InUse(RuntimeError):
 
 
 class Lock:
-    """A lock on a file or a folder, in a file of its own; the system takes it back when the process ends, in whatever way.
+    """A lock on a file or a folder, in a file of its own; the system takes it back when the process ends, in whatever
+    way.
 
     The lock of a file lies beside it. That of a folder, which must be there, lies within it: the folder may be
     all that can be written. Links are followed: what is locked has one lock, whatever it is called by. Raises

@@ -108,7 +108,9 @@ class FitCallback(Callback):
             self._end()
 
     def _end(self, at_once=False):
-        "The fit is over; `at_once`: it was under way a moment ago, so that nobody but its callbacks has changed the loss."
+        """The fit is over; `at_once`: it was under way a moment ago, so that nobody but its callbacks has changed the
+        loss.
+        """
         if self._loss_func is not None:    # no `after_fit` has come
             _take_back_loss(self.learn, self._loss_func, at_once)
             self._loss_func = None
@@ -136,8 +138,8 @@ class FitCallback(Callback):
 
 
 def _take_back_loss(learn, loss_func, at_once):
-    """MixUp and its like put a loss of theirs in the place while they train; an interruption leaves it there. It is known
-    by the callback that it refers to, or, `at_once`, by the old loss."""
+    """MixUp and its like put a loss of theirs in the place while they train; an interruption leaves it there. It is
+    known by the callback that it refers to, or, `at_once`, by the old loss."""
     if learn.loss_func is loss_func:
         return
     stack, seen = [learn.loss_func], set()

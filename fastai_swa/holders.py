@@ -1,5 +1,5 @@
-"""What a learner holds beside its weights: loaders, samplers, data sets, transforms, modules, losses, callbacks and the objects in them. Found without
-running any of it, noted, and put back.
+"""What a learner holds beside its weights: loaders, samplers, data sets, transforms, modules, losses, callbacks and the
+objects in them. Found without running any of it, noted, and put back.
 
 No data set is iterated, since that runs its transforms; no property is read, and no method of a user's class is called.
 """
@@ -28,12 +28,14 @@ from torch.utils import data
 from .modules import unwrap
 from .packing import elements, is_record, put_elements, shared_memory
 
-__all__ = ['roots', 'walk', 'attributes', 'namespace', 'nested', 'found_in', 'holders_kept', 'holder_kept', 'unrepeatable', 'loaders', 'named_callbacks',
-           'keeps_state', 'owned_modules', 'is_own', 'can_hold', 'set_attribute', 'is_used_up', 'name_once', 'readable']
+__all__ = ['roots', 'walk', 'attributes', 'namespace', 'nested', 'found_in', 'holders_kept', 'holder_kept',
+           'unrepeatable', 'loaders', 'named_callbacks', 'keeps_state', 'owned_modules', 'is_own', 'can_hold',
+           'set_attribute', 'is_used_up', 'name_once', 'readable']
 
 MAX_LEAVES = 10_000    # of the containers, arrays and tensors that one object holds, for them to be kept
 MAX_BYTES = 1_000_000
-_MAX_OBJECTS = 100    # a longer container holds samples, not transforms and the like: it is not searched for objects that hold something
+# a longer container holds samples, not transforms and the like: it is not searched for objects that hold something
+_MAX_OBJECTS = 100
 
 CONTAINERS = (list, tuple, dict, set, deque, bytearray)
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, range, torch.Size, torch.dtype, torch.device}
@@ -82,8 +84,8 @@ def roots(learn, callbacks) -> list:
 
 
 def walk(roots, but=(), stop=lambda path, o: False):
-    """(path, object) for each object below `roots` that can hold others, or a random state. Those in `but`, and those where `stop(path, object)`, are passed by,
-    with what only they hold."""
+    """(path, object) for each object below `roots` that can hold others, or a random state. Those in `but`, and those
+    where `stop(path, object)`, are passed by, with what only they hold."""
     seen = {id(o) for o in but}
     for root in roots:
         stack = [root]
@@ -94,7 +96,8 @@ def walk(roots, but=(), stop=lambda path, o: False):
             seen.add(id(o))
             if isinstance(o, CONTAINERS):
                 inner = [*_entries(o)] if len(o) <= _MAX_OBJECTS else []
-                if type(o) not in CONTAINERS and not _is_foreign(type(o)):    # a class of one's own may count in attributes
+                # a class of one's own may count in attributes
+                if type(o) not in CONTAINERS and not _is_foreign(type(o)):
                     yield path, o
                     inner += attributes(o)
             elif isinstance(o, Replay):
@@ -121,8 +124,9 @@ def _values(o):
 _STOPS = (type, ModuleType, torch.Tensor, np.ndarray, Learner, Callback, _BaseOptimizer, torch.optim.Optimizer, GeneratorType)
 _OF_TORCH = (nn.Module, data.DataLoader, data.Dataset, data.Sampler, torch.Generator)
 # their objects belong to the process: threads, files, figures, bars; or they are data that know how to keep themselves
-_FOREIGN = sys.stdlib_module_names - {'collections', 'types', 'argparse'} | set('''torch numpy pandas polars pyarrow PIL cv2 h5py zarr lmdb matplotlib IPython ipywidgets tqdm fastprogress wandb tensorboard
-                                             tensorboardX mlflow neptune comet_ml clearml aim accelerate'''.split())
+_OTHERS = '''torch numpy pandas polars pyarrow PIL cv2 h5py zarr lmdb matplotlib IPython ipywidgets tqdm fastprogress wandb
+    tensorboard tensorboardX mlflow neptune comet_ml clearml aim accelerate'''.split()
+_FOREIGN = sys.stdlib_module_names - {'collections', 'types', 'argparse'} | set(_OTHERS)
 
 
 def can_hold(o) -> bool:
@@ -229,8 +233,9 @@ _NESTED = (*CONTAINERS, torch.Tensor, np.ndarray, L)
 
 
 def nested(o, max_leaves=MAX_LEAVES, max_bytes=MAX_BYTES):
-    """The containers, the arrays and tensors in the container `o`, itself among them, the number of leaves and that of bytes; `None` if they are
-    more than that. It is found out level by level, so that a large container costs nothing."""
+    """The containers, the arrays and tensors in the container `o`, itself among them, the number of leaves and that of
+    bytes; `None` if they are more than that. It is found out level by level, so that a large container costs nothing.
+    """
     containers, arrays, seen, n_leaves, n_bytes = [], [], set(), 0, 0
     level = [o]
     while level:
@@ -278,7 +283,8 @@ class _Notes:
         self.arrays = []    # array, a copy
         self.files = []    # file, position
         self.shared = []    # memory that processes share, its bytes
-        self.streams = []    # object, name of an attribute of it, the iterator there, the `Replay` that stands there meanwhile
+        # object, name of an attribute of it, the iterator there, the `Replay` that stands there meanwhile
+        self.streams = []
         self.large = []    # path, object, its length: too large to be kept
         self.seen = set()
 
@@ -288,7 +294,8 @@ class _Notes:
             if _is_of_pass(o, name) or not is_replayable(v):
                 continue
             replay = v if isinstance(v, Replay) else Replay(v)
-            with suppress(AttributeError, TypeError, KeyError):    # nothing that could be exchanged: `unrepeatable` names it
+            # nothing that could be exchanged: `unrepeatable` names it
+            with suppress(AttributeError, TypeError, KeyError):
                 set_attribute(o, name, replay)
                 replay.begin()
                 self.streams.append((o, name, replay))
@@ -325,7 +332,9 @@ class _Notes:
                 self.containers.append((held, elements(held)))
 
     def _add_contents(self, path, values, each=False):
-        "Note the containers, arrays and tensors among `values`, those of one object, or where the limits are for `each`, of several."
+        """Note the containers, arrays and tensors among `values`, those of one object, or where the limits are for
+        `each`, of several.
+        """
         n_leaves, n_bytes = MAX_LEAVES, MAX_BYTES
         for name, v in values:
             if not _can_be_noted(type(v)) or type(v) is tuple and set(map(type, v)) <= _ATOMS:
@@ -486,7 +495,9 @@ def holder_kept(o):
 
 
 def found_in(learn) -> list:
-    "(path, object) for what a pass aside from training must leave as it is: all that `learn` holds but this package's callbacks."
+    """(path, object) for what a pass aside from training must leave as it is: all that `learn` holds but this package's
+    callbacks.
+    """
     callbacks = [(name, cb) for name, cb in named_callbacks(learn) if not is_own(cb)]
     ours = [cb for cb in learn.cbs if is_own(cb)]
     return list(walk(roots(learn, callbacks), but=[learn, *ours]))
@@ -494,9 +505,10 @@ def found_in(learn) -> list:
 
 @contextmanager
 def holders_kept(learn, found=None):
-    """What sampler, data set, transforms, loss, modules and callbacks hold, and the objects in them, is put back at the end of this context, as far as
-    it is small: attributes, and containers, arrays and tensors of together `MAX_LEAVES` leaves and `MAX_BYTES` an object, in place. What is larger is
-    named in one warning if its length changed. The weights and buffers of the model are left alone.
+    """What sampler, data set, transforms, loss, modules and callbacks hold, and the objects in them, is put back at the
+    end of this context, as far as it is small: attributes, and containers, arrays and tensors of together `MAX_LEAVES`
+    leaves and `MAX_BYTES` an object, in place. What is larger is named in one warning if its length changed. The
+    weights and buffers of the model are left alone.
 
     - `found`: what `found_in(learn)` gives.
     """
@@ -507,10 +519,13 @@ def holders_kept(learn, found=None):
         changed = notes.put_back()
         for o, name, replay in notes.streams:
             if replay.draws:
-                name_once(learn, f'{type(o).__qualname__}.{name}', f'{type(o).__qualname__}.{name} draws random numbers as it is gone through, and a pass '
-                          'aside from training has gone through some of it: training differs from what it is without that pass')
+                name_once(learn, f'{type(o).__qualname__}.{name}', f'{type(o).__qualname__}.{name} draws random '
+                                                                   'numbers as it is gone through, and a pass '
+                          'aside from training has gone through some of it: training differs from what it is without '
+                          'that pass')
         for path in changed:
-            name_once(learn, path, f'{readable(path)} was changed by a pass aside from training and is too large to be put back '
+            name_once(learn, path, f'{readable(path)} was changed by a pass aside from training and is too large to be '
+                                   'put back '
                       f'(more than {MAX_LEAVES:,} values): training may differ from what it is without that pass')
 
 
@@ -597,7 +612,7 @@ class Replay:
 
 def _drawn() -> tuple:
     "What differs once a library's generator was drawn from."
-    _, keys, *place = np.random.get_state()
+    _, keys, *place = np.random.get_state()    # noqa: NPY002
     return random.getstate(), torch.get_rng_state().numpy().tobytes(), keys.tobytes(), place
 
 
@@ -606,8 +621,9 @@ def is_replayable(v) -> bool:
 
 
 def unrepeatable(learn, only=None) -> list[str]:
-    """Where the data of `learn` hold something that is used up when it is gone through, and that a pass aside from training cannot give back: a pipe, or a
-    generator in a container. (One in an attribute gives again what a pass took from it.)
+    """Where the data of `learn` hold something that is used up when it is gone through, and that a pass aside from
+    training cannot give back: a pipe, or a generator in a container. (One in an attribute gives again what a pass took
+    from it.)
 
     - `only`: of this loader, 0 for the training set.
     """

@@ -16,14 +16,17 @@ __all__ = ['unwrap', 'plain_name', 'named_tensors', 'clean_copy', 'check_copyabl
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    "The module inside `DataParallel`, `DistributedDataParallel` and `torch.compile`; any other module is returned as it is."
+    """The module inside `DataParallel`, `DistributedDataParallel` and `torch.compile`; any other module is returned as
+    it is.
+    """
     while True:
         if isinstance(model, (DataParallel, DistributedDataParallel)): model = model.module
         elif _is_compiled(model): model = model._orig_mod
         else: return model
 
 
-def _is_compiled(module): return type(module).__name__ == 'OptimizedModule'    # torch._dynamo's, which is slow to import
+# torch._dynamo's, which is slow to import
+def _is_compiled(module): return type(module).__name__ == 'OptimizedModule'
 
 
 def plain_name(name: str) -> str:
@@ -32,24 +35,29 @@ def plain_name(name: str) -> str:
 
 
 def named_tensors(named) -> dict[str, torch.Tensor]:
-    "Plain name -> tensor for `named`, a model's `named_parameters` or `named_buffers`; tied tensors appear under each of their names."
+    """Plain name -> tensor for `named`, a model's `named_parameters` or `named_buffers`; tied tensors appear under each
+    of their names.
+    """
     return {plain_name(name): tensor for name, tensor in named(remove_duplicate=False)}
 
 
 def clean_copy(model: nn.Module, shared=()) -> nn.Module:
     """A copy of `model` that computes the same, shares no tensor with it and carries nothing foreign along.
 
-    The copy has the model's modes, ties and memory formats, and neither wrappers (`unwrap`), nor compiled code, nor gradients. A model
-    whose modes move weights is copied as it stands: weights and attributes fit each other in the copy, too.
+    The copy has the model's modes, ties and memory formats, and neither wrappers (`unwrap`), nor compiled code, nor
+    gradients. A model whose modes move weights is copied as it stands: weights and attributes fit each other in the
+    copy, too.
 
-    Functions, such as a `forward` set on a module, are copied with what their closures and defaults hold: what refers to the model
-    there refers to the copy here. Hooks stay, as copies, but for those of fastai's `Hook` and callbacks, which watch, and those that
-    reach a learner, a loader or something `shared` (`dropped_hooks` names these): what such a hook points to is never copied.
+    Functions, such as a `forward` set on a module, are copied with what their closures and defaults hold: what refers
+    to the model there refers to the copy here. Hooks stay, as copies, but for those of fastai's `Hook` and callbacks,
+    which watch, and those that reach a learner, a loader or something `shared` (`dropped_hooks` names these): what such
+    a hook points to is never copied.
 
     - `shared`: objects that the copy refers to instead of copying.
 
-    Raises `ValueError` for a lazy module that has not seen a batch yet, for a model that holds something that cannot be copied, and,
-    naming the module, where the copy would go on using the model in training, as a function does that knows it by a global variable.
+    Raises `ValueError` for a lazy module that has not seen a batch yet, for a model that holds something that cannot be
+    copied, and, naming the module, where the copy would go on using the model in training, as a function does that
+    knows it by a global variable.
     """
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(t, nn.parameter.UninitializedTensorMixin):
@@ -64,7 +72,8 @@ def check_copyable(model: nn.Module, shared=()):
 
 
 def dropped_hooks(model: nn.Module, shared=()) -> list[str]:
-    """The names of the modules of `model` with hooks that `clean_copy` leaves out although they may change what the model computes.
+    """The names of the modules of `model` with hooks that `clean_copy` leaves out although they may change what the
+    model computes.
 
     Hooks of fastai's `Hook` are not counted: these watch. The model itself is `''`.
     """
@@ -114,7 +123,8 @@ class _Refused(ValueError):
     "The copy would go on using the model in training."
 
 
-_HOOK_DICTS = [name for name in vars(nn.Module()) if 'hooks' in name]    # hooks, and flags (True) under their hook's number
+# hooks, and flags (True) under their hook's number
+_HOOK_DICTS = [name for name in vars(nn.Module()) if 'hooks' in name]
 
 
 def _hook_dicts(module): return [vars(module)[k] for k in _HOOK_DICTS if k in vars(module)]
@@ -132,7 +142,9 @@ class _Origin:
         self.held = _reachable([model], self.stop)
 
     def kept_hooks(self) -> list[dict]:
-        "For each of the `hook_dicts` what a copy keeps of it: hooks, and the flags that stand beside them under the same number."
+        """For each of the `hook_dicts` what a copy keeps of it: hooks, and the flags that stand beside them under the
+        same number.
+        """
         kept = []
         for m in self.model.modules():
             dicts = _hook_dicts(m)
@@ -141,7 +153,9 @@ class _Origin:
         return kept
 
     def kind(self, hook) -> str:
-        "'own': part of what the model computes. 'observer': of fastai's `Hook`. 'callback': of one. 'foreign': it reaches what is not copied."
+        """'own': part of what the model computes. 'observer': of fastai's `Hook`. 'callback': of one. 'foreign': it
+        reaches what is not copied.
+        """
         function = hook
         if type(function).__name__ == '_WrappedHook':    # how load_state_dict's hooks are kept
             function = function.hook
@@ -170,7 +184,9 @@ class _Origin:
 
 
 def _refused(model, is_culprit, what) -> _Refused:
-    "The error that names the module of `model` with an attribute or a hook that reaches an object for which `is_culprit` holds."
+    """The error that names the module of `model` with an attribute or a hook that reaches an object for which
+    `is_culprit` holds.
+    """
     where = 'something that it holds'
     for name, m in model.named_modules():
         for attribute, value in vars(m).items():
@@ -259,7 +275,8 @@ def _globals_of(function) -> list:
 class _Functions:
     """The copies of functions, which `copy.deepcopy` would take as they are, with all that they refer to.
 
-    A function may refer to the model that refers to it, so its copy is made empty, entered in `memo`, and filled when the model's copy is there.
+    A function may refer to the model that refers to it, so its copy is made empty, entered in `memo`, and filled when
+    the model's copy is there.
     """
     def __init__(self, reached, origin, memo):
         self.origin, self.memo = origin, memo
@@ -291,7 +308,8 @@ class _Functions:
         model = self.origin.model
         for o, new in self.empty:
             if any(map(self.origin.is_view, _reachable([o], [*self.origin.stop, *model.modules()]).values())):
-                raise _refused(model, self.origin.is_view, "has a function that holds a view of one of the model's tensors")
+                raise _refused(model, self.origin.is_view, "has a function that holds a view of one of the model's "
+                                                           "tensors")
             try:
                 self._fill(o, new, self._copied)
             except Exception as e:
@@ -303,7 +321,9 @@ class _Functions:
                 self._set_attributes(m, self.memo[id(m)])
 
     def _set_attributes(self, m, copied):
-        "Functions that are attributes of `m` need no delegate in its copy; weak references to the model, atoms to deepcopy, are made anew."
+        """Functions that are attributes of `m` need no delegate in its copy; weak references to the model, atoms to
+        deepcopy, are made anew.
+        """
         for attribute, value in vars(m).items():
             if attribute not in vars(copied):    # what `compile()` left on the module
                 continue
@@ -346,7 +366,9 @@ def _target(function):
 
 
 def _check_apart(res, origin):
-    "Raise `_Refused` if `res`, the copy, refers to the model that it was copied from, or one of its functions to a learner."
+    """Raise `_Refused` if `res`, the copy, refers to the model that it was copied from, or one of its functions to a
+    learner.
+    """
     def is_of_model(o):
         return id(o) in origin.parts and isinstance(o, nn.Module) or origin.names_model(o)
 
@@ -369,17 +391,21 @@ def _copy_tensor(t, is_attribute):
         res = copy.deepcopy(t)
         res.grad = None
         return res
-    if t.grad_fn is not None and not is_attribute: return None           # an activation that a training forward left in a hook
-    res = t.detach().clone()                                             # deepcopy takes gradients along and refuses non-leaves
+    # an activation that a training forward left in a hook
+    if t.grad_fn is not None and not is_attribute: return None
+    # deepcopy takes gradients along and refuses non-leaves
+    res = t.detach().clone()
     return nn.Parameter(res, t.requires_grad) if isinstance(t, nn.Parameter) else res
 
 
 # modes that move weights
 
 def moves_weights(model: nn.Module) -> bool:
-    """May `train()` and `eval()` do more to `model` than set modes, as where LoRA merges its update into the weights in `eval()`?
+    """May `train()` and `eval()` do more to `model` than set modes, as where LoRA merges its update into the weights in
+    `eval()`?
 
-    So it is taken to be where the class of one of its modules, or the module itself, has a `train` or an `eval` of its own.
+    So it is taken to be where the class of one of its modules, or the module itself, has a `train` or an `eval` of its
+    own.
     """
     return any(map(has_own_modes, unwrap(model).modules()))
 
@@ -391,17 +417,20 @@ def has_own_modes(module: nn.Module) -> bool:
 
 
 def away_from_training(model: nn.Module) -> list[nn.Module]:
-    "The modules whose `eval()` may have moved weights: those with modes of their own that are not in train mode, the outer ones first."
+    """The modules whose `eval()` may have moved weights: those with modes of their own that are not in train mode, the
+    outer ones first.
+    """
     return [m for m in model.modules() if has_own_modes(m) and not m.training]
 
 
 @contextmanager
 def in_train_mode(model: nn.Module):
-    """Within this context the weights of `model` can be *read* as training has them: not merged, where its `eval()` merges something into them.
+    """Within this context the weights of `model` can be *read* as training has them: not merged, where its `eval()`
+    merges something into them.
 
-    Afterwards all is bitwise as before, since it is put back and not moved back: `(w + d) - d` is not always `w`. The price is a copy of
-    the tensors that could have moved. Where no weights move, or the model is in train mode, nothing is done. Modes of modules whose
-    `train` is PyTorch's own stay as they are throughout.
+    Afterwards all is bitwise as before, since it is put back and not moved back: `(w + d) - d` is not always `w`. The
+    price is a copy of the tensors that could have moved. Where no weights move, or the model is in train mode, nothing
+    is done. Modes of modules whose `train` is PyTorch's own stay as they are throughout.
     """
     model = unwrap(model)
     moved = away_from_training(model)
@@ -421,10 +450,11 @@ def in_train_mode(model: nn.Module):
 
 @contextmanager
 def written_in_train_mode(model: nn.Module):
-    """Within this context the weights of `model` can be *written* as training has them; afterwards the model is in the modes it was in.
+    """Within this context the weights of `model` can be *written* as training has them; afterwards the model is in the
+    modes it was in.
 
-    Both by real calls of `train` and `eval`, so that the new weights are merged where the modes ask for it. Where no weights move, or
-    the model is in train mode, nothing is done.
+    Both by real calls of `train` and `eval`, so that the new weights are merged where the modes ask for it. Where no
+    weights move, or the model is in train mode, nothing is done.
     """
     model = unwrap(model)
     if not away_from_training(model):
@@ -447,7 +477,9 @@ def modes_of(model: nn.Module) -> dict[nn.Module, bool]:
 
 
 def to_train_form(model: nn.Module):
-    "Put the modules of `model` that have modes of their own into train mode, by their `train()`; all others keep their modes."
+    """Put the modules of `model` that have modes of their own into train mode, by their `train()`; all others keep
+    their modes.
+    """
     modes = modes_of(model)
     set_modes(model, {m: mode or has_own_modes(m) for m, mode in modes.items()})
 
@@ -468,9 +500,11 @@ def set_modes(model: nn.Module, modes: dict[nn.Module, bool]):
 
 
 class Kept:
-    """What `train()` and `eval()` of `modules` can change in them and in their submodules: to be put back bitwise, without calling these.
+    """What `train()` and `eval()` of `modules` can change in them and in their submodules: to be put back bitwise,
+    without calling these.
 
-    That is which tensors, submodules and other attributes they have, what is in their lists, dicts and sets, and what is in the tensors.
+    That is which tensors, submodules and other attributes they have, what is in their lists, dicts and sets, and what
+    is in the tensors.
 
     - `bits`: whether to keep copies of what is in the tensors.
     """
@@ -514,10 +548,12 @@ _CONTAINERS = (list, dict, set, deque, OrderedDict)
 # plain attributes of modules
 
 def plain_data(module: nn.Module) -> dict:
-    """Name -> value of what `module` has as plain data in attributes: numbers, strings, tensors, arrays, containers and objects of these.
+    """Name -> value of what `module` has as plain data in attributes: numbers, strings, tensors, arrays, containers and
+    objects of these.
 
-    What PyTorch itself keeps on a module (parameters, buffers, submodules, hooks, its mode), and values that hold modules, parameters,
-    results of a forward pass, functions with a state, random generators, locks, files, learners and the like are not among them.
+    What PyTorch itself keeps on a module (parameters, buffers, submodules, hooks, its mode), and values that hold
+    modules, parameters, results of a forward pass, functions with a state, random generators, locks, files, learners
+    and the like are not among them.
     """
     return {name: value for name, value in vars(module).items() if name not in MODULES_OWN and is_plain(value)}
 
@@ -540,9 +576,11 @@ _NOT_DATA = (nn.Module, types.MethodType, types.CellType, types.GeneratorType, w
 
 
 def same_data(a, b, known=None) -> bool:
-    """Are two plain values equal? Tensors and arrays bitwise; objects where they are of one class and their attributes are equal.
+    """Are two plain values equal? Tensors and arrays bitwise; objects where they are of one class and their attributes
+    are equal.
 
-    Of different tensors on another device than the CPU that is not asked, since the answer would have to wait for it: they are not.
+    Of different tensors on another device than the CPU that is not asked, since the answer would have to wait for it:
+    they are not.
     """
     known = set() if known is None else known    # pairs that have been, or are being, compared
     if a is b or (id(a), id(b)) in known:

@@ -1,7 +1,8 @@
-"""Python objects as plain data that `torch.load(weights_only=True)` reads, and back. A file never names code that would be run or imported.
+"""Python objects as plain data that `torch.load(weights_only=True)` reads, and back. A file never names code that would
+be run or imported.
 
-What is no number, string, tensor, list or dict is a tuple of a tag and its content: tuples as well, since a tuple is a tag's sign, and sets, counters
-and the like, which not every supported version of torch reads by itself.
+What is no number, string, tensor, list or dict is a tuple of a tag and its content: tuples as well, since a tuple is a
+tag's sign, and sets, counters and the like, which not every supported version of torch reads by itself.
 """
 import ctypes
 import dataclasses
@@ -46,14 +47,14 @@ _SEQUENCES = {'list': list, 'deque': deque, 'set': set}    # whose subclasses ar
 
 
 class Packer:
-    """Turns objects into numbers, strings, tensors, lists and dicts as they are, all else into a tuple of a tag and its content.
-    Tensors become copies on the CPU, one for all that are the same.
+    """Turns objects into numbers, strings, tensors, lists and dicts as they are, all else into a tuple of a tag and its
+    content. Tensors become copies on the CPU, one for all that are the same.
 
     - `refused`: data pointers of tensors that are kept elsewhere.
     - `keep_devices`: tensors go back to the devices that they are on.
     - `lenient`: strings for what is not plain data.
-    - `holes`: a list; what is not plain data leaves a hole, which `Unpacker` fills with what it finds at that place, and
-      (path, object) is appended to it.
+    - `holes`: a list; what is not plain data leaves a hole, which `Unpacker` fills with what it finds at that place,
+      and (path, object) is appended to it.
     """
     def __init__(self, refused=(), keep_devices=False, lenient=False, holes=None):
         self.copies = {}    # id -> tensor and its copy; the tensor is kept, so that its id stays taken
@@ -142,7 +143,8 @@ class Packer:
             self.holes.append((what, o))
             return 'hole', class_name(type(o))
         place = what.removeprefix(self.root)
-        raise TypeError(f'{self.root} keeps a {type(o).__module__}.{type(o).__qualname__}{place and f" at {place}"}, which a checkpoint cannot hold')
+        raise TypeError(f'{self.root} keeps a {type(o).__module__}.{type(o).__qualname__}{place and f" at {place}"}, '
+                        'which a checkpoint cannot hold')
 
     def _values(self, values, what):
         return [self(v, f'{what}[{i}]') for i, v in enumerate(values)]
@@ -167,7 +169,8 @@ class Packer:
 
     def _list(self, o, what):
         if len(o) > 1 and _are_scalars(o):
-            return 'scalars', torch.stack([v.detach().as_subclass(torch.Tensor) for v in o]).cpu()    # the losses of all steps
+            # the losses of all steps
+            return 'scalars', torch.stack([v.detach().as_subclass(torch.Tensor) for v in o]).cpu()
         if len(o) > 1 and all(isinstance(v, np.generic) for v in o) and len({v.dtype for v in o}) == 1 and o[0].dtype.kind in 'biufc':
             return 'numbers', self(np.array(o), what)
         return self._values(o, what)
@@ -204,11 +207,12 @@ _MISSING = object()    # nothing stands at that place
 
 
 class Unpacker:
-    """Turns plain data back into objects, where it can into those that are there: containers get their old contents, so that two that
-    share one go on sharing it.
+    """Turns plain data back into objects, where it can into those that are there: containers get their old contents, so
+    that two that share one go on sharing it.
 
-    Objects of a user's class are never made by its constructor. Their values go into the object that is there, if that is of the same class; dataclasses,
-    named tuples and enums are made from a class that the program itself has loaded. What is neither is noted in `missing`.
+    Objects of a user's class are never made by its constructor. Their values go into the object that is there, if that
+    is of the same class; dataclasses, named tuples and enums are made from a class that the program itself has loaded.
+    What is neither is noted in `missing`.
 
     - `protected`: storage pointers of tensors that must not be written to.
     - `classes`: name -> class, beside those that are loaded.
@@ -457,7 +461,9 @@ def put_elements(o, values: list):
 
 
 def shared_memory(o) -> memoryview | None:
-    "The memory of a number or array that processes share, as `multiprocessing.Value` makes one: how workers are told the epoch."
+    """The memory of a number or array that processes share, as `multiprocessing.Value` makes one: how workers are told
+    the epoch.
+    """
     if type(o).__module__ == 'multiprocessing.sharedctypes' and hasattr(o, 'get_obj'):
         o = o.get_obj()
     return memoryview(o).cast('B') if isinstance(o, ctypes._SimpleCData | ctypes.Array) else None

@@ -29,8 +29,9 @@ from .modules import has_own_modes, in_train_mode, modes_of, set_modes, unwrap
 from .processes import PassFailed, Processes, Together
 from .randomness import randomness_kept, seed_all
 
-__all__ = ['PassCancelled', 'PassFailed', 'copied_measures', 'validate_aside', 'refresh_bn', 'refreshable', 'kept_batches', 'same_output', 'untouched',
-           'autocast_left', 'buffers_kept', 'concerns_training', 'no_fit', 'is_fitting', 'check_engine']
+__all__ = ['PassCancelled', 'PassFailed', 'copied_measures', 'validate_aside', 'refresh_bn', 'refreshable',
+           'kept_batches', 'same_output', 'untouched', 'autocast_left', 'buffers_kept', 'concerns_training', 'no_fit',
+           'is_fitting', 'check_engine']
 
 
 class PassCancelled(Exception):
@@ -46,8 +47,8 @@ def validate_aside(learn, dl=None, in_fit: bool = True) -> list:
 
     - `in_fit`: as in `refresh_bn`.
 
-    Raises `PassCancelled` if a callback cancels it, `ValueError` if the validation set can be gone through only once, and `PassFailed` if it failed in
-    another process.
+    Raises `PassCancelled` if a callback cancels it, `ValueError` if the validation set can be gone through only once,
+    and `PassFailed` if it failed in another process.
     """
     if dl is None: _check_repeatable(learn, 1)
     with _aside(learn, buffers_kept(learn.model)), _events_around(learn, in_fit), _together(learn) as processes:
@@ -58,13 +59,13 @@ def validate_aside(learn, dl=None, in_fit: bool = True) -> list:
 
 
 def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None) -> Moments:
-    """Refresh the batch-norm layers `names` of `learn.model` on the training set, or `n_batches` of it, each sample once; or on `dl`. Other buffers are
-    afterwards what they were.
+    """Refresh the batch-norm layers `names` of `learn.model` on the training set, or `n_batches` of it, each sample
+    once; or on `dl`. Other buffers are afterwards what they were.
 
-    Outside a fit the events around a validation are sent as well: they set mixed precision and the like up and tear them down. Of
-    several processes each takes a share of the samples, or `n_batches` of its own.
-    Raises `PassCancelled` if a callback cancels the pass, `ValueError` if the training set can be gone through only once, and `PassFailed` if it failed
-    in another process; like any error that leaves the statistics as they were.
+    Outside a fit the events around a validation are sent as well: they set mixed precision and the like up and tear
+    them down. Of several processes each takes a share of the samples, or `n_batches` of its own. Raises `PassCancelled`
+    if a callback cancels the pass, `ValueError` if the training set can be gone through only once, and `PassFailed` if
+    it failed in another process; like any error that leaves the statistics as they were.
     """
     if dl is None: _check_repeatable(learn, 0)
     model = unwrap(learn.model)
@@ -80,9 +81,9 @@ def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None) -> Mo
 
 
 def same_output(learn, other) -> bool:
-    """Does `other`, a copy of `learn.model`, make the same of a validation batch as that does now, both in eval mode? Nothing
-    of the learner is changed. `True` also where that cannot be told: the model cannot be called like that, or differs by
-    itself from one time to the next."""
+    """Does `other`, a copy of `learn.model`, make the same of a validation batch as that does now, both in eval mode?
+    Nothing of the learner is changed. `True` also where that cannot be told: the model cannot be called like that, or
+    differs by itself from one time to the next."""
     own = unwrap(learn.model)
     try:
         with in_train_mode(own), _aside(learn), torch.no_grad():
@@ -107,7 +108,9 @@ def _are_close(a, b) -> bool:
 
 
 def kept_batches(learn, n_batches: int | None = None, train: bool = True) -> KeptBatches:
-    "Of the training set, each sample once, or `n_batches` of it; or of the validation set: for several passes over the same."
+    """Of the training set, each sample once, or `n_batches` of it; or of the validation set: for several passes over
+    the same.
+    """
     _check_repeatable(learn, 0 if train else 1)
     with _aside(learn): return KeptBatches(partial(training_loader, learn, n_batches) if train else partial(fresh_loader, learn.dls[1]))
 
@@ -116,7 +119,8 @@ def _check_repeatable(learn, i):
     "Raise `ValueError` if a pass through the `i`-th loader would use up what training needs."
     used_up = unrepeatable(learn, i)
     if used_up:
-        raise ValueError(f'{used_up[0]} can be gone through only once, and a pass aside from training would take from it what training needs: '
+        raise ValueError(f'{used_up[0]} can be gone through only once, and a pass aside from training would take from '
+                         'it what training needs: '
                          'make it anew in `__iter__`, or hold it in an attribute of its own')
 
 
@@ -125,12 +129,15 @@ def _events_around(learn, in_fit): return nullcontext() if in_fit or is_fitting(
 
 def _run(learn, dl):
     try: learn._do_epoch_validate(dl=dl)
-    except (CancelFitException, CancelEpochException, CancelTrainException): raise PassCancelled('a callback cancelled it') from None
+    except (CancelFitException, CancelEpochException, CancelTrainException): raise PassCancelled('a callback cancelled '
+                                                                                                 'it') from None
 
 
 @contextmanager
 def _together(learn):
-    "The processes that make a pass together. An error in one of them ends the pass in all: each waits for the others at its end."
+    """The processes that make a pass together. An error in one of them ends the pass in all: each waits for the others
+    at its end.
+    """
     together = Together(Processes(learn))
     try:
         yield together
@@ -141,7 +148,9 @@ def _together(learn):
 
 
 def _without_collectives(model, processes):
-    "Within DistributedDataParallel each forward pass waits for the other processes, which may have failed; so the buffers are exchanged once."
+    """Within DistributedDataParallel each forward pass waits for the other processes, which may have failed; so the
+    buffers are exchanged once.
+    """
     if processes.size == 1: return model
     model = unwrap(model)
     processes.broadcast(model.buffers())
@@ -151,8 +160,8 @@ def _without_collectives(model, processes):
 class _Collector(Callback):
     """Loss and metrics of a validation.
 
-    Several processes first exchange their predictions, without the samples that fill up the last batches, so that each measures the
-    whole set: what fastai's metrics do there, averaging the processes' values, counts these samples twice.
+    Several processes first exchange their predictions, without the samples that fill up the last batches, so that each
+    measures the whole set: what fastai's metrics do there, averaging the processes' values, counts these samples twice.
     """
     order = Recorder.order
     def __init__(self, metrics, processes):
@@ -191,8 +200,8 @@ class _EndBatch(Callback):
     "Tells `moments` where batches end."
     def __init__(self, moments): self.moments = moments
     def before_validate(self):
-        """Of a GAN, fastai validates the generator. While the critic is on, a batch reaches both: the critic sees real and generated images,
-        as in training."""
+        """Of a GAN, fastai validates the generator. While the critic is on, a batch reaches both: the critic sees real
+        and generated images, as in training."""
         trainer = getattr(self.learn, 'gan_trainer', None)
         if trainer is not None: trainer.switch(gen_mode=False)
     def after_batch(self): self.moments.end_batch()
@@ -220,8 +229,8 @@ def _replaced(o, name, value):
 
 @contextmanager
 def _whole(*contexts):
-    """Within this context the `contexts` are entered, in this order. They are entered and left whole, whenever an interruption comes; if one fails while
-    it is left, the others are left all the same."""
+    """Within this context the `contexts` are entered, in this order. They are entered and left whole, whenever an
+    interruption comes; if one fails while it is left, the others are left all the same."""
     with unwound_whole():
         stack = ExitStack()
         try:
@@ -236,7 +245,9 @@ def _whole(*contexts):
 
 
 def _aside(learn, *more):
-    "Within this context the learner's loop runs without what concerns training; all that it changes is put back, however it ends. `more`: contexts."
+    """Within this context the learner's loop runs without what concerns training; all that it changes is put back,
+    however it ends. `more`: contexts.
+    """
     found = found_in(learn)
     return _whole(callbacks_kept(learn), loop_state_kept(learn), progress_bars_kept(learn), randomness_kept(learn, found), holders_kept(learn, found),
                   losses_kept(learn), forms_kept(learn.model), muted(learn), *more)
@@ -244,8 +255,9 @@ def _aside(learn, *more):
 
 @contextmanager
 def untouched(learn, seed: int):
-    """Within this context passes can be made with other weights and without a progress bar for each, and all random generators begin with `seed`;
-    at its end, however that comes, learner and callbacks hold what they held, and the generators stand where they stood."""
+    """Within this context passes can be made with other weights and without a progress bar for each, and all random
+    generators begin with `seed`; at its end, however that comes, learner and callbacks hold what they held, and the
+    generators stand where they stood."""
     with _whole(attributes_kept(learn, *filter(is_own, learn.cbs)), autocast_left(), _aside(learn)):
         seed_all(learn, seed)
         learn.cbs = L(cb for cb in learn.cbs if not isinstance(cb, ProgressCallback) and not concerns_training(cb))
@@ -256,7 +268,8 @@ def concerns_training(cb) -> bool:
     "Does `cb` record, watch, steer or end training, so that a pass aside from it must not reach it?"
     return (getattr(cb, 'remove_on_fetch', False)
             or isinstance(cb, TerminateOnNaNCallback | ShortEpochCallback | ParamScheduler | HookCallback | CSVLogger | ShowGraphCallback)
-            or any(c.__name__ == 'TensorBoardBaseCallback' for c in type(cb).__mro__))    # lacks the flag; may not be installed
+            # lacks the flag; may not be installed
+            or any(c.__name__ == 'TensorBoardBaseCallback' for c in type(cb).__mro__))
 
 
 @contextmanager
@@ -276,7 +289,9 @@ _UNSET = object()
 
 @contextmanager
 def callbacks_kept(learn):
-    "The learner has its own callbacks, and its own model: a pass adds callbacks that collect, and an interruption may keep fastai from removing them."
+    """The learner has its own callbacks, and its own model: a pass adds callbacks that collect, and an interruption may
+    keep fastai from removing them.
+    """
     cbs, items, model = learn.cbs, list(learn.cbs), learn.model
     own = {name: cb for name, cb in vars(learn).items() if isinstance(cb, Callback)}
     try: yield
@@ -289,7 +304,9 @@ def callbacks_kept(learn):
 
 @contextmanager
 def loop_state_kept(learn):
-    "The loop's place (batch, loss, epoch ...), and whether gradients are on, is training's again: a pass within an epoch writes over it."
+    """The loop's place (batch, loss, epoch ...), and whether gradients are on, is training's again: a pass within an
+    epoch writes over it.
+    """
     loop = {name: vars(learn)[name] for name in LOOP if name in vars(learn)}
     with_grad = torch.is_grad_enabled()
     try: yield
@@ -322,9 +339,12 @@ def attributes_kept(*objects):
 
 @contextmanager
 def losses_kept(learn):
-    "The buffers and gradients of losses that are modules, however large: a validation counts in them, and their parameters are in no optimizer of a pass."
+    """The buffers and gradients of losses that are modules, however large: a validation counts in them, and their
+    parameters are in no optimizer of a pass.
+    """
     model = set(unwrap(learn.model).modules())
-    losses = [m for root in owned_modules(learn.loss_func) for m in root.modules() if m not in model]    # GANLoss holds the model
+    # GANLoss holds the model
+    losses = [m for root in owned_modules(learn.loss_func) for m in root.modules() if m not in model]
     grads = [(p, None if p.grad is None else p.grad.clone()) for m in losses for p in m._parameters.values() if p is not None]
     with ExitStack() as stack:
         for m in losses: stack.enter_context(buffers_kept(m, recurse=False))
@@ -335,8 +355,8 @@ def losses_kept(learn):
 
 @contextmanager
 def forms_kept(model):
-    """Where `train()` and `eval()` move weights, these are bitwise what they were, in the modes that they were in: a validation merges them, and a module
-    that is told otherwise by its attributes alone would merge them once more."""
+    """Where `train()` and `eval()` move weights, these are bitwise what they were, in the modes that they were in: a
+    validation merges them, and a module that is told otherwise by its attributes alone would merge them once more."""
     model = unwrap(model)
     inner = dict.fromkeys(m for outer in filter(has_own_modes, model.modules()) for m in outer.modules())
     modes = modes_of(model)
@@ -357,13 +377,14 @@ def forms_kept(model):
 
 @contextmanager
 def buffers_kept(module, but=(), recurse=True):
-    """The buffers of `module`, all but the tensors `but`, are bitwise what they were, under the names that they had: batch norm in train mode and
-    observers of quantization move theirs in a validation, too."""
+    """The buffers of `module`, all but the tensors `but`, are bitwise what they were, under the names that they had:
+    batch norm in train mode and observers of quantization move theirs in a validation, too."""
     skipped = {id(t) for t in but}
     modules = unwrap(module).modules() if recurse else [module]
     names = [(m._buffers, dict(m._buffers)) for m in modules]
     tensors = {id(t): t for _, old in names for t in old.values() if t is not None and id(t) not in skipped}
-    kept = [(t, t.data, t.detach().clone()) for t in tensors.values()]    # the second keeps storage and shape, should the tensor get others
+    # the second keeps storage and shape, should the tensor get others
+    kept = [(t, t.data, t.detach().clone()) for t in tensors.values()]
     try: yield
     finally:
         for now, old in names:
@@ -378,7 +399,9 @@ def buffers_kept(module, but=(), recurse=True):
 
 @contextmanager
 def autocast_left():
-    "fastai's MixedPrecision stays within autocast when a forward pass raises, and what is trained after that gets stale weights from its cache."
+    """fastai's MixedPrecision stays within autocast when a forward pass raises, and what is trained after that gets
+    stale weights from its cache.
+    """
     depth = _autocast_depth()
     kept = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ('cuda', 'cpu')]
     try: yield
@@ -395,16 +418,21 @@ def _autocast_depth():
 
 
 def check_engine(learn):
-    "Raise `NotImplementedError` if the model is trained in a way in which it cannot be averaged and validated as a whole."
+    """Raise `NotImplementedError` if the model is trained in a way in which it cannot be averaged and validated as a
+    whole.
+    """
     processes, model = Processes(learn), unwrap(learn.model)
     kinds = {type(o).__name__ for o in (*learn.model.modules(), *model.parameters())}
     sharded = sorted(kinds & {'FullyShardedDataParallel', 'FSDPModule', 'DTensor', 'DeepSpeedEngine'})
-    if sharded: raise NotImplementedError(f'SWACallback cannot average weights that are spread over processes ({sharded[0]}); use plain DDP')
+    if sharded: raise NotImplementedError('SWACallback cannot average weights that are spread over processes '
+                                          f'({sharded[0]}); use plain DDP')
     if processes.size == 1 and num_distrib() > 1:
-        raise NotImplementedError(f'this is one of {num_distrib()} processes (WORLD_SIZE), and the learner trains alone in it: call the fit within '
+        raise NotImplementedError(f'this is one of {num_distrib()} processes (WORLD_SIZE), and the learner trains '
+                                  'alone in it: call the fit within '
                                   '`with learn.distrib_ctx():`')
     if processes.size > 1 and not isinstance(learn.model, DistributedDataParallel):
-        raise NotImplementedError(f'SWACallback knows several processes with DistributedDataParallel only, not {type(learn.model).__name__}')
+        raise NotImplementedError('SWACallback knows several processes with DistributedDataParallel only, not '
+                                  f'{type(learn.model).__name__}')
 
 
 def refreshable(learn) -> list[str]:

@@ -8,9 +8,12 @@ __all__ = ['Processes', 'Together', 'PassFailed']
 
 
 class Processes:
-    "The processes that train `learn` together within `learn.distrib_ctx()`; elsewhere this one alone. Each call is made by all of them."
+    """The processes that train `learn` together within `learn.distrib_ctx()`; elsewhere this one alone. Each call is
+    made by all of them.
+    """
     def __init__(self, learn):
-        together = any(c.__name__ == 'DistributedTrainer' for cb in learn.cbs for c in type(cb).__mro__)    # fastai's, which may not be installed
+        # fastai's, which may not be installed
+        together = any(c.__name__ == 'DistributedTrainer' for cb in learn.cbs for c in type(cb).__mro__)
         together = together and distributed.is_available() and distributed.is_initialized()
         self.size, self.rank = (distributed.get_world_size(), distributed.get_rank()) if together else (1, 0)
 
@@ -38,10 +41,12 @@ class PassFailed(Exception):
 
 
 class Together:
-    """What `processes` do together, where an error in one must end it in all: each exchange is preceded by one of errors, which the process that failed
-    joins with `fail` instead of the next exchange. At the end all call `check` once more.
+    """What `processes` do together, where an error in one must end it in all: each exchange is preceded by one of
+    errors, which the process that failed joins with `fail` instead of the next exchange. At the end all call `check`
+    once more.
 
-    The calls raise `PassFailed` with the first text of those that failed. (An interruption is not exchanged: it ends the training of all.)
+    The calls raise `PassFailed` with the first text of those that failed. (An interruption is not exchanged: it ends
+    the training of all.)
     """
     def __init__(self, processes: Processes):
         self.processes = processes

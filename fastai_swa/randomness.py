@@ -16,7 +16,9 @@ __all__ = ['sources', 'sources_in', 'get', 'put', 'seed', 'seed_all', 'randomnes
 
 @singledispatch
 def get(source):
-    "The state of a random generator, or of an order that is shuffled in place; `None` for anything else, which has none."
+    """The state of a random generator, or of an order that is shuffled in place; `None` for anything else, which has
+    none.
+    """
     return None
 
 
@@ -140,7 +142,8 @@ def seed_all(learn, n: int):
 
 @contextmanager
 def randomness_kept(learn, found=None):
-    """All random generators, of Python, NumPy, torch and each GPU, and those that `learn` holds, stand at the end of this context where they stood.
+    """All random generators, of Python, NumPy, torch and each GPU, and those that `learn` holds, stand at the end of
+    this context where they stood.
 
     - `found`: what `found_in(learn)` gives.
     """

@@ -1,4 +1,5 @@
-"""The whole state of a fit as plain data: taken from a learner between two epochs, put back into that or another one."""
+"""The whole state of a fit as plain data: taken from a learner between two epochs, put back into that or another one.
+"""
 import weakref
 from collections import defaultdict
 from functools import partial
@@ -22,18 +23,21 @@ __all__ = ['take', 'restore', 'plain_attributes', 'not_copied', 'named_callbacks
 
 
 def take(learn: Learner, unchanged: dict | None = None) -> dict:
-    """The state of `learn` before an epoch of a fit, as numbers, strings, tensors on the CPU, and lists, tuples and dicts of these.
+    """The state of `learn` before an epoch of a fit, as numbers, strings, tensors on the CPU, and lists, tuples and
+    dicts of these.
 
-    It holds copies of the weights, buffers and gradients, the optimizer with its hyperparameters, the gradient scaler, all random
-    generators (of Python, NumPy, torch, each GPU, and those found in loaders, callbacks, model and loss), the counters of the learner,
-    what callbacks keep: their `state_dict()` if they have one, else what is plain data in their attributes, but for tensors of the
-    model; and, as far as it is small (`holders.MAX_LEAVES`), what is plain data in samplers, data sets, transforms, losses, modules and the objects of
-    callbacks. `torch.save` writes it and `torch.load(weights_only=True)` reads it.
+    It holds copies of the weights, buffers and gradients, the optimizer with its hyperparameters, the gradient scaler,
+    all random generators (of Python, NumPy, torch, each GPU, and those found in loaders, callbacks, model and loss),
+    the counters of the learner, what callbacks keep: their `state_dict()` if they have one, else what is plain data in
+    their attributes, but for tensors of the model; and, as far as it is small (`holders.MAX_LEAVES`), what is plain
+    data in samplers, data sets, transforms, losses, modules and the objects of callbacks. `torch.save` writes it and
+    `torch.load(weights_only=True)` reads it.
 
     - `unchanged`: an earlier `plain_attributes(learn)`; attributes that still equal it are settings, and left out.
 
-    What a callback or the data have exchanged since the last time and cannot be kept is named in one warning, as is what can be gone through only once.
-    Raises `TypeError`, naming it, if the optimizer keeps something that is not plain data.
+    What a callback or the data have exchanged since the last time and cannot be kept is named in one warning, as is
+    what can be gone through only once. Raises `TypeError`, naming it, if the optimizer keeps something that is not
+    plain data.
     """
     with in_train_mode(unwrap(learn.model)):    # where modes move weights, they are those that training has
         return _taken(learn, unchanged or {})
@@ -66,13 +70,15 @@ def _taken(learn, unchanged) -> dict:
 
 
 def restore(learn: Learner, state: dict, unchanged: dict | None = None):
-    """Put a state of `take` into `learn`, which is before an epoch of a fit; what follows is bitwise what would have followed there.
+    """Put a state of `take` into `learn`, which is before an epoch of a fit; what follows is bitwise what would have
+    followed there.
 
-    - `unchanged`: what `take` was given; attributes that the state does not have get these values again, should they have moved on since.
+    - `unchanged`: what `take` was given; attributes that the state does not have get these values again, should they
+      have moved on since.
 
-    Raises `ValueError`, naming the tensors and before anything changes, if the model or the optimizer is another one. Callbacks
-    that the state knows nothing of stay as they are; a random generator, or an object with attributes, that is not found any more is named in a
-    warning.
+    Raises `ValueError`, naming the tensors and before anything changes, if the model or the optimizer is another one.
+    Callbacks that the state knows nothing of stay as they are; a random generator, or an object with attributes, that
+    is not found any more is named in a warning.
     """
     model, opt = unwrap(learn.model), learn.opt
     weights, params = unpack(state['model']), [p for group in opt.param_lists for p in group]
@@ -123,12 +129,14 @@ def check_tensors(model, tensors: dict):
     "Raise `ValueError`, naming them, unless `model` has parameters of the names and shapes of those in `tensors`."
     own = named_tensors(model.named_parameters)
     def kind(t): return f'{tuple(t.shape)} {str(t.dtype).removeprefix("torch.")}'
-    faults = [f'{name!r} is {kind(p)}, {kind(tensors[name])} in the state' if name in tensors else f'{name!r} is not in the state'
+    faults = [f'{name!r} is {kind(p)}, {kind(tensors[name])} in the state' if name in tensors else f'{name!r} is not '
+                                                                                                   'in the state'
               for name, p in own.items() if name not in tensors or kind(tensors[name]) != kind(p)]
     buffers = named_tensors(model.named_buffers)
     faults += [f'{name!r} is in the state only' for name in tensors.keys() - own.keys() - buffers.keys()
                if not _module_of(model, name) or tensors[name].requires_grad]
-    if faults: raise ValueError('the model is another one: ' + '; '.join(faults[:3]) + (f'; and {len(faults) - 3} more' if len(faults) > 3 else ''))
+    if faults: raise ValueError('the model is another one: ' + '; '.join(faults[:3]) + (f'; and {len(faults) - 3} '
+                                                                                        'more' if len(faults) > 3 else ''))
 
 
 def _module_of(model, name):
@@ -147,7 +155,9 @@ def _set_tensors(module, tensors):
 
 
 def _gradients(params) -> list:
-    "For each parameter its gradient, or whether it has one: between epochs they are zero, but where gradients accumulate."
+    """For each parameter its gradient, or whether it has one: between epochs they are zero, but where gradients
+    accumulate.
+    """
     grads = [None if p.grad is None or p.grad.is_sparse else p.grad.detach() for p in params]
     dense = [g for g in grads if g is not None]
     accumulated = dense and torch.stack([n.to(dense[0].device, torch.float32) for n in torch._foreach_norm(dense, float('inf'))]).ne(0).any()
@@ -166,7 +176,8 @@ def _load_optimizer(opt, state, params):
         if state.get('slow_weights'):
             state['slow_weights'] = L(L(w.to(p.device) for w, p in zip(ws, ps)) for ws, ps in zip(state['slow_weights'], opt.param_lists))
     opt.load_state_dict(state)
-    if isinstance(own, Optimizer): own.state = defaultdict(dict, own.state)    # fastai leaves a plain dict, which knows no new parameter
+    # fastai leaves a plain dict, which knows no new parameter
+    if isinstance(own, Optimizer): own.state = defaultdict(dict, own.state)
 
 
 # what callbacks, data, modules and losses keep
@@ -182,8 +193,9 @@ _OF_LOADERS = 'rng', 'it', '_DataLoader__idxs', '_n_inp', '_types', '_iterator'
 
 
 def plain_attributes(learn) -> dict:
-    """Name -> attribute -> packed value of what is plain data in callbacks without a `state_dict`, under the names of `named_callbacks`, and in
-    loaders, samplers, data sets, transforms, losses, modules and the objects of callbacks, under their paths.
+    """Name -> attribute -> packed value of what is plain data in callbacks without a `state_dict`, under the names of
+    `named_callbacks`, and in loaders, samplers, data sets, transforms, losses, modules and the objects of callbacks,
+    under their paths.
 
     What cannot be packed is left out, or leaves a hole in the container that it is in.
     """
@@ -209,7 +221,9 @@ def _holders(learn):
 
 
 def _knows_batches(dl) -> bool:
-    "Has fastai's loader sent a sample through its transforms, to see what a batch is made of? It does so once, when that is first asked."
+    """Has fastai's loader sent a sample through its transforms, to see what a batch is made of? It does so once, when
+    that is first asked.
+    """
     return not isinstance(dl, TfmdDL) or '_n_inp' in vars(dl)
 
 
@@ -275,7 +289,8 @@ def _put_attributes(learn, state, unchanged):
         o = found.get(path)
         attrs = {**unchanged.get(path, {}), **state.get(path, {})}
         if o is None:
-            if path in state and attrs: name_once(learn, path, f'{readable(path)} is not there any more, or not yet: its state in the checkpoint is left out')
+            if path in state and attrs: name_once(learn, path, f'{readable(path)} is not there any more, or not yet: '
+                                                               'its state in the checkpoint is left out')
             continue
         now = {str(k): v for k, v in attributes(o)}
         for k, v in attrs.items():
@@ -286,22 +301,28 @@ def _put_attributes(learn, state, unchanged):
                     if k not in now or value is not now[k]: set_attribute(o, k, value)
                 except TypeError: unpacker.missing.append(f'{path}.{k}')
     for where in unpacker.missing:
-        name_once(learn, where, f'{readable(where)} cannot be put back from the checkpoint: there is nothing of its class in its place, and it is no dataclass, '
+        name_once(learn, where, f'{readable(where)} cannot be put back from the checkpoint: there is nothing of its '
+                                'class in its place, and it is no dataclass, '
                   'named tuple or enum of a module')
 
 
-_holes = weakref.WeakKeyDictionary()    # learner -> path -> what identifies the object there that no checkpoint can hold
+# learner -> path -> what identifies the object there that no checkpoint can hold
+_holes = weakref.WeakKeyDictionary()
 
 
 def _name_unkept(learn, holes):
-    "Warn of what cannot be kept and has changed. (What stays the same belongs to the call: the next run makes it anew.)"
+    """Warn of what cannot be kept and has changed. (What stays the same belongs to the call: the next run makes it
+    anew.)
+    """
     known = _holes.setdefault(learn, {})
     for path, owner, v in holes:
         sign = id(v), len(v) if isinstance(v, CONTAINERS) else None
         changed = known.setdefault(path, sign) != sign
         if type(owner).__module__.split('.')[0] in _LIBRARIES or not (changed or is_used_up(v)): continue
-        name_once(learn, f'kept {path}', f'{readable(path)} is a {type(v).__qualname__}, which a checkpoint cannot hold: a fit that is killed and goes on has '
+        name_once(learn, f'kept {path}', f'{readable(path)} is a {type(v).__qualname__}, which a checkpoint cannot '
+                                         'hold: a fit that is killed and goes on has '
                   'the one that the new run makes')
 
 
-_LIBRARIES = 'fastai', 'fastcore', 'torch', 'torchvision', __name__.split('.')[0]    # their callbacks and objects know what they hold
+# their callbacks and objects know what they hold
+_LIBRARIES = 'fastai', 'fastcore', 'torch', 'torchvision', __name__.split('.')[0]

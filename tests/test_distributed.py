@@ -313,7 +313,7 @@ def failing_value(rank):
 
 
 def one_fails(rank, where, failing):
-    from fastai_swa.passes import PassFailed, refresh_bn, validate_aside
+    from fastai_swa.passes import refresh_bn, validate_aside
     learn, seen = two_processes(net), []
     class Passes(Callback):
         order = 80
