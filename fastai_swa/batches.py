@@ -2,6 +2,7 @@
 same again and again."""
 import copy
 import math
+import weakref
 from functools import partial
 from itertools import islice
 
@@ -36,6 +37,9 @@ def _each_once(dl):
     return dl
 
 
+_learned = weakref.WeakKeyDictionary()    # fastai's loader -> what it found out about its batches. It does so again for training
+
+
 def share(dl, processes, n_batches):
     """Of the samples of `dl`, fastai's loader for several processes, those of this one: each sample once, where `dl`
     itself repeats some.
@@ -65,9 +69,11 @@ def fresh_loader(dl, processes=None, **kwargs):
         # on whether it is the first
         kept = [(source, get(source)) for _, source in sources_in([('loader', dl)])]
         with libraries_kept(), holder_kept(dl):
+            vars(dl).update(_learned.get(dl, {}))
             try: new = dl.new(**kwargs)
             except TypeError: return dl    # the constructor of a subclass asks for what `new` does not know
             finally:
+                _learned[dl] = {k: vars(dl)[k] for k in ('_n_inp', '_types') if k in vars(dl)}
                 for source, state in kept: put(source, state)
         if dl.n is not None and new.dataset is dl.dataset: new.n = dl.n    # `new` forgets that the loader stops early
         return new

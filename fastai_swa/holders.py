@@ -414,19 +414,13 @@ def _length(o):
     return (o._version, o.shape) if isinstance(o, torch.Tensor) and not o.is_inference() else len(o)
 
 
-_OF_LOADERS = '_n_inp', '_types'    # found out by a loader's first `new`, which sends a sample through the transforms
-
-
 def _put_space(space, old):
     if not space and not old or space.keys() == old.keys() and all(space[k] is v for k, v in old.items()):
         return
-    for k in space.keys() - old.keys() - set(_OF_LOADERS):
-        del space[k]
-    if list(space)[:len(old)] != list(old):    # the order counts as well: of hooks, for one
-        added = {k: space.pop(k) for k in _OF_LOADERS if k in space and k not in old}
-        space.clear()
-        space.update({**old, **added})
+    if list(space) == list(old):
+        space.update(old)
         return
+    space.clear()    # the order counts as well: of hooks, for one
     space.update(old)
 
 

@@ -531,12 +531,15 @@ def test_passes_in_a_row_merge_weights_once(kind, training):
 # interruptions
 
 def test_two_ctrl_c_in_a_row_leave_nothing_muted_hooked_or_moved():
-    def handler(*args):    # the first one; another follows while that unwinds, or just after it
-        signal.setitimer(signal.ITIMER_REAL, delay)
+    def handler(*args):    # of the first one another follows, while that unwinds or just after it
+        if not sent:
+            signal.setitimer(signal.ITIMER_REAL, delay)
+        sent.append(1)
         raise KeyboardInterrupt
     files = [f'fastai_swa/{name}.py' for name in ('passes', 'holders', 'randomness', 'batches')]
     def interrupted_at(n, f):
         lines = itertools.count(1)
+        sent.clear()
         def trace(frame, event, arg):
             if not frame.f_code.co_filename.endswith((*files, 'fastai/learner.py')): return None
             if event == 'line' and next(lines) == n: signal.raise_signal(signal.SIGINT)
@@ -548,8 +551,9 @@ def test_two_ctrl_c_in_a_row_leave_nothing_muted_hooked_or_moved():
             finally:
                 sys.settrace(None)
                 signal.setitimer(signal.ITIMER_REAL, 0)
+                time.sleep(0)
         return next(lines) > n
-    delay = 1e-3
+    delay, sent = 1e-3, []
     before = signal.signal(signal.SIGINT, handler), signal.signal(signal.SIGALRM, lambda *args: signal.raise_signal(signal.SIGINT))
     try:
         learn, keeps = learner(partial(net, dropout=0)), Keeps()
