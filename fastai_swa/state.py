@@ -224,12 +224,13 @@ def _knows_batches(dl) -> bool:
     """Has fastai's loader sent a sample through its transforms, to see what a batch is made of? It does so once, when
     that is first asked.
     """
-    return not isinstance(dl, TfmdDL) or '_n_inp' in vars(dl)
+    is_asked = isinstance(dl, TfmdDL) and not hasattr(dl, 'world_size')    # the latter: of several processes, which asks the loader inside
+    return not is_asked or '_n_inp' in vars(dl)
 
 
 def _let_know(dl, knows):
     "A loader that knows what a batch is made of does not draw or count for it again, one that does not, does."
-    if not isinstance(dl, TfmdDL) or knows == _knows_batches(dl): return
+    if knows == _knows_batches(dl): return
     if knows: dl._one_pass()
     else:
         for name in _LEARNED & vars(dl).keys(): delattr(dl, name)
