@@ -37,7 +37,8 @@ def _each_once(dl):
     return dl
 
 
-_learned = weakref.WeakKeyDictionary()    # fastai's loader -> what it found out about its batches. It does so again for training
+# fastai's loader -> what it found out about its batches in a pass; for training it does so again
+_learned = weakref.WeakKeyDictionary()
 
 
 def share(dl, processes, n_batches):
@@ -90,7 +91,8 @@ def _fresh_torch_loader(dl, drop_last):
     own.update(_iterator=None, persistent_workers=False)
     if drop_last is not None and dl.drop_last != drop_last:
         own['drop_last'] = drop_last
-        if type(dl.batch_sampler) is BatchSampler: own['batch_sampler'] = BatchSampler(dl.batch_sampler.sampler, dl.batch_size, drop_last)
+        if type(dl.batch_sampler) is BatchSampler:
+            own['batch_sampler'] = BatchSampler(dl.batch_sampler.sampler, dl.batch_size, drop_last)
     return new
 
 
@@ -130,7 +132,8 @@ _LIMIT = 2**30
 
 def _limit(batch):
     device = next((t.device for t in _leaves(batch) if isinstance(t, torch.Tensor)), None)
-    return min(_LIMIT, torch.cuda.mem_get_info(device)[0] // 4) if device is not None and device.type == 'cuda' else _LIMIT
+    if device is None or device.type != 'cuda': return _LIMIT
+    return min(_LIMIT, torch.cuda.mem_get_info(device)[0] // 4)
 
 def _leaves(o):
     if isinstance(o, list | tuple): return [leaf for v in o for leaf in _leaves(v)]

@@ -121,11 +121,12 @@ def _values(o):
     return tuple.__iter__(o) if isinstance(o, tuple) else elements(o)
 
 
-_STOPS = (type, ModuleType, torch.Tensor, np.ndarray, Learner, Callback, _BaseOptimizer, torch.optim.Optimizer, GeneratorType)
+_STOPS = (type, ModuleType, GeneratorType, torch.Tensor, np.ndarray, Learner, Callback, _BaseOptimizer,
+          torch.optim.Optimizer)
 _OF_TORCH = (nn.Module, data.DataLoader, data.Dataset, data.Sampler, torch.Generator)
 # their objects belong to the process: threads, files, figures, bars; or they are data that know how to keep themselves
-_OTHERS = '''torch numpy pandas polars pyarrow PIL cv2 h5py zarr lmdb matplotlib IPython ipywidgets tqdm fastprogress wandb
-    tensorboard tensorboardX mlflow neptune comet_ml clearml aim accelerate'''.split()
+_OTHERS = '''torch numpy pandas polars pyarrow PIL cv2 h5py zarr lmdb matplotlib IPython ipywidgets tqdm fastprogress
+            wandb     tensorboard tensorboardX mlflow neptune comet_ml clearml aim accelerate'''.split()
 _FOREIGN = sys.stdlib_module_names - {'collections', 'types', 'argparse'} | set(_OTHERS)
 
 
@@ -375,9 +376,9 @@ class _Notes:
             if o.flags.writeable:
                 self.arrays.append((o, o.copy()))
             return
-        if o.layout is not torch.strided or o.is_meta or o.is_inference() or isinstance(o, nn.parameter.UninitializedTensorMixin):
+        if o.layout is not torch.strided or o.is_meta or o.is_inference():
             return
-        if o.data_ptr() in self.protected:
+        if isinstance(o, nn.parameter.UninitializedTensorMixin) or o.data_ptr() in self.protected:
             return
         self.tensors.append((o, o.data, o.detach().clone()))
         if o.is_leaf and o.requires_grad:
@@ -391,9 +392,10 @@ class _Notes:
         "Let all hold again what they held. Gives the paths of large ones that have another length."
         faults = []
         files = [] if self.streams else self.files    # an iterator may read from one, and gives again what it has read
-        for put, notes in ((_put_space, self.spaces), (_put_slot, self.slots), (_put_container, self.containers), (_put_array, self.arrays),
-                           (_put_tensor, self.tensors), (_put_grad, self.grads), (_put_file, files), (_put_memory, self.shared),
-                           (_put_stream, self.streams)):
+        noted = [(_put_space, self.spaces), (_put_slot, self.slots), (_put_container, self.containers),
+                 (_put_array, self.arrays), (_put_tensor, self.tensors), (_put_grad, self.grads), (_put_file, files),
+                 (_put_memory, self.shared), (_put_stream, self.streams)]
+        for put, notes in noted:
             for note in notes:
                 try:
                     put(*note)
@@ -407,7 +409,8 @@ _EMPTY = {}
 
 @lru_cache(5000)
 def _can_be_noted(cls) -> bool:
-    return issubclass(cls, (*CONTAINERS, torch.Tensor, np.ndarray, io.IOBase)) or cls.__module__.startswith(('multiprocessing', 'ctypes', '_ctypes'))
+    is_shared = cls.__module__.startswith(('multiprocessing', 'ctypes', '_ctypes'))
+    return is_shared or issubclass(cls, (*CONTAINERS, torch.Tensor, np.ndarray, io.IOBase))
 
 
 def _length(o):

@@ -16,7 +16,8 @@ import torch
 from fastcore.foundation import L
 from torch import nn
 
-__all__ = ['pack', 'unpack', 'Packer', 'Unpacker', 'is_record', 'record_fields', 'elements', 'put_elements', 'shared_memory', 'equal']
+__all__ = ['pack', 'unpack', 'Packer', 'Unpacker', 'is_record', 'record_fields', 'elements', 'put_elements',
+           'shared_memory', 'equal']
 
 
 def pack(o):
@@ -171,7 +172,7 @@ class Packer:
         if len(o) > 1 and _are_scalars(o):
             # the losses of all steps
             return 'scalars', torch.stack([v.detach().as_subclass(torch.Tensor) for v in o]).cpu()
-        if len(o) > 1 and all(isinstance(v, np.generic) for v in o) and len({v.dtype for v in o}) == 1 and o[0].dtype.kind in 'biufc':
+        if len(o) > 1 and _are_numbers(o):
             return 'numbers', self(np.array(o), what)
         return self._values(o, what)
 
@@ -190,6 +191,12 @@ class Packer:
         if self.holes is None:
             raise TypeError(reason)
         return self._hole(t, what)
+
+
+def _are_numbers(values) -> bool:
+    "Are they all NumPy's, of one dtype?"
+    kinds = {v.dtype if isinstance(v, np.generic) else None for v in values}
+    return len(kinds) == 1 and None not in kinds and values[0].dtype.kind in 'biufc'
 
 
 def _are_scalars(values) -> bool:
@@ -252,7 +259,8 @@ class Unpacker:
         fits = type(now) is torch.Tensor and (now.shape, now.dtype, now.device) == (t.shape, t.dtype, t.device)
         if not fits or now.is_inference() or now.layout is not torch.strided or not self._usable(now, t):
             return t.clone()
-        if now.untyped_storage().data_ptr() in self.protected or not now.is_leaf or (now.numel() > 1 and 0 in now.stride()):
+        is_expanded = now.numel() > 1 and 0 in now.stride()
+        if is_expanded or not now.is_leaf or now.untyped_storage().data_ptr() in self.protected:
             return t.clone()
         with torch.no_grad():
             return now.copy_(t)

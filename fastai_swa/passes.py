@@ -54,7 +54,8 @@ def validate_aside(learn, dl=None, in_fit: bool = True) -> list:
     with _aside(learn, buffers_kept(learn.model)), _events_around(learn, in_fit), _together(learn) as processes:
         if dl is None: dl = fresh_loader(learn.dls[1], processes=processes)
         collector = _Collector(learn.metrics, processes)
-        with _replaced(learn, 'model', _without_collectives(learn.model, processes)), learn.added_cbs(collector): _run(learn, dl)
+        model = _without_collectives(learn.model, processes)
+        with _replaced(learn, 'model', model), learn.added_cbs(collector): _run(learn, dl)
         return plain_values(collector.measured)
 
 
@@ -71,9 +72,11 @@ def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None) -> Mo
     model = unwrap(learn.model)
     layers = {name: m for name, m in model.named_modules() if name in set(names)}
     refreshed = [t for m in layers.values() for t in m._buffers.values()]
-    with _aside(learn, buffers_kept(model, but=refreshed)), _events_around(learn, in_fit), _together(learn) as processes:
+    with _aside(learn, buffers_kept(model, but=refreshed)), _events_around(learn, in_fit), \
+         _together(learn) as processes:
         model = unwrap(learn.model)    # data-parallel replicas would each keep statistics of their own
-        if dl is None: dl = share(learn.dls.train, processes, n_batches) if processes.size > 1 else training_loader(learn, n_batches)
+        if dl is None and processes.size > 1: dl = share(learn.dls.train, processes, n_batches)
+        elif dl is None: dl = training_loader(learn, n_batches)
         with batch_moments(model, layers, processes.gather if processes.size > 1 else None) as moments, \
              _replaced(learn, 'model', model), _gan_put_back(learn), learn.added_cbs(_EndBatch(moments)):
             _run(learn, dl)
@@ -112,7 +115,8 @@ def kept_batches(learn, n_batches: int | None = None, train: bool = True) -> Kep
     the same.
     """
     _check_repeatable(learn, 0 if train else 1)
-    with _aside(learn): return KeptBatches(partial(training_loader, learn, n_batches) if train else partial(fresh_loader, learn.dls[1]))
+    make = partial(training_loader, learn, n_batches) if train else partial(fresh_loader, learn.dls[1])
+    with _aside(learn): return KeptBatches(make)
 
 
 def _check_repeatable(learn, i):
@@ -124,7 +128,8 @@ def _check_repeatable(learn, i):
                          'make it anew in `__iter__`, or hold it in an attribute of its own')
 
 
-def _events_around(learn, in_fit): return nullcontext() if in_fit or is_fitting(learn, '_do_fit') else learn.validation_context()
+def _events_around(learn, in_fit):
+    return nullcontext() if in_fit or is_fitting(learn, '_do_fit') else learn.validation_context()
 
 
 def _run(learn, dl):
@@ -176,7 +181,8 @@ class _Collector(Callback):
         own = {k: vars(learn)[k] for k in ('pred', 'yb', 'loss')}
         self.processes.check()
         pred, yb = learn.to_detach((learn.pred, learn.yb), cpu=False)
-        vars(learn).update(pred=pred, yb=yb, loss=learn.loss_func(pred, *yb), to_detach=partial(to_detach, gather=False))
+        loss = learn.loss_func(pred, *yb)
+        vars(learn).update(pred=pred, yb=yb, loss=loss, to_detach=partial(to_detach, gather=False))
         try: yield
         finally:
             vars(learn).update(own)
@@ -249,8 +255,9 @@ def _aside(learn, *more):
     however it ends. `more`: contexts.
     """
     found = found_in(learn)
-    return _whole(callbacks_kept(learn), loop_state_kept(learn), progress_bars_kept(learn), randomness_kept(learn, found), holders_kept(learn, found),
-                  losses_kept(learn), forms_kept(learn.model), muted(learn), *more)
+    return _whole(callbacks_kept(learn), loop_state_kept(learn), progress_bars_kept(learn),
+                  randomness_kept(learn, found), holders_kept(learn, found), losses_kept(learn),
+                  forms_kept(learn.model), muted(learn), *more)
 
 
 @contextmanager
@@ -264,10 +271,13 @@ def untouched(learn, seed: int):
         yield
 
 
+_OF_TRAINING = (TerminateOnNaNCallback, ShortEpochCallback, ParamScheduler, HookCallback, CSVLogger, ShowGraphCallback)
+
+
 def concerns_training(cb) -> bool:
     "Does `cb` record, watch, steer or end training, so that a pass aside from it must not reach it?"
     return (getattr(cb, 'remove_on_fetch', False)
-            or isinstance(cb, TerminateOnNaNCallback | ShortEpochCallback | ParamScheduler | HookCallback | CSVLogger | ShowGraphCallback)
+            or isinstance(cb, _OF_TRAINING)
             # lacks the flag; may not be installed
             or any(c.__name__ == 'TensorBoardBaseCallback' for c in type(cb).__mro__))
 
@@ -298,7 +308,8 @@ def callbacks_kept(learn):
     finally:
         learn.cbs, learn.model = cbs, model
         cbs[:] = items
-        for name in [k for k, v in vars(learn).items() if isinstance(v, Callback) and k not in own]: del vars(learn)[name]
+        added = [k for k, v in vars(learn).items() if isinstance(v, Callback) and k not in own]
+        for name in added: del vars(learn)[name]
         vars(learn).update(own)
 
 
@@ -345,7 +356,8 @@ def losses_kept(learn):
     model = set(unwrap(learn.model).modules())
     # GANLoss holds the model
     losses = [m for root in owned_modules(learn.loss_func) for m in root.modules() if m not in model]
-    grads = [(p, None if p.grad is None else p.grad.clone()) for m in losses for p in m._parameters.values() if p is not None]
+    params = [p for m in losses for p in m._parameters.values() if p is not None]
+    grads = [(p, None if p.grad is None else p.grad.clone()) for p in params]
     with ExitStack() as stack:
         for m in losses: stack.enter_context(buffers_kept(m, recurse=False))
         try: yield

@@ -11,7 +11,8 @@ from fastcore.xtras import ReindexCollection
 
 from .holders import found_in, keeps_state, named_callbacks, roots, walk
 
-__all__ = ['sources', 'sources_in', 'get', 'put', 'seed', 'seed_all', 'randomness_kept', 'libraries_kept', 'random_states', 'set_random_states_of']
+__all__ = ['sources', 'sources_in', 'get', 'put', 'seed', 'seed_all', 'randomness_kept', 'libraries_kept',
+           'random_states', 'set_random_states_of']
 
 
 @singledispatch

@@ -13,13 +13,14 @@ from fastai.learner import Learner, Recorder
 from fastai.optimizer import Optimizer
 from fastcore.foundation import L
 
-from .holders import (CONTAINERS, MAX_BYTES, MAX_LEAVES, attributes, can_hold, is_used_up, keeps_state, loaders, name_once, named_callbacks,
-                      nested, owned_modules, readable, roots, set_attribute, walk)
+from .holders import (CONTAINERS, MAX_BYTES, MAX_LEAVES, attributes, can_hold, is_used_up, keeps_state, loaders,
+                      name_once, named_callbacks, nested, owned_modules, readable, roots, set_attribute, walk)
 from .modules import in_train_mode, named_tensors, plain_name, unwrap, written_in_train_mode
 from .packing import Packer, Unpacker, class_name, equal, is_record, pack, unpack
 from .randomness import random_states, set_random_states_of
 
-__all__ = ['take', 'restore', 'plain_attributes', 'not_copied', 'named_callbacks', 'keeps_state', 'loaders', 'owned_modules', 'pack', 'unpack']
+__all__ = ['take', 'restore', 'plain_attributes', 'not_copied', 'named_callbacks', 'keeps_state', 'loaders',
+           'owned_modules', 'pack', 'unpack']
 
 
 def take(learn: Learner, unchanged: dict | None = None) -> dict:
@@ -48,7 +49,8 @@ def _taken(learn, unchanged) -> dict:
     model, opt = unwrap(learn.model), learn.opt
     own = {id(p) for p in model.parameters()}
     params = [p for group in opt.param_lists for p in group]
-    callbacks, held = _without_unchanged(plain_attributes(learn), unchanged, [name for name, _ in named_callbacks(learn)])
+    names = [name for name, _ in named_callbacks(learn)]
+    callbacks, held = _without_unchanged(plain_attributes(learn), unchanged, names)
     return {
         'epoch': learn.epoch,
         'model': pack(_tensors(model)),
@@ -102,7 +104,8 @@ def _put(learn, state, weights, params, masters, unchanged):
     for p, flag in zip(model.parameters(), state['requires_grad']): p.requires_grad_(flag)
     _load_optimizer(opt, unpack(state['optimizer']), params)
     opt.frozen_idx = state['frozen_idx']
-    if state['scaler'] and getattr(learn, 'scaler', None) is not None: learn.scaler.load_state_dict(unpack(state['scaler']))
+    if state['scaler'] and getattr(learn, 'scaler', None) is not None:
+        learn.scaler.load_state_dict(unpack(state['scaler']))
     for k, v in state['learner'].items(): setattr(learn, k, unpack(v))
     for key, cb in named_callbacks(learn):
         if keeps_state(cb) and key in state['states']: cb.load_state_dict(unpack(state['states'][key]))
@@ -122,7 +125,8 @@ def _tensors(module) -> dict:
     return {**named_tensors(module.named_parameters), **named_tensors(module.named_buffers)}
 
 def _extra_state(module):
-    return {plain_name(k): v for k, v in module.state_dict().items() if k.endswith('_extra_state') and not isinstance(v, torch.Tensor)}
+    return {plain_name(k): v for k, v in module.state_dict().items()
+            if k.endswith('_extra_state') and not isinstance(v, torch.Tensor)}
 
 
 def check_tensors(model, tensors: dict):
@@ -160,7 +164,10 @@ def _gradients(params) -> list:
     """
     grads = [None if p.grad is None or p.grad.is_sparse else p.grad.detach() for p in params]
     dense = [g for g in grads if g is not None]
-    accumulated = dense and torch.stack([n.to(dense[0].device, torch.float32) for n in torch._foreach_norm(dense, float('inf'))]).ne(0).any()
+    accumulated = False
+    if dense:
+        largest = torch._foreach_norm(dense, float('inf'))
+        accumulated = torch.stack([n.to(dense[0].device, torch.float32) for n in largest]).ne(0).any()
     return [False if g is None else g if accumulated else True for g in grads]
 
 def _gradient(p, value):
@@ -172,9 +179,11 @@ def _load_optimizer(opt, state, params):
     own = opt.opt if hasattr(opt, 'slow_weights') else opt    # Lookahead's own weights beside the optimizer inside it
     if isinstance(own, Optimizer):
         state['hypers'] = L(state['hypers'])
-        for p, s in zip(params, state['state']): s.update({k: v.to(p.device) for k, v in s.items() if isinstance(v, torch.Tensor)})
+        for p, s in zip(params, state['state']):
+            s.update({k: v.to(p.device) for k, v in s.items() if isinstance(v, torch.Tensor)})
         if state.get('slow_weights'):
-            state['slow_weights'] = L(L(w.to(p.device) for w, p in zip(ws, ps)) for ws, ps in zip(state['slow_weights'], opt.param_lists))
+            pairs = zip(state['slow_weights'], opt.param_lists)
+            state['slow_weights'] = L(L(w.to(p.device) for w, p in zip(ws, ps)) for ws, ps in pairs)
     opt.load_state_dict(state)
     # fastai leaves a plain dict, which knows no new parameter
     if isinstance(own, Optimizer): own.state = defaultdict(dict, own.state)
@@ -224,7 +233,8 @@ def _knows_batches(dl) -> bool:
     """Has fastai's loader sent a sample through its transforms, to see what a batch is made of? It does so once, when
     that is first asked.
     """
-    is_asked = isinstance(dl, TfmdDL) and not hasattr(dl, 'world_size')    # the latter: of several processes, which asks the loader inside
+    # fastai's loader for several processes, which has a `world_size`, leaves that to the one inside
+    is_asked = isinstance(dl, TfmdDL) and not hasattr(dl, 'world_size')
     return not is_asked or '_n_inp' in vars(dl)
 
 
@@ -285,7 +295,8 @@ def _put_attributes(learn, state, unchanged):
     "Put packed attributes back into the objects that have the same paths."
     found = dict(_holders(learn))
     tensors = _tensors(unwrap(learn.model)).values()
-    unpacker = Unpacker({t.untyped_storage().data_ptr() for t in tensors}, {class_name(type(o)): type(o) for o in found.values()})
+    storages = {t.untyped_storage().data_ptr() for t in tensors}
+    unpacker = Unpacker(storages, {class_name(type(o)): type(o) for o in found.values()})
     for path in {**unchanged, **state}:
         o = found.get(path)
         attrs = {**unchanged.get(path, {}), **state.get(path, {})}
