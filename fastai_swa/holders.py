@@ -126,7 +126,7 @@ _STOPS = (type, ModuleType, GeneratorType, torch.Tensor, np.ndarray, Learner, Ca
 _OF_TORCH = (nn.Module, data.DataLoader, data.Dataset, data.Sampler, torch.Generator)
 # their objects belong to the process: threads, files, figures, bars; or they are data that know how to keep themselves
 _OTHERS = '''torch numpy pandas polars pyarrow PIL cv2 h5py zarr lmdb matplotlib IPython ipywidgets tqdm fastprogress
-            wandb     tensorboard tensorboardX mlflow neptune comet_ml clearml aim accelerate'''.split()
+            wandb tensorboard tensorboardX mlflow neptune comet_ml clearml aim accelerate'''.split()
 _FOREIGN = sys.stdlib_module_names - {'collections', 'types', 'argparse'} | set(_OTHERS)
 
 
@@ -653,8 +653,15 @@ def _used_up(o):
             yield from ((f'{name}.{k}', x) for k, x in _entries(v) if is_used_up(x))
 
 
+@lru_cache(5000)
+def _may_be_used_up(cls) -> bool:
+    return issubclass(cls, (Iterator, io.IOBase, data.dataloader._BaseDataLoaderIter))
+
+
 def is_used_up(v) -> bool:
     "Is it gone when it was gone through, and can it not be put back?"
+    if not _may_be_used_up(type(v)):
+        return False
     if isinstance(v, io.IOBase):
         return not _has_position(v)
     if isinstance(v, GeneratorType):

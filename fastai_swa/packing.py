@@ -9,6 +9,7 @@ import dataclasses
 import enum
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,12 @@ def unpack(o):
 
 def is_record(o) -> bool:
     "Is `o` an instance of a dataclass that is data, and nothing of PyTorch's?"
-    return dataclasses.is_dataclass(o) and not isinstance(o, type | nn.Module | torch.utils.data.Dataset)
+    return _is_record_class(type(o))
+
+
+@lru_cache(5000)
+def _is_record_class(cls) -> bool:
+    return dataclasses.is_dataclass(cls) and not issubclass(cls, nn.Module | torch.utils.data.Dataset)
 
 
 def class_name(cls) -> str:

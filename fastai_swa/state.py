@@ -133,14 +133,16 @@ def check_tensors(model, tensors: dict):
     "Raise `ValueError`, naming them, unless `model` has parameters of the names and shapes of those in `tensors`."
     own = named_tensors(model.named_parameters)
     def kind(t): return f'{tuple(t.shape)} {str(t.dtype).removeprefix("torch.")}'
-    faults = [f'{name!r} is {kind(p)}, {kind(tensors[name])} in the state' if name in tensors else f'{name!r} is not '
-                                                                                                   'in the state'
-              for name, p in own.items() if name not in tensors or kind(tensors[name]) != kind(p)]
+    faults = []
+    for name, p in own.items():
+        if name not in tensors: faults.append(f'{name!r} is not in the state')
+        elif kind(tensors[name]) != kind(p): faults.append(f'{name!r} is {kind(p)}, {kind(tensors[name])} in the state')
     buffers = named_tensors(model.named_buffers)
-    faults += [f'{name!r} is in the state only' for name in tensors.keys() - own.keys() - buffers.keys()
-               if not _module_of(model, name) or tensors[name].requires_grad]
-    if faults: raise ValueError('the model is another one: ' + '; '.join(faults[:3]) + (f'; and {len(faults) - 3} '
-                                                                                        'more' if len(faults) > 3 else ''))
+    for name in tensors.keys() - own.keys() - buffers.keys():
+        if not _module_of(model, name) or tensors[name].requires_grad: faults.append(f'{name!r} is in the state only')
+    if faults:
+        more = f'; and {len(faults) - 3} more' if len(faults) > 3 else ''
+        raise ValueError(f'the model is another one: {"; ".join(faults[:3])}{more}')
 
 
 def _module_of(model, name):
