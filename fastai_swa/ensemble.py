@@ -1,5 +1,4 @@
 """`Ensemble`: many models, one prediction."""
-import secrets
 import warnings
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -251,8 +250,8 @@ class Ensemble:
         """Write all members' weights, how they are combined, and one index into `folder`: `Ensemble(folder, learn)`
         reads it, and its `archs`.
 
-        The index comes last, in one step. Over a folder that holds an ensemble the members get names of their own, and
-        the old ones go when the index no longer names them: whatever happens, there is the old ensemble or the new.
+        The index comes last, in one step. Over a folder that holds an ensemble the members get other names, and the old
+        ones go when the index no longer names them: whatever happens, there is the old ensemble or the new.
         Raises `OSError` if something cannot be written, `ValueError` if the folder has an index of something else.
         """
         folder = Path(folder)
@@ -260,10 +259,8 @@ class Ensemble:
         weights = [weights_of(_source(m)) for m in self.members]
         folder.mkdir(parents=True, exist_ok=True)
         old = read_index(folder)['files'] if (folder/'index.json').exists() else []
-        files = [f'member-{i + 1:02}.pth' for i in range(len(weights))]
-        if any((folder/file).exists() for file in files):
-            mark = secrets.token_hex(4)
-            files = [f'member-{i + 1:02}-{mark}.pth' for i in range(len(weights))]
+        mark = '-b' if 'member-01.pth' in old else ''    # by turns, so that the index's own are never written over
+        files = [f'member-{i + 1:02}{mark}.pth' for i in range(len(weights))]
         try:
             for file, w in zip(files, weights):
                 save_weights(folder/file, w)
