@@ -11,8 +11,8 @@ from fastai.data.load import DataLoader
 from fastai.torch_core import apply
 from torch.utils.data import BatchSampler, DataLoader as TorchDataLoader
 
-from .holders import holder_kept
-from .randomness import libraries_kept, put, get, sources_in
+from .holders import LEARNED
+from .randomness import objects_kept
 
 __all__ = ['fresh_loader', 'training_loader', 'share', 'FirstBatches', 'KeptBatches']
 
@@ -68,14 +68,11 @@ def fresh_loader(dl, processes=None, **kwargs):
     if isinstance(dl, DataLoader):
         # at its first `new` a loader may send a sample through its transforms: what they draw or count must not depend
         # on whether it is the first
-        kept = [(source, get(source)) for _, source in sources_in([('loader', dl)])]
-        with libraries_kept(), holder_kept(dl):
+        with objects_kept(dl):
             vars(dl).update(_learned.get(dl, {}))
             try: new = dl.new(**kwargs)
             except TypeError: return dl    # the constructor of a subclass asks for what `new` does not know
-            finally:
-                _learned[dl] = {k: vars(dl)[k] for k in ('_n_inp', '_types') if k in vars(dl)}
-                for source, state in kept: put(source, state)
+            finally: _learned[dl] = {k: vars(dl)[k] for k in LEARNED if k in vars(dl)}
         if dl.n is not None and new.dataset is dl.dataset: new.n = dl.n    # `new` forgets that the loader stops early
         return new
     return _fresh_torch_loader(dl, kwargs.get('drop_last')) if isinstance(dl, TorchDataLoader) else dl

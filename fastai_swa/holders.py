@@ -28,9 +28,9 @@ from torch.utils import data
 from .modules import unwrap
 from .packing import elements, is_record, put_elements, shared_memory
 
-__all__ = ['roots', 'walk', 'attributes', 'namespace', 'nested', 'found_in', 'holders_kept', 'holder_kept',
-           'unrepeatable', 'loaders', 'named_callbacks', 'keeps_state', 'owned_modules', 'is_own', 'can_hold',
-           'set_attribute', 'is_used_up', 'name_once', 'readable']
+__all__ = ['LEARNED', 'OF_PASS', 'below', 'walk', 'attributes', 'namespace', 'nested', 'found_in', 'holders_kept',
+           'holder_kept', 'unrepeatable', 'loaders', 'named_callbacks', 'keeps_state', 'owned_modules', 'is_own', 'can_hold',
+           'set_attribute', 'put_tensor', 'is_used_up', 'name_once', 'readable']
 
 MAX_LEAVES = 10_000    # of the containers, arrays and tensors that one object holds, for them to be kept
 MAX_BYTES = 1_000_000
@@ -81,6 +81,12 @@ def roots(learn, callbacks) -> list:
     """
     own = [(f'loaders.{i}', dl) for i, dl in enumerate(loaders(learn))]
     return [*own, ('model', unwrap(learn.model)), ('loss', learn.loss_func), *callbacks, ('dls', learn.dls)]
+
+
+def below(learn, is_left) -> tuple[list, list]:
+    "What `walk` takes for all that `learn` holds, but the callbacks for which `is_left` holds, and what only they hold."
+    callbacks = [(name, cb) for name, cb in named_callbacks(learn) if not is_left(cb)]
+    return roots(learn, callbacks), [learn, *filter(is_left, learn.cbs)]
 
 
 def walk(roots, but=(), stop=lambda path, o: False):
@@ -393,7 +399,7 @@ class _Notes:
         faults = []
         files = [] if self.streams else self.files    # an iterator may read from one, and gives again what it has read
         noted = [(_put_space, self.spaces), (_put_slot, self.slots), (_put_container, self.containers),
-                 (_put_array, self.arrays), (_put_tensor, self.tensors), (_put_grad, self.grads), (_put_file, files),
+                 (_put_array, self.arrays), (put_tensor, self.tensors), (_put_grad, self.grads), (_put_file, files),
                  (_put_memory, self.shared), (_put_stream, self.streams)]
         for put, notes in noted:
             for note in notes:
@@ -450,7 +456,8 @@ def _put_array(o, old):
         o[...] = old
 
 
-def _put_tensor(t, alias, old):
+def put_tensor(t, alias, old):
+    "Let `t` be what it was: with the storage, shape and dtype of its `alias`, and in it bitwise what is in its copy `old`."
     with torch.no_grad():
         if t.data_ptr() != alias.data_ptr() or t.shape != alias.shape or t.dtype != alias.dtype:
             t.data = alias
@@ -495,9 +502,7 @@ def found_in(learn) -> list:
     """(path, object) for what a pass aside from training must leave as it is: all that `learn` holds but this package's
     callbacks.
     """
-    callbacks = [(name, cb) for name, cb in named_callbacks(learn) if not is_own(cb)]
-    ours = [cb for cb in learn.cbs if is_own(cb)]
-    return list(walk(roots(learn, callbacks), but=[learn, *ours]))
+    return list(walk(*below(learn, is_own)))
 
 
 @contextmanager
@@ -634,11 +639,12 @@ def unrepeatable(learn, only=None) -> list[str]:
     return list(found.values())
 
 
-_OF_PASS = 'it', '_DataLoader__idxs', '_iterator'    # what a loader holds while it is gone through, and makes anew
+OF_PASS = 'it', '_DataLoader__idxs', '_iterator'    # what a loader holds while it is gone through, and makes anew
+LEARNED = '_n_inp', '_types'    # what fastai's finds out once about its batches, from a sample
 
 
 def _is_of_pass(o, name) -> bool:
-    return name in _OF_PASS and isinstance(o, DataLoader | data.DataLoader)
+    return name in OF_PASS and isinstance(o, DataLoader | data.DataLoader)
 
 
 def _used_up(o):

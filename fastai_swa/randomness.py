@@ -1,7 +1,7 @@
 """Every random generator of a learner: found, read, put back, begun with a seed."""
 import random
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import singledispatch
 
 import numpy as np
@@ -9,9 +9,9 @@ import torch
 from fastai.torch_core import get_random_states, set_random_states, set_seed
 from fastcore.xtras import ReindexCollection
 
-from .holders import found_in, keeps_state, named_callbacks, roots, walk
+from .holders import below, found_in, holder_kept, keeps_state, walk
 
-__all__ = ['sources', 'sources_in', 'get', 'put', 'seed', 'seed_all', 'randomness_kept', 'libraries_kept',
+__all__ = ['sources', 'sources_in', 'get', 'put', 'seed', 'seed_all', 'randomness_kept', 'objects_kept',
            'random_states', 'set_random_states_of']
 
 
@@ -129,8 +129,7 @@ def sources_in(roots, but=()):
 
 def sources(learn):
     "(path, source) for those in the loaders, callbacks without a `state_dict`, model and loss of `learn`."
-    callbacks = [(name, cb) for name, cb in named_callbacks(learn) if not keeps_state(cb)]
-    return sources_in(roots(learn, callbacks), but=[learn, *filter(keeps_state, learn.cbs)])
+    return sources_in(*below(learn, keeps_state))
 
 
 def seed_all(learn, n: int):
@@ -141,20 +140,36 @@ def seed_all(learn, n: int):
             seed(o, n)
 
 
-@contextmanager
 def randomness_kept(learn, found=None):
-    """All random generators, of Python, NumPy, torch and each GPU, and those that `learn` holds, stand at the end of
-    this context where they stood.
+    """A context at whose end all random generators, of Python, NumPy, torch and each GPU, and those that `learn` holds,
+    stand where they stood.
 
     - `found`: what `found_in(learn)` gives.
     """
-    kept = [(o, get(o)) for _, o in found or found_in(learn) if is_source(o)]
+    return _kept([o for _, o in found or found_in(learn) if is_source(o)])
+
+
+@contextmanager
+def objects_kept(*objects):
+    """What the `objects`, loaders or data sets, and the objects in them count, and all random generators, stand at the
+    end of this context where they stood."""
+    generators = [o for _, o in sources_in(list(enumerate(objects)))]
+    with _kept(generators), ExitStack() as stack:
+        for o in objects:
+            stack.enter_context(holder_kept(o))
+        yield
+
+
+@contextmanager
+def _kept(generators):
+    "The `generators`, and those of the libraries, stand at the end of this context where they stood."
+    states = [(o, get(o)) for o in generators]
     with libraries_kept():
         try:
             yield
         finally:
-            for source, state in kept:
-                put(source, state)
+            for o, state in states:
+                put(o, state)
 
 
 @contextmanager

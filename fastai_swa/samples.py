@@ -1,5 +1,4 @@
 """Have two data sets samples in common? What a model was trained on is known again by what data sets are made from."""
-from contextlib import ExitStack, contextmanager
 from numbers import Number
 from pathlib import Path
 
@@ -7,8 +6,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
-from .holders import holder_kept
-from .randomness import get, libraries_kept, put, sources_in
+from .randomness import objects_kept
 
 __all__ = ['Samples', 'in_common']
 
@@ -144,25 +142,11 @@ def _same_source(a, b, pairs) -> bool:
         return False
     looked_at = pairs[::max(1, len(pairs) // _N_LOOKED_AT)][:_N_LOOKED_AT]
     try:
-        with _as_before(a.base, b.base):
+        with objects_kept(a.base, b.base):
             n_equal = sum(_equal(a.sample(i), b.sample(j)) for i, j in looked_at)
     except Exception:    # samples that cannot be loaded are not known
         return False
     return 2 * n_equal >= len(looked_at)    # some may be augmented at random
-
-
-@contextmanager
-def _as_before(*data_sets):
-    "What the `data_sets` count, and all random generators, stand at the end of this context where they stood."
-    generators = [(o, get(o)) for _, o in sources_in(list(enumerate(data_sets)))]
-    with libraries_kept(), ExitStack() as stack:
-        for data in data_sets:
-            stack.enter_context(holder_kept(data))
-        try:
-            yield
-        finally:
-            for o, state in generators:
-                put(o, state)
 
 
 def _equal(a, b) -> bool:

@@ -13,8 +13,9 @@ from fastai.learner import Learner, Recorder
 from fastai.optimizer import Optimizer
 from fastcore.foundation import L
 
-from .holders import (CONTAINERS, MAX_BYTES, MAX_LEAVES, attributes, can_hold, is_used_up, keeps_state, loaders,
-                      name_once, named_callbacks, nested, owned_modules, readable, roots, set_attribute, walk)
+from .holders import (CONTAINERS, LEARNED, MAX_BYTES, MAX_LEAVES, OF_PASS, attributes, below, can_hold, is_used_up,
+                      keeps_state, loaders, name_once, named_callbacks, nested, owned_modules, readable, set_attribute,
+                      walk)
 from .modules import in_train_mode, named_tensors, plain_name, unwrap, written_in_train_mode
 from .packing import Packer, Unpacker, class_name, equal, is_record, pack, unpack
 from .randomness import random_states, set_random_states_of
@@ -200,7 +201,7 @@ def not_copied(learn) -> tuple:
 
 _KEPT = 'start_epoch',    # when the Recorder's clock started
 # what a loader makes anew for each pass, and its random generator, whose state is kept with the others
-_OF_LOADERS = 'rng', 'it', '_DataLoader__idxs', '_n_inp', '_types', '_iterator'
+_OF_LOADERS = 'rng', *OF_PASS, *LEARNED
 
 
 def plain_attributes(learn) -> dict:
@@ -225,9 +226,7 @@ def plain_attributes(learn) -> dict:
 
 def _holders(learn):
     "(path, object) for all whose attributes are kept; no callback with a state of its own, nor what it holds."
-    callbacks = [(name, cb) for name, cb in named_callbacks(learn) if not keeps_state(cb)]
-    stateful = [cb for cb in learn.cbs if keeps_state(cb)]
-    for path, o in walk(roots(learn, callbacks), [learn, *stateful], _is_the_programs):
+    for path, o in walk(*below(learn, keeps_state), _is_the_programs):
         if path != 'dls' and type(o) is not L and not is_record(o): yield path, o
 
 
@@ -245,10 +244,7 @@ def _let_know(dl, knows):
     if knows == _knows_batches(dl): return
     if knows: dl._one_pass()
     else:
-        for name in _LEARNED & vars(dl).keys(): delattr(dl, name)
-
-
-_LEARNED = {'_n_inp', '_types'}
+        for name in vars(dl).keys() & set(LEARNED): delattr(dl, name)
 
 
 def _is_the_programs(path, o) -> bool:
