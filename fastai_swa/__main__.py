@@ -35,12 +35,14 @@ def main(argv=None):
     p.add_argument('--data', metavar='FOLDER', help="images as train/<class>/* and test/<class>/*, or torchvision's files (downloaded if they are "
                    'missing); "digits" to try things (default: the environment\'s CIFAR10_DIR or CIFAR100_DIR, else ~/.fastai/data)')
     p.add_argument('--scale', type=float, default=1., help='multiply all lengths by this, and numbers of points')
-    p.add_argument('--images', type=_positive, help='so many training images, and a fifth as many test images (default: all)')
+    p.add_argument('--images', type=_positive, help='so many training images (default: as many as the recipe says)')
+    p.add_argument('--test-images', type=_positive, help='so many test images (default: all)')
     p.add_argument('--jobs', type=_positive, default=1, help='so many seeds at a time, on one GPU or on shares of the CPU')
     p.add_argument('--threads', type=_positive, help="of the CPU for each seed (default: an equal share); results depend on it in the last bits")
     p.add_argument('--until', type=_seconds, metavar='TIME', help='stop in time, such as 8m: 90s, 8m, 1.5h')
     p.add_argument('--device', help='default: cuda if there is one, else cpu')
-    p.add_argument('--precision', choices=('fp32', 'bf16'), help='bf16: autocast, weights in float32 (default: bf16 on a GPU, fp32 on a CPU)')
+    p.add_argument('--precision', choices=('fp32', 'bf16'), help='bf16: autocast, weights in float32; some CPUs are slow in it '
+                   '(default: bf16 on a GPU, fp32 on a CPU)')
     p.add_argument('--compile', choices=('default', 'reduce-overhead', 'max-autotune'), help='torch.compile; reduce-overhead captures steps')
     p.add_argument('--solutions', metavar='FOLDER', help='for width-, plane- and curve-: where reproduce has left the weights (default: the folder '
                    'of their recipe beside --out)')
@@ -68,8 +70,8 @@ def _reproduce(args, start):
     from .experiments import Settings, reproduce
     from .experiments.run import STOPPED
     device = args['device'] or ('cuda' if torch.cuda.is_available() else 'cpu')
-    settings = Settings(args['scale'], args['images'], device, args['precision'] or ('bf16' if device.startswith('cuda') else 'fp32'),
-                        args['compile'], args['deterministic'])
+    precision = args['precision'] or ('bf16' if device.startswith('cuda') else 'fp32')
+    settings = Settings(args['scale'], args['images'], args['test_images'], device, precision, args['compile'], args['deterministic'])
     until = start + (float('inf') if args['until'] is None else args['until'])
     missing = reproduce(args['name'], args['seeds'], args['out'], args['data'], settings, args['jobs'], args['threads'], until,
                         solutions=args['solutions'])
@@ -80,10 +82,12 @@ def _reproduce(args, start):
 
 
 def _report(args, start):
-    from .experiments.landscape_report import landscape_files
-    from .experiments.report import compare, report
-    for folder in args['folders']: print(report(folder))
-    if len(args['folders']) == 2 and not any(map(landscape_files, args['folders'])): print(compare(*args['folders']))
+    from .experiments.report import compare, is_of_budgets, papers_table, report
+    folders = args['folders']
+    for folder in folders: print(report(folder))
+    if len(folders) < 2 or not all(map(is_of_budgets, folders)): return
+    print(papers_table(folders) + '\n')
+    if len(folders) == 2: print(compare(*folders))
 
 
 def _positive(text):

@@ -24,19 +24,22 @@ def equal(n_averaged: int) -> float:
     return 1 / (n_averaged + 1)
 
 
-def ema(decay: float):
+def ema(decay: float, warmup: bool = False):
     """Exponential moving average: the old average keeps `decay` of its weight, the new point gets `1 - decay`.
 
-    The first point is taken whole, so the average never contains weights from before it.
+    The first point is taken whole, so the average never contains weights from before it. `warmup`: point n, from 0, gets
+    `max(1 - decay, (n + 1)**(-2/3))`, so that early points are forgotten soon, while the weights still improve fast.
     Raises `TypeError` or `ValueError` if `decay` is not a number in [0, 1).
     """
     if isinstance(decay, bool) or not isinstance(decay, Real): raise TypeError('decay must be a number in [0, 1), not '
                                                                                f'{decay!r}')
     if not 0 <= decay < 1: raise ValueError(f'decay must be in [0, 1), not {decay!r}')
-    return partial(_ema_weight, decay)
+    return partial(_warm_ema_weight if warmup else _ema_weight, decay)
 
 
 def _ema_weight(decay, n_averaged): return 1. if n_averaged == 0 else 1. - decay
+
+def _warm_ema_weight(decay, n_averaged): return max(1. - decay, (n_averaged + 1)**(-2/3))
 
 
 def check_weight(weight):

@@ -5,10 +5,11 @@ from fastai.learner import Recorder
 from matplotlib.colors import BoundaryNorm
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator
+from scipy.stats import t
 
 from .surfaces import Plane, Profile, Rays, Surface
 
-__all__ = ['plot_swa', 'plot_runs', 'plot_sizes', 'plot_width', 'plot_line', 'plot_plane', 'plot_planes', 'plot_paths']
+__all__ = ['plot_swa', 'plot_runs', 'plot_sizes', 'plot_lengths', 'plot_width', 'plot_line', 'plot_plane', 'plot_planes', 'plot_paths']
 
 
 def plot_swa(recorder: Recorder, axs=None):
@@ -61,44 +62,87 @@ def _raw_column(name, names):
 
 
 def plot_runs(curves: dict, ax=None, ylabel: str = ''):
-    """A quantity over the epochs of several runs: the mean over their seeds, in a band from the least to the greatest.
+    """A quantity over the epochs of several runs: the mean over their seeds, with its 95 % confidence interval at a few epochs.
 
     `curves`: name -> epochs (n) and values (seeds, n). Drawn from the back to the front: singles in thin lines, the last one, the average, in
     a thick one. The axis shows what the runs' second halves need. Returns the axes.
     """
-    styles = dict(color='0.55', ls='--'), dict(color='0.2', ls=':'), dict(color='C0'), dict(color='C3', lw=2.5)
-    ax = _bands(curves, styles[-len(curves):], ax, lambda values: (values.min(0), values.max(0)))
+    styles = (dict(color='0.55', ls='--'), dict(color='0.2', ls=':', lw=1.5), dict(color='C2', ls='-.'), dict(color='C0'), dict(color='C3', lw=2.5))
+    ax = _axes(ax)
     last = max((epochs[-1] for epochs, _ in curves.values() if len(epochs)), default=0)
-    late = np.concatenate([values[:, epochs > last / 2].ravel() for epochs, values in curves.values()])
+    for i, ((name, (epochs, values)), style) in enumerate(zip(curves.items(), styles[-len(curves):])):
+        if len(epochs) == 0: continue
+        ax.plot(epochs, values.mean(0), label=name, **{'lw': 1, 'ms': 4, 'marker': '.' * (len(epochs) < 2)} | style)
+        every = max(1, last // 6)
+        _intervals(ax, epochs, values, style, [k for k, e in enumerate(epochs) if e == epochs[-1] or (last - e + i * every // 5) % every == 0])
+    late = np.concatenate([values[:, epochs > last / 2].mean(0) for epochs, values in curves.values()])
     late = late[np.isfinite(late)]
-    if len(late): ax.set_ylim(late.min() - .05 * np.ptp(late) - 1e-9, late.max() + .05 * np.ptp(late) + 1e-9)
+    if len(late): ax.set_ylim(late.min() - .1 * np.ptp(late) - 1e-9, late.max() + .1 * np.ptp(late) + 1e-9)
     return _labelled(ax, 'epochs', ylabel)
 
 
 def plot_sizes(curves: dict, ax=None, ylabel: str = ''):
-    """A quantity over the number of models that predict together: the mean over the seeds, in a band of its standard error.
+    """A quantity over the number of models that predict together: the mean over the seeds, with its 95 % confidence interval.
 
     `curves`: name -> numbers of models (n) and values (seeds, n); one with a single number is a level. Returns the axes.
     """
     styles = dict(color='0.2', marker='s'), dict(color='C0', marker='^'), dict(color='C2', marker='o'), dict(color='C3', ls='--', lw=2)
     most = max(sizes[-1] for sizes, _ in curves.values())
-    levels = {name: (np.array([1, most]), values.repeat(2, 1)) if len(sizes) == 1 else (sizes, values) for name, (sizes, values) in curves.items()}
-    def error(values): return values.mean(0) + np.array([[-1], [1]]) * values.std(0, ddof=1) / len(values)**.5
-    return _labelled(_bands(levels, styles[-len(curves):], ax, error), 'models', ylabel)
+    ax = _axes(ax)
+    for i, ((name, (sizes, values)), style) in enumerate(zip(curves.items(), styles)):
+        if len(sizes) == 1:
+            ax.plot([1, most], [values.mean()] * 2, label=name, **style)
+            _intervals(ax, np.array([most]), values, style, [0])
+            continue
+        ax.plot(sizes, values.mean(0), label=name, **{'lw': 1, 'ms': 4} | style)
+        _intervals(ax, sizes + .04 * i, values, style, range(len(sizes)))
+    return _labelled(ax, 'models', ylabel)
 
 
-def _bands(curves, styles, ax, limits):
-    if ax is None: _, ax = plt.subplots(figsize=(6, 4.2), layout='constrained')
-    for (name, (x, values)), style in zip(curves.items(), styles, strict=True):
-        if len(x) == 0: continue
-        ax.plot(x, values.mean(0), label=name, **{'lw': 1, 'ms': 4, 'marker': '.' * (len(x) < 2)} | style)
-        if len(values) > 1: ax.fill_between(x, *limits(values), color=style['color'], alpha=.2, lw=0)
-    return ax
+def plot_lengths(curves: dict, ax=None, ylabel: str = ''):
+    """A quantity at the end of trainings of several lengths: the mean over the seeds, with its 95 % confidence interval.
+
+    `curves`: name -> numbers of epochs (n) and values (seeds, n). Returns the axes.
+    """
+    ax = _axes(ax)
+    for i, ((name, (epochs, values)), style) in enumerate(zip(curves.items(), _styles(len(curves)))):
+        beside = epochs * 1.012**(i - (len(curves) - 1) / 2)    # or the intervals would lie on one another
+        ax.plot(beside, values.mean(0), label=name, marker='o', ms=4, lw=1.5, **style)
+        _intervals(ax, beside, values, style, range(len(epochs)))
+    ticks = next(iter(curves.values()))[0]
+    ax.set_xscale('log')
+    ax.set_xticks(ticks, [str(n) for n in ticks])
+    ax.set_xticks([], minor=True)
+    return _legend_below(_labelled_only(ax, 'epochs of the whole training', ylabel))
+
+
+def _axes(ax): return plt.subplots(figsize=(6, 4.8), layout='constrained')[1] if ax is None else ax
+
+
+def _intervals(ax, x, values, style, at):
+    "95 % confidence intervals of the mean, by Student's t, at the points `at`; none for one seed."
+    n = len(values)
+    if n < 2: return
+    at = list(at)
+    half = t.ppf(.975, n - 1) * values.std(0, ddof=1) / n**.5
+    ax.errorbar(x[at], values.mean(0)[at], half[at], fmt='none', ecolor=style['color'], elinewidth=1.2, capsize=2.5)
 
 
 def _labelled(ax, xlabel, ylabel):
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _dressed(ax, xlabel, ylabel)
+    return _legend_below(_labelled_only(ax, xlabel, ylabel))
+
+
+def _labelled_only(ax, xlabel, ylabel):
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(alpha=.25)
+    return ax
+
+
+def _legend_below(ax):
+    "Off the data."
+    ax.legend(fontsize='small', loc='upper center', bbox_to_anchor=(.5, -.14), ncols=3, frameon=False)
+    return ax
 
 
 # the loss surface
@@ -277,9 +321,7 @@ def _clip_top(ax, values):
 
 
 def _dressed(ax, xlabel, ylabel):
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.grid(alpha=.25)
-    ax.legend(fontsize='small')
+    _labelled_only(ax, xlabel, ylabel).legend(fontsize='small')
     return ax
 
 

@@ -62,8 +62,18 @@ class Surface:
             with replacing(path) as f:
                 np.savez(f, about=json.dumps(self.about), points=self.points, **self.values)
         else:
-            values = {k: _plain(v) for k, v in self.values.items()}
-            write_text(path, json.dumps(self._head() | {'values': values}) + '\n')
+            write_text(path, json.dumps(self.to_dict()) + '\n')
+
+    def to_dict(self) -> dict:
+        "It as plain data, for JSON; `Surface.from_dict` makes it of that again."
+        return self._head() | {'values': {k: _plain(v) for k, v in self.values.items()}}
+
+    @staticmethod
+    def from_dict(content: dict) -> 'Surface':
+        "Raises `ValueError` or `KeyError` for what `to_dict` has not made."
+        if content['format'] != _FORMAT: raise ValueError(f'format must be {_FORMAT!r}, not {content["format"]!r}')
+        values = {k: np.array(v, float) for k, v in content['values'].items()} if 'values' in content else None
+        return _made(content['about'], content['points'], values)
 
     def _head(self): return {'format': _FORMAT, 'about': self.about, 'points': self.points.tolist()}
 
@@ -79,10 +89,7 @@ class Surface:
                 with np.load(path, allow_pickle=False) as z: arrays = {k: z[k] for k in z.files}
                 return _made(json.loads(str(arrays.pop('about'))), arrays.pop('points'), arrays)
             head, _, rows = content.partition(b'\n')
-            head = json.loads(head)
-            if head['format'] != _FORMAT: raise ValueError
-            values = {k: np.array(v, float) for k, v in head['values'].items()} if 'values' in head else None
-            surface = _made(head['about'], head['points'], values)
+            surface = Surface.from_dict(json.loads(head))
             _read_rows(surface, rows)
             return surface
         except (ValueError, KeyError, TypeError, IndexError, OSError, zipfile.BadZipFile):

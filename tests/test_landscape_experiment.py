@@ -14,7 +14,7 @@ from fastai_swa import Curve, Surface, line, plane, rays
 from fastai_swa.__main__ import main
 from fastai_swa.experiments import RECIPES, Settings, report, reproduce
 from fastai_swa.experiments.landscapes import measure_seed
-from fastai_swa.experiments.learners import TimeIsUp, recipe_images, recipe_learner
+from fastai_swa.experiments.learners import TimeIsUp, recipe_data, recipe_learner
 from fastai_swa.experiments.recipes import LANDSCAPES, Landscape
 
 from .test_run import TINY
@@ -50,7 +50,7 @@ def go(kind, folder, out=None, settings=Settings(), seeds=1, **kwargs):
 def surface(folder, kind, what): return Surface.load(folder/f'{kind}-longer'/f'seed-0.{what}.jsonl')
 
 def plain_learner(settings=IMAGES):
-    learn = recipe_learner(LONGER, 0, settings, recipe_images(LONGER, 'digits', settings)[0])
+    learn = recipe_learner(LONGER, 0, settings, recipe_data(LONGER, 'digits', settings)[0])
     learn.metrics = [error_rate]
     return learn
 

@@ -1,5 +1,4 @@
 """Ensembles at one training budget: what the members that a recipe's seeds have left predict together, what that costs, and the report on it."""
-import json
 from pathlib import Path
 from time import perf_counter
 
@@ -7,20 +6,21 @@ import numpy as np
 import torch
 
 from ..ensemble import Ensemble
-from ..files import write_text
 from ..weights import read_index
 from .measures import disagreement, measures
 from .record import json_number, snapshots_folder, weights_file
-from .tables import difference_rows, spread, table
+from .store import store, stored
+from ..plot import plot_sizes
+from .tables import difference_rows, difference_summary, spread, summary, table
 
-__all__ = ['METHODS', 'evaluate', 'sections', 'size_curves']
+__all__ = ['METHODS', 'evaluate', 'load', 'sections', 'numbers', 'draw', 'size_curves']
 
 METHODS = 'SGD', 'SWA', 'snapshots', 'FGE'
-_FILE = 'ensembles.json'
+_TOGETHER = -1    # in the place of a seed, in the file of the row
 
 
 def evaluate(out: Path, seeds, learn) -> dict:
-    """Predict the test set of `learn` with what `seeds` have left in `out`, and measure it; returns what ensembles.json then holds.
+    """Predict the test set of `learn` with what `seeds` have left in `out`, and measure it; returns what the file of the row then holds of it.
 
     - 'sizes': one row for each seed, method and number of members m: of the snapshots the last m, as their paper has it, of FGE the first.
     - 'budgets': one row for each method, k, and group of k seeds, of which none is in two: all their members. For SGD these are independent runs.
@@ -35,8 +35,9 @@ def evaluate(out: Path, seeds, learn) -> dict:
              for m in range(1, len(ps) + 1)]
     groups = [(k, seeds[i:i + k]) for k in range(1, len(seeds) + 1) for i in range(0, len(seeds) - k + 1, k)]
     budgets = [row(torch.cat([preds[seed, method] for seed in group]), budgets=k, method=method) for method in METHODS for k, group in groups]
-    found = {'seeds': list(seeds), 'sizes': sizes, 'budgets': budgets, 'costs': _costs(members[seeds[0]], learn)}
-    write_text(Path(out)/_FILE, json.dumps(found, indent=1) + '\n')
+    found = {'kind': 'ensembles', 'seed': _TOGETHER, 'seeds': list(seeds), 'sizes': sizes, 'budgets': budgets,
+             'costs': _costs(members[seeds[0]], learn)}
+    store(Path(out), found)
     return found
 
 
@@ -71,16 +72,18 @@ def _costs(members, learn) -> list[dict]:
 
 def load(folder: Path) -> dict:
     "What `evaluate` found. Raises `ValueError` if it is not there or damaged."
-    file = folder/_FILE
-    try: return json.loads(file.read_text())
-    except FileNotFoundError: raise ValueError(f'{file} is missing: the same reproduce command makes it') from None
-    except ValueError: raise ValueError(f'{file} is damaged: remove it, and the same reproduce command makes it again') from None
+    found = stored(folder, 'ensembles').get(_TOGETHER)
+    if found is None: raise ValueError(f'{folder} has no comparison of its ensembles: the same reproduce command makes it')
+    return found
 
 
 def of_whole_seeds(found: dict, name: str) -> dict[str, np.ndarray]:
     "Method -> `name` of all members of a seed, for each seed."
     last = {(r['method'], r['seed']): r[name] for r in found['sizes']}    # sizes grow: the last row of each has all
     return {method: np.array([last[method, seed] for seed in found['seeds']]) for method in METHODS}
+
+
+def errors(accuracies): return 100 * (1 - accuracies)
 
 
 def size_curves(found: dict, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -97,6 +100,28 @@ def _at(found, method, k, name): return np.array([r[name] for r in found['budget
 def _curve(rows, name): return np.array([r['members'] for r in rows[0]]), np.array([[r[name] for r in seed] for seed in rows])
 
 
+_PAIRS = ('SWA', 'SGD'), ('snapshots', 'SGD'), ('FGE', 'SGD'), ('FGE', 'SWA'), ('FGE', 'snapshots')
+
+def numbers(found: dict) -> dict:
+    "What report.json holds of them: the rows of one run, those of several, as far as they go, and the differences."
+    error = {m: errors(x) for m, x in of_whole_seeds(found, 'accuracy').items()}
+    loss = of_whole_seeds(found, 'loss')
+    rows = {m: {'error': summary(error[m]), 'loss': summary(loss[m])} for m in METHODS}
+    for m in METHODS:
+        for k in sorted({r['budgets'] for r in found['budgets']} - {1}):
+            rows[f'{m}, {k} runs'] = {'error': summary(errors(_at(found, m, k, 'accuracy'))), 'loss': summary(_at(found, m, k, 'loss'))}
+    differences = {f'{a} - {b}': {'error': difference_summary(error[a] - error[b]), 'loss': difference_summary(loss[a] - loss[b])}
+                   for a, b in _PAIRS}
+    return {'rows': rows, 'differences': differences}
+
+
+def draw(found: dict, axs):
+    "Error and loss over the number of models."
+    accuracies = {name: (sizes, errors(x)) for name, (sizes, x) in size_curves(found, 'accuracy').items()}
+    plot_sizes(accuracies, axs[0], 'test error, %')
+    plot_sizes(size_curves(found, 'loss'), axs[1], 'test loss')
+
+
 def sections(records: list[dict], found: dict):
     "The tables of the report."
     n, epochs = len(found['seeds']), {}
@@ -105,28 +130,26 @@ def sections(records: list[dict], found: dict):
     names = {'SGD': 'SGD 1B', 'SWA': 'SWA', 'snapshots': 'snapshots', 'FGE': 'FGE'}
     values = {k: of_whole_seeds(found, k) for k in ('accuracy', 'loss', 'calibration_error', 'disagreement')}
     costs, one = {c['method']: c for c in found['costs']}, found['costs'][0]
-    rows = [['one run', 'epochs', 'models', f'test accuracy, % (n = {n})', 'test loss', 'calibration error, %', 'disagreement, %',
+    rows = [['one run', 'epochs', 'models', f'test error, % (n = {n})', 'test loss', 'calibration error, %', 'disagreement, %',
              'time, one sample', 'time, test set', 'weights, MB']]
     for m in METHODS:
         c = costs[m]
-        rows.append([m, str(epochs[names[m]]), str(c['members']), spread(100 * values['accuracy'][m], 2), spread(values['loss'][m], 4),
+        rows.append([m, str(epochs[names[m]]), str(c['members']), spread(errors(values['accuracy'][m]), 2), spread(values['loss'][m], 4),
                      spread(100 * values['calibration_error'][m], 2),
                      spread(100 * values['disagreement'][m].astype(float), 1) if c['members'] > 1 else '',
                      f'{c["sample"] / one["sample"]:.1f} x', f'{c["test set"] / one["test set"]:.1f} x', f'{c["bytes"] / 1e6:.1f}'])
     yield table(rows)
     yield (f'Times are multiples of one model\'s: {1e3 * one["sample"]:.2g} ms a sample, {one["test set"]:.2g} s the test set. Disagreement: the '
            'share of samples that two members read differently, mean over the pairs.')
-    yield 'Paired differences, seed by seed, in points of accuracy:' if n > 1 else 'Differences; one seed cannot tell them from chance:'
-    pairs = ('SWA', 'SGD'), ('snapshots', 'SGD'), ('FGE', 'SGD'), ('FGE', 'SWA'), ('FGE', 'snapshots')
-    yield table(difference_rows(values['accuracy'], pairs))
-    yield 'The same of the test loss, where less is better:'
-    yield table(difference_rows(values['loss'], pairs, less=True))
+    yield ('Paired differences, seed by seed, in points of error and in test loss (less is better):' if n > 1 else
+           'Differences in points of error and in test loss; one seed cannot tell them from chance:')
+    yield table(difference_rows({m: errors(x) for m, x in values['accuracy'].items()}, _PAIRS, 2, losses=values['loss']))
     if n > 1:
         budgets = [k for k in (1, 2, 3, 5, 10) if k <= n]
-        yield 'Several budgets: all models of so many runs together. Accuracy in %, mean +- std over groups of runs of which none is in two:'
+        yield 'Several budgets: all models of so many runs together. Error in %, mean +- std over groups of runs of which none is in two:'
         rows = [['', *(f'{k} budget{"s" * (k > 1)} (n = {n // k})' for k in budgets)]]
         for m in METHODS:
             name = {'SGD': 'independent SGD runs', 'SWA': 'averages of independent runs'}.get(m, f'{m} of independent runs')
-            rows.append([name, *(spread(100 * _at(found, m, k, 'accuracy'), 2) for k in budgets)])
+            rows.append([name, *(spread(errors(_at(found, m, k, 'accuracy')), 2) for k in budgets)])
         yield table(rows)
     yield '![test error and loss over the number of models](curves.png)'

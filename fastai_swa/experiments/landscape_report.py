@@ -7,17 +7,17 @@ import numpy as np
 from ..files import replacing, write_text
 from ..plot import plot_line, plot_paths, plot_planes, plot_width
 from ..surfaces import Surface
-from .landscapes import images_text, read_note
+from .landscapes import images_text, read_notes
 from .recipes import LANDSCAPES, RECIPES
 from .record import duration
 from .tables import mean_and_half, spread, table
 
-__all__ = ['landscape_files', 'report_landscapes']
+__all__ = ['has_landscapes', 'report_landscapes']
 
 
-def landscape_files(folder: Path) -> list[Path]:
-    "The notes on the seeds measured in `folder`, in their order."
-    return sorted(Path(folder).glob('seed-*.landscape.json'), key=lambda f: int(f.name.removeprefix('seed-').partition('.')[0]))
+def has_landscapes(folder) -> bool:
+    "Is `folder` of a loss surface?"
+    return bool(read_notes(Path(folder)))
 
 
 def report_landscapes(folder: Path) -> str:
@@ -25,7 +25,7 @@ def report_landscapes(folder: Path) -> str:
 
     Only complete seeds count. Raises `ValueError` if there is none, if a file is damaged, or if seeds were measured differently.
     """
-    notes = [read_note(f) for f in landscape_files(folder)]
+    notes = list(read_notes(folder).values())
     complete = [n for n in notes if n['finished']]
     if not complete: raise ValueError(f'{folder} has no complete seed, and {len(notes)} begun')
     for n in complete[1:]:
@@ -33,7 +33,7 @@ def report_landscapes(folder: Path) -> str:
             if n[k] == complete[0][k]: continue
             raise ValueError(f'{folder} mixes measurements: seed {n["seed"]} has {k} {n[k]}, seed {complete[0]["seed"]} {complete[0][k]}')
     recipe = LANDSCAPES[complete[0]['recipe']]
-    surfaces = {n['seed']: {f.name.split('.')[1]: Surface.load(f) for f in sorted(folder.glob(f'seed-{n["seed"]}.*.jsonl'))} for n in complete}
+    surfaces = {n['seed']: {what: Surface.from_dict(content) for what, content in n['surfaces'].items()} for n in complete}
     wd = RECIPES[recipe.base].wd
     figures, sections = {'width': _report_width, 'plane': _report_plane, 'curve': _report_curve}[recipe.kind](complete[0]['landscape'], surfaces, wd)
     for name, draw in figures.items():

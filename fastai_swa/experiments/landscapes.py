@@ -14,13 +14,15 @@ from ..checkpoint import CheckpointCallback
 from ..connectivity import Curve
 from ..files import Lock, write_text
 from ..landscape import line, plane, rays
+from ..surfaces import Surface
 from ..weight_space import Space
 from ..weights import read_index
-from .learners import TimeIsUp, recipe_images, recipe_learner, settings_restored
+from .learners import TimeIsUp, recipe_data, recipe_learner, settings_restored
 from .recipes import RECIPES
-from .record import difference, duration, hardware, now, read_record, snapshots_folder, versions, weights_file
+from .record import difference, duration, find_record, hardware, now, snapshots_folder, versions, weights_file
+from .store import RUNS_FILE, store, stored
 
-__all__ = ['measure_seed', 'check_solutions', 'read_note', 'images_text']
+__all__ = ['measure_seed', 'check_solutions', 'read_notes', 'images_text']
 
 
 def check_solutions(recipe, seed: int, solutions: Path) -> list[dict]:
@@ -30,12 +32,13 @@ def check_solutions(recipe, seed: int, solutions: Path) -> list[dict]:
     """
     res = []
     for s in _seeds_of(recipe, seed):
-        file = solutions/f'seed-{s}.json'
-        if not file.exists():
-            raise ValueError(f'{file} is missing: reproduce {recipe.base} with {s + 1} seed{"s" * (s > 0)} makes it, or give --solutions')
-        res.append(read_record(file))
-        if res[-1]['recipe'] != recipe.base: raise ValueError(f'{file} is of the recipe {res[-1]["recipe"]}, not {recipe.base}')
-        if not res[-1]['finished']: raise ValueError(f'{file} is not complete: reproduce {recipe.base} goes on with it')
+        data = find_record(solutions, s)
+        if data is None:
+            many = f'{s + 1} seed{"s" * (s > 0)}'
+            raise ValueError(f'seed {s} is missing in {solutions}: reproduce {recipe.base} with {many} makes it, or give --solutions')
+        if data['recipe'] != recipe.base: raise ValueError(f'{solutions} is of the recipe {data["recipe"]}, not {recipe.base}')
+        if not data['finished']: raise ValueError(f'seed {s} in {solutions} is not complete: reproduce {recipe.base} goes on with it')
+        res.append(data)
     if recipe.kind == 'plane' and (n := len(_trajectory(solutions, seed))) < 3:
         raise ValueError(f'the SWA run in {solutions} has averaged {n} weights only, and a plane needs 3: reproduce {recipe.base} with a greater '
                          'scale')
@@ -49,17 +52,20 @@ def measure_seed(recipe, seed: int, out: Path, settings, source=None, threads: i
                  solutions: Path | None = None) -> dict:
     """Measure what `recipe` says around the solutions number `seed` in the folder `solutions` (default: beside `out`), or go on with it.
 
-    Each measurement is a file in `out` that grows point by point, seed-<seed>.<what>.jsonl; seed-<seed>.landscape.json says what was measured on
-    what. `settings.images`: so many of the training images, and a fifth as many test images; default: those that the solutions were trained on.
+    Each measurement is a file in `out` that grows point by point, seed-<seed>.<what>.jsonl; seed-<seed>.landscape.json says what was
+    measured on what. At the end all go into the file of the row. `settings.images`, `settings.test_images`: on so many of each; default:
+    those that the solutions were trained and tested on. Returns what was measured on what.
 
     Raises `TimeIsUp` if time does not suffice; `ValueError` if solutions are missing, or of other data, or a file is of another measurement;
     `OSError`; and what `cifar` raises. Nothing is lost by any of them.
     """
     solutions = Path(solutions or out.parent/recipe.base)
     records, base, recipe = check_solutions(recipe, seed, solutions), RECIPES[recipe.base], recipe.scaled(settings.scale)
-    trained, n_images = records[0]['images'], settings.images or records[0]['settings']['images']
-    dls, images = recipe_images(base, source, replace(settings, images=n_images))
-    if settings.images is None and images != trained or images['kind'] != trained['kind'] or images['train'] > trained['train']:
+    trained, used = records[0]['images'], records[0]['settings']
+    numbers = {k: getattr(settings, k) or used[k] for k in ('images', 'test_images')}
+    dls, images = recipe_data(base, source, replace(settings, **numbers))
+    is_same = images == trained or settings.images or settings.test_images
+    if not is_same or images['kind'] != trained['kind'] or images['train'] > trained['train']:
         raise ValueError(f'{solutions} was trained on {images_text(trained)}, and these are {images_text(images)}: give the same')
     out.mkdir(parents=True, exist_ok=True)
     lock = Lock(out/f'seed-{seed}')
@@ -69,6 +75,7 @@ def measure_seed(recipe, seed: int, out: Path, settings, source=None, threads: i
             learn = recipe_learner(base, seed, settings, dls)
             learn.metrics = L(error_rate)
             note, watch, complete = _Note(recipe, seed, out, settings, images, records), _Watch(seed, until, show), False
+            if note.data['finished']: return note.data
             try:
                 with learn.no_logging(): {'width': _width, 'plane': _plane, 'curve': _curve}[recipe.kind](recipe, seed, out, learn, solutions, watch)
                 complete = True
@@ -99,7 +106,7 @@ def _trajectory(solutions, seed) -> dict:
     folder = snapshots_folder(solutions, seed, 'SWA')
     try: index = read_index(folder)
     except FileNotFoundError: raise ValueError(f'{folder} is missing: the run is of an older version, which kept no weights on the way') from None
-    record = read_record(solutions/f'seed-{seed}.json')
+    record = find_record(solutions, seed)
     begin, end = next((p['begin'], p['end']) for p in record['parts'] if p['runs'] == ['SWA'])
     path = {f'epoch {begin + e + 1}': folder/file for e, file in zip(index['epochs'], index['files'])}
     return path | ({} if f'epoch {end}' in path else {f'epoch {end}': weights_file(solutions, seed, 'SWA')})
@@ -155,37 +162,60 @@ class _EpochWatch(Callback):
 
 
 class _Note:
-    "seed-<seed>.landscape.json: what was measured on what, and in which sessions."
+    """What was measured on what, and in which sessions, as `data`: in seed-<seed>.landscape.json, and at the end in the file of the row.
+
+    Raises `ValueError` if that is damaged, or what is there was measured otherwise.
+    """
     def __init__(self, recipe, seed, out, settings, images, records):
-        self.file = out/f'seed-{seed}.landscape.json'
-        fixed = {'recipe': recipe.name, 'seed': seed, 'landscape': {k: v for k, v in asdict(recipe).items() if k not in ('name', 'kind', 'base')},
-                 'settings': asdict(settings), 'images': images,
-                 'solutions': [{k: r[k] for k in ('recipe', 'seed', 'budget', 'swa_start', 'settings', 'images')} for r in records]}
-        self.data = read_note(self.file) if self.file.exists() else {**fixed, 'finished': None, 'sessions': []}
+        self.out, self.seed, self.file = out, seed, _note_file(out, seed)
+        what = {k: v for k, v in asdict(recipe).items() if k not in ('name', 'kind', 'base')}
+        solutions = [{k: r[k] for k in ('recipe', 'seed', 'budget', 'swa_start', 'settings', 'images')} for r in records]
+        fixed = {'recipe': recipe.name, 'seed': seed, 'landscape': what, 'settings': asdict(settings), 'images': images, 'solutions': solutions}
+        self.data = read_notes(out).get(seed) or {'kind': 'landscape', **fixed, 'finished': None, 'sessions': []}
         for k, v in fixed.items():
             if self.data[k] == v: continue
             said = difference(self.data[k], v, k) if isinstance(v, dict) else f'other {k}'
-            raise ValueError(f'{self.file} was measured with {said}: give the same, or another folder')
+            raise ValueError(f'{out}: seed {seed} was measured with {said}: give the same, or another folder')
         self.session = {'started': now(), 'versions': versions(), 'hardware': hardware(settings.device), 'threads': torch.get_num_threads()}
-        if not self.data['finished']: self.data['sessions'].append(self.session)
-        self._write()
+        if self.data['finished']: self._clean_up()
+        else:
+            self.data['sessions'].append(self.session)
+            self._write()
 
     def end(self, watch, complete: bool):
         self.session |= {'seconds': round(watch.seconds, 1), 'steps': watch.steps}
-        if complete and not self.data['finished']: self.data['finished'] = now()
-        self._write()
-        return self.data
+        if not complete: return self._write()
+        self.data['finished'] = now()
+        surfaces = {f.name.split('.')[1]: Surface.load(f).to_dict() for f in self._growing()}
+        store(self.out, self.data | {'surfaces': surfaces})
+        self._clean_up()
+
+    def _growing(self): return sorted(self.out.glob(f'seed-{self.seed}.*.jsonl'))
+
+    def _clean_up(self):
+        for file in (*self._growing(), self.file): file.unlink(missing_ok=True)
 
     def _write(self):
         write_text(self.file, json.dumps(self.data, indent=1) + '\n')
 
 
-def read_note(file) -> dict:
-    try: data = json.loads(file.read_text())
-    except ValueError: data = None
-    if not isinstance(data, dict) or not {'recipe', 'seed', 'landscape', 'settings', 'images', 'solutions', 'finished', 'sessions'} <= data.keys():
-        raise ValueError(f'{file} is damaged, or no note on a measurement: move it away')
-    return data
+_KEYS = {'recipe', 'seed', 'landscape', 'settings', 'images', 'solutions', 'finished', 'sessions'}
+
+def _note_file(out, seed): return out/f'seed-{seed}.landscape.json'
+
+def read_notes(folder: Path) -> dict[int, dict]:
+    "Seed -> what was measured, for all in `folder`, complete (with its 'surfaces') or not. Raises `ValueError` if something is damaged."
+    begun = {}
+    for file in folder.glob('seed-*.landscape.json'):
+        try: data = json.loads(file.read_text())
+        except ValueError: data = None
+        if not isinstance(data, dict) or not _KEYS <= data.keys(): raise ValueError(f'{file} is damaged, or no note on a measurement: move it away')
+        begun[data['seed']] = data
+    complete = stored(folder, 'landscape')
+    for seed, data in complete.items():
+        if not {*_KEYS, 'surfaces'} <= data.keys():
+            raise ValueError(f'{folder/RUNS_FILE} is damaged: seed {seed} is no measurement: move it away')
+    return dict(sorted((begun | complete).items()))
 
 
 def images_text(images): return f'{images["train"]:,} + {images["valid"]:,} images of {images["kind"]} (SHA-256 {images["sha256"]}...)'

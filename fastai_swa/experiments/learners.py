@@ -10,13 +10,14 @@ from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner, Metric, Recorder
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
+from fastai.optimizer import SGD, Adam
 from fastai.torch_core import set_seed
 
 from ..vision import cifar
 from ..vision.tensors import tensor_loaders
 from .recipes import optimizer
 
-__all__ = ['TimeIsUp', 'recipe_learner', 'recipe_images', 'settings_restored', 'EpochRecorder']
+__all__ = ['TimeIsUp', 'recipe_learner', 'recipe_data', 'settings_restored', 'EpochRecorder']
 
 
 class TimeIsUp(Exception):
@@ -35,31 +36,62 @@ def settings_restored():
         torch.set_num_threads(threads)
 
 
-def recipe_learner(recipe, seed, settings, dls) -> Learner:
+def recipe_learner(recipe, seed, settings, data) -> Learner:
+    "With the weights, the order and the augmentation of `seed`; `data`: of `recipe_data`."
     set_seed(seed)
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not settings.deterministic, settings.deterministic
     torch.use_deterministic_algorithms(settings.deterministic)
     if settings.deterministic: os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')    # or cuBLAS refuses
+    make = _image_learner if recipe.task is None else _task_learner
+    learn = make(recipe, seed, settings, data)
+    learn.remove_cbs([Recorder, ProgressCallback])
+    learn.add_cb(EpochRecorder())
+    if settings.precision == 'bf16': learn.add_cb(BF16())
+    learn.create_opt()
+    return learn
+
+
+def _image_learner(recipe, seed, settings, dls):
     device = torch.device(settings.device)
     model = recipe.network(recipe.n_classes).to(device, memory_format=torch.channels_last)
     if settings.compile: model = torch.compile(model, mode=settings.compile, dynamic=False)    # a graph for each size of batch
     dls = tensor_loaders(*((ds.images, ds.labels) for ds in (dls.train_ds, dls.valid_ds)), dls.vocab, recipe.stats, bs=recipe.bs,
                          padding=recipe.padding, seed=seed, chunk=16, device=device)
     dls.train.rng = Random(seed)
-    learn = Learner(dls, model, CrossEntropyLossFlat(), opt_func=optimizer(recipe, fused=device.type == 'cuda' or None), lr=recipe.lr, wd=recipe.wd,
-                    wd_bn_bias=True, metrics=accuracy)
-    learn.remove_cbs([Recorder, ProgressCallback])
-    learn.add_cb(EpochRecorder())
-    if settings.precision == 'bf16': learn.add_cb(MixedPrecision('bf16'))
-    learn.create_opt()
-    return learn
+    opt_func = optimizer(recipe, fused=device.type == 'cuda' or None)
+    return Learner(dls, model, CrossEntropyLossFlat(), opt_func=opt_func, lr=recipe.lr, wd=recipe.wd, wd_bn_bias=True, metrics=accuracy)
 
 
-def recipe_images(recipe, source, settings): return _loaded(recipe.n_classes, source or recipe.source, settings.images or recipe.images)
+def _task_learner(recipe, seed, settings, data):
+    dls = recipe.task.loaders(data, recipe.bs, seed).to(settings.device)
+    model = recipe.task.network(data, dls).to(settings.device)
+    loss, metric = recipe.task.loss_and_metric()
+    return Learner(dls, model, loss, opt_func={'SGD': SGD, 'Adam': Adam}[recipe.opt], lr=recipe.lr, wd=recipe.wd, metrics=metric)
+
+
+class BF16(MixedPrecision):
+    "fastai's `MixedPrecision('bf16')`, whose autocast is for a GPU alone, on the device of the learner."
+    name = 'mixed_precision'
+
+    def __init__(self): super().__init__('bf16')
+
+    def before_fit(self):
+        super().before_fit()
+        self.autocast = torch.autocast(self.dls.device.type, torch.bfloat16)
+
+
+def recipe_data(recipe, source, settings):
+    "(data for `recipe_learner`, what it is of: its kind, the numbers of training and test samples, a fingerprint)."
+    n_train = settings.images or recipe.images
+    if recipe.task is not None: return _loaded_task(recipe.task, source, n_train, settings.test_images)
+    return _loaded(recipe.n_classes, source or recipe.source, n_train, settings.test_images)
+
+@cache
+def _loaded_task(task, source, n_train, n_test): return task.load(source, n_train, n_test)
 
 @cache    # the seeds of a process share the images
-def _loaded(n_classes, source, n_images):
-    dls = cifar(n_classes, source, n_images=n_images, device=torch.device('cpu'))
+def _loaded(n_classes, source, n_images, n_valid):
+    dls = cifar(n_classes, source, n_images=n_images, n_valid=n_valid, device=torch.device('cpu'))
     return dls, {'kind': dls.kind, 'train': len(dls.train_ds), 'valid': len(dls.valid_ds), 'sha256': _fingerprint(dls)}
 
 def _fingerprint(dls) -> str:

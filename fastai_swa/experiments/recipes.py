@@ -3,13 +3,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from fastai.callback.schedule import combined_cos
 from fastai.optimizer import OptimWrapper
 from torch import nn, optim
 
 from ..schedules import fge_epochs, fge_lr_factor, snapshot_lr_factor, swa_lr_factor
-from ..vision import CIFAR_STATS, IMAGENET_STATS, VGG16, PreResNet, WideResNet, digits_net
+from ..vision import CIFAR_STATS, IMAGENET_STATS, VGG16, PreResNet, SmallPreResNet, WideResNet, digits_net
+from .tasks import ADULT, HOUSING, SST2, Sentences, Table
 
-__all__ = ['Recipe', 'Ensembles', 'RECIPES', 'Landscape', 'LANDSCAPES', 'Run', 'Part', 'sgd_lr', 'swa_lr', 'scaled', 'runs', 'parts', 'optimizer']
+__all__ = ['Recipe', 'Ensembles', 'RECIPES', 'Landscape', 'LANDSCAPES', 'Run', 'Beside', 'Part', 'sgd_lr', 'swa_lr', 'scaled', 'runs',
+           'parts', 'optimizer']
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Recipe:
     batch is kept.
     """
     name: str
-    network: Callable[[int], nn.Module]    # from the number of classes
-    n_classes: int
+    network: Callable[[int], nn.Module] | None    # from the number of classes; None: the task's own
+    n_classes: int | None
     budget: int
     lr: float
     swa_lr: float
@@ -48,8 +51,16 @@ class Recipe:
     bs: int = 128
     fixed_lr: bool = False    # the SWA run has `swa_lr` from its first epoch on
     ensembles: Ensembles | None = None    # compare methods at one budget, instead of SGD and SWA at several
+    lengths: tuple[int, ...] | None = None    # compare methods at so many epochs each, instead of SGD and SWA at one budget and more
+    one_cycle_lr: float | None = None    # greatest learning rate of `fit_one_cycle`, the control of fastai's users; None: without
+    ema: float | None = None    # decay of an average over the steps of each run; None: without
     source: str | None = None    # of the images, if none is given
-    images: int | None = None    # training images, if no number is given; None: all
+    images: int | None = None    # training images, or rows, if no number is given; None: all
+    task: Table | Sentences | None = None    # instead of images
+    opt: str = 'SGD'    # 'Adam': fastai's own
+
+    @property
+    def metric(self) -> str: return 'accuracy' if self.task is None else self.task.metric
 
     @property
     def epochs(self) -> int: return self.epochs_at(1.5)
@@ -73,29 +84,70 @@ def swa_lr(recipe: Recipe, epoch: int) -> float:
 
 def scaled(recipe: Recipe, scale: float) -> Recipe:
     "`recipe` with all its lengths times `scale`. Raises `ValueError` if that leaves fewer than 4 epochs to the budget."
+    least = min(recipe.lengths or [recipe.budget])
+    if round(least * scale) < 4:
+        raise ValueError(f'scale={scale:g} leaves {round(least * scale)} of {least} epochs, and 4 are the least: scale {4 / least:g}')
     budget = round(recipe.budget * scale)
-    if budget < 4: raise ValueError(f'scale={scale:g} leaves {budget} of {recipe.budget} epochs, and 4 are the least: scale {4 / recipe.budget:g}')
-    return replace(recipe, budget=budget, swa_start=min(round(recipe.swa_start * scale), budget - 1))
+    lengths = recipe.lengths and tuple(round(n * scale) for n in recipe.lengths)
+    return replace(recipe, budget=budget, swa_start=min(round(recipe.swa_start * scale), budget - 1), lengths=lengths)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A further average beside a run, which leaves its training alone; validated at its end.
+
+    Either of the ends of the epochs from `start` on, all equal; or, with a `decay`, an exponential one of the steps, with its warm-up,
+    from the epoch on in which the run parts from the others.
+    """
+    name: str    # what its columns begin with
+    start: int = 0
+    decay: float | None = None
 
 
 @dataclass(frozen=True)
 class Run:
-    """One fit of a recipe: the learning rate of each of its epochs, a number or something to be called with step and number of steps; the first epoch
-    folded, from 0; and the first epoch of a snapshot with the epochs from one to the next.
+    """One fit of a recipe.
 
     An SGD run folds its last epoch alone: this "average" of one point is its end with the batch norm refreshed, a control.
     """
     name: str
-    lrs: tuple
-    swa_start: int
-    snapshots: tuple[int, int] | None = None
+    lrs: tuple    # the learning rate of each epoch: a number, or something to be called with step and number of steps
+    swa_start: int    # the first epoch folded, from 0
+    snapshots: tuple[int, int] | None = None    # the first epoch of a snapshot, and the epochs from one to the next
+    beside: tuple[Beside, ...] = ()
+    swa_eval_freq: int = 1
+    momentum: Callable[[int, int, int], float] | None = None    # of epoch, step and number of steps; None: the optimizer's own
 
     @property
     def alone_from(self) -> int:
         "The epoch from which on it cannot be one training with others."
-        return min(self.swa_start, self.snapshots[0] if self.snapshots else self.swa_start)
+        starts = [b.start for b in self.beside if b.decay is None]
+        return min([self.swa_start, *starts, *(self.snapshots[:1] if self.snapshots else ())])
 
     def lr(self, epoch, step, n_steps) -> float: return self.lrs[epoch](step, n_steps) if callable(self.lrs[epoch]) else self.lrs[epoch]
+
+
+@dataclass(frozen=True)
+class OneCycle:
+    "Learning rate and momentum of fastai's `fit_one_cycle(n_epoch, lr)`, by its defaults."
+    n_epoch: int
+    lr_max: float
+
+    def lr(self, epoch, step, n_steps) -> float:
+        return float(combined_cos(.25, self.lr_max / 25, self.lr_max, self.lr_max / 1e5)(self._share(epoch, step, n_steps)))
+
+    def momentum(self, epoch, step, n_steps) -> float:
+        return float(combined_cos(.25, .95, .85, .95)(self._share(epoch, step, n_steps)))
+
+    def _share(self, epoch, step, n_steps): return (epoch + step / n_steps) / self.n_epoch
+
+
+@dataclass(frozen=True)
+class OneCycleEpoch:
+    "The learning rate in an epoch of a `OneCycle`."
+    epoch: int
+    cycle: OneCycle
+    def __call__(self, step, n_steps): return self.cycle.lr(self.epoch, step, n_steps)
 
 
 @dataclass(frozen=True)
@@ -117,16 +169,45 @@ class FGEEpoch:
 
 
 def runs(recipe: Recipe) -> list[Run]:
-    """The SGD runs of 1 and of 1.5 budgets, and the SWA run of 1.5, of which 1 and 1.25 are read off; for a comparison of ensembles SGD, SWA,
-    snapshots and FGE, none of which takes more than the budget."""
-    def sgd(name, n): return Run(name, tuple(sgd_lr(recipe, e, n) for e in range(n)), n - 1)
-    if recipe.ensembles: return [sgd('SGD 1B', recipe.budget), *_ensemble_runs(recipe)]
-    return [sgd('SGD 1B', recipe.budget), sgd('SGD 1.5B', recipe.epochs), _swa_run(recipe, recipe.epochs)]
+    """The SGD runs of 1 and of 1.5 budgets, and the SWA run of 1.5, of which 1 and 1.25 are read off; where the recipe says so, one-cycle
+    of 1 and 1.5. For a comparison of ensembles SGD, SWA, snapshots and FGE, none of which takes more than the budget; for one of lengths
+    SGD, SWA and one-cycle of each."""
+    if recipe.lengths: return _runs_of_lengths(recipe)
+    sgd = _sgd_run(recipe, 'SGD 1B', recipe.budget)
+    if recipe.ensembles: return [sgd, *_ensemble_runs(recipe)]
+    one_cycle = []
+    if recipe.one_cycle_lr:
+        one_cycle = [_one_cycle_run(recipe, 'one-cycle 1B', recipe.budget), _one_cycle_run(recipe, 'one-cycle 1.5B', recipe.epochs)]
+    return [sgd, _sgd_run(recipe, 'SGD 1.5B', recipe.epochs), _swa_run(recipe, recipe.epochs), *one_cycle]
+
+
+def _runs_of_lengths(recipe) -> list[Run]:
+    res = []
+    for n in recipe.lengths:
+        of_length = replace(recipe, budget=n, swa_start=round(n * recipe.swa_start / recipe.budget))
+        swa = _swa_run(of_length, n)
+        res += [_sgd_run(of_length, f'{recipe.opt} {n}', n), replace(swa, name=f'SWA {n}', snapshots=None, swa_eval_freq=0),
+                _one_cycle_run(of_length, f'one-cycle {n}', n)]
+    return res
+
+
+def _sgd_run(recipe, name, n) -> Run: return Run(name, tuple(sgd_lr(recipe, e, n) for e in range(n)), n - 1, beside=_emas(recipe))
 
 
 def _swa_run(recipe, n) -> Run:
     "Of `n` epochs; ten snapshots of the weights that it averages, or fewer, show their path."
-    return Run('SWA', tuple(swa_lr(recipe, e) for e in range(n)), recipe.swa_start, (recipe.swa_start, -(-(n - recipe.swa_start) // 10)))
+    snapshots = recipe.swa_start, -(-(n - recipe.swa_start) // 10)
+    return Run('SWA', tuple(swa_lr(recipe, e) for e in range(n)), recipe.swa_start, snapshots, _emas(recipe))
+
+
+def _one_cycle_run(recipe, name, n) -> Run:
+    "Beside it the mean of the last third of its epochs, and of the last fifth."
+    cycle = OneCycle(n, recipe.one_cycle_lr)
+    beside = Beside('third', n - round(n / 3)), Beside('fifth', n - round(n / 5)), *_emas(recipe)
+    return Run(name, tuple(OneCycleEpoch(e, cycle) for e in range(n)), n - 1, beside=beside, momentum=cycle.momentum)
+
+
+def _emas(recipe): return () if recipe.ema is None else (Beside('ema', decay=recipe.ema),)
 
 
 def _ensemble_runs(recipe) -> list[Run]:
@@ -199,19 +280,33 @@ RECIPES = {r.name: r for r in (
            published=_rows((78.49, .36), (79.77, .17), (80.18, .23), (80.35, .16))),
     Recipe('wrn28-10-cifar10', _wrn_28_10, 10, **_wrn, published=_rows((96.18, .11), (96.45, .11), (96.64, .08), (96.79, .05))),
     Recipe('wrn28-10-cifar100', _wrn_28_10, 100, **_wrn, published=_rows((80.82, .23), (81.46, .23), (81.91, .27), (82.15, .27))),
-    # a fixed learning rate from scratch: the paper's, where SGD has its own usual one, and one for an hour on two cores of a CPU
+    # a fixed learning rate from scratch; SGD has its own usual one
     Recipe('wrn28-10-cifar100-fixed', _wrn_28_10, 100, **{**_wrn, 'swa_start': 140}, fixed_lr=True, published={'SWA 1.5B': (81.7, None)}),
-    Recipe('wrn16-1-cifar10-fixed', partial(WideResNet, 16, 1), 10, **{**_wrn, 'budget': 10, 'swa_start': 7}, fixed_lr=True),
 )}
-# ensembles at one budget, on the same data: the SWA paper's networks, and two that a CPU trains
+# ensembles at one budget, on the same data: the SWA paper's networks, and one that a CPU trains in seconds
 _fge = {'vgg16': Ensembles(.05, (1e-2, 5e-4), 2), 'preresnet110': Ensembles(.1, (5e-2, 5e-4), 4)}
 for _net, _ensembles in _fge.items():
     _recipe = RECIPES[f'{_net}-cifar10']
     RECIPES[f'ensembles-{_net}-cifar10'] = replace(_recipe, name=f'ensembles-{_net}-cifar10', ensembles=_ensembles, published={})
-RECIPES['ensembles-wrn16-1-cifar10'] = replace(RECIPES['wrn16-1-cifar10-fixed'], name='ensembles-wrn16-1-cifar10', fixed_lr=False, budget=20,
-                                               swa_start=16, ensembles=Ensembles(.1, (5e-2, 5e-4), 2))
 RECIPES['ensembles-digits'] = Recipe('ensembles-digits', _small_digits_net, 10, budget=40, lr=.1, swa_lr=.05, swa_start=32, wd=5e-4, bs=32,
                                      padding=None, source='digits', images=200, ensembles=Ensembles(.1, (5e-2, 5e-4), 2))
+# the same with a network and a length that one core of a CPU can do, on a part of the training images; chosen on seeds from 100 on
+_small = dict(budget=60, lr=.1, swa_lr=.05, swa_start=48, wd=5e-4, one_cycle_lr=.2, ema=.99, images=5000)
+for _small_recipe in (Recipe('small-cifar10', SmallPreResNet, 10, **_small),
+                      Recipe('small-cifar100', partial(SmallPreResNet, width=32), 100, **_small)):
+    RECIPES[_small_recipe.name] = _small_recipe
+RECIPES['lengths-small-cifar100'] = replace(RECIPES['small-cifar100'], name='lengths-small-cifar100', lengths=(15, 30, 60, 90))
+RECIPES['ensembles-small-cifar100'] = replace(RECIPES['small-cifar100'], name='ensembles-small-cifar100', one_cycle_lr=None, ema=None,
+                                              ensembles=Ensembles(.1, (5e-2, 5e-4), 2))
+# beyond images: fastai's own optimizer, at several lengths
+_beyond = dict(network=None, n_classes=None, opt='Adam', wd=.01, ema=.99)
+for _task_recipe in (
+        Recipe('tabular-adult', **_beyond, budget=20, lr=1e-3, swa_lr=5e-4, swa_start=15, one_cycle_lr=1e-3, bs=256, lengths=(5, 10, 20), task=ADULT),
+        Recipe('tabular-housing', **_beyond, budget=40, lr=3e-3, swa_lr=1e-3, swa_start=30, one_cycle_lr=3e-3, bs=256, lengths=(10, 20, 40),
+               task=HOUSING),
+        Recipe('text-sst2', **_beyond, budget=12, lr=1e-3, swa_lr=5e-4, swa_start=9, one_cycle_lr=1e-3, bs=256, lengths=(4, 8, 12), images=20_000,
+               task=SST2)):
+    RECIPES[_task_recipe.name] = _task_recipe
 # the question that the 2018 replication left open: does padding by reflection, its library's default, explain its higher accuracy?
 for _name in ('vgg16-cifar10', 'preresnet110-cifar10'):
     RECIPES[f'{_name}-reflection'] = replace(RECIPES[_name], name=f'{_name}-reflection', padding='reflect', published={})
@@ -247,6 +342,6 @@ class Landscape:
 _landscape_bases = {
     'vgg16-cifar10': dict(epochs=600, lr=.015), 'vgg16-cifar100': dict(epochs=600, lr=.015), 'preresnet110-cifar10': {}, 'preresnet110-cifar100': {},
     'preresnet164-cifar10': {}, 'preresnet164-cifar100': {}, 'wrn28-10-cifar10': {}, 'wrn28-10-cifar100': {},
-    'wrn16-1-cifar10-fixed': dict(epochs=20), 'ensembles-digits': dict(epochs=20)}
+    'small-cifar10': dict(epochs=30), 'small-cifar100': dict(epochs=30), 'ensembles-digits': dict(epochs=20)}
 LANDSCAPES = {f'{kind}-{base.removeprefix("ensembles-")}': Landscape(f'{kind}-{base.removeprefix("ensembles-")}', kind, base, **curve)
               for base, curve in _landscape_bases.items() for kind in ('width', 'plane', 'curve')}

@@ -1,4 +1,4 @@
-"""What is kept of a seed: its record as JSON, the states at its forks, its weights."""
+"""What is kept of a seed: its record, the states at its forks, its weights."""
 import json, os, platform, re
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -14,38 +14,43 @@ from ..modules import unwrap
 from ..state import take
 from ..version import __version__
 from .recipes import parts, runs
+from .store import RUNS_FILE, shortest, store, stored
 
-__all__ = ['Settings', 'Record', 'what_is_run', 'read_record', 'seed_files', 'weights_file', 'snapshots_folder', 'json_number', 'seconds_text',
-           'difference', 'duration', 'now', 'versions', 'hardware']
+__all__ = ['Settings', 'Record', 'what_is_run', 'read_records', 'find_record', 'check_record', 'weights_file', 'snapshots_folder',
+           'json_number', 'seconds_text', 'difference', 'duration', 'now', 'versions', 'hardware']
 
 
 @dataclass(frozen=True)
 class Settings:
     "What the numbers of a run depend on, besides recipe, data and seed. A seed goes on with the same settings only."
     scale: float = 1.    # multiplies all lengths
-    images: int | None = None    # training images; None: all
+    images: int | None = None    # training images; None: as many as the recipe says
+    test_images: int | None = None    # None: all
     device: str = 'cpu'
-    precision: str = 'fp32'    # or 'bf16': autocast on a GPU, with float32 weights
+    precision: str = 'fp32'    # or 'bf16': autocast, with float32 weights
     compile: str | None = None    # a mode of torch.compile: 'default', 'reduce-overhead' (captured steps), 'max-autotune'
     deterministic: bool = False    # only GPU kernels that give the same result each time
 
 
 class Record:
-    """A seed's record, as `data` in memory and in seed-<seed>.json: what was run, on what, and each epoch of each part.
+    """A seed's record, as `data`: what was run, on what, and each epoch of each part.
 
-    Raises `ValueError` if the file is damaged, or was run with other settings or data; `OSError` if it cannot be written.
+    Until the seed is complete it stands in seed-<seed>.json, then in the file of the row. Raises `ValueError` if that is damaged, or was
+    run with other settings or data; `OSError` if it cannot be written.
     """
     def __init__(self, recipe, seed: int, out: Path, settings: Settings, images: dict, threads: int, jobs: int = 1):
         self.recipe, self.seed, self.out, self.settings = recipe, seed, out, settings
         self.parts, self.number = parts(runs(recipe)), 0    # the number of the part in training
         fixed = what_is_run(recipe, settings, images) | {'seed': seed}
-        if self.file('json').exists(): self.data = read_record(self.file('json'), fixed)
+        self.data = find_record(out, seed)
+        if self.data is not None: check_record(self.data, out, fixed)
         else:
             # what an earlier run has left whose record is gone
             for file in (*out.glob(f'seed-{seed}.part*.ckpt'), *out.glob(f'seed-{seed}.fork*')): file.unlink()
-            self.data = fixed | {'threads': threads, 'started': now(), 'finished': None, 'sessions': [], 'parts': [
+            self.data = {'kind': 'training', **fixed, 'threads': threads, 'started': now(), 'finished': None, 'sessions': [], 'parts': [
                 {'runs': [r.name for r in p.runs], 'begin': p.begin, 'end': p.end, 'done': False, 'epochs': []} for p in self.parts]}
-        if not self.data['finished']:
+        if self.data['finished']: self.file('json').unlink(missing_ok=True)    # there, if it was killed in that moment
+        else:
             self.data['sessions'].append({'started': now(), 'jobs': jobs, 'versions': versions(), 'hardware': hardware(settings.device)})
             self._save()
         self.clock = _Clock(self)
@@ -55,7 +60,9 @@ class Record:
     def folder(self, run: str) -> Path: return snapshots_folder(self.out, self.seed, run)
 
     def _save(self):
-        write_text(self.file('json'), _as_json(self.data))
+        if not self.data['finished']: return write_text(self.file('json'), _as_json(self.data))
+        store(self.out, self.data)
+        self.file('json').unlink(missing_ok=True)
 
     def is_done(self, number) -> bool: return self.data['parts'][number]['done']
 
@@ -100,13 +107,19 @@ class Record:
         weights = {k: v.cpu() for k, v in unwrap(model).state_dict().items()}
         save_weights(weights_file(self.out, self.seed, name), weights)
 
+    def keep_baseline(self, found: dict):
+        "What another method gets on the same data."
+        self.data['baseline'] = found
+        self._save()
+
     def line(self) -> str:
         "Where the part in training stands, for a progress display."
         part, rows = self.parts[self.number], self.data['parts'][self.number]['epochs']
-        average = rows[-1].get('swa_accuracy')
+        metric = self.recipe.metric
+        average = rows[-1].get(f'swa_{metric}')
         average = f' (average {100 * average:.2f} %)' if average is not None else ''
         return (f'seed {self.seed}  {", ".join(r.name for r in part.runs)}  epoch {part.begin + len(rows)} of {part.end}  '
-                f'accuracy {100 * rows[-1]["accuracy"]:.2f} %{average}  {seconds_text(rows[-1]["seconds"])} an epoch  '
+                f'{metric} {100 * rows[-1][metric]:.2f} %{average}  {seconds_text(rows[-1]["seconds"])} an epoch  '
                 f'{duration(self.clock.left())} left')
 
 
@@ -158,26 +171,39 @@ def what_is_run(recipe, settings: Settings, images: dict) -> dict:
     return {'recipe': recipe.name, 'budget': recipe.budget, 'swa_start': recipe.swa_start, 'settings': asdict(settings), 'images': images}
 
 
-def read_record(file: Path, fixed: dict | None = None) -> dict:
-    "A seed's record. Raises `ValueError` if it is damaged, or does not agree with what is `fixed`."
+_KEYS = {'recipe', 'seed', 'settings', 'images', 'parts', 'finished'}
+
+def read_records(folder: Path) -> dict[int, dict]:
+    "Seed -> its record, for all in `folder`, complete or not, in the order of the seeds. Raises `ValueError` if one is damaged."
+    if not folder.is_dir(): return {}
+    names = (re.fullmatch(r'seed-(\d+)\.json', f.name) for f in folder.iterdir())
+    begun = {int(m[1]): _read_begun(folder/m[0]) for m in names if m}
+    complete = stored(folder, 'training')
+    for seed, data in complete.items():
+        if not _KEYS <= data.keys(): raise ValueError(f'{folder/RUNS_FILE} is damaged: seed {seed} is no record of a training: move it away')
+    return dict(sorted((begun | complete).items()))
+
+def find_record(folder: Path, seed: int) -> dict | None:
+    "The record of a seed in `folder`, complete or not; `None` if there is none. Raises `ValueError` if it is damaged."
+    return read_records(folder).get(seed)
+
+def check_record(data: dict, folder: Path, fixed: dict):
+    "Raises `ValueError` if the record `data` of a seed in `folder` does not agree with what is `fixed`."
+    for k, v in fixed.items():
+        if data.get(k) == v: continue
+        raise ValueError(f'{folder}: seed {data["seed"]} was run with {difference(data.get(k), v, k)}: give the same, or another folder')
+
+def _read_begun(file) -> dict:
     try: data = json.loads(file.read_text())
     except ValueError: data = None
-    if not isinstance(data, dict) or not {'recipe', 'seed', 'settings', 'images', 'parts', 'finished'} <= data.keys():
-        raise ValueError(f'{file} is damaged, or no record of a seed: move it away')
-    for k, v in (fixed or {}).items():
-        if data.get(k) != v: raise ValueError(f'{file} was run with {difference(data.get(k), v, k)}: give the same, or another folder')
+    if not isinstance(data, dict) or not _KEYS <= data.keys(): raise ValueError(f'{file} is damaged, or no record of a seed: move it away')
     return data
-
-
-def seed_files(folder: Path) -> dict[int, Path]:
-    "Seed -> the file of its record, for those in `folder`."
-    found = {int(m[1]): f for f in folder.iterdir() if (m := re.fullmatch(r'seed-(\d+)\.json', f.name))} if folder.is_dir() else {}
-    return dict(sorted(found.items()))
 
 
 def seconds_text(seconds) -> str: return f'{seconds:.2f} s' if seconds < 10 else f'{seconds:.0f} s'
 
-def _cells(row) -> dict: return {k: json_number(float(v)) for k, v in row.items()}
+def _cells(row) -> dict:
+    return {k: round(v, 3) if k == 'seconds' else json_number(shortest(float(v))) for k, v in row.items()}
 
 def json_number(v): return v if abs(v) < float('inf') else None    # JSON knows neither nan nor infinity
 

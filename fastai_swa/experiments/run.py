@@ -10,18 +10,20 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastcore.foundation import noop
 
+from ..averaging import ema
 from ..callback import SWACallback
 from ..checkpoint import CheckpointCallback
 from ..files import InUse, Lock
+from ..holders import named_callbacks
 from ..learner import EpochScheduler
 from ..passes import autocast_left
 from ..snapshots import SnapshotCallback
 from ..state import restore
 from .ensembles import evaluate
 from .landscapes import check_solutions, measure_seed
-from .learners import TimeIsUp, recipe_images, recipe_learner, settings_restored
+from .learners import TimeIsUp, recipe_data, recipe_learner, settings_restored
 from .recipes import LANDSCAPES, RECIPES, Recipe, runs, scaled
-from .record import Record, Settings, read_record, seed_files, what_is_run
+from .record import Record, Settings, check_record, read_records, what_is_run
 
 __all__ = ['reproduce', 'run_seed', 'STOPPED']
 
@@ -52,8 +54,8 @@ def reproduce(name: str, seeds: int = 1, out=None, source=None, settings: Settin
         if solutions is not None: raise ValueError(f'solutions are of width-, plane- and curve- only, and {name} trains its own')
         recipe = scaled(RECIPES[name], settings.scale)
         runs(recipe)    # raises where the scale leaves too little
-        common = what_is_run(recipe, settings, recipe_images(recipe, source, settings)[1])
-        for file in seed_files(out).values(): read_record(file, common)    # all of a folder are of one kind
+        common = what_is_run(recipe, settings, recipe_data(recipe, source, settings)[1])
+        for data in read_records(out).values(): check_record(data, out, common)    # all of a folder are of one kind
         kwargs['jobs'] = jobs
     else: raise ValueError(f'name must be one of {", ".join((*RECIPES, *LANDSCAPES))}, not {name!r}')
     attempt = partial(_attempt, name, **kwargs)
@@ -66,7 +68,6 @@ def reproduce(name: str, seeds: int = 1, out=None, source=None, settings: Settin
 
 def _check(settings):
     if not 0 < settings.scale < float('inf'): raise ValueError(f'scale must be a positive number, not {settings.scale}')
-    if settings.precision == 'bf16' and not settings.device.startswith('cuda'): raise ValueError('precision bf16 is autocast on a GPU: use fp32 here')
     try: torch.empty(1, device=settings.device)
     except (RuntimeError, AssertionError) as e: raise ValueError(f'device {settings.device!r} cannot be used: {str(e).splitlines()[0]}') from None
 
@@ -74,21 +75,21 @@ def _check(settings):
 def _predict_together(recipe, out, seeds, settings, source, threads):
     with settings_restored():
         if settings.device == 'cpu': torch.set_num_threads(threads)
-        evaluate(out, seeds, recipe_learner(recipe, 0, settings, recipe_images(recipe, source, settings)[0]))
+        evaluate(out, seeds, recipe_learner(recipe, 0, settings, recipe_data(recipe, source, settings)[0]))
 
 
 def run_seed(recipe: Recipe, seed: int, out: Path, settings: Settings = Settings(), source=None, threads: int | None = None,
              until: float = float('inf'), show=noop, jobs: int = 1) -> dict:
-    """Train all runs of `recipe` with one seed, or what an earlier call has left of them; returns what `out`/seed-<seed>.json then holds.
+    """Train all runs of `recipe` with one seed, or what an earlier call has left of them; returns the record that `out`/runs.jsonl then holds.
 
-    The runs share the epochs before they part. While it goes on, a checkpoint and the states at the forks stand beside the file; at the end the
-    weights at the end of each run, and the average, as state dicts: seed-<seed>-<run>.pth.
+    The runs share the epochs before they part. While it goes on, seed-<seed>.json, a checkpoint and the states at the forks stand beside
+    the file; at the end the weights at the end of each run, and the average, as state dicts: seed-<seed>-<run>.pth.
 
     - `source`: of the images, as in `vision.cifar`; `threads`: of the CPU, on which its results depend in the last bits (a seed that goes on
       keeps its number); `until`: the `time.time()` by which it ends; `show`: called as `show(seed, line)` after each epoch; `jobs`:
       how many seeds are trained side by side, for the record.
 
-    Raises `TimeIsUp` if time does not suffice; `ValueError` if the file there was run with other settings or other data; `RuntimeError` if
+    Raises `TimeIsUp` if time does not suffice; `ValueError` if the record there was run with other settings or other data; `RuntimeError` if
     another process is at it; `OSError` if a file cannot be written; and what `cifar` raises. Nothing is lost by any of them.
     """
     if time() > until: raise TimeIsUp
@@ -97,11 +98,12 @@ def run_seed(recipe: Recipe, seed: int, out: Path, settings: Settings = Settings
     lock = Lock(out/f'seed-{seed}.json')
     try:
         with settings_restored():
-            dls, images = recipe_images(recipe, source, settings)
+            data, images = recipe_data(recipe, source, settings)
             record = Record(recipe, seed, out, settings, images, threads or torch.get_num_threads(), jobs)
             if settings.device == 'cpu': torch.set_num_threads(record.data['threads'])
+            if recipe.task is not None and 'baseline' not in record.data: record.keep_baseline(recipe.task.baseline(data, seed))
             while (task := record.next()) is not None:
-                _train(record, *task, dls, until, show)
+                _train(record, *task, data, until, show)
                 record.clean_up()
                 gc.collect()    # the part's learner, and what it has on the GPU
             record.clean_up()
@@ -109,20 +111,33 @@ def run_seed(recipe: Recipe, seed: int, out: Path, settings: Settings = Settings
     finally: lock.release()
 
 
-def _train(record, number, state, dls, until, show):
+def _train(record, number, state, data, until, show):
     "Train one part of a seed's runs, from the `state` in which its parent ended."
     part = record.parts[number]
-    run, learn = part.runs[0], recipe_learner(record.recipe, record.seed, record.settings, dls)
-    if state is not None: restore(learn, state)
-    schedule = EpochScheduler({'lr': lambda epoch, step, n_steps: run.lr(part.begin + epoch, step, n_steps)})
-    cbs, swa = [schedule, _Checkpoint(record, until)], None
+    run, learn = part.runs[0], recipe_learner(record.recipe, record.seed, record.settings, data)
+    if state is not None: restore(learn, _without_callbacks_of_the_fit(state, learn))
+    schedules = {'lr': lambda epoch, step, n_steps: run.lr(part.begin + epoch, step, n_steps)}
+    if run.momentum: schedules['mom'] = lambda epoch, step, n_steps: run.momentum(part.begin + epoch, step, n_steps)
+    cbs, swa = [EpochScheduler(schedules), _Checkpoint(record, until)], None
     if part.is_last:
-        swa = SWACallback(run.swa_start - part.begin)
-        cbs.append(swa)
+        swa = SWACallback(run.swa_start - part.begin, swa_eval_freq=run.swa_eval_freq)
+        cbs += [swa, *(_beside(average, part.begin) for average in run.beside)]
         if run.snapshots: cbs.append(SnapshotCallback(run.snapshots[0] - part.begin, run.snapshots[1], record.folder(run.name)))
     with learn.no_logging(), autocast_left():
         learn.fit(part.end - part.begin, run.lr(part.begin, 0, 1), cbs=[*cbs, _Log(record, swa, show)])
     if not record.is_done(number): raise TimeIsUp
+
+
+def _without_callbacks_of_the_fit(state, learn) -> dict:
+    "A `state` in which a part ended, without what was of its own callbacks, for the `learn` of the next one."
+    names = dict(named_callbacks(learn))
+    return state | {'callbacks': {name: kept for name, kept in state['callbacks'].items() if name in names}}
+
+
+def _beside(average, begin) -> SWACallback:
+    "The callback that keeps `average` in a part that begins with epoch `begin`."
+    if average.decay is None: return SWACallback(average.start - begin, swa_eval_freq=0, name=average.name)
+    return SWACallback(0, swa_eval_freq=0, every=1, weight=ema(average.decay, warmup=True), name=average.name)
 
 
 # callbacks

@@ -1,8 +1,8 @@
-"""Tables in Markdown, and the statistics in them."""
+"""Tables in Markdown, and the statistics in them and in report.json."""
 import numpy as np
 from scipy.stats import t
 
-__all__ = ['table', 'spread', 'mean_and_half', 'difference_rows']
+__all__ = ['table', 'spread', 'signed', 'mean_and_half', 'difference_rows', 'summary', 'difference_summary']
 
 
 def table(rows: list[list[str]]) -> str:
@@ -19,16 +19,37 @@ def mean_and_half(x: np.ndarray) -> tuple[float, float]:
     return float(x.mean()), float(t.ppf(.975, len(x) - 1) * x.std(ddof=1) / len(x)**.5) if len(x) > 1 else float('inf')
 
 
-def difference_rows(values: dict[str, np.ndarray], pairs, published: dict | None = None, less: bool = False) -> list[list[str]]:
-    """Rows with the paired differences of `values` (for each seed) by name: of accuracies in points, beside what was `published` in per cent; or,
-    where `less` is better, of losses."""
-    rows = [['', 'difference', '95 % interval', 'better in', *(['published'] if published is not None else [])]]
+def summary(x: np.ndarray) -> dict:
+    "Mean, standard deviation (`None` for one value) and size of a sample, for report.json."
+    return {'mean': float(x.mean()), 'std': float(x.std(ddof=1)) if len(x) > 1 else None, 'n': len(x)}
+
+
+def difference_summary(x: np.ndarray) -> dict:
+    "Mean, 95 % confidence interval (`None` for one value) and size of a sample of paired differences, for report.json."
+    mean, half = mean_and_half(x)
+    low, high = (None, None) if half == float('inf') else (mean - half, mean + half)
+    return {'mean': mean, 'low': low, 'high': high, 'n': len(x)}
+
+
+def signed(x: np.ndarray, digits: int) -> list[str]:
+    "Two cells: the mean of `x`, and its 95 % confidence interval, empty for one value."
+    mean, half = mean_and_half(x)
+    return [f'{mean:+.{digits}f}', f'{mean - half:+.{digits}f} to {mean + half:+.{digits}f}' if half < float('inf') else '']
+
+
+def difference_rows(values: dict[str, np.ndarray], pairs, digits: int, published: dict | None = None,
+                    losses: dict[str, np.ndarray] | None = None) -> list[list[str]]:
+    """Rows with the paired differences of `values` (for each seed) by name, of which less is better; if given, beside the difference of what
+    was `published` (name -> mean and something) and those of the `losses`."""
+    head = ['', 'difference', '95 % interval', 'better in']
+    if published is not None: head.append('published')
+    if losses is not None: head += ['in test loss', '95 % interval']
+    rows = [head]
     for a, b in pairs:
         if a not in values or b not in values: continue
-        gain = (values[a] - values[b]) * (1 if less else 100)
-        (mean, half), digits = mean_and_half(gain), 4 if less else 2
-        interval = f'{mean - half:+.{digits}f} to {mean + half:+.{digits}f}' if half < float('inf') else ''
-        row = [f'{a} - {b}', f'{mean:+.{digits}f}', interval, f'{((gain < 0) if less else (gain > 0)).sum()} of {len(gain)}']
+        gain = values[a] - values[b]
+        row = [f'{a} - {b}', *signed(gain, digits), f'{(gain < 0).sum()} of {len(gain)}']
         if published is not None: row.append(f'{published[a][0] - published[b][0]:+.2f}' if a in published and b in published else '')
+        if losses is not None: row += signed(losses[a] - losses[b], 4)
         rows.append(row)
     return rows

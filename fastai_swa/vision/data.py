@@ -86,8 +86,7 @@ def cifar(n_classes: int = 10, source=None, stats=CIFAR_STATS, padding: str | No
       environment names as `CIFAR10_DIR` or `CIFAR100_DIR`, else `~/.fastai/data`.
     - `stats`: mean and standard deviation of each channel to normalise by; `padding`: 'constant' (the papers' zeros), 'reflect', or
       `None` for no augmentation; `seed`: of the augmentation.
-    - `n_images`, `n_valid`: take only so many training and test images, the same number of each class; `n_valid` defaults to a fifth of
-      `n_images`, of digits to all 397.
+    - `n_images`, `n_valid`: take only so many training and test images, the same number of each class, the first by file name; `None`: all.
 
     The `kind` of what it returns is 'digits', 'CIFAR-10' (or 100) for torchvision's files, or, for a folder, that with the formats of the
     images in it, as in 'CIFAR-10, JPEG'.
@@ -100,12 +99,11 @@ def cifar(n_classes: int = 10, source=None, stats=CIFAR_STATS, padding: str | No
     kind = f'CIFAR-{n_classes}'
     if source == 'digits': train, valid, vocab, kind = *_digits_as_cifar(), 'digits'
     elif (Path(source)/'train').is_dir() and not (Path(source)/'meta').exists():
-        train, valid, vocab, formats = _from_folder(Path(source), n_classes, n_images)
+        train, valid, vocab, formats = _from_folder(Path(source), n_classes, n_images, n_valid)
         kind = f'{kind}, {formats}'
     else: train, valid, vocab = _from_torchvision(Path(source), n_classes)
-    if n_images is not None: train = _first(train, n_images, len(vocab))
-    if n_images is not None and n_valid is None and kind != 'digits': n_valid = max(n_images // 5, len(vocab))
-    if n_valid is not None: valid = _first(valid, n_valid, len(vocab))
+    if n_images is not None: train = _first(train, n_images, len(vocab), 'n_images')
+    if n_valid is not None: valid = _first(valid, n_valid, len(vocab), 'n_valid')
     dls = tensor_loaders(train, valid, vocab, stats, bs=bs, padding=padding, seed=seed,
                          device=default_device() if device is None else device)
     dls.kind = kind
@@ -118,11 +116,11 @@ def _default_folder():
     return folder
 
 
-def _from_folder(path, n_classes, n_images):
+def _from_folder(path, n_classes, n_images, n_valid):
     if not (path/'test').is_dir(): raise FileNotFoundError(f'{path} must contain the folders train and test, each with a folder for each class')
     vocab, parts, formats = sorted(f.name for f in (path/'train').iterdir() if f.is_dir()), [], set()
     if len(vocab) != n_classes: raise ValueError(f'{path/"train"} has {len(vocab)} class folders, CIFAR-{n_classes} has {n_classes}')
-    for name, n in (('train', n_images), ('test', n_images and max(n_images // 5, n_classes))):
+    for name, n in (('train', n_images), ('test', n_valid)):
         files = [sorted((path/name/c).iterdir())[:n and -(-n // n_classes)] if (path/name/c).is_dir() else [] for c in vocab]
         empty = [c for c, fs in zip(vocab, files) if not fs]
         if empty: raise ValueError(f'{path/name} has no images of the class {empty[0]!r}')
@@ -158,9 +156,9 @@ def _digits_as_cifar():
     return (images[:1400], labels[:1400]), (images[1400:], labels[1400:]), list('0123456789')
 
 
-def _first(part, n, n_classes):
+def _first(part, n, n_classes, argument):
     "The first images of each class, `n` in all, in the order they have."
     images, labels = part
     kept = torch.cat([(labels == c).nonzero()[:n // n_classes + (c < n % n_classes), 0] for c in range(n_classes)]).sort().values
-    if len(kept) < n: raise ValueError(f'n_images asks for {n} images in equal parts, and there are {len(images)}')
+    if len(kept) < n: raise ValueError(f'{argument} asks for {n} images in equal parts, and there are {len(images)}')
     return images[kept], labels[kept]

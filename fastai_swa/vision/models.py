@@ -4,7 +4,7 @@ import math
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ['digits_net', 'VGG16', 'PreResNet', 'WideResNet']
+__all__ = ['digits_net', 'VGG16', 'PreResNet', 'SmallPreResNet', 'WideResNet']
 
 
 def digits_net(n_out: int = 10, width: int = 16, n_in: int = 1) -> nn.Sequential:
@@ -78,6 +78,38 @@ class PreResNet(nn.Sequential):
                 layers.append(_Bottleneck(channels, width, stride if i == 0 else 1))
                 channels = 4 * width
         super().__init__(*layers, nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, n_out))
+        _init_convs(self)
+
+
+class _BasicBlock(nn.Module):
+    "Two 3x3 convolutions, the stride in the first; batch norm and ReLU before each; a bare 1x1 convolution as shortcut."
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        is_same = (c_in, stride) == (c_out, 1)
+        self.shortcut = nn.Identity() if is_same else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+
+    def forward(self, x):
+        y = self.conv1(F.relu(self.bn1(x)))
+        return self.conv2(F.relu(self.bn2(y))) + self.shortcut(x)
+
+
+class SmallPreResNet(nn.Sequential):
+    """A pre-activation ResNet (He et al. 2016b) for 3x32x32 images that one CPU core trains: a 4x4 convolution of stride 2, then three
+    blocks of two 3x3 convolutions with `width`, 2 and 4 times `width` channels, strides 1, 2 and 2.
+
+    174,490 parameters for 10 classes; with `width` 32 and 100 classes 320,548.
+    """
+    def __init__(self, n_out: int = 10, width: int = 24):
+        layers, channels = [nn.Conv2d(3, width, 4, 2, padding=1, bias=False)], width
+        for i, stride in enumerate((1, 2, 2)):
+            layers.append(_BasicBlock(channels, width << i, stride))
+            channels = width << i
+        head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, n_out)
+        super().__init__(*layers, nn.BatchNorm2d(channels), nn.ReLU(inplace=True), *head)
         _init_convs(self)
 
 

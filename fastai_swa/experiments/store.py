@@ -1,0 +1,66 @@
+"""The one file of a row, runs.jsonl: a line for each seed that is complete, and what was measured on all of them together."""
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from time import sleep
+
+import numpy as np
+
+from ..files import InUse, Lock, write_text
+
+__all__ = ['stored', 'store', 'shortest', 'RUNS_FILE']
+
+RUNS_FILE = 'runs.jsonl'
+
+
+def stored(folder: Path, kind: str) -> dict[int, dict]:
+    """Seed -> its record, for the records of a `kind` in the file of `folder`, in the order of the seeds.
+
+    Raises `ValueError`, naming file and line, if it is damaged.
+    """
+    found = {}
+    for data in _lines(folder/RUNS_FILE):
+        if data['kind'] == kind: found[data['seed']] = data
+    return dict(sorted(found.items()))
+
+
+def store(folder: Path, data: dict):
+    """Put `data` into the file of `folder`, in place of what is there of the same 'kind' and 'seed'.
+
+    Several processes may do so at a time. Raises `ValueError` if the file is damaged, `OSError` if it cannot be written.
+    """
+    file = folder/RUNS_FILE
+    with _locked(file):
+        others = [d for d in _lines(file) if (d['kind'], d['seed']) != (data['kind'], data['seed'])]
+        lines = sorted([*others, data], key=lambda d: (d['kind'], d['seed']))
+        write_text(file, ''.join(json.dumps(d, separators=(',', ':')) + '\n' for d in lines))
+
+
+def shortest(value: float) -> float:
+    "The number with the fewest digits that is the same as a float32; what is none stays as it is."
+    with np.errstate(over='ignore'): single = np.float32(value)
+    return float(str(single)) if float(single) == value else value
+
+
+def _lines(file) -> list[dict]:
+    if not file.exists(): return []
+    res = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        try: data = json.loads(line)
+        except ValueError: data = None
+        if not isinstance(data, dict) or not {'kind', 'seed'} <= data.keys():
+            raise ValueError(f'{file} is damaged in line {number}: move it away')
+        res.append(data)
+    return res
+
+
+@contextmanager
+def _locked(file):
+    "Writers wait for one another; each takes milliseconds."
+    while True:
+        try:
+            lock = Lock(file)
+            break
+        except InUse: sleep(.01)
+    try: yield
+    finally: lock.release()
