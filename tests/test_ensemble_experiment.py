@@ -27,7 +27,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def found(folder): return json.loads((folder/'ensembles.json').read_text())
+def found(folder): return next(data for data in lines_of(folder) if data['kind'] == 'ensembles')
+
+
+def lines_of(folder): return [json.loads(line) for line in (folder/'runs.jsonl').read_text().splitlines()]
 
 
 def probs(file):
@@ -46,7 +49,7 @@ def snapshots(folder, seed, name): return sorted((folder/f'seed-{seed}-{name}').
 
 def test_each_seed_leaves_the_snapshots_of_both_methods_at_the_epochs_that_they_say(folder):
     for seed in 0, 1:
-        data = json.loads((folder/f'seed-{seed}.json').read_text())
+        data = next(data for data in lines_of(folder) if data['kind'] == 'training' and data['seed'] == seed)
         assert data['images']['train'] == 100 and data['images']['valid'] == 397
         assert len(snapshots(folder, seed, 'snapshots')) == 5 and len(snapshots(folder, seed, 'fge')) == 1
         by_run = {p['runs'][0]: p for p in data['parts'] if len(p['runs']) == 1}
@@ -81,10 +84,14 @@ def test_the_report_has_a_row_for_each_method_and_a_figure_over_the_number_of_mo
     rows = {line.split('|')[1].strip(): [c.strip() for c in line.split('|')[2:-1]] for line in reversed(lines)}    # the first of a name
     assert [rows[m][:2] for m in ('SGD', 'SWA', 'snapshots', 'FGE')] == [['10', '1'], ['10', '1'], ['10', '5'], ['9', '1']]
     values = [100*accuracy_of(snapshots(folder, seed, 'snapshots')) for seed in (0, 1)]
+    values = [100 - v for v in values]    # errors
     assert rows['snapshots'][2] == f'{np.mean(values):.2f} +- {np.std(values, ddof=1):.2f}'
     pair = 100*accuracy_of([folder/f'seed-{i}-sgd-1b.pth' for i in (0, 1)])
-    assert rows['snapshots'][-1] == '0.5' and rows['independent SGD runs'][1] == f'{pair:.2f}' and 'scaled' not in text and 'not reproduced' not in text
-    assert rows['snapshots - SGD'][0] == f'{np.mean([v - 100*accuracy_of([folder/f"seed-{s}-sgd-1b.pth"]) for s, v in enumerate(values)]):+.2f}'
+    assert rows['snapshots'][-1] == '0.5' and rows['independent SGD runs'][1] == f'{100 - pair:.2f}' and 'scaled' not in text and 'not reproduced' not in text
+    assert rows['snapshots - SGD'][0] == f'{np.mean([v - 100 + 100*accuracy_of([folder/f"seed-{s}-sgd-1b.pth"]) for s, v in enumerate(values)]):+.2f}'
+    numbers = json.loads((folder/'report.json').read_text())
+    assert numbers['rows']['snapshots']['error'] == {'mean': pytest.approx(np.mean(values)), 'std': pytest.approx(np.std(values, ddof=1)), 'n': 2}
+    assert numbers['rows']['SGD, 2 runs']['error']['mean'] == pytest.approx(100 - pair) and numbers['differences']['FGE - SWA']['loss']['n'] == 2
     assert (folder/'curves.png').stat().st_size > 5000
     curves = size_curves(found, 'accuracy')
     assert curves['snapshots'][0].tolist() == [1, 2, 3, 4, 5] and curves['snapshots'][1].shape == (2, 5) and curves['SWA'][1].shape == (2, 1)
@@ -92,8 +99,9 @@ def test_the_report_has_a_row_for_each_method_and_a_figure_over_the_number_of_mo
 
 
 def test_a_report_without_the_evaluation_says_which_command_makes_it(folder, tmp_path):
-    for f in folder.glob('seed-*.json'): (tmp_path/f.name).write_text(f.read_text())
-    with pytest.raises(ValueError, match='ensembles.json is missing: the same reproduce command makes it'): report(tmp_path)
+    records = [data for data in lines_of(folder) if data['kind'] == 'training']
+    (tmp_path/'runs.jsonl').write_text(''.join(json.dumps(data) + '\n' for data in records))
+    with pytest.raises(ValueError, match='has no comparison of its ensembles: the same reproduce command makes it'): report(tmp_path)
 
 
 def test_too_small_a_scale_is_one_sentence(tmp_path):
@@ -119,4 +127,4 @@ def test_a_comparison_interrupted_again_and_again_keeps_the_same_snapshots(folde
 
 def test_two_comparisons_of_ensembles_are_not_compared_row_by_row(folder):
     from fastai_swa.experiments.report import compare
-    with pytest.raises(ValueError, match='ensembles cannot be compared row by row'): compare(folder, folder)
+    with pytest.raises(ValueError, match='only folders of SGD and SWA at several budgets are compared'): compare(folder, folder)

@@ -47,7 +47,14 @@ def stored(registered, tmp_path_factory):
 def go(kind, folder, out=None, settings=Settings(), seeds=1, **kwargs):
     return reproduce(f'{kind}-longer', seeds, out or folder/f'{kind}-longer', 'digits', settings, threads=1, stream=io.StringIO(), **kwargs)
 
-def surface(folder, kind, what): return Surface.load(folder/f'{kind}-longer'/f'seed-0.{what}.jsonl')
+def measured(folder, seed=0):
+    "What the file of a row holds of a seed."
+    lines = [json.loads(line) for line in (folder/'runs.jsonl').read_text().splitlines()]
+    return next(data for data in lines if data['kind'] == 'landscape' and data['seed'] == seed)
+
+def surface(folder, kind, what, seed=0): return Surface.from_dict(measured(folder/f'{kind}-longer', seed)['surfaces'][what])
+
+def put(folder, *lines): (folder/'runs.jsonl').write_text(''.join(json.dumps(data) + '\n' for data in lines))
 
 def plain_learner(settings=IMAGES):
     learn = recipe_learner(LONGER, 0, settings, recipe_data(LONGER, 'digits', settings)[0])
@@ -115,22 +122,20 @@ def test_a_measurement_that_is_stopped_again_and_again_ends_as_a_whole_one(store
     n = 0
     while go(kind, stored, tmp_path, solutions=stored/'longer'): n += 1
     assert n > 1
-    note = json.loads((tmp_path/'seed-0.landscape.json').read_text())
+    note = measured(tmp_path)
     assert note['finished'] and len(note['sessions']) == n + 1 and all('seconds' in s for s in note['sessions'])
-    n_points = sum(len(Surface.load(file).points) for file in tmp_path.glob('*.jsonl'))
+    n_points = sum(len(content['points']) for content in note['surfaces'].values())
     n_epochs = 2 * SMALL[kind].epochs * (kind == 'curve')
     assert n_points + n_epochs <= sum(s['steps'] for s in note['sessions']) <= n_points + n_epochs * (n + 1)    # an epoch may be begun twice
-    for file in (stored/f'{kind}-longer').glob('*.jsonl'): same(Surface.load(file), Surface.load(tmp_path/file.name))
-    assert {f.name for f in tmp_path.iterdir()} == {f.name for f in (stored/f'{kind}-longer').iterdir()} - {'report.md', *(f.name for f in (stored/f'{kind}-longer').glob('*.png'))}
+    for what, content in note['surfaces'].items(): same(surface(stored, kind, what), Surface.from_dict(content))
+    assert {f.name for f in tmp_path.iterdir()} - {'seed-0.bezier.pth', 'seed-0.chain.pth'} == {'runs.jsonl'}    # all in one file
 
 
 def test_a_complete_measurement_is_not_repeated(stored, monkeypatch):
     monkeypatch.setattr(Learner, '_do_epoch_validate', lambda *args, **kwargs: pytest.fail('measured again'))
-    files = {f: f.read_bytes() for f in (stored/'width-longer').glob('seed-0*')}
+    before = (stored/'width-longer'/'runs.jsonl').read_bytes()
     for kind in SMALL: assert go(kind, stored) == {}
-    note = stored/'width-longer'/'seed-0.landscape.json'
-    assert {f: f.read_bytes() for f in files if f != note} == {f: c for f, c in files.items() if f != note}
-    assert len(json.loads(note.read_text())['sessions']) == 1
+    assert (stored/'width-longer'/'runs.jsonl').read_bytes() == before and not list((stored/'width-longer').glob('seed-0*'))
 
 
 def test_no_time_is_no_point_more(stored, tmp_path):
@@ -138,8 +143,8 @@ def test_no_time_is_no_point_more(stored, tmp_path):
     assert go('width', stored, tmp_path/'out', solutions=stored/'longer', until=time() - 1) == {0: 'stopped in time; the same command goes on from there'}
 
 
-@pytest.mark.parametrize('kind, seeds, said', [('width', 3, 'seed-2.json is missing: reproduce longer with 3 seeds makes it, or give --solutions'),
-                                               ('curve', 2, 'seed-2.json is missing: reproduce longer with 3 seeds makes it')])
+@pytest.mark.parametrize('kind, seeds, said', [('width', 3, 'seed 2 is missing in .*: reproduce longer with 3 seeds makes it, or give --solutions'),
+                                               ('curve', 2, 'seed 2 is missing in .*: reproduce longer with 3 seeds makes it')])
 def test_solutions_that_are_not_there_are_one_sentence_before_anything_is_measured(stored, tmp_path, kind, seeds, said):
     with pytest.raises(ValueError, match=said): go(kind, stored, tmp_path/'out', seeds=seeds, solutions=stored/'longer')
     assert not (tmp_path/'out').exists()
@@ -153,9 +158,10 @@ def test_solutions_that_cannot_be_used_are_one_sentence(stored, tmp_path):
         try: return go(kind, tmp_path, **kwargs).get(0)
         except ValueError as e: return str(e)
         finally: shutil.rmtree(tmp_path/f'{kind}-longer', ignore_errors=True)
-    def record(**content): return lambda folder: (folder/'seed-0.json').write_text(json.dumps(json.loads((folder/'seed-0.json').read_text()) | content))
-    assert 'seed-0.json is not complete: reproduce longer goes on with it' in at(record(finished=None))
-    assert 'seed-0.json is of the recipe other, not longer' in at(record(recipe='other'))
+    def record(**content):
+        return lambda folder: put(folder, *(json.loads(line) | content for line in (folder/'runs.jsonl').read_text().splitlines()))
+    assert 'seed 0 in ' in at(record(finished=None)) and 'is not complete: reproduce longer goes on with it' in at(record(finished=None))
+    assert 'is of the recipe other, not longer' in at(record(recipe='other'))
     assert 'seed-0-swa-average.pth is missing' in at(lambda folder: (folder/'seed-0-swa-average.pth').unlink())
     assert 'is damaged' in at(lambda folder: (folder/'seed-0-sgd-1b.pth').write_bytes(b'nothing'))
     assert 'seed-0-swa is missing: the run is of an older version' in at(lambda folder: shutil.rmtree(folder/'seed-0-swa'), 'plane')
@@ -167,7 +173,11 @@ def test_solutions_that_cannot_be_used_are_one_sentence(stored, tmp_path):
 def test_what_was_measured_otherwise_is_refused(stored, tmp_path):
     shutil.copytree(stored/'width-longer', tmp_path/'out')
     missing = go('width', stored, tmp_path/'out', Settings(scale=.8), solutions=stored/'longer')
-    assert 'seed-0.landscape.json was measured with n_distances=5, not 4: give the same, or another folder' in missing[0]
+    assert 'seed 0 was measured with n_distances=5, not 4: give the same, or another folder' in missing[0]
+    for damaged, said in ('{}', 'runs.jsonl is damaged in line 1'), ('{"kind": "landscape", "seed": 0}', 'seed 0 is no measurement'):
+        (tmp_path/'out'/'runs.jsonl').write_text(damaged)
+        assert said in go('width', stored, tmp_path/'out', solutions=stored/'longer')[0]
+    (tmp_path/'out'/'runs.jsonl').unlink()
     (tmp_path/'out'/'seed-0.landscape.json').write_text('{}')
     assert 'is damaged, or no note on a measurement' in go('width', stored, tmp_path/'out', solutions=stored/'longer')[0]
 
@@ -242,18 +252,17 @@ def test_several_seeds_are_compared_seed_by_seed(stored, tmp_path):
     assert go('width', stored, tmp_path/'width-longer', seeds=2, solutions=stored/'longer') == {}
     text = report(tmp_path/'width-longer')
     assert '2 seeds of solutions of longer (0, 1)' in text and '+-' in cells(text, 'SGD')[1] and 'over the seeds' in text
-    other = Surface.load(tmp_path/'width-longer'/'seed-1.rays.jsonl')
+    other = surface(tmp_path, 'width', 'rays', seed=1)
     assert not np.array_equal(other.values['valid_loss'], surface(stored, 'width', 'rays').values['valid_loss'])
 
 
 def test_a_report_on_nothing_complete_or_on_a_mixture_is_one_sentence(stored, tmp_path):
-    shutil.copytree(stored/'width-longer', tmp_path/'it')
-    note = tmp_path/'it'/'seed-0.landscape.json'
-    content = json.loads(note.read_text())
-    (tmp_path/'it'/'seed-1.landscape.json').write_text(json.dumps(content | {'seed': 1, 'images': {'train': 1}}))
+    (tmp_path/'it').mkdir()
+    content = measured(stored/'width-longer')
+    put(tmp_path/'it', content, content | {'seed': 1, 'images': {'train': 1}})
     with pytest.raises(ValueError, match='mixes measurements: seed 1 has images'): report(tmp_path/'it')
-    (tmp_path/'it'/'seed-1.landscape.json').unlink()
-    note.write_text(json.dumps(content | {'finished': None}))
+    (tmp_path/'it'/'runs.jsonl').unlink()
+    (tmp_path/'it'/'seed-0.landscape.json').write_text(json.dumps(content | {'finished': None}))
     with pytest.raises(ValueError, match='has no complete seed, and 1 begun'): report(tmp_path/'it')
 
 
@@ -265,4 +274,4 @@ def test_the_command_line_measures_and_reports(stored, capsys, tmp_path):
     assert code == 0 and 'seed 0  complete' in said.out
     assert run('report', str(tmp_path/'out'))[0] in (0, None) and (tmp_path/'out'/'report.md').exists()
     code, said = run('reproduce', 'width-longer', '--data', 'digits', '--out', str(tmp_path/'elsewhere'/'out'))
-    assert code == 2 and 'is missing: reproduce longer with 1 seed makes it' in said.err
+    assert code == 2 and 'seed 0 is missing in' in said.err and 'reproduce longer with 1 seed makes it' in said.err

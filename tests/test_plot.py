@@ -5,6 +5,7 @@ from fastai_swa import SnapshotCallback, Surface, SWACallback, plot_line, plot_p
 from fastai_swa.plot import plot_sizes
 from fastai_swa.surfaces import Rays
 from matplotlib.colors import to_rgb
+from scipy import stats
 
 from .helpers import column, learner
 from .test_surfaces import a_path, a_plane, filled, some_rays
@@ -42,15 +43,15 @@ def test_without_a_swa_callback_it_is_one_clear_sentence():
         with pytest.raises(ValueError, match='the recorder holds no fit with a SWACallback'): learn.recorder.plot_swa()
 
 
-def test_sizes_of_ensembles_are_drawn_with_the_standard_error_of_their_mean_and_one_model_as_a_level():
+def test_sizes_of_ensembles_are_drawn_with_the_interval_of_their_mean_and_one_model_as_a_level():
     values = np.array([[1., 2.], [3., 2.], [5., 5.]])
     ax = plot_sizes({'snapshots': (np.array([1, 2]), values), 'SWA': (np.array([1]), np.array([[4.], [6.]]))}, ylabel='error')
     lines = {line.get_label(): line for line in ax.lines}
     assert lines['snapshots'].get_ydata().tolist() == [3, 3] and lines['SWA'].get_xdata().tolist() == [1, 2] and lines['SWA'].get_ydata().tolist() == [5, 5]
-    band = ax.collections[0].get_paths()[0].vertices
-    assert band[band[:, 0] == 1, 1].min() == pytest.approx(3 - 2/3**.5) and band[band[:, 0] == 1, 1].max() == pytest.approx(3 + 2/3**.5)
+    segments = [s for c in ax.collections for s in c.get_segments()]
+    low, high = stats.t.interval(.95, 2, 3, stats.sem(values[:, 0]))
+    assert segments[0][:, 1].tolist() == pytest.approx([low, high]) and segments[0][0, 0] == 1 and len(segments) == 3
     assert ax.get_xlabel() == 'models' and ax.get_ylabel() == 'error'
-    plt.close('all')
 
 
 # the loss surface

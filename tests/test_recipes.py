@@ -19,7 +19,7 @@ FAMILIES = {'vgg16': (200, .05, {10: .01, 100: .01}, 161, 5e-4, (40, 90, 140), 8
             'preresnet164': (150, .1, {10: .01, 100: .05}, 126, 3e-4, (25, 62, 100), 64), 'wrn28-10': (200, .1, {10: .05, 100: .05}, 161, 5e-4, (40, 90, 140), 81)}
 
 
-PUBLISHED = [name for name, recipe in RECIPES.items() if not recipe.fixed_lr and not recipe.ensembles]
+PUBLISHED = [name for name in RECIPES if name.partition('-cifar')[0] in FAMILIES and not RECIPES[name].fixed_lr]
 each_published = pytest.mark.parametrize('name', PUBLISHED)
 
 
@@ -54,7 +54,6 @@ def test_a_fixed_learning_rate_is_that_from_the_first_epoch_on():
     assert set(swa.lrs) == {.05} and len(swa.lrs) == 300 and swa.swa_start == 140
     assert sgd.lrs == runs(RECIPES['wrn28-10-cifar100'])[0].lrs    # beside its usual schedule, with which it shares no epoch
     assert [(p.begin, p.end, p.parent) for p in parts(runs(wrn))] == [(0, 101, None), (101, 200, 0), (101, 300, 0), (0, 300, None)]
-    with torch.device('meta'): assert sum(p.numel() for p in RECIPES['wrn16-1-cifar10-fixed'].network(10).parameters()) < 200_000
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -91,7 +90,7 @@ def test_the_ensembles_of_a_comparison_stay_within_its_budget_and_share_what_the
     with pytest.raises(ValueError, match='4 epochs are too few for 5 snapshots'): runs(scaled(vgg, .02))
 
 
-@pytest.mark.parametrize('name', [name for name, recipe in RECIPES.items() if not recipe.ensembles])
+@pytest.mark.parametrize('name', [name for name, recipe in RECIPES.items() if not recipe.ensembles and not recipe.lengths])
 @pytest.mark.parametrize('scale', [.02, .05, .1, .37, 2])
 def test_a_scaled_recipe_has_all_rows_of_the_whole_one(name, scale):
     recipe = RECIPES[name]
@@ -184,5 +183,6 @@ def test_reflection_differs_from_its_twin_in_the_padding_alone():
 
 def test_networks_of_the_recipes_have_the_classes_of_their_data():
     for recipe in RECIPES.values():
+        if recipe.task is not None: continue    # which makes its network of its data
         with torch.device('meta'): model = recipe.network(recipe.n_classes)
         assert [m for m in model.modules() if isinstance(m, nn.Linear)][-1].out_features == recipe.n_classes

@@ -124,7 +124,7 @@ def test_a_folder_of_images_is_read_in_the_order_of_its_names(tmp_path, monkeypa
         data = dls.train_ds
         assert data.images.shape == (30, 3, 32, 32) and data.images[:, 0, 0, 0].tolist() == [10*c + i for c in range(10) for i in range(3)]
         assert data.labels.tolist() == [c for c in range(10) for _ in range(3)] and dls.vocab[3] == 'class03'
-    assert len(cifar(10, tmp_path, n_images=20).train_ds) == 20 and len(cifar(10, tmp_path, n_images=20).valid_ds) == 10
+    assert len(cifar(10, tmp_path, n_images=20).train_ds) == 20 and len(cifar(10, tmp_path, n_valid=10).valid_ds) == 10
 
 
 def test_torchvisions_files_are_read(tmp_path, monkeypatch):

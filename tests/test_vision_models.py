@@ -3,19 +3,20 @@ import math
 
 import pytest
 import torch
-from fastai_swa.vision import PreResNet, VGG16, WideResNet
+from fastai_swa.vision import PreResNet, SmallPreResNet, VGG16, WideResNet
 from torch import nn
 from torch.nn import functional as F
 
 
 @pytest.mark.parametrize('make, n', [(VGG16, 15_245_130), (lambda: VGG16(batch_norm=True), 15_253_578), (lambda: PreResNet(110), 1_146_842),
-                                     (lambda: PreResNet(164), 1_703_258), (lambda: WideResNet(28, 10), 36_489_290)])
+                                     (lambda: PreResNet(164), 1_703_258), (lambda: WideResNet(28, 10), 36_489_290), (SmallPreResNet, 174_490),
+                                     (lambda: SmallPreResNet(100, 32), 320_548)])
 def test_parameter_counts_are_the_published_ones(make, n):
     with torch.device('meta'): model = make()
     assert sum(p.numel() for p in model.parameters()) == n
 
 
-NETS = {'vgg16': VGG16, 'vgg16 with batch norm': lambda n_out=10: VGG16(n_out, batch_norm=True), 'preresnet': lambda n_out=10: PreResNet(29, n_out),
+NETS = {'vgg16': VGG16, 'vgg16 with batch norm': lambda n_out=10: VGG16(n_out, batch_norm=True), 'preresnet': lambda n_out=10: PreResNet(29, n_out), 'small preresnet': SmallPreResNet,
         'wide resnet': lambda n_out=10: WideResNet(16, 2, n_out)}
 
 
@@ -34,7 +35,7 @@ def test_every_convolution_batch_norm_and_linear_layer_runs_once_in_a_forward_pa
 def test_logits_have_a_row_an_image_and_a_column_a_class(name, n_out): assert NETS[name](n_out)(torch.randn(3, 3, 32, 32)).shape == (3, n_out)
 
 
-@pytest.mark.parametrize('name', ['vgg16', 'preresnet'])
+@pytest.mark.parametrize('name', ['vgg16', 'preresnet', 'small preresnet'])
 def test_convolutions_start_as_the_recipe_says(name):
     torch.manual_seed(0)
     for m in NETS[name]().modules():

@@ -173,7 +173,8 @@ def _numbers(records, errors, losses, pairs) -> dict:
     rows = {name: {'epochs': row.epochs, 'error': summary(errors[name]), 'loss': summary(losses[name])} for name, row in rows_of(records[0]).items()}
     if 'baseline' in records[0]:
         found = [r['baseline'] for r in records]
-        rows[found[0]['name']] = {'error': summary(np.array([_error(b['metric']) for b in found])), 'loss': summary(np.array([b['loss'] for b in found]))}
+        error, loss = np.array([_error(b['metric']) for b in found]), np.array([b['loss'] for b in found])
+        rows[found[0]['name']] = {'error': summary(error), 'loss': summary(loss)}
     differences = {f'{a} - {b}': {'error': difference_summary(errors[a] - errors[b]), 'loss': difference_summary(losses[a] - losses[b])}
                    for a, b in pairs}
     return {'rows': rows, 'differences': differences}
