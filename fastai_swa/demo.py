@@ -1,4 +1,4 @@
-"""What `python -m fastai_swa demo` runs: SGD and SWA from the same start, on digits or on a folder of images."""
+"""What `python -m fastai_swa demo` runs: SWA, SGD and one-cycle from the same start, on digits or on a folder of images."""
 import sys
 from contextlib import contextmanager
 from functools import partial
@@ -17,11 +17,11 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from fastai.vision.learner import vision_learner
 from fastprogress import fastprogress
+from matplotlib.ticker import MaxNLocator
 
 from .experiments.tables import mean_and_half
 from .files import replacing, save_weights
 from .learner import EpochScheduler    # brings fit_swa along
-from .plot import plot_swa
 from .schedules import swa_lr_factor
 from .vision import digits, digits_net, image_folder
 
@@ -32,15 +32,16 @@ _SGD = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9)    # the papers' 
 
 def demo(data=None, arch='resnet18', epochs=12, seeds=None, lr=.1, swa_lr=None, swa_start=.5, bs=None, size=None, pretrained=False,
          out='swa-demo') -> np.ndarray:
-    """Train with SGD and with SWA from the same seeds, show the table of the first SWA fit, print what all found, draw `out`.png.
+    """Train with SWA, with SGD and with `fit_one_cycle` from the same seeds, show the tables of the first seed, print what all found, draw
+    `out`.png.
 
     - `data`: an image folder (`vision.image_folder`), trained with torchvision's `arch`, whose average, of the first seed, is saved
       as `out`.pth; `None`: scikit-learn's digits with a small network.
     - `epochs`, `lr`, `swa_lr`, `swa_start`: as for `fit_swa`, but `swa_lr` defaults to `lr / 2`, the ratio of the SWA paper's
-      WRN-28-10; SGD gets as many epochs and falls to `lr / 100` by the same rule.
+      WRN-28-10; SGD gets as many epochs and falls to `lr / 100` by the same rule; one-cycle as many, with its peak at `lr`.
     - `seeds`: number of repetitions; default 5 on digits, 1 on a folder.
 
-    Returns errors in %, shape (seeds, 3): SGD at its end, last single weights of the SWA run, their average.
+    Returns errors in %, shape (seeds, 4): SGD at its end, last single weights of the SWA run, their average, one-cycle at its end.
     Raises what `image_folder` and `fit_swa` raise, and `ValueError` for an `arch` that torchvision does not have.
     """
     if data is None:
@@ -49,7 +50,7 @@ def demo(data=None, arch='resnet18', epochs=12, seeds=None, lr=.1, swa_lr=None, 
         if arch not in torchvision.models.list_models(torchvision.models):
             raise ValueError(f"arch must be one of torchvision's classifiers, such as resnet18, not {arch!r}")
         dls, seeds, what = image_folder(data, size=size, bs=bs or 64), seeds or 1, f'{Path(data).name}, {arch}'
-    print(f'{what}: {len(dls.train_ds)} training and {len(dls.valid_ds)} validation images, {epochs} epochs, {seeds} seed(s)\n')
+    print(f'{what}: {len(dls.train_ds)} training and {len(dls.valid_ds)} validation images, {epochs} epochs, {seeds} seed(s)')
 
     def new_learner(seed):
         set_seed(seed, reproducible=True)
@@ -62,45 +63,66 @@ def demo(data=None, arch='resnet18', epochs=12, seeds=None, lr=.1, swa_lr=None, 
 
     def sgd_schedule(epoch, step, n_steps): return lr * swa_lr_factor(epoch, step, n_steps, epochs - 1, .01)
 
-    errors, start = [], perf_counter()
+    runs = {
+        'SWA': lambda learn: learn.fit_swa(epochs, lr=lr, swa_lr=lr/2 if swa_lr is None else swa_lr, swa_start=swa_start),
+        'SGD': lambda learn: learn.fit(epochs, lr, cbs=EpochScheduler({'lr': sgd_schedule})),
+        'one-cycle': lambda learn: learn.fit_one_cycle(epochs, lr)}
+    errors, first, start = [], {}, perf_counter()
     for seed in range(seeds):
-        learn = new_learner(seed)
-        with _progress(shown=seed == 0):
-            swa = learn.fit_swa(epochs, lr=lr, swa_lr=lr/2 if swa_lr is None else swa_lr, swa_start=swa_start)
-            row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
-            if seed == 0:
-                first = learn, swa
-                print(f'\n{swa}\n')
-            sgd = new_learner(seed)
-            with sgd.no_logging(): sgd.fit(epochs, lr, cbs=EpochScheduler({'lr': sgd_schedule}))
-        errors.append([100*sgd.recorder.values[-1][-1], 100*row['error_rate'], 100*row['swa_error_rate']])
-        print(f'seed {seed}: error {errors[-1][0]:.2f} % with SGD, {errors[-1][2]:.2f} % with SWA  ({perf_counter() - start:.0f} s)')
+        ends = {}
+        for name, fit in runs.items():
+            learn = new_learner(seed)
+            if seed == 0: print(f'\n{name}, seed 0:')
+            with _progress(shown=seed == 0): swa = fit(learn)
+            ends[name] = {column: values[-1] for column, values in _columns(learn).items()}
+            if seed == 0: first[name] = _columns(learn)
+            if seed == 0 and name == 'SWA':
+                average = swa
+                print(f'\n{average}')
+        if seed == 0: print()
+        found = ends['SGD']['error_rate'], ends['SWA']['error_rate'], ends['SWA']['swa_error_rate'], ends['one-cycle']['error_rate']
+        errors.append([100 * e for e in found])
+        sgd, _, of_average, one_cycle = errors[-1]
+        print(f'seed {seed}: error {sgd:.2f} % with SGD, {one_cycle:.2f} % with one-cycle, {of_average:.2f} % with SWA  '
+              f'({perf_counter() - start:.0f} s)')
     errors = np.array(errors)
-    print('\n' + summary(errors, first[1].n_averaged))
-    _draw(first[0].recorder, errors, Path(f'{out}.png'))
+    print('\n' + summary(errors, average.n_averaged))
+    _draw(first, errors, Path(f'{out}.png'))
     print(f'\nwrote {out}.png')
     if data is not None:
-        save_weights(Path(f'{out}.pth'), first[1].swa_model.state_dict())
+        save_weights(Path(f'{out}.pth'), average.swa_model.state_dict())
         print(f'wrote {out}.pth, the averaged weights: learn.model.load_state_dict(torch.load({out + ".pth"!r}))')
     return errors
 
 
 def summary(errors: np.ndarray, n_averaged: int) -> str:
-    "What `errors`, in % and of shape (seeds, 3) as `demo` returns them, show: means, standard deviations, the paired difference."
+    "What `errors`, in % and of shape (seeds, 4) as `demo` returns them, show: means, standard deviations, paired differences."
     n = len(errors)
     def stats(x): return f'{x.mean():5.2f}' + (f' +- {x.std(ddof=1):.2f}' if n > 1 else '')
-    names = 'SGD, at its end', 'SWA run, its last single weights', f'SWA run, the average of {n_averaged} epoch{"s" * (n_averaged > 1)}'
+    sgd, single, average, one_cycle = errors.T
+    said = f'SWA run, the average of {n_averaged} epoch{"s" * (n_averaged > 1)}'
+    rows = {'SGD, at its end': sgd, 'one-cycle, at its end': one_cycle, 'SWA run, its last single weights': single, said: average}
     lines = [f'validation error, %{"":16}{"mean +- std of " + str(n) + " seeds" if n > 1 else "one seed"}']
-    lines += [f'{name:<34}{stats(column)}' for name, column in zip(names, errors.T)]
-    gain = errors[:, 0] - errors[:, 2]
-    if n == 1: return '\n'.join([*lines, f'SWA {_verb(gain[0])}; one seed cannot tell that from chance'])
+    lines += [f'{name:<34}{stats(column)}' for name, column in rows.items()]
+    return '\n'.join([*lines, _compared(sgd - average, 'SGD'), _compared(one_cycle - average, 'one-cycle')])
+
+
+def _compared(gain, other):
+    "What the average gains over another run, seed by seed."
+    if len(gain) == 1: return f'SWA {_verb(gain[0], other)}; one seed cannot tell that from chance'
     mean, half = mean_and_half(gain)
-    lines.append(f'SWA {_verb(mean)} (seed by seed; 95 % confidence interval {mean - half:.2f} to {mean + half:.2f}; '
-                 f'better in {(gain > 0).sum()} of {n})' + ('; that may be chance' if half >= abs(mean) else ''))
-    return '\n'.join(lines)
+    return (f'SWA {_verb(mean, other)} (seed by seed; 95 % confidence interval {mean - half:.2f} to {mean + half:.2f}; '
+            f'better in {(gain > 0).sum()} of {len(gain)})' + ('; that may be chance' if half >= abs(mean) else ''))
 
 
-def _verb(gain): return f'is {abs(gain):.2f} points {"better" if gain > 0 else "worse"} than SGD' if gain else 'is level with SGD'
+def _verb(gain, other):
+    return f'is {abs(gain):.2f} points {"better" if gain > 0 else "worse"} than {other}' if gain else f'is level with {other}'
+
+
+def _columns(learn) -> dict:
+    "Column of the table -> its value in each epoch of the last fit."
+    names = learn.recorder.metric_names[1:]
+    return dict(zip(names, zip(*learn.recorder.values)))
 
 
 @contextmanager
@@ -113,18 +135,31 @@ def _progress(shown):
     finally: fastprogress.NO_BAR, fastprogress.WRITER_FN, bar.fill = old
 
 
-def _draw(recorder, errors, path):
+def _draw(first: dict, errors, path):
+    "The runs of the first seed, epoch by epoch, and the ends of all seeds."
     n = 2 + (len(errors) > 1)
-    fig, axs = plt.subplots(1, n, figsize=(5.2*n, 4), layout='constrained')
-    plot_swa(recorder, axs[:2])
-    if n == 3:
-        ax = axs[2]
-        for row in errors: ax.plot([0, 1], row[[0, 2]], color='0.6', lw=1, marker='o', ms=4)
-        ax.plot([0, 1], errors[:, [0, 2]].mean(0), color='C3', lw=3, marker='o', label=f'mean of {len(errors)} seeds')
-        ax.set(xticks=[0, 1], xticklabels=['SGD', 'SWA'], xlim=(-.4, 1.4), ylabel='validation error, %', title='the end of each run, by seed')
+    fig, axs = plt.subplots(1, n, figsize=(5.2*n, 4.4), layout='constrained')
+    curves = {'SGD': ('SGD', '', dict(color='0.4', ls='--')), 'one-cycle': ('one-cycle', '', dict(color='C2', ls='-.')),
+              'SWA run, single weights': ('SWA', '', dict(color='C0', lw=1, marker='.')),
+              'SWA run, average': ('SWA', 'swa_', dict(color='C3', lw=2.5, marker='o', ms=4))}
+    for ax, column, scale, label in zip(axs, ('error_rate', 'valid_loss'), (100, 1), ('validation error, %', 'validation loss')):
+        for name, (run, prefix, style) in curves.items():
+            values = scale * np.array(first[run][prefix + column])
+            ax.plot(np.arange(1, len(values) + 1), values, label=name, **style)
+        late = np.concatenate([scale * np.array(first[run][prefix + column])[len(values) // 2:] for run, prefix, _ in curves.values()])
+        late = late[np.isfinite(late)]
+        ax.set_ylim(late.min() - .1 * np.ptp(late) - 1e-9, late.max() + .25 * np.ptp(late) + 1e-9)    # the start would hide the end
+        ax.set(xlabel='epochs', ylabel=label, title='seed 0')
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=.25)
-        ax.legend(fontsize='small')
-    axs[0].set_title('seed 0')
+    fig.legend(*axs[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False)
+    if n == 3:
+        ax, shown = axs[2], errors[:, [0, 3, 2]]
+        for row in shown: ax.plot(range(3), row, color='0.6', lw=1, marker='o', ms=4)
+        ax.plot(range(3), shown.mean(0), color='black', lw=3, marker='s')
+        ax.set(xticks=range(3), xticklabels=['SGD', 'one-cycle', 'SWA'], xlim=(-.4, 2.4), ylabel='validation error, %',
+               title=f'the ends of {len(errors)} seeds, their mean in black')
+        ax.grid(alpha=.25)
     with replacing(path) as f:
         fig.savefig(f, format='png', dpi=120)
     plt.close(fig)

@@ -35,10 +35,16 @@ def run(*args, cwd):
 def test_the_demo_shows_the_table_prints_what_it_found_and_writes_the_figure(tmp_path):
     status, out, err = run('demo', '--epochs', 4, '--seeds', 2, cwd=tmp_path)
     assert status == 0, err
-    header = next(row for row in out.splitlines() if 'swa_valid_loss' in row).split()
+    tables = {}
+    for row in out.splitlines():    # each under the line that says which run it is
+        if named := re.fullmatch(r'(SWA|SGD|one-cycle), seed 0:', row): tables[named[1]] = []
+        elif tables and re.match(r'epoch|\d+ +\d', row): tables[list(tables)[-1]].append(row.split())
+    assert list(tables) == ['SWA', 'SGD', 'one-cycle'] and all([row[0] for row in table] == ['epoch', *'0123'] for table in tables.values())
+    header, *rows = tables['SWA']
     assert header == 'epoch train_loss valid_loss error_rate swa_valid_loss swa_error_rate time'.split()
-    rows = [row.split() for row in out.splitlines() if re.match(r'\d+ +\d', row)]
-    assert [row[0] for row in rows] == list('0123') and [row[4] == 'nan' for row in rows] == [True, True, False, False]
+    assert [row[4] == 'nan' for row in rows] == [True, True, False, False] and len(tables['SGD'][0]) == 5
+    ends = {name: float(re.search(f'seed 0: .* ([0-9.]+) % with {name}', out)[1]) for name in ('SGD', 'one-cycle')}
+    assert ends == {name: pytest.approx(100*float(tables[name][-1][3]), abs=.006) for name in ends}
     assert 'mean +- std of 2 seeds' in out and '95 % confidence interval' in out and '(2-3)' in out
     assert '█' not in out
     assert Image.open(tmp_path/'swa-demo.png').size[0] > 1000
@@ -94,11 +100,12 @@ def test_a_mistake_in_the_command_line_is_one_clear_sentence(args, sentence, cap
 
 
 def test_the_summary_is_honest():
-    better = summary(np.array([[3., 3.1, 2.], [3.2, 3.3, 2.3], [2.9, 3.3, 2.]]), 5)
-    assert 'SWA is 0.93 points better than SGD (seed by seed; 95 % confidence interval 0.79 to 1.08; better in 3 of 3)' in better
-    assert re.search(r'average of 5 epochs +2\.10 \+- 0\.17', better)
-    assert 'chance' not in better and 'that may be chance' in summary(np.array([[3., 3., 2.], [2., 3., 3.1]]), 5)
-    assert '0.20 points worse' in summary(np.array([[3., 3., 3.2]]), 5) and 'one seed cannot tell' in summary(np.array([[3., 3., 3.2]]), 5)
+    better = summary(np.array([[3., 3.1, 2., 1.8], [3.2, 3.3, 2.3, 2.5], [2.9, 3.3, 2., 2.2]]), 5)
+    assert 'SWA is 0.93 points better than SGD (seed by seed; 95 % confidence interval 0.79 to 1.08; better in 3 of 3)\n' in better
+    assert 'SWA is 0.07 points better than one-cycle (seed by seed; 95 % confidence interval -0.51 to 0.64; better in 2 of 3); that may be chance' in better
+    assert re.search(r'average of 5 epochs +2\.10 \+- 0\.17', better) and re.search(r'one-cycle, at its end +2\.17 \+- 0\.35', better)
+    worse = summary(np.array([[3., 3., 3.2, 3.2]]), 5)
+    assert 'SWA is 0.20 points worse than SGD; one seed cannot tell' in worse and 'SWA is level with one-cycle; one seed cannot tell' in worse
 
 
 def test_digits_are_the_data_set_split_without_overlap():

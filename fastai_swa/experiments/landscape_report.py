@@ -1,4 +1,5 @@
-"""The report on landscapes: tables and figures of what was measured around the solutions of a recipe."""
+"""The report on landscapes: tables and figures of what was measured around the solutions of a recipe, and the numbers as report.json."""
+import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -10,7 +11,7 @@ from ..surfaces import Surface
 from .landscapes import images_text, read_notes
 from .recipes import LANDSCAPES, RECIPES
 from .record import duration
-from .tables import mean_and_half, spread, table
+from .tables import difference_summary, mean_and_half, spread, summary, table
 
 __all__ = ['has_landscapes', 'report_landscapes']
 
@@ -35,13 +36,16 @@ def report_landscapes(folder: Path) -> str:
     recipe = LANDSCAPES[complete[0]['recipe']]
     surfaces = {n['seed']: {what: Surface.from_dict(content) for what, content in n['surfaces'].items()} for n in complete}
     wd = RECIPES[recipe.base].wd
-    figures, sections = {'width': _report_width, 'plane': _report_plane, 'curve': _report_curve}[recipe.kind](complete[0]['landscape'], surfaces, wd)
+    parts = {'width': _report_width, 'plane': _report_plane, 'curve': _report_curve}[recipe.kind]
+    figures, sections, numbers = parts(complete[0]['landscape'], surfaces, wd)
     for name, draw in figures.items():
         fig = draw()
         with replacing(folder/name) as f:
             fig.savefig(f, format='png', dpi=110)
         plt.close(fig)
     text = '\n\n'.join([*_head(recipe, complete, notes), *sections]) + '\n'
+    what = {'recipe': recipe.name, 'seeds': [n['seed'] for n in complete], 'images': complete[0]['images'], 'settings': complete[0]['settings']}
+    write_text(folder/'report.json', json.dumps(what | numbers, indent=1) + '\n')
     write_text(folder/'report.md', text)
     return text
 
@@ -108,7 +112,17 @@ def _report_width(landscape, surfaces, wd):
         yield table([['test error, %', 'at SGD', 'at SWA', 'least', 'at t'],
                      ['', *(_percent(np.array(e)) for e in (*at, np.nanmin(errors, 1))), spread(lines[0].t[np.nanargmin(errors, 1)], 2)]])
         yield '![training loss and test error on the line](line.png)'
-    return {'width.png': draw_width, 'line.png': lambda: plot_line(first['line'], wd=wd)[0].figure}, sections()
+    numbers = {'rows': {}, 'differences': {}}
+    for name, ws in widths.items():
+        error = 100 * _over(surfaces, lambda s, name=name: s['rays'].profiles('valid_error_rate')[name][0, 0])
+        numbers['rows'][name] = {'error': summary(error)}
+        if all(w.n_crossed == len(w.distances) for w in ws):
+            numbers['rows'][name] |= {k: summary(np.array([getattr(w, k) for w in ws])) for k in ('distance', 'relative')}
+    if all('distance' in row for row in numbers['rows'].values()):
+        pairs = list(zip(widths['SWA'], widths['SGD']))
+        numbers['differences']['SWA - SGD'] = {k: difference_summary(np.array([getattr(a, k) - getattr(b, k) for a, b in pairs]))
+                                               for k in ('distance', 'relative')}
+    return {'width.png': draw_width, 'line.png': lambda: plot_line(first['line'], wd=wd)[0].figure}, sections(), numbers
 
 
 def _distance(means, stds, digits):
@@ -138,7 +152,7 @@ def _report_plane(landscape, surfaces, wd):
                 x, y = p.points[np.nanargmin(p.column(column, wd if column == 'train_loss' else 0))]
                 rows.append([label, f'{x:.2f}', f'{y:.2f}', '0.00'])
             yield table(rows)
-    return {'trajectory.png': draw('trajectory'), 'solutions.png': draw('solutions')}, sections()
+    return {'trajectory.png': draw('trajectory'), 'solutions.png': draw('solutions')}, sections(), {'rows': {}, 'differences': {}}
 
 
 def _report_curve(landscape, surfaces, wd):
@@ -168,4 +182,9 @@ def _report_curve(landscape, surfaces, wd):
         yield table(rows)
         yield '![test error and training loss along the three](paths.png)'
         yield '![training loss with weight decay in the planes of the bends](panels.png)'
-    return {'paths.png': draw_paths, 'panels.png': draw_panels}, sections()
+    numbers = {'rows': {}, 'differences': {}}
+    for name, what in names.items():
+        greatest = 100 * _over(surfaces, lambda s, what=what: s[what].max('valid_error_rate'))
+        length = _over(surfaces, lambda s, what=what: s[what].length)
+        numbers['rows'][name] = {'greatest error': summary(greatest), 'length': summary(length)}
+    return {'paths.png': draw_paths, 'panels.png': draw_panels}, sections(), numbers

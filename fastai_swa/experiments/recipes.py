@@ -290,11 +290,10 @@ for _net, _ensembles in _fge.items():
     RECIPES[f'ensembles-{_net}-cifar10'] = replace(_recipe, name=f'ensembles-{_net}-cifar10', ensembles=_ensembles, published={})
 RECIPES['ensembles-digits'] = Recipe('ensembles-digits', _small_digits_net, 10, budget=40, lr=.1, swa_lr=.05, swa_start=32, wd=5e-4, bs=32,
                                      padding=None, source='digits', images=200, ensembles=Ensembles(.1, (5e-2, 5e-4), 2))
-# the same with a network and a length that one core of a CPU can do, on a part of the training images; chosen on seeds from 100 on
-_small = dict(budget=60, lr=.1, swa_lr=.05, swa_start=48, wd=5e-4, one_cycle_lr=.2, ema=.99, images=5000)
-for _small_recipe in (Recipe('small-cifar10', SmallPreResNet, 10, **_small),
-                      Recipe('small-cifar100', partial(SmallPreResNet, width=32), 100, **_small)):
-    RECIPES[_small_recipe.name] = _small_recipe
+# networks, numbers of images and lengths that one core of a CPU can do; chosen on seed 100 (results/README.md)
+_small = dict(budget=60, lr=.1, swa_lr=.05, swa_start=48, wd=5e-4, one_cycle_lr=.2, ema=.998)
+RECIPES['small-cifar10'] = Recipe('small-cifar10', SmallPreResNet, 10, **_small, images=10_000)
+RECIPES['small-cifar100'] = Recipe('small-cifar100', partial(SmallPreResNet, width=32), 100, **_small, images=5_000, bs=64)
 RECIPES['lengths-small-cifar100'] = replace(RECIPES['small-cifar100'], name='lengths-small-cifar100', lengths=(15, 30, 60, 90))
 RECIPES['ensembles-small-cifar100'] = replace(RECIPES['small-cifar100'], name='ensembles-small-cifar100', one_cycle_lr=None, ema=None,
                                               ensembles=Ensembles(.1, (5e-2, 5e-4), 2))
