@@ -16,7 +16,7 @@ import torch
 from fastai.learner import Recorder
 from fastai.optimizer import SGD
 from fastai_swa.experiments import RECIPES, Recipe, Settings
-from fastai_swa.experiments.learners import EpochRecorder, _loaded, recipe_learner
+from fastai_swa.experiments.learners import EpochRecorder, recipe_data, recipe_learner
 from torch import nn
 
 
@@ -55,7 +55,7 @@ def main():
     settings = Settings(device=args.device, precision='bf16' if on_gpu else 'fp32')
     for name in args.recipe:
         recipe = RECIPES[name]
-        dls, images = _loaded(recipe.n_classes, args.data, args.images)
+        dls, images = recipe_data(recipe, args.data, replace(settings, images=args.images))
         variants = learners(recipe, settings, dls, args.compile)
         seconds, host = ({v: [] for v in variants} for _ in range(2))
         for i in range(args.rounds + 1):    # the first warms up, and compiles

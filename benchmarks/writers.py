@@ -19,7 +19,8 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
 from fastai_swa import Curve, Ensemble, SaveSWAModelCallback, SnapshotCallback, SWACallback, demo, files
 from fastai_swa.experiments import RECIPES, Settings, report
-from fastai_swa.experiments.record import Record, read_record
+from fastai_swa.experiments.record import Record, find_record
+from fastai_swa.experiments.store import store, stored
 from fastai_swa.surfaces import PointFile, Profile, Surface
 from torch import nn
 
@@ -153,15 +154,25 @@ def record(folder, begin=lambda: None):
 
 
 def sessions(folder) -> dict:
-    return {'number': len(read_record(folder/'seed-0.json')['sessions'])}
+    return {'number': len(find_record(folder, 0)['sessions'])}
+
+
+def row(folder, version, begin=lambda: None):
+    "Each call stores one seed more."
+    begin()
+    store(folder, {'kind': 'training', 'seed': version, 'epochs': [.1] * 500})
+
+
+def seeds(folder) -> dict:
+    return {'seeds': list(stored(folder, 'training'))}
 
 
 def old_report(name):
     def make(folder):
         for file in (RESULTS/name).iterdir():
-            if not file.name.startswith('seed-') or file.name.startswith(('seed-0.', 'seed-1.')):
+            if file.is_file():
                 shutil.copy(file, folder)
-        for file in (folder/'report.md', *folder.glob('*.png')):
+        for file in (folder/'report.md', folder/'report.json', *folder.glob('*.png')):
             file.write_bytes(b'an old one' * 500)
     return make
 
@@ -173,10 +184,9 @@ def new_report(folder, begin):
 
 def figure(folder, version, begin=lambda: None):
     "What the demo draws."
-    learn = learner(folder, 0)
-    fit(learn, 2, SWACallback(0))
+    columns = dict.fromkeys(('error_rate', 'valid_loss', 'swa_error_rate', 'swa_valid_loss'), (.5, .1))
     begin()
-    demo._draw(learn.recorder, np.full((2, 3), float(version)), folder/'demo.png')
+    demo._draw(dict.fromkeys(('SWA', 'SGD', 'one-cycle'), columns), np.full((2, 4), float(version)), folder/'demo.png')
 
 
 def _of(f, content, limits=below_all) -> Writer:
@@ -212,7 +222,7 @@ def picture(folder) -> dict:
 
 
 def reported(folder) -> dict:
-    return {file.name: file.read_bytes() for file in (folder/'report.md', *sorted(folder.glob('*.png')))}
+    return {file.name: file.read_bytes() for file in (folder/'report.md', folder/'report.json', *sorted(folder.glob('*.png')))}
 
 
 WRITERS = {
@@ -226,6 +236,7 @@ WRITERS = {
     'Surface.save, npz': _of(surface('line.npz'), values_at('line.npz')),
     'PointFile': Writer(points, one_more_point, values_at('line.jsonl'), within_a_line),
     'Record': Writer(record, record, sessions, below_all),
+    'the file of a row': _of(row, seeds),
     'report on runs': Writer(old_report('ensembles-digits'), new_report, reported, below_all),
     'report on surfaces': Writer(old_report('width-digits'), new_report, reported, below_all),
     'the figure of the demo': _of(figure, picture),

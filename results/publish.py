@@ -52,7 +52,7 @@ def _said(parts) -> str:
         report = _report(folder)
         if name in report['rows']: return _spread(report['rows'][name][quantity], _DIGITS[quantity]) + ' %' * (quantity == 'error')
         return _difference(report['differences'][name][quantity], quantity)
-    except (LookupError, TypeError, FileNotFoundError) as e:
+    except (LookupError, TypeError, ValueError, FileNotFoundError) as e:
         raise ValueError(f'the marker {" | ".join(parts)!r} means nothing ({type(e).__name__}: {e})') from None
 
 
@@ -82,6 +82,9 @@ def _table_of_rows(folder, names):
     return '\n'.join(lines) + '\n\n'
 
 
+def _cell(d, digits): return f'{d["mean"]:+.{digits}f}' + ('' if d['low'] is None else f' ({_interval(d, digits)})')
+
+
 def _table_of_differences(folders, names):
     lines = ['', '', '| | | n | error, points (95 % interval) | test loss (95 % interval) |', '|---|---|---|---|---|']
     for folder in folders:
@@ -89,8 +92,7 @@ def _table_of_differences(folders, names):
         for name in names:
             if name not in differences: continue
             error, loss = differences[name]['error'], differences[name]['loss']
-            lines.append(f'| [`{folder}`]({folder}/report.md) | {name} | {error["n"]} | {error["mean"]:+.2f} ({_interval(error, 2)}) | '
-                         f'{loss["mean"]:+.4f} ({_interval(loss, 4)}) |')
+            lines.append(f'| [`{folder}`]({folder}/report.md) | {name} | {error["n"]} | {_cell(error, 2)} | {_cell(loss, 4)} |')
     return '\n'.join(lines) + '\n\n'
 
 
