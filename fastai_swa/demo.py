@@ -1,4 +1,6 @@
-"""What `python -m fastai_swa demo` runs: SWA, SGD and one-cycle from the same start, on digits or on a folder of images."""
+"""What `python -m fastai_swa demo` runs: SWA, SGD and one-cycle from the same start, on digits or on a folder of
+images."""
+
 import sys
 from contextlib import contextmanager
 from functools import partial
@@ -21,28 +23,43 @@ from matplotlib.ticker import MaxNLocator
 
 from .experiments.tables import mean_and_half
 from .files import replacing, save_weights
-from .learner import EpochScheduler    # brings fit_swa along
+from .learner import EpochScheduler  # brings fit_swa along
 from .schedules import swa_lr_factor
 from .vision import digits, digits_net, image_folder
 
 __all__ = ['demo', 'summary']
 
-_SGD = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9)    # the papers' optimizer; fastai's own decouples weight decay
+_SGD = partial(
+    OptimWrapper, opt=torch.optim.SGD, momentum=0.9
+)  # the papers' optimizer; fastai's own decouples weight decay
 
 
-def demo(data=None, arch='resnet18', epochs=12, seeds=None, lr=.1, swa_lr=None, swa_start=.5, bs=None, size=None, pretrained=False,
-         out='swa-demo') -> np.ndarray:
-    """Train with SWA, with SGD and with `fit_one_cycle` from the same seeds, show the tables of the first seed, print what all found, draw
-    `out`.png.
+def demo(
+    data=None,
+    arch='resnet18',
+    epochs=12,
+    seeds=None,
+    lr=0.1,
+    swa_lr=None,
+    swa_start=0.5,
+    bs=None,
+    size=None,
+    pretrained=False,
+    out='swa-demo',
+) -> np.ndarray:
+    """Train with SWA, with SGD and with `fit_one_cycle` from the same seeds, show the tables of the first seed, print
+    what all found, draw `out`.png.
 
-    - `data`: an image folder (`vision.image_folder`), trained with torchvision's `arch`, whose average, of the first seed, is saved
-      as `out`.pth; `None`: scikit-learn's digits with a small network.
-    - `epochs`, `lr`, `swa_lr`, `swa_start`: as for `fit_swa`, but `swa_lr` defaults to `lr / 2`, the ratio of the SWA paper's
-      WRN-28-10; SGD gets as many epochs and falls to `lr / 100` by the same rule; one-cycle as many, with its peak at `lr`.
+    - `data`: an image folder (`vision.image_folder`), trained with torchvision's `arch`, whose average, of the first
+      seed, is saved as `out`.pth; `None`: scikit-learn's digits with a small network.
+    - `epochs`, `lr`, `swa_lr`, `swa_start`: as for `fit_swa`, but `swa_lr` defaults to `lr / 2`, the ratio of the SWA
+      paper's WRN-28-10; SGD gets as many epochs and falls to `lr / 100` by the same rule; one-cycle as many, with its
+      peak at `lr`.
     - `seeds`: number of repetitions; default 5 on digits, 1 on a folder.
 
-    Returns errors in %, shape (seeds, 4): SGD at its end, last single weights of the SWA run, their average, one-cycle at its end.
-    Raises what `image_folder` and `fit_swa` raise, and `ValueError` for an `arch` that torchvision does not have.
+    Returns errors in %, shape (seeds, 4): SGD at its end, last single weights of the SWA run, their average, one-cycle
+    at its end. Raises what `image_folder` and `fit_swa` raise, and `ValueError` for an `arch` that torchvision does not
+    have.
     """
     if data is None:
         dls, seeds, what = digits(n_train=500, bs=bs or 32), seeds or 5, 'scikit-learn digits, small batch-norm network'
@@ -50,41 +67,62 @@ def demo(data=None, arch='resnet18', epochs=12, seeds=None, lr=.1, swa_lr=None, 
         if arch not in torchvision.models.list_models(torchvision.models):
             raise ValueError(f"arch must be one of torchvision's classifiers, such as resnet18, not {arch!r}")
         dls, seeds, what = image_folder(data, size=size, bs=bs or 64), seeds or 1, f'{Path(data).name}, {arch}'
-    print(f'{what}: {len(dls.train_ds)} training and {len(dls.valid_ds)} validation images, {epochs} epochs, {seeds} seed(s)')
+    print(
+        f'{what}: {len(dls.train_ds)} training and {len(dls.valid_ds)} validation images, {epochs} epochs, {seeds} '
+        'seed(s)'
+    )
 
     def new_learner(seed):
         set_seed(seed, reproducible=True)
-        dls.train.rng = Random(seed)    # the loader's own: it orders the images
-        settings = dict(loss_func=CrossEntropyLossFlat(), opt_func=_SGD, lr=lr, wd=5e-4, wd_bn_bias=True, metrics=error_rate)
-        if data is None: return Learner(dls, digits_net(), **settings)
+        dls.train.rng = Random(seed)  # the loader's own: it orders the images
+        settings = dict(
+            loss_func=CrossEntropyLossFlat(), opt_func=_SGD, lr=lr, wd=5e-4, wd_bn_bias=True, metrics=error_rate
+        )
+        if data is None:
+            return Learner(dls, digits_net(), **settings)
         learn = vision_learner(dls, getattr(torchvision.models, arch), pretrained=pretrained, **settings)
         learn.unfreeze()
         return learn
 
-    def sgd_schedule(epoch, step, n_steps): return lr * swa_lr_factor(epoch, step, n_steps, epochs - 1, .01)
+    def sgd_schedule(epoch, step, n_steps):
+        return lr * swa_lr_factor(epoch, step, n_steps, epochs - 1, 0.01)
 
     runs = {
-        'SWA': lambda learn: learn.fit_swa(epochs, lr=lr, swa_lr=lr/2 if swa_lr is None else swa_lr, swa_start=swa_start),
+        'SWA': lambda learn: learn.fit_swa(
+            epochs, lr=lr, swa_lr=lr / 2 if swa_lr is None else swa_lr, swa_start=swa_start
+        ),
         'SGD': lambda learn: learn.fit(epochs, lr, cbs=EpochScheduler({'lr': sgd_schedule})),
-        'one-cycle': lambda learn: learn.fit_one_cycle(epochs, lr)}
+        'one-cycle': lambda learn: learn.fit_one_cycle(epochs, lr),
+    }
     errors, first, start = [], {}, perf_counter()
     for seed in range(seeds):
         ends = {}
         for name, fit in runs.items():
             learn = new_learner(seed)
-            if seed == 0: print(f'\n{name}, seed 0:')
-            with _progress(shown=seed == 0): swa = fit(learn)
+            if seed == 0:
+                print(f'\n{name}, seed 0:')
+            with _progress(shown=seed == 0):
+                swa = fit(learn)
             ends[name] = {column: values[-1] for column, values in _columns(learn).items()}
-            if seed == 0: first[name] = _columns(learn)
+            if seed == 0:
+                first[name] = _columns(learn)
             if seed == 0 and name == 'SWA':
                 average = swa
                 print(f'\n{average}')
-        if seed == 0: print()
-        found = ends['SGD']['error_rate'], ends['SWA']['error_rate'], ends['SWA']['swa_error_rate'], ends['one-cycle']['error_rate']
+        if seed == 0:
+            print()
+        found = (
+            ends['SGD']['error_rate'],
+            ends['SWA']['error_rate'],
+            ends['SWA']['swa_error_rate'],
+            ends['one-cycle']['error_rate'],
+        )
         errors.append([100 * e for e in found])
         sgd, _, of_average, one_cycle = errors[-1]
-        print(f'seed {seed}: error {sgd:.2f} % with SGD, {one_cycle:.2f} % with one-cycle, {of_average:.2f} % with SWA  '
-              f'({perf_counter() - start:.0f} s)')
+        print(
+            f'seed {seed}: error {sgd:.2f} % with SGD, {one_cycle:.2f} % with one-cycle, {of_average:.2f} % with SWA  '
+            f'({perf_counter() - start:.0f} s)'
+        )
     errors = np.array(errors)
     print('\n' + summary(errors, average.n_averaged))
     _draw(first, errors, Path(f'{out}.png'))
@@ -96,12 +134,22 @@ def demo(data=None, arch='resnet18', epochs=12, seeds=None, lr=.1, swa_lr=None, 
 
 
 def summary(errors: np.ndarray, n_averaged: int) -> str:
-    "What `errors`, in % and of shape (seeds, 4) as `demo` returns them, show: means, standard deviations, paired differences."
+    """What `errors`, in % and of shape (seeds, 4) as `demo` returns them, show: means, standard deviations, paired
+    differences.
+    """
     n = len(errors)
-    def stats(x): return f'{x.mean():5.2f}' + (f' +- {x.std(ddof=1):.2f}' if n > 1 else '')
+
+    def stats(x):
+        return f'{x.mean():5.2f}' + (f' +- {x.std(ddof=1):.2f}' if n > 1 else '')
+
     sgd, single, average, one_cycle = errors.T
     said = f'SWA run, the average of {n_averaged} epoch{"s" * (n_averaged > 1)}'
-    rows = {'SGD, at its end': sgd, 'one-cycle, at its end': one_cycle, 'SWA run, its last single weights': single, said: average}
+    rows = {
+        'SGD, at its end': sgd,
+        'one-cycle, at its end': one_cycle,
+        'SWA run, its last single weights': single,
+        said: average,
+    }
     lines = [f'validation error, %{"":16}{"mean +- std of " + str(n) + " seeds" if n > 1 else "one seed"}']
     lines += [f'{name:<34}{stats(column)}' for name, column in rows.items()]
     return '\n'.join([*lines, _compared(sgd - average, 'SGD'), _compared(one_cycle - average, 'one-cycle')])
@@ -109,14 +157,21 @@ def summary(errors: np.ndarray, n_averaged: int) -> str:
 
 def _compared(gain, other):
     "What the average gains over another run, seed by seed."
-    if len(gain) == 1: return f'SWA {_verb(gain[0], other)}; one seed cannot tell that from chance'
+    if len(gain) == 1:
+        return f'SWA {_verb(gain[0], other)}; one seed cannot tell that from chance'
     mean, half = mean_and_half(gain)
-    return (f'SWA {_verb(mean, other)} (seed by seed; 95 % confidence interval {mean - half:.2f} to {mean + half:.2f}; '
-            f'better in {(gain > 0).sum()} of {len(gain)})' + ('; that may be chance' if half >= abs(mean) else ''))
+    return (
+        f'SWA {_verb(mean, other)} (seed by seed; 95 % confidence interval {mean - half:.2f} to {mean + half:.2f}; '
+        f'better in {(gain > 0).sum()} of {len(gain)})' + ('; that may be chance' if half >= abs(mean) else '')
+    )
 
 
 def _verb(gain, other):
-    return f'is {abs(gain):.2f} points {"better" if gain > 0 else "worse"} than {other}' if gain else f'is level with {other}'
+    return (
+        f'is {abs(gain):.2f} points {"better" if gain > 0 else "worse"} than {other}'
+        if gain
+        else f'is level with {other}'
+    )
 
 
 def _columns(learn) -> dict:
@@ -128,38 +183,60 @@ def _columns(learn) -> dict:
 @contextmanager
 def _progress(shown):
     "fastai's table without bars where the output is not a terminal; nothing at all unless `shown`."
-    bar, old = fastprogress.ConsoleProgressBar, (fastprogress.NO_BAR, fastprogress.WRITER_FN, fastprogress.ConsoleProgressBar.fill)
-    if not shown or not sys.stdout.isatty(): fastprogress.NO_BAR, bar.fill = True, ''    # a bar prints its first mark even so
-    if not shown: fastprogress.WRITER_FN = lambda *args, **kwargs: None
-    try: yield
-    finally: fastprogress.NO_BAR, fastprogress.WRITER_FN, bar.fill = old
+    bar, old = (
+        fastprogress.ConsoleProgressBar,
+        (fastprogress.NO_BAR, fastprogress.WRITER_FN, fastprogress.ConsoleProgressBar.fill),
+    )
+    if not shown or not sys.stdout.isatty():
+        fastprogress.NO_BAR, bar.fill = True, ''  # a bar prints its first mark even so
+    if not shown:
+        fastprogress.WRITER_FN = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        fastprogress.NO_BAR, fastprogress.WRITER_FN, bar.fill = old
 
 
 def _draw(first: dict, errors, path):
     "The runs of the first seed, epoch by epoch, and the ends of all seeds."
     n = 2 + (len(errors) > 1)
-    fig, axs = plt.subplots(1, n, figsize=(5.2*n, 4.4), layout='constrained')
-    curves = {'SGD': ('SGD', '', dict(color='0.4', ls='--')), 'one-cycle': ('one-cycle', '', dict(color='C2', ls='-.')),
-              'SWA run, single weights': ('SWA', '', dict(color='C0', lw=1, marker='.')),
-              'SWA run, average': ('SWA', 'swa_', dict(color='C3', lw=2.5, marker='o', ms=4))}
-    for ax, column, scale, label in zip(axs, ('error_rate', 'valid_loss'), (100, 1), ('validation error, %', 'validation loss')):
+    fig, axs = plt.subplots(1, n, figsize=(5.2 * n, 4.4), layout='constrained')
+    curves = {
+        'SGD': ('SGD', '', dict(color='0.4', ls='--')),
+        'one-cycle': ('one-cycle', '', dict(color='C2', ls='-.')),
+        'SWA run, single weights': ('SWA', '', dict(color='C0', lw=1, marker='.')),
+        'SWA run, average': ('SWA', 'swa_', dict(color='C3', lw=2.5, marker='o', ms=4)),
+    }
+    for ax, column, scale, label in zip(
+        axs, ('error_rate', 'valid_loss'), (100, 1), ('validation error, %', 'validation loss')
+    ):
         for name, (run, prefix, style) in curves.items():
             values = scale * np.array(first[run][prefix + column])
             ax.plot(np.arange(1, len(values) + 1), values, label=name, **style)
-        late = np.concatenate([scale * np.array(first[run][prefix + column])[len(values) // 2:] for run, prefix, _ in curves.values()])
+        late = np.concatenate(
+            [scale * np.array(first[run][prefix + column])[len(values) // 2 :] for run, prefix, _ in curves.values()]
+        )
         late = late[np.isfinite(late)]
-        ax.set_ylim(late.min() - .1 * np.ptp(late) - 1e-9, late.max() + .25 * np.ptp(late) + 1e-9)    # the start would hide the end
+        ax.set_ylim(
+            late.min() - 0.1 * np.ptp(late) - 1e-9, late.max() + 0.25 * np.ptp(late) + 1e-9
+        )  # the start would hide the end
         ax.set(xlabel='epochs', ylabel=label, title='seed 0')
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.grid(alpha=.25)
+        ax.grid(alpha=0.25)
     fig.legend(*axs[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False)
     if n == 3:
         ax, shown = axs[2], errors[:, [0, 3, 2]]
-        for row in shown: ax.plot(range(3), row, color='0.6', lw=1, marker='o', ms=4)
+        for row in shown:
+            ax.plot(range(3), row, color='0.6', lw=1, marker='o', ms=4)
         ax.plot(range(3), shown.mean(0), color='black', lw=3, marker='s')
-        ax.set(xticks=range(3), xticklabels=['SGD', 'one-cycle', 'SWA'], xlim=(-.4, 2.4), ylabel='validation error, %',
-               title=f'the ends of {len(errors)} seeds, their mean in black')
-        ax.grid(alpha=.25)
+        ax.set(
+            xticks=range(3),
+            xticklabels=['SGD', 'one-cycle', 'SWA'],
+            xlim=(-0.4, 2.4),
+            ylabel='validation error, %',
+            title=f'the ends of {len(errors)} seeds, their mean in black',
+        )
+        ax.grid(alpha=0.25)
     with replacing(path) as f:
         fig.savefig(f, format='png', dpi=120)
     plt.close(fig)

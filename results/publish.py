@@ -5,12 +5,12 @@
 
 A marker is a comment of HTML, which no reader sees, in front of the text that it stands for, and <!--/--> behind it:
 
-    <!--= small-cifar100 | SWA 1.5B | error -->              of a row: mean +- standard deviation
-    <!--= small-cifar100 | SWA 1.5B - SGD 1B | error -->     of a difference: mean, 95 % interval, number of seeds
-    <!--= seeds | small-cifar100 -->                         how many
-    <!--= rows | small-cifar100 | SGD 1B; SWA 1.5B -->       a table of rows
-    <!--= differences | small-cifar100, small-cifar10 | SWA 1.5B - SGD 1B; ... -->    a table of differences, folder by folder
+    <!--= small-cifar100 | SWA 1.5B | error -->              of a row: mean +- standard deviation <!--= small-cifar100 |
+    SWA 1.5B - SGD 1B | error -->     of a difference: mean, 95 % interval, number of seeds <!--= seeds | small-cifar100
+    -->                         how many <!--= rows | small-cifar100 | SGD 1B; SWA 1.5B -->       a table of rows <!--=
+    differences | small-cifar100, small-cifar10 | SWA 1.5B - SGD 1B; ... -->    a table of differences, folder by folder
 """
+
 import json
 import re
 import sys
@@ -24,49 +24,65 @@ _UNITS = {'error': ' points', 'loss': '', 'distance': '', 'relative': '', 'great
 
 
 def published(text: str) -> str:
-    "`text` with the numbers between its markers as they are measured. Raises `ValueError` for a marker that means nothing."
+    """`text` with the numbers between its markers as they are measured. Raises `ValueError` for a marker that means
+    nothing.
+    """
     return _MARKED.sub(lambda m: m[1] + _said([part.strip() for part in m['what'].split('|')]) + m['end'], text)
 
 
 def files() -> list[Path]:
-    return [ROOT/'README.md', *sorted((ROOT/'results').glob('*.md')), *sorted((ROOT/'notebooks').glob('*.ipynb')),
-            *sorted((ROOT/'docs').rglob('*.md'))]
+    return [
+        ROOT / 'README.md',
+        *sorted((ROOT / 'results').glob('*.md')),
+        *sorted((ROOT / 'notebooks').glob('*.ipynb')),
+        *sorted((ROOT / 'docs').rglob('*.md')),
+    ]
 
 
 def put_into(file: Path) -> str:
     "The content of `file` as it should be. In a notebook the text of its cells is looked through, its outputs are not."
     content = file.read_text()
-    if file.suffix != '.ipynb': return published(content)
+    if file.suffix != '.ipynb':
+        return published(content)
     notebook = json.loads(content)
     for cell in notebook['cells']:
-        if cell['cell_type'] == 'markdown': cell['source'] = published(''.join(cell['source'])).splitlines(keepends=True)
+        if cell['cell_type'] == 'markdown':
+            cell['source'] = published(''.join(cell['source'])).splitlines(keepends=True)
     return json.dumps(notebook, indent=1, ensure_ascii=False) + '\n' if notebook != json.loads(content) else content
 
 
 def _said(parts) -> str:
     try:
-        if parts[0] == 'seeds': return str(len(_report(parts[1])['seeds']))
-        if parts[0] == 'rows': return _table_of_rows(parts[1], _names(parts[2]))
-        if parts[0] == 'differences': return _table_of_differences([p.strip() for p in parts[1].split(',')], _names(parts[2]))
+        if parts[0] == 'seeds':
+            return str(len(_report(parts[1])['seeds']))
+        if parts[0] == 'rows':
+            return _table_of_rows(parts[1], _names(parts[2]))
+        if parts[0] == 'differences':
+            return _table_of_differences([p.strip() for p in parts[1].split(',')], _names(parts[2]))
         folder, name, quantity = parts
         report = _report(folder)
-        if name in report['rows']: return _spread(report['rows'][name][quantity], _DIGITS[quantity]) + ' %' * (quantity == 'error')
+        if name in report['rows']:
+            return _spread(report['rows'][name][quantity], _DIGITS[quantity]) + ' %' * (quantity == 'error')
         return _difference(report['differences'][name][quantity], quantity)
     except (LookupError, TypeError, ValueError, FileNotFoundError) as e:
         raise ValueError(f'the marker {" | ".join(parts)!r} means nothing ({type(e).__name__}: {e})') from None
 
 
-def _names(text): return [name.strip() for name in text.split(';')]
+def _names(text):
+    return [name.strip() for name in text.split(';')]
 
 
 @cache
-def _report(folder) -> dict: return json.loads((ROOT/'results'/folder/'report.json').read_text())
+def _report(folder) -> dict:
+    return json.loads((ROOT / 'results' / folder / 'report.json').read_text())
 
 
-def _spread(s, digits): return f'{s["mean"]:.{digits}f}' + ('' if s['std'] is None else f' ± {s["std"]:.{digits}f}')
+def _spread(s, digits):
+    return f'{s["mean"]:.{digits}f}' + ('' if s['std'] is None else f' ± {s["std"]:.{digits}f}')
 
 
-def _interval(d, digits): return '' if d['low'] is None else f'{d["low"]:+.{digits}f} to {d["high"]:+.{digits}f}'
+def _interval(d, digits):
+    return '' if d['low'] is None else f'{d["low"]:+.{digits}f} to {d["high"]:+.{digits}f}'
 
 
 def _difference(d, quantity):
@@ -78,11 +94,15 @@ def _difference(d, quantity):
 def _table_of_rows(folder, names):
     rows = _report(folder)['rows']
     lines = ['', '', '| | epochs | test error, % | test loss |', '|---|---|---|---|']
-    lines += [f'| {n} | {rows[n].get("epochs", "")} | {_spread(rows[n]["error"], 2)} | {_spread(rows[n]["loss"], 4)} |' for n in names]
+    lines += [
+        f'| {n} | {rows[n].get("epochs", "")} | {_spread(rows[n]["error"], 2)} | {_spread(rows[n]["loss"], 4)} |'
+        for n in names
+    ]
     return '\n'.join(lines) + '\n\n'
 
 
-def _cell(d, digits): return f'{d["mean"]:+.{digits}f}' + ('' if d['low'] is None else f' ({_interval(d, digits)})')
+def _cell(d, digits):
+    return f'{d["mean"]:+.{digits}f}' + ('' if d['low'] is None else f' ({_interval(d, digits)})')
 
 
 def _table_of_differences(folders, names):
@@ -90,9 +110,12 @@ def _table_of_differences(folders, names):
     for folder in folders:
         differences = _report(folder)['differences']
         for name in names:
-            if name not in differences: continue
+            if name not in differences:
+                continue
             error, loss = differences[name]['error'], differences[name]['loss']
-            lines.append(f'| [`{folder}`]({folder}/report.md) | {name} | {error["n"]} | {_cell(error, 2)} | {_cell(loss, 4)} |')
+            lines.append(
+                f'| [`{folder}`]({folder}/report.md) | {name} | {error["n"]} | {_cell(error, 2)} | {_cell(loss, 4)} |'
+            )
     return '\n'.join(lines) + '\n\n'
 
 
@@ -100,8 +123,10 @@ def main(argv):
     changed = [file for file in files() if put_into(file) != file.read_text()]
     for file in changed:
         print(file.relative_to(ROOT))
-        if '--check' not in argv: file.write_text(put_into(file))
+        if '--check' not in argv:
+            file.write_text(put_into(file))
     return int(bool(changed) and '--check' in argv)
 
 
-if __name__ == '__main__': sys.exit(main(sys.argv[1:]))
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

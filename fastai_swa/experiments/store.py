@@ -1,4 +1,6 @@
-"""The one file of a row, runs.jsonl: a line for each seed that is complete, and what was measured on all of them together."""
+"""The one file of a row, runs.jsonl: a line for each seed that is complete, and what was measured on all of them
+together."""
+
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,17 +21,19 @@ def stored(folder: Path, kind: str) -> dict[int, dict]:
     Raises `ValueError`, naming file and line, if it is damaged.
     """
     found = {}
-    for data in _lines(folder/RUNS_FILE):
-        if data['kind'] == kind: found[data['seed']] = data
+    for data in _lines(folder / RUNS_FILE):
+        if data['kind'] == kind:
+            found[data['seed']] = data
     return dict(sorted(found.items()))
 
 
 def store(folder: Path, data: dict):
     """Put `data` into the file of `folder`, in place of what is there of the same 'kind' and 'seed'.
 
-    Several processes may do so at a time. Raises `ValueError` if the file is damaged, `OSError` if it cannot be written.
+    Several processes may do so at a time. Raises `ValueError` if the file is damaged, `OSError` if it cannot be
+    written.
     """
-    file = folder/RUNS_FILE
+    file = folder / RUNS_FILE
     with _locked(file):
         others = [d for d in _lines(file) if (d['kind'], d['seed']) != (data['kind'], data['seed'])]
         lines = sorted([*others, data], key=lambda d: (d['kind'], d['seed']))
@@ -38,16 +42,20 @@ def store(folder: Path, data: dict):
 
 def shortest(value: float) -> float:
     "The number with the fewest digits that is the same as a float32; what is none stays as it is."
-    with np.errstate(over='ignore'): single = np.float32(value)
+    with np.errstate(over='ignore'):
+        single = np.float32(value)
     return float(str(single)) if float(single) == value else value
 
 
 def _lines(file) -> list[dict]:
-    if not file.exists(): return []
+    if not file.exists():
+        return []
     res = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
-        try: data = json.loads(line)
-        except ValueError: data = None
+        try:
+            data = json.loads(line)
+        except ValueError:
+            data = None
         if not isinstance(data, dict) or not {'kind', 'seed'} <= data.keys():
             raise ValueError(f'{file} is damaged in line {number}: move it away')
         res.append(data)
@@ -61,6 +69,9 @@ def _locked(file):
         try:
             lock = Lock(file)
             break
-        except InUse: sleep(.01)
-    try: yield
-    finally: lock.release()
+        except InUse:
+            sleep(0.01)
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,4 +1,5 @@
 """What recipes are trained on beside images: tables and sentences, as fastai's own learners take them."""
+
 import hashlib
 import os
 from collections import Counter
@@ -28,17 +29,19 @@ __all__ = ['Table', 'Sentences', 'ADULT', 'HOUSING', 'SST2']
 
 @dataclass(frozen=True)
 class Table:
-    """A table as CSV, for fastai's `TabularModel`: embeddings of the categories, batch norm, two hidden layers of 200 and 100.
+    """A table as CSV, for fastai's `TabularModel`: embeddings of the categories, batch norm, two hidden layers of 200
+    and 100.
 
-    `train` and `test` are the names of the files in the folder given; without `test` every fifth row, in an order drawn with seed 0, is
-    tested on. A number to be predicted is standardised by the training rows.
+    `train` and `test` are the names of the files in the folder given; without `test` every fifth row, in an order drawn
+    with seed 0, is tested on. A number to be predicted is standardised by the training rows.
     """
+
     train: str
     target: str
     categories: tuple[str, ...]
     numbers: tuple[str, ...]
     test: str | None = None
-    is_number: bool = False    # what is to be predicted
+    is_number: bool = False  # what is to be predicted
 
     @property
     def metric(self) -> str:
@@ -46,14 +49,18 @@ class Table:
         return 'r2_score' if self.is_number else 'accuracy'
 
     def load(self, source, n_train: int | None = None, n_test: int | None = None):
-        "(data for `loaders`, what it is of). Raises `ValueError` if the folder `source` does not have the files or the columns."
+        """(data for `loaders`, what it is of). Raises `ValueError` if the folder `source` does not have the files or
+        the columns.
+        """
         train, test = _both(source, self.train, self.test, [*self.categories, *self.numbers, self.target])
         train, test = train[:n_train].copy(), test[:n_test].copy()
         if self.is_number:
             mean, std = train[self.target].mean(), train[self.target].std()
-            for part in (train, test): part[self.target] = (part[self.target] - mean) / std
+            for part in (train, test):
+                part[self.target] = (part[self.target] - mean) / std
         both = pd.concat([train, test], ignore_index=True)
-        for name in self.numbers: both[name] = both[name].astype('float64')
+        for name in self.numbers:
+            both[name] = both[name].astype('float64')
         splits = IndexSplitter(range(len(train), len(both)))(range(len(both)))
         block = RegressionBlock() if self.is_number else CategoryBlock()
         procs = [Categorify, FillMissing, Normalize]
@@ -69,7 +76,8 @@ class Table:
         n_out = 1 if self.is_number else len(dls.vocab)
         return TabularModel(get_emb_sz(data[0]), len(data[0].cont_names), n_out, [200, 100])
 
-    def loss_and_metric(self): return (MSELossFlat(), R2Score()) if self.is_number else (CrossEntropyLossFlat(), accuracy)
+    def loss_and_metric(self):
+        return (MSELossFlat(), R2Score()) if self.is_number else (CrossEntropyLossFlat(), accuracy)
 
     def baseline(self, data, seed: int) -> dict:
         "scikit-learn's gradient boosting on the same rows: its name, the metric and the loss on the test rows."
@@ -77,7 +85,8 @@ class Table:
         columns = [*self.categories, *self.numbers]
         kind = HistGradientBoostingRegressor if self.is_number else HistGradientBoostingClassifier
         xs = [part[columns].astype({name: 'category' for name in self.categories}) for part in (train, test)]
-        for name in self.categories: xs[1][name] = xs[1][name].cat.set_categories(xs[0][name].cat.categories)
+        for name in self.categories:
+            xs[1][name] = xs[1][name].cat.set_categories(xs[0][name].cat.categories)
         model = kind(categorical_features='from_dtype', random_state=seed).fit(xs[0], train[self.target])
         return {'name': 'gradient boosting'} | _judged(model, xs[1], test[self.target], self.is_number)
 
@@ -86,28 +95,32 @@ class Table:
 class Sentences:
     """Labelled sentences as CSV with the columns `sentence` and `label`, already split into words by blanks.
 
-    For a small network: embeddings of 64, a convolution of three words with batch norm, the greatest value over the positions, a linear layer.
+    For a small network: embeddings of 64, a convolution of three words with batch norm, the greatest value over the
+    positions, a linear layer.
     """
+
     train: str
     test: str
     metric = 'accuracy'
-    n_words = 10_000    # the most frequent ones; the others are one
-    length = 40    # words of a sentence that are read
+    n_words = 10_000  # the most frequent ones; the others are one
+    length = 40  # words of a sentence that are read
 
     def load(self, source, n_train: int | None = None, n_test: int | None = None):
-        "(data for `loaders`, what it is of). Raises `ValueError` if the folder `source` does not have the files or the columns."
+        """(data for `loaders`, what it is of). Raises `ValueError` if the folder `source` does not have the files or
+        the columns.
+        """
         train, test = _both(source, self.train, self.test, ['sentence', 'label'])
         train, test = train[:n_train], test[:n_test]
         counts = Counter(word for text in train['sentence'] for word in text.split())
-        words = {word: i + 2 for i, (word, _) in enumerate(counts.most_common(self.n_words))}    # 0: padding, 1: unknown
+        words = {word: i + 2 for i, (word, _) in enumerate(counts.most_common(self.n_words))}  # 0: padding, 1: unknown
         parts = [(self._numbers(part, words), torch.tensor(part['label'].to_numpy())) for part in (train, test)]
         return (parts, train, test), _about(self.train, train, test)
 
     def _numbers(self, part, words):
         x = torch.zeros(len(part), self.length, dtype=torch.long)
         for row, text in zip(x, part['sentence']):
-            numbers = [words.get(word, 1) for word in text.split()][:self.length]
-            row[:len(numbers)] = torch.tensor(numbers, dtype=torch.long)
+            numbers = [words.get(word, 1) for word in text.split()][: self.length]
+            row[: len(numbers)] = torch.tensor(numbers, dtype=torch.long)
         return x
 
     def loaders(self, data, bs: int, seed: int) -> DataLoaders:
@@ -116,26 +129,35 @@ class Sentences:
         res.train.rng = Random(seed)
         return res
 
-    def network(self, data, dls) -> nn.Module: return SentenceNet(self.n_words + 2)
+    def network(self, data, dls) -> nn.Module:
+        return SentenceNet(self.n_words + 2)
 
-    def loss_and_metric(self): return CrossEntropyLossFlat(), accuracy
+    def loss_and_metric(self):
+        return CrossEntropyLossFlat(), accuracy
 
     def baseline(self, data, seed: int) -> dict:
-        "scikit-learn's logistic regression on TF-IDF of words and pairs: its name, the metric and the loss on the test sentences."
+        """scikit-learn's logistic regression on TF-IDF of words and pairs: its name, the metric and the loss on the
+        test sentences.
+        """
         _, train, test = data
         tfidf = TfidfVectorizer(ngram_range=(1, 2), min_df=2, token_pattern=r'\S+')
-        model = LogisticRegression(C=10., max_iter=1000, random_state=seed).fit(tfidf.fit_transform(train['sentence']), train['label'])
-        return {'name': 'TF-IDF and logistic regression'} | _judged(model, tfidf.transform(test['sentence']), test['label'], False)
+        model = LogisticRegression(C=10.0, max_iter=1000, random_state=seed).fit(
+            tfidf.fit_transform(train['sentence']), train['label']
+        )
+        return {'name': 'TF-IDF and logistic regression'} | _judged(
+            model, tfidf.transform(test['sentence']), test['label'], False
+        )
 
 
 class SentenceNet(nn.Module):
     "(n, length) numbers of words to (n, 2) logits."
+
     def __init__(self, n_words: int, width: int = 64):
         super().__init__()
         self.words = nn.Embedding(n_words, width, padding_idx=0)
         self.conv = nn.Conv1d(width, 2 * width, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm1d(2 * width)
-        self.head = nn.Sequential(nn.Dropout(.5), nn.Linear(2 * width, 2))
+        self.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(2 * width, 2))
 
     def forward(self, x):
         features = torch.relu(self.bn(self.conv(self.words(x).transpose(1, 2))))
@@ -144,52 +166,84 @@ class SentenceNet(nn.Module):
 
 class _Batches:
     "A data set that gives whole batches: one indexing each."
-    def __init__(self, x, y): self.x, self.y = x, y
-    def __len__(self): return len(self.x)
-    def __getitem__(self, i): return self.x[i], self.y[i]
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i], self.y[i]
 
 
 def _loader(dataset, bs, shuffle=False) -> DataLoader:
     def create_batches(samps):
-        for i in torch.tensor(list(samps), dtype=torch.long).split(bs): yield dataset[i]
+        for i in torch.tensor(list(samps), dtype=torch.long).split(bs):
+            yield dataset[i]
+
     return DataLoader(dataset, bs=bs, shuffle=shuffle, num_workers=0, create_batches=create_batches)
 
 
 def _both(source, train, test, columns):
     "The rows for training and those to be tested on."
     folder = Path(source or os.environ.get('FASTAI_SWA_DATA') or '.')
-    parts = [_read(folder/name, tuple(columns)) for name in (train, test) if name]
-    if test: return parts
+    parts = [_read(folder / name, tuple(columns)) for name in (train, test) if name]
+    if test:
+        return parts
     order = np.random.RandomState(0).permutation(len(parts[0]))
     n_test = len(order) // 5
     return parts[0].iloc[order[n_test:]], parts[0].iloc[order[:n_test]]
 
 
-@cache    # the seeds of a process share it
+@cache  # the seeds of a process share it
 def _read(file, columns) -> pd.DataFrame:
-    if not file.exists(): raise ValueError(f'{file} is missing: --data is to name a folder with {file.name}')
+    if not file.exists():
+        raise ValueError(f'{file} is missing: --data is to name a folder with {file.name}')
     table = pd.read_csv(file, skipinitialspace=True)
     missing = [name for name in columns if name not in table]
-    if missing: raise ValueError(f'{file} has no column {missing[0]!r}')
+    if missing:
+        raise ValueError(f'{file} has no column {missing[0]!r}')
     return table[list(columns)].dropna(subset=columns[-1:])
 
 
 def _about(name, train, test) -> dict:
     digest = hashlib.sha256()
-    for part in (train, test): digest.update(pd.util.hash_pandas_object(part, index=False).to_numpy().tobytes())
+    for part in (train, test):
+        digest.update(pd.util.hash_pandas_object(part, index=False).to_numpy().tobytes())
     return {'kind': Path(name).stem, 'train': len(train), 'valid': len(test), 'sha256': digest.hexdigest()[:16]}
 
 
 def _judged(model, x, y, is_number) -> dict:
-    if is_number: return {'metric': float(model.score(x, y)), 'loss': float(np.mean((model.predict(x) - y)**2))}
+    if is_number:
+        return {'metric': float(model.score(x, y)), 'loss': float(np.mean((model.predict(x) - y) ** 2))}
     probs = model.predict_proba(x)
     column = {label: i for i, label in enumerate(model.classes_)}
     picked = probs[np.arange(len(y)), [column[label] for label in y]]
     return {'metric': float(model.score(x, y)), 'loss': float(-np.log(np.maximum(picked, 1e-15)).mean())}
 
 
-ADULT = Table('adult-train.csv', 'income', ('workclass', 'education', 'marital_status', 'occupation', 'relationship', 'race', 'sex',
-              'native_country'), ('age', 'fnlwgt', 'education_num', 'capital_gain', 'capital_loss', 'hours_per_week'), 'adult-test.csv')
-HOUSING = Table('california-housing.csv', 'median_house_value', ('ocean_proximity',), ('longitude', 'latitude', 'housing_median_age',
-                'total_rooms', 'total_bedrooms', 'population', 'households', 'median_income'), is_number=True)
+ADULT = Table(
+    'adult-train.csv',
+    'income',
+    ('workclass', 'education', 'marital_status', 'occupation', 'relationship', 'race', 'sex', 'native_country'),
+    ('age', 'fnlwgt', 'education_num', 'capital_gain', 'capital_loss', 'hours_per_week'),
+    'adult-test.csv',
+)
+HOUSING = Table(
+    'california-housing.csv',
+    'median_house_value',
+    ('ocean_proximity',),
+    (
+        'longitude',
+        'latitude',
+        'housing_median_age',
+        'total_rooms',
+        'total_bedrooms',
+        'population',
+        'households',
+        'median_income',
+    ),
+    is_number=True,
+)
 SST2 = Sentences('sst2-train.csv', 'sst2-test.csv')
