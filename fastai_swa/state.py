@@ -261,7 +261,7 @@ def _packed_attributes(path, o, own, holes) -> dict:
     for k, v in attributes(o):
         k = str(k)
         if k in _OF_LOADERS or isinstance(o, Callback) and k in ('learn', *_KEPT): continue
-        if can_hold(v) and type(v) is not L and not is_record(v):    # has a path of its own
+        if _has_a_path(v):
             holes.append((f'{path}.{k}', o, v))
             continue
         if not isinstance(o, Callback) and isinstance(v, _SIZED):
@@ -269,13 +269,23 @@ def _packed_attributes(path, o, own, holes) -> dict:
             n_leaves, n_bytes = n_leaves - size[2], n_bytes - size[3]
         packer.lenient = isinstance(o, Recorder) and k in ('values', 'log')    # a metric may give anything
         packed = packer(v, f'{path}.{k}')
-        if not (type(packed) is tuple and packed[0] == 'hole'): res[k] = packed
+        if not _is_hole(packed): res[k] = packed
     if isinstance(o, Recorder): res[_SMOOTH] = pack((o.smooth_loss.count, o.smooth_loss.val))
     holes.extend((where, o, v) for where, v in missed)
     return res
 
 
 _SIZED = (*CONTAINERS, torch.Tensor, np.ndarray, L)
+
+def _has_a_path(v) -> bool:
+    "Is the value of an attribute walked by itself?"
+    return can_hold(v) and type(v) is not L and not is_record(v)
+
+def _is_hole(packed) -> bool: return type(packed) is tuple and packed[0] == 'hole'
+
+def _is_plain(v) -> bool:
+    "Can the value of an attribute be kept with it?"
+    return not _has_a_path(v) and not _is_hole(Packer(keep_devices=True, holes=[])(v))
 
 
 def _without_unchanged(packed, unchanged, names) -> tuple[dict, dict]:
@@ -304,6 +314,8 @@ def _put_attributes(learn, state, unchanged):
             continue
         now = {str(k): v for k, v in attributes(o)}
         for k, v in attrs.items():
+            # None before the fit, an object within it: as the autocast of a MixedPrecision
+            if k not in state.get(path, {}) and k in now and not _is_plain(now[k]): continue
             if k == _SMOOTH: o.smooth_loss.count, o.smooth_loss.val = unpack(v)
             elif not k.startswith(_SMOOTH):
                 value = unpacker(v, now[k], f'{path}.{k}') if k in now else unpacker(v, what=f'{path}.{k}')

@@ -20,7 +20,7 @@ from fastai.torch_core import set_seed
 from fastai_swa import CheckpointCallback, SaveSWAModelCallback, SWACallback, ema
 from torch import nn
 
-from .helpers import At, assert_same, fingerprint, learner, loaders, net
+from .helpers import At, assert_same, fingerprint, learner, loaders, net, raising
 
 
 class Killed(BaseException): "Stands in for the end of the process: no handler of fastai's or ours sees it coming."
@@ -290,6 +290,27 @@ def test_resume_is_exact_in_mixed_precision_with_its_scaler(tmp_path, monkeypatc
     run = dict(swa=lambda: SWACallback(1, every=2), others=(Scales, lambda: MixedPrecision(mode)))
     assert_same(killed_and_resumed(tmp_path, kill(2), **run), expected(tmp_path, **run))
     assert scales[str(tmp_path/'parts')] == scales[str(tmp_path/'whole')] and (mode == 'bf16' or len(set(scales[str(tmp_path/'whole')])) > 1)
+
+
+class MadeInFit(Callback):
+    "As fastai's MixedPrecision: an object within a fit, `None` before and after it."
+    order, tool = 10, None
+    def before_fit(self): self.tool = torch.autocast('cpu', torch.bfloat16, enabled=False)
+    def before_batch(self):
+        with self.tool: pass
+    def after_fit(self): self.tool = None
+
+
+def test_a_second_fit_goes_on_with_the_objects_that_its_callbacks_have_made_for_it(tmp_path):
+    def twice(folder, *cbs):
+        learn = learner(cbs=MadeInFit())
+        learn.made_in_fit.tool = None    # of an earlier fit
+        learn.fit(4, cbs=[CheckpointCallback(folder/'run.ckpt'), *cbs])
+        return learn
+    for name in 'parts', 'whole': (tmp_path/name).mkdir()
+    with pytest.raises(Killed): twice(tmp_path/'parts', At('after_epoch', 1, raising(Killed())))
+    a, b = twice(tmp_path/'parts'), twice(tmp_path/'whole')
+    assert_same(fingerprint(a), fingerprint(b))
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])

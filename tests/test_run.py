@@ -188,6 +188,15 @@ def test_averages_beside_a_run_change_nothing_of_it_and_an_ema_takes_every_step(
         assert all(torch.equal(a[k], b[k]) for k in a), file.name
 
 
+def test_a_seed_in_bf16_that_is_interrupted_ends_as_the_whole_one(tmp_path):
+    settings = replace(IMAGES, precision='bf16')
+    seed_0(tmp_path/'whole', settings=settings)
+    for at in 'epoch 2 of', 'SGD 1.5B  epoch 7', 'SWA  epoch 7':    # in a first part, and in parts that go on from a fork
+        with pytest.raises(Stop): seed_0(tmp_path/'parts', settings=settings, show=lambda seed, line, at=at: stop(seed, line) if at in line else None)
+    seed_0(tmp_path/'parts', settings=settings)
+    assert_same_seed(tmp_path/'parts', tmp_path/'whole')
+
+
 def test_bf16_is_autocast_with_the_weights_in_float32(tmp_path):
     kinds, forward = set(), nn.Conv2d.forward
     def seen(self, x):

@@ -108,11 +108,14 @@ def numbers(found: dict) -> dict:
     loss = of_whole_seeds(found, 'loss')
     rows = {m: {'error': summary(error[m]), 'loss': summary(loss[m])} for m in METHODS}
     for m in METHODS:
-        for k in sorted({r['budgets'] for r in found['budgets']} - {1}):
+        for k in _shown_budgets(found)[1:]:
             rows[f'{m}, {k} runs'] = {'error': summary(errors(_at(found, m, k, 'accuracy'))), 'loss': summary(_at(found, m, k, 'loss'))}
     differences = {f'{a} - {b}': {'error': difference_summary(error[a] - error[b]), 'loss': difference_summary(loss[a] - loss[b])}
                    for a, b in _PAIRS}
     return {'rows': rows, 'differences': differences}
+
+
+def _shown_budgets(found): return [k for k in (1, 2, 3, 5, 10) if k <= len(found['seeds'])]
 
 
 def draw(found: dict, axs):
@@ -145,7 +148,7 @@ def sections(records: list[dict], found: dict):
            'Differences in points of error and in test loss; one seed cannot tell them from chance:')
     yield table(difference_rows({m: errors(x) for m, x in values['accuracy'].items()}, _PAIRS, 2, losses=values['loss']))
     if n > 1:
-        budgets = [k for k in (1, 2, 3, 5, 10) if k <= n]
+        budgets = _shown_budgets(found)
         yield 'Several budgets: all models of so many runs together. Error in %, mean +- std over groups of runs of which none is in two:'
         rows = [['', *(f'{k} budget{"s" * (k > 1)} (n = {n // k})' for k in budgets)]]
         for m in METHODS:
