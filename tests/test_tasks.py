@@ -103,6 +103,10 @@ def test_the_report_has_every_length_the_averages_and_the_baseline(folder, monke
         for name in f'Adam {n}', f'SWA {n}', f'one-cycle {n}', f'Adam {n}, EMA over steps', f'one-cycle {n}, mean of its last third':
             assert rows[name][0] == str(n), name
     last = [next(p for p in r['parts'] if p['runs'] == ['Adam 8'])['epochs'][-1] for r in records]
+    refreshed = [100 * (1 - row['swa_r2_score']) for row in last]    # the control: its end with the batch norm of a whole pass
+    assert rows['Adam 8, batch norm refreshed'][1] == f'{np.mean(refreshed):.2f} +- {np.std(refreshed, ddof=1):.2f}'
+    gains = [100 * (1 - next(p for p in r['parts'] if p['runs'] == ['SWA 8'])['epochs'][-1]['swa_r2_score']) - e for r, e in zip(records, refreshed)]
+    assert rows['SWA 8 - Adam 8, batch norm refreshed'][0] == f'{np.mean(gains):+.2f}'
     errors = [100 * (1 - row['r2_score']) for row in last]
     assert rows['Adam 8'][1] == f'{np.mean(errors):.2f} +- {np.std(errors, ddof=1):.2f}'
     baseline = [100 * (1 - r['baseline']['metric']) for r in records]

@@ -143,11 +143,15 @@ def rows_of(record: dict) -> dict[str, Row]:
 
 
 def _rows_of_lengths(record, lengths):
+    has_batch_norm = _has_batch_norm(RECIPES[record['recipe']])
     for run, n in lengths.items():
-        is_swa = run.startswith('SWA')
-        yield (f'{run}, single weights' if is_swa else run), Row(run, n, '')
-        if is_swa:
+        if run.startswith('SWA'):
+            yield f'{run}, single weights', Row(run, n, '')
             yield run, Row(run, n, 'swa_')
+        else:
+            yield run, Row(run, n, '')
+            if has_batch_norm:
+                yield run + _REFRESHED, Row(run, n, 'swa_')
         yield from _beside(record, run, run).items()
 
 
@@ -206,9 +210,12 @@ def _pairs(record) -> Iterator[tuple[str, str]]:
             plain = f'{recipe.opt} {n}'
             yield from (
                 (f'SWA {n}', plain),
+                (f'SWA {n}', plain + _REFRESHED),
                 (f'SWA {n}', f'one-cycle {n}'),
+                (plain + _REFRESHED, plain),
                 (f'{plain}, EMA over steps', plain),
                 (f'one-cycle {n}, mean of its last third', f'one-cycle {n}'),
+                (f'one-cycle {n}, mean of its last third', f'one-cycle {n}{_REFRESHED}'),
                 (f'one-cycle {n}', plain),
             )
         return
