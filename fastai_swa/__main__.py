@@ -14,7 +14,7 @@ def main(argv=None):
     start = time()
     parser = argparse.ArgumentParser(prog='python -m fastai_swa', description='Weight averaging for fastai.')
     commands = parser.add_subparsers(dest='command', required=True)
-    p = commands.add_parser('demo', help='SGD and SWA side by side, on digits or on your images',
+    p = commands.add_parser('demo', help='SWA, SGD and one-cycle side by side, on digits or on your images',
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument('--data', metavar='FOLDER', help='images as train/<class>/* and test|valid/<class>/*; without it: digits')
     p.add_argument('--arch', default='resnet18', help="one of torchvision's classifiers, for --data")
@@ -33,7 +33,8 @@ def main(argv=None):
     p.add_argument('--seeds', type=_positive, default=1, help='the seeds 0 to SEEDS - 1; those that are complete stay')
     p.add_argument('--out', help='folder for what is found and kept (default: results/NAME)')
     p.add_argument('--data', metavar='FOLDER', help="images as train/<class>/* and test/<class>/*, or torchvision's files (downloaded if they are "
-                   'missing); "digits" to try things (default: the environment\'s CIFAR10_DIR or CIFAR100_DIR, else ~/.fastai/data)')
+                   'missing); "digits" to try things (default: the environment\'s CIFAR10_DIR or CIFAR100_DIR, else ~/.fastai/data). '
+                   'For tabular- and text-: a folder with the CSV files (default: FASTAI_SWA_DATA, else the current one)')
     p.add_argument('--scale', type=float, default=1., help='multiply all lengths by this, and numbers of points')
     p.add_argument('--images', type=_positive, help='so many training images (default: as many as the recipe says)')
     p.add_argument('--test-images', type=_positive, help='so many test images (default: all)')
@@ -48,7 +49,8 @@ def main(argv=None):
                    'of their recipe beside --out)')
     p.add_argument('--deterministic', action='store_true', help='use only GPU kernels that always give the same: slower, and an interrupted run '
                    'ends bitwise as the whole one')
-    p = commands.add_parser('report', help='tables and figures of what reproduce has found; of two folders also the differences')
+    p = commands.add_parser('report', help="tables and figures of what reproduce has found; of several folders also the paper's own table, of two "
+                       'the differences')
     p.add_argument('folders', nargs='+', metavar='FOLDER', help='what reproduce was given as --out')
     args = vars(parser.parse_args(argv))
     matplotlib.use('agg')

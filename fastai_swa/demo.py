@@ -125,11 +125,12 @@ def demo(
         )
     errors = np.array(errors)
     print('\n' + summary(errors, average.n_averaged))
-    _draw(first, errors, Path(f'{out}.png'))
-    print(f'\nwrote {out}.png')
     if data is not None:
         save_weights(Path(f'{out}.pth'), average.swa_model.state_dict())
-        print(f'wrote {out}.pth, the averaged weights: learn.model.load_state_dict(torch.load({out + ".pth"!r}))')
+        load = f'learn.model.load_state_dict(torch.load({out + ".pth"!r}))'
+        print(f'\nwrote {out}.pth, the averaged weights: {load}')
+    _draw(first, errors, Path(f'{out}.png'))
+    print(f'\nwrote {out}.png')
     return errors
 
 
@@ -167,11 +168,11 @@ def _compared(gain, other):
 
 
 def _verb(gain, other):
-    return (
-        f'is {abs(gain):.2f} points {"better" if gain > 0 else "worse"} than {other}'
-        if gain
-        else f'is level with {other}'
-    )
+    if np.isnan(gain):
+        return f'cannot be compared with {other}: one of them diverged'
+    if gain == 0:
+        return f'is level with {other}'
+    return f'is {abs(gain):.2f} points {"better" if gain > 0 else "worse"} than {other}'
 
 
 def _columns(learn) -> dict:
@@ -213,13 +214,12 @@ def _draw(first: dict, errors, path):
         for name, (run, prefix, style) in curves.items():
             values = scale * np.array(first[run][prefix + column])
             ax.plot(np.arange(1, len(values) + 1), values, label=name, **style)
-        late = np.concatenate(
-            [scale * np.array(first[run][prefix + column])[len(values) // 2 :] for run, prefix, _ in curves.values()]
-        )
+        shown = [scale * np.array(first[run][prefix + column]) for run, prefix, _ in curves.values()]
+        late = np.concatenate([values[len(values) // 2:] for values in shown])    # the start would hide the end
         late = late[np.isfinite(late)]
-        ax.set_ylim(
-            late.min() - 0.1 * np.ptp(late) - 1e-9, late.max() + 0.25 * np.ptp(late) + 1e-9
-        )  # the start would hide the end
+        if len(late):    # else all have diverged
+            margin = np.ptp(late) + 1e-9
+            ax.set_ylim(late.min() - .1 * margin, late.max() + .25 * margin)
         ax.set(xlabel='epochs', ylabel=label, title='seed 0')
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.25)

@@ -67,18 +67,24 @@ def plot_runs(curves: dict, ax=None, ylabel: str = ''):
     `curves`: name -> epochs (n) and values (seeds, n). Drawn from the back to the front: singles in thin lines, the last one, the average, in
     a thick one. The axis shows what the runs' second halves need. Returns the axes.
     """
-    styles = (dict(color='0.55', ls='--'), dict(color='0.2', ls=':', lw=1.5), dict(color='C2', ls='-.'), dict(color='C0'), dict(color='C3', lw=2.5))
     ax = _axes(ax)
     last = max((epochs[-1] for epochs, _ in curves.values() if len(epochs)), default=0)
-    for i, ((name, (epochs, values)), style) in enumerate(zip(curves.items(), styles[-len(curves):])):
+    for i, (name, (epochs, values)) in enumerate(curves.items()):
         if len(epochs) == 0: continue
-        ax.plot(epochs, values.mean(0), label=name, **{'lw': 1, 'ms': 4, 'marker': '.' * (len(epochs) < 2)} | style)
+        style = {'lw': 1, 'ms': 4, 'marker': '.' * (len(epochs) < 2)} | _RUNS.get(name, dict(color='C4'))
+        ax.plot(epochs, values.mean(0), label=name, **style)
         every = max(1, last // 6)
-        _intervals(ax, epochs, values, style, [k for k, e in enumerate(epochs) if e == epochs[-1] or (last - e + i * every // 5) % every == 0])
+        is_shown = (epochs == epochs[-1]) | ((last - epochs + i * every // 5) % every == 0)    # not all at the same epochs
+        _intervals(ax, epochs, values, style, np.flatnonzero(is_shown))
     late = np.concatenate([values[:, epochs > last / 2].mean(0) for epochs, values in curves.values()])
     late = late[np.isfinite(late)]
     if len(late): ax.set_ylim(late.min() - .1 * np.ptp(late) - 1e-9, late.max() + .1 * np.ptp(late) + 1e-9)
     return _labelled(ax, 'epochs', ylabel)
+
+
+# a run looks the same in every figure
+_RUNS = {'SGD 1B': dict(color='0.55', ls='--'), 'SGD 1.5B': dict(color='0.2', ls=':', lw=1.5), 'one-cycle 1.5B': dict(color='C2', ls='-.'),
+         'SWA run, single weights': dict(color='C0'), 'SWA run, average': dict(color='C3', lw=2.5)}
 
 
 def plot_sizes(curves: dict, ax=None, ylabel: str = ''):

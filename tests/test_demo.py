@@ -108,6 +108,13 @@ def test_the_summary_is_honest():
     assert 'SWA is 0.20 points worse than SGD; one seed cannot tell' in worse and 'SWA is level with one-cycle; one seed cannot tell' in worse
 
 
+def test_a_run_that_diverges_is_said_to_have_and_the_picture_is_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    from fastai_swa.demo import demo
+    demo(epochs=2, seeds=1, lr=1e18)
+    assert 'cannot be compared with SGD: one of them diverged' in capsys.readouterr().out and (tmp_path/'swa-demo.png').exists()
+
+
 def test_digits_are_the_data_set_split_without_overlap():
     from sklearn.datasets import load_digits
     bunch = load_digits()

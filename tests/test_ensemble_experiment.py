@@ -104,6 +104,21 @@ def test_a_report_without_the_evaluation_says_which_command_makes_it(folder, tmp
     with pytest.raises(ValueError, match='has no comparison of its ensembles: the same reproduce command makes it'): report(tmp_path)
 
 
+def test_a_comparison_of_fewer_seeds_does_not_replace_one_of_more(folder, found, monkeypatch):
+    monkeypatch.setattr('fastai_swa.experiments.run.evaluate', lambda *args: pytest.fail('compared again'))
+    assert reproduce('small', 1, folder, threads=1, stream=io.StringIO()) == {}
+    assert next(data for data in lines_of(folder) if data['kind'] == 'ensembles') == found
+
+
+def test_the_report_is_of_the_seeds_that_were_compared(folder, tmp_path):
+    records = lines_of(folder)
+    more = next(data for data in records if data['kind'] == 'training') | {'seed': 7}
+    (tmp_path/'runs.jsonl').write_text(''.join(json.dumps(data) + '\n' for data in [*records, more]))
+    text = report(tmp_path)
+    assert '2 seeds (0, 1)' in text and 'seed 7 is not yet compared with the others' in text
+    assert json.loads((tmp_path/'report.json').read_text())['seeds'] == [0, 1]
+
+
 def test_too_small_a_scale_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match='4 epochs are too few for 5 snapshots'): reproduce('ensembles-vgg16-cifar10', 1, tmp_path, 'digits', Settings(scale=.02))
     assert not list(tmp_path.iterdir())

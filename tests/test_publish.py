@@ -40,7 +40,7 @@ def test_a_marker_is_followed_by_its_number_and_nothing_else_changes(measured, m
 def test_tables_are_of_rows_and_of_differences(measured):
     rows = publish.published('<!--= rows | row | SWA 1B --><!--/-->')
     assert '\n\n| | epochs | test error, % | test loss |\n|---|---|---|---|\n| SWA 1B | 60 | 22.34 ± 0.46 | 0.7123 |\n\n<!--/-->' in rows
-    table = publish.published('<!--= differences | row | SWA 1B - SGD 1B; what there is not --><!--/-->')
+    table = publish.published('<!--= differences | row | SWA 1B - SGD 1B --><!--/-->')
     assert '| [`row`](row/report.md) | SWA 1B - SGD 1B | 7 | -1.23 (-2.35 to -0.12) | +0.0500 |' in table
 
 
@@ -53,9 +53,21 @@ def test_the_text_of_a_notebook_is_looked_through_and_its_outputs_are_not(measur
     assert content[0]['source'] == ['of <!--= seeds | row -->7<!--/--> seeds'] and content[1] == cells[1]
 
 
-@pytest.mark.parametrize('marker', ['row', 'row | SWA 2B | error', 'row | SWA 1B | width', 'elsewhere | SWA 1B | error', 'rows | row | SGD 1B'])
+@pytest.mark.parametrize('marker', ['row', 'row | SWA 2B | error', 'row | SWA 1B | width', 'elsewhere | SWA 1B | error', 'rows | row | SGD 1B', 'differences | row | SWA 1B - sgd 1B'])
 def test_a_marker_that_means_nothing_is_named(measured, marker):
     with pytest.raises(ValueError, match='the marker .* means nothing'): publish.published(f'<!--= {marker} --><!--/-->')
+
+
+def test_a_marker_without_an_end_takes_no_text_away(measured):
+    text = '<!--= seeds | row -->7 seeds. Prose. <!--= row | SWA 1B | error -->2<!--/-->'
+    with pytest.raises(ValueError, match="the marker 'seeds | row' has no <!--/--> behind its text"): publish.published(text)
+
+
+def test_tables_link_to_the_reports_from_where_they_stand(measured):
+    marker = '<!--= differences | row | SWA 1B - SGD 1B --><!--/-->'
+    (measured/'README.md').write_text(marker)
+    (measured/'results'/'README.md').write_text(marker)
+    assert '(results/row/report.md)' in publish.put_into(measured/'README.md') and '(row/report.md)' in publish.put_into(measured/'results'/'README.md')
 
 
 def test_the_check_says_which_file_differs_and_writes_nothing(measured, monkeypatch, capsys):

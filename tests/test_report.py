@@ -7,7 +7,8 @@ import pytest
 from fastai_swa import __main__
 from fastai_swa.experiments import RECIPES, report
 from fastai_swa.experiments.recipes import parts, runs, scaled
-from fastai_swa.experiments.report import curves, papers_table, rows_of
+from fastai_swa.experiments.report import papers_table
+from fastai_swa.experiments.rows import curves, rows_of
 from fastai_swa.experiments.tables import difference_rows, mean_and_half
 from fastai_swa.plot import plot_lengths, plot_runs
 from scipy import stats
@@ -71,7 +72,7 @@ def test_differences_are_paired_with_their_confidence_interval(tmp_path):
             'SWA 1B': ('SWA', 5, True), 'SWA 1.25B': ('SWA', 6, True), 'SWA 1.5B': ('SWA', 8, True), 'SWA run at 1B, single weights': ('SWA', 5, False),
             'SWA run at 1.5B, single weights': ('SWA', 8, False)}
     rows = [line.split('|')[1].strip() for line in text.splitlines() if ' - ' in line.split('|')[1 % (1 + line.count('|'))]]
-    assert len(rows) == 10
+    assert len(rows) == 12
     for name in rows:
         (run_a, e_a, avg_a), (run_b, e_b, avg_b) = (ends[part] for part in name.split(' - '))
         assert cells(text, name)[1] == f'{np.mean([100*(accuracy(run_b, e_b, s, avg_b) - accuracy(run_a, e_a, s, avg_a)) for s in range(3)]):+.2f}', name
@@ -210,9 +211,10 @@ def test_a_network_at_chance_is_said_to_have_learned_nothing_instead_of_being_co
 
 
 def test_the_papers_table_has_a_line_a_network_with_what_is_published_in_brackets(tmp_path, capsys):
+    whole = {'images': {'kind': 'CIFAR-10', 'train': 50000, 'valid': 10000, 'sha256': 'abc'}, 'settings': record(0)['settings'] | {'scale': 1.}}
     for name in (NAME, 'vgg16-cifar10'):
         (tmp_path/name).mkdir()
-        write(tmp_path/name, record(0, recipe=name), record(1, recipe=name))
+        write(tmp_path/name, record(0, recipe=name, **whole), record(1, recipe=name, **whole))
     with pytest.raises(SystemExit): __main__.main(['report', str(tmp_path/NAME), str(tmp_path/'vgg16-cifar10')])
     said = capsys.readouterr().out
     head = [c.strip() for c in next(line for line in said.splitlines() if 'test accuracy, %' in line).split('|')[1:-1]]
@@ -225,6 +227,47 @@ def test_the_papers_table_has_a_line_a_network_with_what_is_published_in_bracket
 def test_the_command_prints_the_report(tmp_path, capsys):
     with pytest.raises(SystemExit) as e: __main__.main(['report', str(write(tmp_path, record(0)))])
     assert not e.value.code and '| SWA 1.5B |' in capsys.readouterr().out
+
+
+def test_what_was_scaled_or_compressed_does_not_stand_beside_the_papers_numbers(tmp_path):
+    row = papers_table([write(tmp_path, record(0))]).splitlines()[-1]
+    assert row.startswith(f'| {NAME} (not comparable) |') and '(95' not in row
+
+
+def test_a_seed_that_diverged_does_not_count_and_is_said(tmp_path):
+    broken = record(1)
+    for p in broken['parts']:
+        if p['runs'] == ['SWA']: p['epochs'] = [dict.fromkeys(row) | {'seconds': 1.} for row in p['epochs']]
+    text = report(write(tmp_path, record(0), record(2), broken))
+    found = json.loads((tmp_path/'report.json').read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert found['rows']['SWA 1.5B']['error']['n'] == 2 and found['rows']['SGD 1B']['error']['n'] == 3
+    values = [100*(1 - accuracy('SWA', 8, s, True)) for s in (0, 2)]
+    assert found['rows']['SWA 1.5B']['error']['mean'] == pytest.approx(np.mean(values)) and cells(text, 'SWA 1.5B')[2].endswith('(2 of 3)')
+    assert 'nan' not in text and 'seed 1: the SWA run diverged' in text and cells(text, 'SWA 1.5B - SGD 1B')[3] == '2 of 3'
+
+
+def test_rows_at_chance_are_named_in_the_head_and_their_differences_are_not_compared(tmp_path):
+    r = record(0)
+    r['parts'][-1]['epochs'][-1]['swa_accuracy'] = .1
+    text = report(write(tmp_path, r))
+    assert '**at chance, with nothing learned: SWA 1.5B**' in text and cells(text, 'SWA 1.5B - SGD 1B')[4] == ''
+
+
+def test_two_folders_of_one_name_are_told_apart(tmp_path):
+    from fastai_swa.experiments.report import compare
+    for name, offset in ('x', 0), ('y', .02):
+        (tmp_path/name/'row').mkdir(parents=True)
+        r = record(0)
+        for p in r['parts']:
+            for row in p['epochs']: row['accuracy'] += offset
+        write(tmp_path/name/'row', r)
+    text = compare(tmp_path/'x'/'row', tmp_path/'y'/'row')
+    assert cells(text, f'SGD 1B, {tmp_path}/x/row - SGD 1B, {tmp_path}/y/row')[1] == '+2.00'
+
+
+def test_seeds_of_a_recipe_that_has_changed_are_not_mixed(tmp_path, capsys):
+    with pytest.raises(ValueError, match="mixes runs: seed 1 has trained {'lr': 0.2}"):
+        report(write(tmp_path, record(0, trained={'lr': .1}), record(1, trained={'lr': .2})))
 
 
 def intervals(ax):

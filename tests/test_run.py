@@ -503,6 +503,33 @@ def one_sentence(said):
     return len(said.err.partition('error: ')[2].splitlines()) == 1
 
 
+def test_a_recipe_that_has_changed_since_is_refused_for_seeds_begun_and_complete(tmp_path, whole):
+    with pytest.raises(Stop): seed_0(tmp_path, show=stop)
+    for folder in tmp_path, whole:
+        before = begun(folder)
+        for changed, said in ((replace(TINY, lr=.2), 'lr=0.1, not 0.2'), (replace(TINY, bs=32), 'bs=64, not 32'), (replace(TINY, network=plain_net), "network='small_net', not 'plain_net'"),
+                              (replace(TINY, one_cycle_lr=.2), 'one_cycle_lr=None, not 0.2')):
+            with pytest.raises(ValueError, match=f'seed 0 was run with {said}: give the same, or another folder'): seed_0(folder, changed)
+        assert begun(folder) == before
+
+
+def test_a_seed_that_another_process_stores_meanwhile_stops_no_other(tmp_path, monkeypatch):
+    from fastai_swa.experiments.record import find_record, read_records
+    (tmp_path/'seed-1.json').write_text('{')    # being written, or damaged
+    assert find_record(tmp_path, 0) is None
+    (tmp_path/'seed-1.json').unlink()
+    (tmp_path/'seed-1.json').symlink_to(tmp_path/'gone')    # listed, and no more there when it is read
+    assert read_records(tmp_path) == {} and find_record(tmp_path, 1) is None
+
+
+def test_a_complete_record_that_is_not_stored_yet_is_not_lost(tmp_path, whole):
+    data = complete(whole)
+    (tmp_path/'seed-0.json').write_text(json.dumps(data))
+    for file in whole.glob('*.pth'): (tmp_path/file.name).write_bytes(file.read_bytes())
+    seed_0(tmp_path)
+    assert complete(tmp_path) == data and not (tmp_path/'seed-0.json').exists()
+
+
 def test_a_second_process_at_a_seed_is_refused(tiny_command, tmp_path):
     from fastai_swa.files import Lock
     lock = Lock(tmp_path/'seed-0.json')

@@ -126,6 +126,14 @@ def test_the_baseline_is_scikit_learns_own_on_the_same_rows(folder):
     assert found['loss'] == pytest.approx((1 - found['metric']) * test['price'].var(ddof=0), rel=1e-6)
 
 
+def test_a_number_that_only_test_rows_lack_is_the_median_of_the_training_rows(folder):
+    table = pd.read_csv(folder/'later.csv')
+    table.loc[2, 'rooms'] = np.nan
+    table.to_csv(folder/'later.csv', index=False)
+    (_, train, test), _ = LOANS.load(folder)
+    assert test['rooms'].iloc[2] == train['rooms'].median() and not test['rooms'].isna().any()
+
+
 @pytest.mark.parametrize('spoil, said', [(lambda f: (f/'flats.csv').unlink(), 'flats.csv is missing: --data is to name a folder with flats.csv'),
                                          (lambda f: (f/'flats.csv').write_text('place,rooms\nnear,3\n'), "flats.csv has no column 'age'")])
 def test_a_file_that_cannot_be_used_is_one_sentence_before_anything_is_written(folder, monkeypatch, spoil, said):

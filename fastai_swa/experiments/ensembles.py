@@ -13,7 +13,7 @@ from .store import store, stored
 from ..plot import plot_sizes
 from .tables import difference_rows, difference_summary, spread, summary, table
 
-__all__ = ['METHODS', 'evaluate', 'load', 'sections', 'numbers', 'draw', 'size_curves']
+__all__ = ['METHODS', 'evaluate', 'is_compared', 'load', 'sections', 'numbers', 'draw', 'size_curves']
 
 METHODS = 'SGD', 'SWA', 'snapshots', 'FGE'
 _TOGETHER = -1    # in the place of a seed, in the file of the row
@@ -75,6 +75,12 @@ def load(folder: Path) -> dict:
     found = stored(folder, 'ensembles').get(_TOGETHER)
     if found is None: raise ValueError(f'{folder} has no comparison of its ensembles: the same reproduce command makes it')
     return found
+
+
+def is_compared(folder: Path, seeds) -> bool:
+    "Is what `seeds` have left part of a comparison already?"
+    found = stored(folder, 'ensembles').get(_TOGETHER)
+    return found is not None and set(seeds) <= set(found['seeds'])
 
 
 def of_whole_seeds(found: dict, name: str) -> dict[str, np.ndarray]:

@@ -45,7 +45,7 @@ def report_landscapes(folder: Path) -> str:
         plt.close(fig)
     text = '\n\n'.join([*_head(recipe, complete, notes), *sections]) + '\n'
     what = {'recipe': recipe.name, 'seeds': [n['seed'] for n in complete], 'images': complete[0]['images'], 'settings': complete[0]['settings']}
-    write_text(folder/'report.json', json.dumps(what | numbers, indent=1) + '\n')
+    write_text(folder/'report.json', json.dumps(what | numbers, indent=1, allow_nan=False) + '\n')
     write_text(folder/'report.md', text)
     return text
 

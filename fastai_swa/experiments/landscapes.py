@@ -177,7 +177,7 @@ class _Note:
             said = difference(self.data[k], v, k) if isinstance(v, dict) else f'other {k}'
             raise ValueError(f'{out}: seed {seed} was measured with {said}: give the same, or another folder')
         self.session = {'started': now(), 'versions': versions(), 'hardware': hardware(settings.device), 'threads': torch.get_num_threads()}
-        if self.data['finished']: self._clean_up()
+        if seed in stored(out, 'landscape'): self._clean_up()    # what a kill has left in that moment
         else:
             self.data['sessions'].append(self.session)
             self._write()
@@ -208,9 +208,11 @@ def read_notes(folder: Path) -> dict[int, dict]:
     begun = {}
     for file in folder.glob('seed-*.landscape.json'):
         try: data = json.loads(file.read_text())
+        except FileNotFoundError: continue    # it has just been stored
         except ValueError: data = None
-        if not isinstance(data, dict) or not _KEYS <= data.keys(): raise ValueError(f'{file} is damaged, or no note on a measurement: move it away')
-        begun[data['seed']] = data
+        if not isinstance(data, dict) or not _KEYS <= data.keys():
+            raise ValueError(f'{file} is damaged, or no note on a measurement: move it away')
+        begun[data['seed']] = data | {'finished': None}    # complete is what is stored
     complete = stored(folder, 'landscape')
     for seed, data in complete.items():
         if not {*_KEYS, 'surfaces'} <= data.keys():

@@ -10,7 +10,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner, Metric, Recorder
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from fastai.optimizer import SGD, Adam
+from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
 
 from ..vision import cifar
@@ -66,7 +66,7 @@ def _task_learner(recipe, seed, settings, data):
     dls = recipe.task.loaders(data, recipe.bs, seed).to(settings.device)
     model = recipe.task.network(data, dls).to(settings.device)
     loss, metric = recipe.task.loss_and_metric()
-    return Learner(dls, model, loss, opt_func={'SGD': SGD, 'Adam': Adam}[recipe.opt], lr=recipe.lr, wd=recipe.wd, metrics=metric)
+    return Learner(dls, model, loss, opt_func=Adam, lr=recipe.lr, wd=recipe.wd, metrics=metric)
 
 
 class BF16(MixedPrecision):

@@ -1,6 +1,6 @@
 """One record for each published row: what is trained on what, how long, at which learning rate, and what came out there."""
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 
 from fastai.callback.schedule import combined_cos
@@ -12,7 +12,7 @@ from ..vision import CIFAR_STATS, IMAGENET_STATS, VGG16, PreResNet, SmallPreResN
 from .tasks import ADULT, HOUSING, SST2, Sentences, Table
 
 __all__ = ['Recipe', 'Ensembles', 'RECIPES', 'Landscape', 'LANDSCAPES', 'Run', 'Beside', 'Part', 'sgd_lr', 'swa_lr', 'scaled', 'runs',
-           'parts', 'optimizer']
+           'parts', 'optimizer', 'described']
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Recipe:
     source: str | None = None    # of the images, if none is given
     images: int | None = None    # training images, or rows, if no number is given; None: all
     task: Table | Sentences | None = None    # instead of images
-    opt: str = 'SGD'    # 'Adam': fastai's own
+    opt: str = 'SGD'    # what the plain runs are named after; a task is trained with fastai's 'Adam'
 
     @property
     def metric(self) -> str: return 'accuracy' if self.task is None else self.task.metric
@@ -251,6 +251,20 @@ def parts(runs: list[Run]) -> list[Part]:
         for members in by_lr.values(): split(tuple(members), end, parent)
     split(tuple(runs), 0, None)
     return res
+
+
+def described(recipe: Recipe) -> dict:
+    "All that decides what `recipe` trains, as plain data, for the record of a seed."
+    left = {'name', 'published', 'source', 'images'}    # the last two are in what the images are said to be
+    return {f.name: _plain(getattr(recipe, f.name)) for f in fields(recipe) if f.name not in left}
+
+def _plain(value):
+    if isinstance(value, partial):
+        arguments = [*map(repr, value.args), *(f'{k}={v!r}' for k, v in value.keywords.items())]
+        return f'{value.func.__name__}({", ".join(arguments)})'
+    if is_dataclass(value): return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, tuple): return [_plain(v) for v in value]
+    return value.__name__ if callable(value) else value
 
 
 def optimizer(recipe: Recipe, fused: bool | None = None):

@@ -13,7 +13,7 @@ from ..files import read, save_weights, write, write_text
 from ..modules import unwrap
 from ..state import take
 from ..version import __version__
-from .recipes import parts, runs
+from .recipes import described, parts, runs
 from .store import RUNS_FILE, shortest, store, stored
 
 __all__ = ['Settings', 'Record', 'what_is_run', 'read_records', 'find_record', 'check_record', 'weights_file', 'snapshots_folder',
@@ -43,13 +43,18 @@ class Record:
         self.parts, self.number = parts(runs(recipe)), 0    # the number of the part in training
         fixed = what_is_run(recipe, settings, images) | {'seed': seed}
         self.data = find_record(out, seed)
-        if self.data is not None: check_record(self.data, out, fixed)
+        if self.data is not None:
+            check_record(self.data, out, fixed)
+            there = [(p['runs'], p['begin'], p['end']) for p in self.data['parts']]
+            if there != [([r.name for r in p.runs], p.begin, p.end) for p in self.parts]:
+                raise ValueError(f'{out}: seed {seed} was run with other runs of {recipe.name}: give another folder')
         else:
             # what an earlier run has left whose record is gone
             for file in (*out.glob(f'seed-{seed}.part*.ckpt'), *out.glob(f'seed-{seed}.fork*')): file.unlink()
             self.data = {'kind': 'training', **fixed, 'threads': threads, 'started': now(), 'finished': None, 'sessions': [], 'parts': [
                 {'runs': [r.name for r in p.runs], 'begin': p.begin, 'end': p.end, 'done': False, 'epochs': []} for p in self.parts]}
-        if self.data['finished']: self.file('json').unlink(missing_ok=True)    # there, if it was killed in that moment
+        if seed in stored(out, 'training'): self.file('json').unlink(missing_ok=True)    # there, if it was killed in that moment
+        elif self.data['finished']: self._save()
         else:
             self.data['sessions'].append({'started': now(), 'jobs': jobs, 'versions': versions(), 'hardware': hardware(settings.device)})
             self._save()
@@ -168,7 +173,8 @@ def weights_file(out: Path, seed: int, run: str) -> Path:
 
 def what_is_run(recipe, settings: Settings, images: dict) -> dict:
     "What all seeds in a folder have in common."
-    return {'recipe': recipe.name, 'budget': recipe.budget, 'swa_start': recipe.swa_start, 'settings': asdict(settings), 'images': images}
+    return {'recipe': recipe.name, 'budget': recipe.budget, 'swa_start': recipe.swa_start, 'trained': described(recipe),
+            'settings': asdict(settings), 'images': images}
 
 
 _KEYS = {'recipe', 'seed', 'settings', 'images', 'parts', 'finished'}
@@ -178,14 +184,20 @@ def read_records(folder: Path) -> dict[int, dict]:
     if not folder.is_dir(): return {}
     names = (re.fullmatch(r'seed-(\d+)\.json', f.name) for f in folder.iterdir())
     begun = {int(m[1]): _read_begun(folder/m[0]) for m in names if m}
-    complete = stored(folder, 'training')
-    for seed, data in complete.items():
-        if not _KEYS <= data.keys(): raise ValueError(f'{folder/RUNS_FILE} is damaged: seed {seed} is no record of a training: move it away')
-    return dict(sorted((begun | complete).items()))
+    begun = {seed: data for seed, data in begun.items() if data is not None}
+    return dict(sorted((begun | _complete(folder)).items()))
 
 def find_record(folder: Path, seed: int) -> dict | None:
     "The record of a seed in `folder`, complete or not; `None` if there is none. Raises `ValueError` if it is damaged."
-    return read_records(folder).get(seed)
+    begun = _read_begun(folder/f'seed-{seed}.json')
+    return _complete(folder).get(seed, begun)
+
+def _complete(folder) -> dict:
+    complete = stored(folder, 'training')
+    for seed, data in complete.items():
+        if not _KEYS <= data.keys():
+            raise ValueError(f'{folder/RUNS_FILE} is damaged: seed {seed} is no record of a training: move it away')
+    return complete
 
 def check_record(data: dict, folder: Path, fixed: dict):
     "Raises `ValueError` if the record `data` of a seed in `folder` does not agree with what is `fixed`."
@@ -193,8 +205,10 @@ def check_record(data: dict, folder: Path, fixed: dict):
         if data.get(k) == v: continue
         raise ValueError(f'{folder}: seed {data["seed"]} was run with {difference(data.get(k), v, k)}: give the same, or another folder')
 
-def _read_begun(file) -> dict:
+def _read_begun(file) -> dict | None:
+    "`None` if it is not there; it may just have been stored."
     try: data = json.loads(file.read_text())
+    except FileNotFoundError: return None
     except ValueError: data = None
     if not isinstance(data, dict) or not _KEYS <= data.keys(): raise ValueError(f'{file} is damaged, or no record of a seed: move it away')
     return data
@@ -215,7 +229,7 @@ def _as_json(data) -> str:
 
 def difference(was, now, name) -> str:
     if not isinstance(was, dict) or not isinstance(now, dict): return f'{name}={was!r}, not {now!r}'
-    name = next(k for k in {**was, **now} if was.get(k) != now.get(k))
+    name = next(k for k in {**was, **now} if was.get(k, 'nothing') != now.get(k, 'nothing'))
     return f'{name}={was.get(name)!r}, not {now.get(name)!r}'
 
 def duration(seconds) -> str:

@@ -19,7 +19,7 @@ from ..learner import EpochScheduler
 from ..passes import autocast_left
 from ..snapshots import SnapshotCallback
 from ..state import restore
-from .ensembles import evaluate
+from .ensembles import evaluate, is_compared
 from .landscapes import check_solutions, measure_seed
 from .learners import TimeIsUp, recipe_data, recipe_learner, settings_restored
 from .recipes import LANDSCAPES, RECIPES, Recipe, runs, scaled
@@ -62,7 +62,8 @@ def reproduce(name: str, seeds: int = 1, out=None, source=None, settings: Settin
     outcomes = {seed: attempt(seed, show=lines.show) for seed in range(seeds)} if jobs == 1 else _side_by_side(attempt, seeds, jobs, lines)
     lines.end()
     missing = {seed: sentence for seed, sentence in outcomes.items() if sentence}
-    if recipe is not None and recipe.ensembles and not missing: _predict_together(recipe, out, range(seeds), settings, source, threads)
+    if recipe is not None and recipe.ensembles and not missing and not is_compared(out, range(seeds)):
+        _predict_together(recipe, out, range(seeds), settings, source, threads)
     return missing
 
 
@@ -83,11 +84,11 @@ def run_seed(recipe: Recipe, seed: int, out: Path, settings: Settings = Settings
     """Train all runs of `recipe` with one seed, or what an earlier call has left of them; returns the record that `out`/runs.jsonl then holds.
 
     The runs share the epochs before they part. While it goes on, seed-<seed>.json, a checkpoint and the states at the forks stand beside
-    the file; at the end the weights at the end of each run, and the average, as state dicts: seed-<seed>-<run>.pth.
+    the file; at the end the weights at the end of each run, and the average of a run named SWA, as state dicts: seed-<seed>-<run>.pth.
 
-    - `source`: of the images, as in `vision.cifar`; `threads`: of the CPU, on which its results depend in the last bits (a seed that goes on
-      keeps its number); `until`: the `time.time()` by which it ends; `show`: called as `show(seed, line)` after each epoch; `jobs`:
-      how many seeds are trained side by side, for the record.
+    - `source`: of the images, as in `vision.cifar`, or the folder of a task's files; `threads`: of the CPU, on which its results depend
+      in the last bits (a seed that goes on keeps its number); `until`: the `time.time()` by which it ends; `show`: called as
+      `show(seed, line)` after each epoch; `jobs`: how many seeds are trained side by side, for the record.
 
     Raises `TimeIsUp` if time does not suffice; `ValueError` if the record there was run with other settings or other data; `RuntimeError` if
     another process is at it; `OSError` if a file cannot be written; and what `cifar` raises. Nothing is lost by any of them.

@@ -1,4 +1,7 @@
-"""Tables in Markdown, and the statistics in them and in report.json."""
+"""Tables in Markdown, and the statistics in them and in report.json.
+
+A sample has a value for each seed; what diverged is nan, counts for nothing, and is said.
+"""
 
 import numpy as np
 from scipy.stats import t
@@ -12,36 +15,54 @@ def table(rows: list[list[str]]) -> str:
     return '\n'.join([head, '|---' * len(rows[0]) + '|', *body])
 
 
-def spread(x: np.ndarray, digits: int) -> str:
-    return f'{x.mean():.{digits}f}' + (f' +- {x.std(ddof=1):.{digits}f}' if len(x) > 1 else '')
-
-
 def mean_and_half(x: np.ndarray) -> tuple[float, float]:
     "Mean of the sample `x`, and half the width of its 95 % confidence interval by Student's t; infinite for one value."
-    return float(x.mean()), float(t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5) if len(x) > 1 else float(
-        'inf'
-    )
+    if len(x) < 2:
+        return float(x.mean()), float('inf')
+    half = t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5
+    return float(x.mean()), float(half)
 
 
-def summary(x: np.ndarray) -> dict:
-    "Mean, standard deviation (`None` for one value) and size of a sample, for report.json."
-    return {'mean': float(x.mean()), 'std': float(x.std(ddof=1)) if len(x) > 1 else None, 'n': len(x)}
-
-
-def difference_summary(x: np.ndarray) -> dict:
-    "Mean, 95 % confidence interval (`None` for one value) and size of a sample of paired differences, for report.json."
-    mean, half = mean_and_half(x)
-    low, high = (None, None) if half == float('inf') else (mean - half, mean + half)
-    return {'mean': mean, 'low': low, 'high': high, 'n': len(x)}
+def spread(x: np.ndarray, digits: int) -> str:
+    "Mean +- standard deviation of a sample."
+    found = _finite(x)
+    if not len(found):
+        return 'diverged'
+    text = f'{found.mean():.{digits}f}'
+    if len(found) > 1:
+        text += f' +- {found.std(ddof=1):.{digits}f}'
+    return text + _of_all(found, x)
 
 
 def signed(x: np.ndarray, digits: int) -> list[str]:
-    "Two cells: the mean of `x`, and its 95 % confidence interval, empty for one value."
-    mean, half = mean_and_half(x)
-    return [
-        f'{mean:+.{digits}f}',
-        f'{mean - half:+.{digits}f} to {mean + half:+.{digits}f}' if half < float('inf') else '',
-    ]
+    "Two cells: the mean of a sample of differences, and its 95 % confidence interval, empty for one value."
+    found = _finite(x)
+    if not len(found):
+        return ['', '']
+    mean, half = mean_and_half(found)
+    interval = f'{mean - half:+.{digits}f} to {mean + half:+.{digits}f}' if half < float('inf') else ''
+    return [f'{mean:+.{digits}f}' + _of_all(found, x), interval]
+
+
+def _of_all(found, x): return '' if len(found) == len(x) else f' ({len(found)} of {len(x)})'
+
+def _finite(x): return x[np.isfinite(x)]
+
+
+def summary(x: np.ndarray) -> dict:
+    "Mean, standard deviation (`None` for fewer than two values) and size of a sample, for report.json."
+    found = _finite(x)
+    mean = float(found.mean()) if len(found) else None
+    return {'mean': mean, 'std': float(found.std(ddof=1)) if len(found) > 1 else None, 'n': len(found)}
+
+
+def difference_summary(x: np.ndarray) -> dict:
+    "Mean, 95 % confidence interval (`None` for fewer than two values) and size of a sample of paired differences."
+    found = _finite(x)
+    if len(found) < 2:
+        return {'mean': float(found.mean()) if len(found) else None, 'low': None, 'high': None, 'n': len(found)}
+    mean, half = mean_and_half(found)
+    return {'mean': mean, 'low': mean - half, 'high': mean + half, 'n': len(found)}
 
 
 def difference_rows(

@@ -54,6 +54,9 @@ class Table:
         """
         train, test = _both(source, self.train, self.test, [*self.categories, *self.numbers, self.target])
         train, test = train[:n_train].copy(), test[:n_test].copy()
+        for name in self.numbers:
+            if not train[name].isna().any():    # else fastai's FillMissing has seen in training what to do
+                test[name] = test[name].fillna(train[name].median())
         if self.is_number:
             mean, std = train[self.target].mean(), train[self.target].std()
             for part in (train, test):

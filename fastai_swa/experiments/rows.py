@@ -1,0 +1,194 @@
+"""What the rows and curves of a report read off the records of the seeds: names, values, the pairs compared."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from .recipes import RECIPES
+
+__all__ = ['REFRESHED', 'Row', 'rows_of', 'values', 'pairs_of', 'error_of', 'run_lengths', 'curves', 'curves_of_lengths']
+
+
+class Row(NamedTuple):
+    "What a row of a table reads off a record."
+
+    run: str
+    epochs: int
+    average: str  # what its column begins with: '' for the weights in training
+
+
+REFRESHED = ', batch norm refreshed'
+_BESIDE = {'third': 'mean of its last third', 'fifth': 'mean of its last fifth', 'ema': 'EMA over steps'}
+
+
+def rows_of(record: dict) -> dict[str, Row]:
+    "Name -> `Row`, in the order of the table."
+    if RECIPES[record['recipe']].lengths:
+        return _rows_of_lengths(record)
+    rows = {}
+    for b in ('1B', '1.5B'):
+        rows |= _rows_of_run(record, f'SGD {b}')
+    budgets = {f'{b:g}B': int(record['budget'] * b) for b in (1, 1.25, 1.5)}
+    for b, epochs in budgets.items():
+        rows[f'SWA run at {b}, single weights'] = Row('SWA', epochs, '')
+    for b, epochs in budgets.items():
+        rows[f'SWA {b}'] = Row('SWA', epochs, 'swa_')
+    rows |= _beside(record, 'SWA', 'SWA run at 1.5B')
+    for run in run_lengths(record):
+        if run.startswith('one-cycle'):
+            rows |= _rows_of_run(record, run)
+    return rows
+
+
+def _rows_of_lengths(record):
+    rows = {}
+    for run, n in run_lengths(record).items():
+        if run.startswith('SWA'):
+            rows |= {f'{run}, single weights': Row(run, n, ''), run: Row(run, n, 'swa_'), **_beside(record, run, run)}
+        else:
+            rows |= _rows_of_run(record, run)
+    return dict(sorted(rows.items(), key=lambda item: item[1].epochs))
+
+
+def _rows_of_run(record, run):
+    "Its end, the same with its batch norm refreshed, and the averages beside it."
+    n = run_lengths(record)[run]
+    refreshed = {run + REFRESHED: Row(run, n, 'swa_')} if _has_batch_norm(RECIPES[record['recipe']]) else {}
+    return {run: Row(run, n, ''), **refreshed, **_beside(record, run, run)}
+
+
+def run_lengths(record) -> dict[str, int]:
+    "Run -> its number of epochs."
+    res = {}
+    for part in record['parts']:
+        for run in part['runs']:
+            res[run] = max(res.get(run, 0), part['end'])
+    return res
+
+
+def _beside(record, run, label) -> dict[str, Row]:
+    "The averages beside a run, which are validated at its end."
+    epochs = _epochs(record, run)
+    return {
+        f'{label}, {said}': Row(run, len(epochs), f'{name}_')
+        for name, said in _BESIDE.items()
+        if f'{name}_valid_loss' in epochs[-1]
+    }
+
+
+def _epochs(record, run) -> list[dict]:
+    "The rows of the epochs of `run`, those included that it shares with others."
+    parts = sorted((p for p in record['parts'] if run in p['runs']), key=lambda p: p['begin'])
+    return [row for p in parts for row in p['epochs']]
+
+
+def values(records: list[dict], name: str) -> dict[str, np.ndarray]:
+    "Row of the table -> `name` ('error', in per cent, or 'valid_loss') for each seed; nan where it has no value."
+    rows = rows_of(records[0])
+    return {
+        label: np.array([_value(r, row.run, row.epochs - 1, row.average, name) for r in records])
+        for label, row in rows.items()
+    }
+
+
+def _value(record, run, epoch, average, name) -> float:
+    row, metric = _epochs(record, run)[epoch], RECIPES[record['recipe']].metric
+    value = row.get(average + (metric if name == 'error' else name))
+    if value is None:
+        return float('nan')
+    return error_of(value) if name == 'error' else value
+
+
+def error_of(metric: float) -> float:
+    "In per cent: the samples read wrong, or the share of the variance that R2 leaves."
+    return 100 * (1 - metric)
+
+
+def pairs_of(record) -> list[tuple[str, str]]:
+    """The rows of the table whose differences answer a question.
+
+    What is averaged is compared with ends whose batch norm is refreshed, too: else the gain may be that of the refresh.
+    """
+    recipe = RECIPES[record['recipe']]
+    if recipe.lengths:
+        lengths = sorted(set(run_lengths(record).values()))
+        pairs = [pair for n in lengths for pair in _pairs_of_length(f'SWA {n}', f'{recipe.opt} {n}', f'one-cycle {n}')]
+    else:
+        pairs = [
+            ('SWA 1.25B', 'SGD 1B'),
+            ('SWA 1.5B', 'SGD 1B'),
+            ('SGD 1.5B', 'SGD 1B'),
+            ('SWA run at 1B, single weights', 'SGD 1B'),
+            ('SWA run at 1.5B, single weights', 'SGD 1.5B'),
+            ('SWA 1.5B', 'SWA run at 1.5B, single weights'),
+            *_pairs_of_length('SWA 1B', 'SGD 1B', 'one-cycle 1B'),
+            *_pairs_of_length('SWA 1.5B', 'SGD 1.5B', 'one-cycle 1.5B'),
+        ]
+    there = rows_of(record)
+    return [(a, b) for a, b in pairs if a in there and b in there]
+
+
+def _pairs_of_length(swa, plain, one_cycle):
+    third = f'{one_cycle}, mean of its last third'
+    return [
+        (swa, plain),
+        (swa, plain + REFRESHED),
+        (swa, one_cycle),
+        (swa, one_cycle + REFRESHED),
+        (plain + REFRESHED, plain),
+        (f'{plain}, EMA over steps', plain),
+        (f'{plain}, EMA over steps', plain + REFRESHED),
+        (one_cycle, plain),
+        (one_cycle + REFRESHED, one_cycle),
+        (third, one_cycle),
+        (third, one_cycle + REFRESHED),
+        (third, swa),
+    ]
+
+
+# curves
+
+
+def curves(records: list[dict], name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Curve -> its epochs (counted from 1: after so many), and `name` ('error', in per cent, or 'valid_loss') at each
+    for each seed, shape (seeds, epochs)."""
+    res, lengths = {}, run_lengths(records[0])
+    wanted = {
+        'SGD 1B': ('SGD 1B', ''),
+        'SGD 1.5B': ('SGD 1.5B', ''),
+        'one-cycle 1.5B': ('one-cycle 1.5B', ''),
+        'SWA run, single weights': ('SWA', ''),
+        'SWA run, average': ('SWA', 'swa_'),
+    }
+    for label, (run, average) in wanted.items():
+        if run not in lengths:
+            continue
+        all_epochs = np.array([[_value(r, run, e, average, name) for e in range(lengths[run])] for r in records])
+        shown = ~np.isnan(all_epochs).all(0)
+        res[label] = np.flatnonzero(shown) + 1, all_epochs[:, shown]
+    return res
+
+
+def curves_of_lengths(records: list[dict], name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    "Method -> the numbers of epochs trained, and `name` at the end of each for each seed, shape (seeds, lengths)."
+    found, lengths = values(records, name), sorted(set(run_lengths(records[0]).values()))
+    plain = RECIPES[records[0]['recipe']].opt
+    methods = {
+        plain: plain + ' {}',
+        f'{plain}, EMA over steps': plain + ' {}, EMA over steps',
+        'one-cycle': 'one-cycle {}',
+        'one-cycle, mean of its last third': 'one-cycle {}, mean of its last third',
+        'SWA': 'SWA {}',
+    }
+    there = {method: row for method, row in methods.items() if row.format(lengths[0]) in found}
+    return {m: (np.array(lengths), np.stack([found[row.format(n)] for n in lengths], 1)) for m, row in there.items()}
+
+
+def _has_batch_norm(recipe):
+    if recipe.network is None:
+        return True
+    with torch.device('meta'):
+        model = recipe.network(recipe.n_classes)
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
