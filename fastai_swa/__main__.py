@@ -26,6 +26,7 @@ def main(argv=None):
     p.add_argument('--bs', type=_positive, help='batch size (default: 32 on digits, 64 on images)')
     p.add_argument('--size', type=_positive, help="side of the images in pixels (default: the first image's, at most 224)")
     p.add_argument('--pretrained', action='store_true', help="start from torchvision's weights (downloads them)")
+    p.add_argument('--label-noise', type=float, default=.2, help="share of the digits' training labels that is drawn at random")
     p.add_argument('--out', default='swa-demo', help='name of the files written, without an ending')
     p = commands.add_parser('reproduce', help="train one of the papers' recipes, seed by seed; the same command goes on with an interrupted one",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)

@@ -92,7 +92,7 @@ def test_an_image_folder_that_cannot_be_used_is_one_clear_sentence(folder, spoil
 @pytest.mark.parametrize('args, sentence', [
     (['--epochs', '0'], "expected a positive whole number, not '0'"), (['--swa-start', 'x'], "expected an epoch or a share"),
     (['--swa-start', '-1'], 'swa_start must be an epoch counted from 0, not -1'), (['--swa-lr', '-1'], 'swa_lr must be positive'),
-    (['--data', '/nowhere'], '/nowhere must contain'), (['--data', '.', '--arch', 'resnet19'], "arch must be one of torchvision's classifiers")])
+    (['--label-noise', '2'], 'label_noise must be a share from 0 to 1, not 2.0'), (['--data', '/nowhere'], '/nowhere must contain'), (['--data', '.', '--arch', 'resnet19'], "arch must be one of torchvision's classifiers")])
 def test_a_mistake_in_the_command_line_is_one_clear_sentence(args, sentence, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e: main(['demo', *args])
@@ -129,6 +129,22 @@ def test_digits_are_the_data_set_split_without_overlap():
     assert len(list(dls.train)) == 32 and digits(n_train=1000, seed=3).train_ds.items == dls.train_ds.items
     for bad in (0, 1797):
         with pytest.raises(ValueError, match='n_train must be between 1 and 1796'): digits(n_train=bad)
+
+
+@pytest.mark.parametrize('share, n_train', [(0., 1000), (.2, 1000), (.333, 100), (1., 50)])
+def test_label_noise_is_of_that_share_of_the_training_labels_and_of_no_other(share, n_train):
+    clean, noisy, again = digits(n_train=n_train), digits(n_train=n_train, label_noise=share), digits(n_train=n_train, label_noise=share)
+    def labels(dls, part): return torch.tensor([int(getattr(dls, part)[i][1]) for i in range(len(getattr(dls, part)))])
+    assert torch.equal(labels(clean, 'valid_ds'), labels(noisy, 'valid_ds')) and clean.train_ds.items == noisy.train_ds.items
+    changed = labels(clean, 'train_ds') != labels(noisy, 'train_ds')
+    drawn = int(share*n_train)
+    assert not changed[drawn:].any() and torch.equal(labels(noisy, 'train_ds'), labels(again, 'train_ds'))
+    assert abs(int(changed.sum()) - .9*drawn) <= 4*(.09*drawn)**.5    # one in ten is drawn as it was
+
+
+@pytest.mark.parametrize('share', [-.1, 1.1, float('nan')])
+def test_a_share_of_label_noise_that_is_none_is_refused(share):
+    with pytest.raises(ValueError, match='label_noise must be a share from 0 to 1, not'): digits(label_noise=share)
 
 
 def test_the_digits_network_is_as_documented():

@@ -315,9 +315,9 @@ RECIPES['ensembles-small-cifar100'] = replace(RECIPES['small-cifar100'], name='e
 _beyond = dict(network=None, n_classes=None, opt='Adam', wd=.01, ema=.99)
 for _task_recipe in (
         Recipe('tabular-adult', **_beyond, budget=20, lr=1e-3, swa_lr=5e-4, swa_start=15, one_cycle_lr=1e-3, bs=256, lengths=(5, 10, 20), task=ADULT),
-        Recipe('tabular-housing', **_beyond, budget=40, lr=3e-3, swa_lr=1e-3, swa_start=30, one_cycle_lr=3e-3, bs=256, lengths=(10, 20, 40),
+        Recipe('tabular-housing', **_beyond, budget=40, lr=3e-3, swa_lr=1.5e-3, swa_start=30, one_cycle_lr=3e-3, bs=256, lengths=(10, 20, 40),
                task=HOUSING),
-        Recipe('text-sst2', **_beyond, budget=12, lr=1e-3, swa_lr=5e-4, swa_start=9, one_cycle_lr=1e-3, bs=256, lengths=(4, 8, 12), images=20_000,
+        Recipe('text-sst2', **_beyond, budget=12, lr=3e-3, swa_lr=1.5e-3, swa_start=9, one_cycle_lr=3e-3, bs=256, lengths=(4, 8, 12), images=20_000,
                task=SST2)):
     RECIPES[_task_recipe.name] = _task_recipe
 # the question that the 2018 replication left open: does padding by reflection, its library's default, explain its higher accuracy?

@@ -26,18 +26,24 @@ class _Pick:
     def __call__(self, i): return self.items[i]
 
 
-def digits(n_train: int = 900, bs: int = 32, seed: int = 0, num_workers: int = 0, device=None) -> DataLoaders:
+def digits(n_train: int = 900, bs: int = 32, seed: int = 0, num_workers: int = 0, device=None, label_noise: float = 0.) -> DataLoaders:
     """scikit-learn's handwritten digits: 1,797 grey images of 8 x 8 in 10 classes, as (1, 8, 8) float tensors scaled to [0, 1].
 
     `n_train` images drawn with `seed` are for training, all others for validation. The last short training batch is kept.
-    Raises `ValueError` unless 1 <= `n_train` <= 1796.
+    `label_noise`: that share of the training labels, rounded down, is drawn anew from all ten classes, with `seed`.
+    Raises `ValueError` unless 1 <= `n_train` <= 1796 and 0 <= `label_noise` <= 1.
     """
     from sklearn.datasets import load_digits    # comes with fastai; slow to import
     bunch = load_digits()
     if not 1 <= n_train < len(bunch.target): raise ValueError(f'n_train must be between 1 and {len(bunch.target) - 1}, not {n_train}')
+    if not 0 <= label_noise <= 1: raise ValueError(f'label_noise must be a share from 0 to 1, not {label_noise!r}')
     images = TensorImageBW(torch.from_numpy(bunch.images[:, None] / 16).float())
-    order = np.random.RandomState(seed).permutation(len(images)).tolist()
-    dsets = Datasets(range(len(images)), [[_Pick(images)], [_Pick([str(t) for t in bunch.target]), Categorize(vocab=list('0123456789'))]],
+    rng = np.random.RandomState(seed)
+    order = rng.permutation(len(images)).tolist()
+    labels = bunch.target.copy()
+    drawn = order[:int(label_noise * n_train)]    # in a random order
+    labels[drawn] = rng.randint(0, 10, len(drawn))
+    dsets = Datasets(range(len(images)), [[_Pick(images)], [_Pick([str(t) for t in labels]), Categorize(vocab=list('0123456789'))]],
                      splits=[order[:n_train], order[n_train:]])
     return dsets.dataloaders(bs=bs, val_bs=256, num_workers=num_workers, drop_last=False, device=device)
 
