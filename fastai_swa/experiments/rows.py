@@ -123,6 +123,7 @@ def pairs_of(record) -> list[tuple[str, str]]:
             ('SWA run at 1B, single weights', 'SGD 1B'),
             ('SWA run at 1.5B, single weights', 'SGD 1.5B'),
             ('SWA 1.5B', 'SWA run at 1.5B, single weights'),
+            ('SWA run at 1.5B, EMA over steps', 'SWA 1.5B'),
             *_pairs_of_length('SWA 1B', 'SGD 1B', 'one-cycle 1B'),
             *_pairs_of_length('SWA 1.5B', 'SGD 1.5B', 'one-cycle 1.5B'),
         ]
