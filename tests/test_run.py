@@ -295,6 +295,7 @@ def test_a_seed_interrupted_again_and_again_ends_bitwise_as_the_whole_one(tmp_pa
         break
     assert len(set(starts)) > 3
     assert_same_seed(tmp_path, whole)
+    assert len(complete(tmp_path)['sessions']) == len(starts)    # each is on record, whatever the checkpoint was taken in
 
 
 @pytest.mark.parametrize('call', range(1, 6))

@@ -176,10 +176,14 @@ class _Timer:
 
 
 class _Log(Callback):
-    "Takes the rows of the table to the record, and at the end what is to be kept. (Checkpoints keep `rows`.)"
+    "Takes the rows of the table to the record, and at the end what is to be kept."
     order = 100    # behind all that fill a row; before the checkpoint goes
 
     def __init__(self, record, swa, show): self.record, self.swa, self.show, self.rows = record, swa, show, []
+
+    # what a checkpoint keeps of it: the record is that of this session
+    def state_dict(self) -> dict: return {'rows': self.rows}
+    def load_state_dict(self, state: dict): self.rows = state['rows']
 
     def before_epoch(self): self.record.clock.start()
 
