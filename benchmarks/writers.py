@@ -222,7 +222,10 @@ def picture(folder) -> dict:
 
 
 def reported(folder) -> dict:
-    return {file.name: file.read_bytes() for file in (folder/'report.md', folder/'report.json', *sorted(folder.glob('*.png')))}
+    return {
+        file.name: file.read_bytes()
+        for file in (folder/'report.md', folder/'report.json', *sorted(folder.glob('*.png')))
+    }
 
 
 WRITERS = {

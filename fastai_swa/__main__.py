@@ -26,16 +26,23 @@ def main(argv=None):
     p.add_argument('--bs', type=_positive, help='batch size (default: 32 on digits, 64 on images)')
     p.add_argument('--size', type=_positive, help="side of the images in pixels (default: the first image's, at most 224)")
     p.add_argument('--pretrained', action='store_true', help="start from torchvision's weights (downloads them)")
-    p.add_argument('--label-noise', type=float, default=.2, help="share of the digits' training labels that is drawn at random")
+    p.add_argument(
+        '--label-noise', type=float, default=.2, help="share of the digits' training labels that is drawn at random"
+    )
     p.add_argument('--out', default='swa-demo', help='name of the files written, without an ending')
     p = commands.add_parser('reproduce', help="train one of the papers' recipes, seed by seed; the same command goes on with an interrupted one",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument('name', help='the recipe, such as vgg16-cifar10; a wrong one prints them all')
     p.add_argument('--seeds', type=_positive, default=1, help='the seeds 0 to SEEDS - 1; those that are complete stay')
     p.add_argument('--out', help='folder for what is found and kept (default: results/NAME)')
-    p.add_argument('--data', metavar='FOLDER', help="images as train/<class>/* and test/<class>/*, or torchvision's files (downloaded if they are "
-                   'missing); "digits" to try things (default: the environment\'s CIFAR10_DIR or CIFAR100_DIR, else ~/.fastai/data). '
-                   'For tabular- and text-: a folder with the CSV files (default: FASTAI_SWA_DATA, else the current one)')
+    p.add_argument(
+        '--data',
+        metavar='FOLDER',
+        help="images as train/<class>/* and test/<class>/*, or torchvision's files (downloaded if they are "
+        'missing); "digits" to try things (default: the environment\'s CIFAR10_DIR or CIFAR100_DIR, else '
+        '~/.fastai/data). '
+        'For tabular- and text-: a folder with the CSV files (default: FASTAI_SWA_DATA, else the current one)',
+    )
     p.add_argument('--scale', type=float, default=1., help='multiply all lengths by this, and numbers of points')
     p.add_argument('--images', type=_positive, help='so many training images (default: as many as the recipe says)')
     p.add_argument('--test-images', type=_positive, help='so many test images (default: all)')
@@ -43,15 +50,21 @@ def main(argv=None):
     p.add_argument('--threads', type=_positive, help="of the CPU for each seed (default: an equal share); results depend on it in the last bits")
     p.add_argument('--until', type=_seconds, metavar='TIME', help='stop in time, such as 8m: 90s, 8m, 1.5h')
     p.add_argument('--device', help='default: cuda if there is one, else cpu')
-    p.add_argument('--precision', choices=('fp32', 'bf16'), help='bf16: autocast, weights in float32; some CPUs are slow in it '
-                   '(default: bf16 on a GPU, fp32 on a CPU)')
+    p.add_argument(
+        '--precision',
+        choices=('fp32', 'bf16'),
+        help='bf16: autocast, weights in float32; some CPUs are slow in it (default: bf16 on a GPU, fp32 on a CPU)',
+    )
     p.add_argument('--compile', choices=('default', 'reduce-overhead', 'max-autotune'), help='torch.compile; reduce-overhead captures steps')
     p.add_argument('--solutions', metavar='FOLDER', help='for width-, plane- and curve-: where reproduce has left the weights (default: the folder '
                    'of their recipe beside --out)')
     p.add_argument('--deterministic', action='store_true', help='use only GPU kernels that always give the same: slower, and an interrupted run '
                    'ends bitwise as the whole one')
-    p = commands.add_parser('report', help="tables and figures of what reproduce has found; of several folders also the paper's own table, of two "
-                       'the differences')
+    p = commands.add_parser(
+        'report',
+        help="tables and figures of what reproduce has found; of several folders also the paper's own table, of two "
+        'the differences',
+    )
     p.add_argument('folders', nargs='+', metavar='FOLDER', help='what reproduce was given as --out')
     args = vars(parser.parse_args(argv))
     matplotlib.use('agg')
@@ -74,7 +87,9 @@ def _reproduce(args, start):
     from .experiments.run import STOPPED
     device = args['device'] or ('cuda' if torch.cuda.is_available() else 'cpu')
     precision = args['precision'] or ('bf16' if device.startswith('cuda') else 'fp32')
-    settings = Settings(args['scale'], args['images'], args['test_images'], device, precision, args['compile'], args['deterministic'])
+    settings = Settings(
+        args['scale'], args['images'], args['test_images'], device, precision, args['compile'], args['deterministic']
+    )
     until = start + (float('inf') if args['until'] is None else args['until'])
     missing = reproduce(args['name'], args['seeds'], args['out'], args['data'], settings, args['jobs'], args['threads'], until,
                         solutions=args['solutions'])

@@ -27,9 +27,9 @@ def equal(n_averaged: int) -> float:
 def ema(decay: float, warmup: bool = False):
     """Exponential moving average: the old average keeps `decay` of its weight, the new point gets `1 - decay`.
 
-    The first point is taken whole, so the average never contains weights from before it. `warmup`: point n, from 0, gets
-    `max(1 - decay, (n + 1)**(-2/3))`, so that early points are forgotten soon, while the weights still improve fast.
-    Raises `TypeError` or `ValueError` if `decay` is not a number in [0, 1).
+    The first point is taken whole, so the average never contains weights from before it. `warmup`: point n, from 0,
+    gets `max(1 - decay, (n + 1)**(-2/3))`, so that early points are forgotten soon, while the weights still improve
+    fast. Raises `TypeError` or `ValueError` if `decay` is not a number in [0, 1).
     """
     if isinstance(decay, bool) or not isinstance(decay, Real): raise TypeError('decay must be a number in [0, 1), not '
                                                                                f'{decay!r}')

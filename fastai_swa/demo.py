@@ -29,9 +29,8 @@ from .vision import digits, digits_net, image_folder
 
 __all__ = ['demo', 'summary']
 
-_SGD = partial(
-    OptimWrapper, opt=torch.optim.SGD, momentum=0.9
-)  # the papers' optimizer; fastai's own decouples weight decay
+# the papers' optimizer; fastai's own decouples weight decay
+_SGD = partial(OptimWrapper, opt=torch.optim.SGD, momentum=0.9)
 
 
 def demo(
@@ -72,62 +71,58 @@ def demo(
         if arch not in torchvision.models.list_models(torchvision.models):
             raise ValueError(f"arch must be one of torchvision's classifiers, such as resnet18, not {arch!r}")
         dls, seeds, what = image_folder(data, size=size, bs=bs or 64), seeds or 1, f'{Path(data).name}, {arch}'
-    print(
-        f'{what}: {len(dls.train_ds)} training and {len(dls.valid_ds)} validation images, {epochs} epochs, {seeds} '
-        'seed(s)'
-    )
+    n_train, n_valid = len(dls.train_ds), len(dls.valid_ds)
+    print(f'{what}: {n_train} training and {n_valid} validation images, {epochs} epochs, {seeds} seed(s)')
 
     def new_learner(seed):
         set_seed(seed, reproducible=True)
         dls.train.rng = Random(seed)  # the loader's own: it orders the images
-        settings = dict(
-            loss_func=CrossEntropyLossFlat(), opt_func=_SGD, lr=lr, wd=5e-4, wd_bn_bias=True, metrics=error_rate
-        )
+        settings = dict(opt_func=_SGD, lr=lr, wd=5e-4, wd_bn_bias=True, metrics=error_rate)
         if data is None:
-            return Learner(dls, digits_net(), **settings)
-        learn = vision_learner(dls, getattr(torchvision.models, arch), pretrained=pretrained, **settings)
+            return Learner(dls, digits_net(), CrossEntropyLossFlat(), **settings)
+        network = getattr(torchvision.models, arch)
+        learn = vision_learner(dls, network, pretrained=pretrained, loss_func=CrossEntropyLossFlat(), **settings)
         learn.unfreeze()
         return learn
 
-    def sgd_schedule(epoch, step, n_steps):
-        return lr * swa_lr_factor(epoch, step, n_steps, epochs - 1, 0.01)
+    def fit_swa(learn):
+        return learn.fit_swa(epochs, lr=lr, swa_lr=lr / 2 if swa_lr is None else swa_lr, swa_start=swa_start)
 
-    runs = {
-        'SWA': lambda learn: learn.fit_swa(
-            epochs, lr=lr, swa_lr=lr / 2 if swa_lr is None else swa_lr, swa_start=swa_start
-        ),
-        'SGD': lambda learn: learn.fit(epochs, lr, cbs=EpochScheduler({'lr': sgd_schedule})),
-        'one-cycle': lambda learn: learn.fit_one_cycle(epochs, lr),
-    }
-    errors, first, start = [], {}, perf_counter()
-    for seed in range(seeds):
-        ends = {}
-        for name, fit in runs.items():
-            learn = new_learner(seed)
-            if seed == 0:
-                print(f'\n{name}, seed 0:')
-            with _progress(shown=seed == 0):
-                swa = fit(learn)
-            ends[name] = {column: values[-1] for column, values in _columns(learn).items()}
-            if seed == 0:
-                first[name] = _columns(learn)
-            if seed == 0 and name == 'SWA':
-                average = swa
-                print(f'\n{average}')
+    def fit_sgd(learn):
+        def schedule(epoch, step, n_steps):
+            return lr * swa_lr_factor(epoch, step, n_steps, epochs - 1, 0.01)
+
+        learn.fit(epochs, lr, cbs=EpochScheduler({'lr': schedule}))
+
+    def fit_one_cycle(learn):
+        learn.fit_one_cycle(epochs, lr)
+
+    def trained(name, fit, seed):
+        "Column of the table -> its value in each epoch; and what the fit returns."
+        learn = new_learner(seed)
         if seed == 0:
+            print(f'\n{name}, seed 0:')
+        with _progress(shown=seed == 0):
+            returned = fit(learn)
+        return _columns(learn), returned
+
+    errors, start = [], perf_counter()
+    for seed in range(seeds):
+        swa, callback = trained('SWA', fit_swa, seed)
+        if seed == 0:
+            average = callback
+            print(f'\n{average}')
+        sgd, _ = trained('SGD', fit_sgd, seed)
+        one_cycle, _ = trained('one-cycle', fit_one_cycle, seed)
+        if seed == 0:
+            first = {'SWA': swa, 'SGD': sgd, 'one-cycle': one_cycle}
             print()
-        found = (
-            ends['SGD']['error_rate'],
-            ends['SWA']['error_rate'],
-            ends['SWA']['swa_error_rate'],
-            ends['one-cycle']['error_rate'],
-        )
-        errors.append([100 * e for e in found])
-        sgd, _, of_average, one_cycle = errors[-1]
-        print(
-            f'seed {seed}: error {sgd:.2f} % with SGD, {one_cycle:.2f} % with one-cycle, {of_average:.2f} % with SWA  '
-            f'({perf_counter() - start:.0f} s)'
-        )
+        ends = sgd['error_rate'], swa['error_rate'], swa['swa_error_rate'], one_cycle['error_rate']
+        errors.append([100 * column[-1] for column in ends])
+        of_sgd, _, of_average, of_one_cycle = errors[-1]
+        seconds = f'{perf_counter() - start:.0f} s'
+        said = f'{of_sgd:.2f} % with SGD, {of_one_cycle:.2f} % with one-cycle, {of_average:.2f} % with SWA'
+        print(f'seed {seed}: error {said}  ({seconds})')
     errors = np.array(errors)
     print('\n' + summary(errors, average.n_averaged))
     if data is not None:

@@ -28,9 +28,30 @@ from torch.utils import data
 from .modules import unwrap
 from .packing import elements, is_record, put_elements, shared_memory
 
-__all__ = ['LEARNED', 'OF_PASS', 'below', 'walk', 'attributes', 'namespace', 'nested', 'found_in', 'holders_kept',
-           'holder_kept', 'unrepeatable', 'loaders', 'named_callbacks', 'keeps_state', 'owned_modules', 'is_own', 'can_hold',
-           'set_attribute', 'put_tensor', 'is_used_up', 'name_once', 'readable']
+__all__ = [
+    'LEARNED',
+    'OF_PASS',
+    'below',
+    'walk',
+    'attributes',
+    'namespace',
+    'nested',
+    'found_in',
+    'holders_kept',
+    'holder_kept',
+    'unrepeatable',
+    'loaders',
+    'named_callbacks',
+    'keeps_state',
+    'owned_modules',
+    'is_own',
+    'can_hold',
+    'set_attribute',
+    'put_tensor',
+    'is_used_up',
+    'name_once',
+    'readable',
+]
 
 MAX_LEAVES = 10_000    # of the containers, arrays and tensors that one object holds, for them to be kept
 MAX_BYTES = 1_000_000
@@ -84,7 +105,9 @@ def roots(learn, callbacks) -> list:
 
 
 def below(learn, is_left) -> tuple[list, list]:
-    "What `walk` takes for all that `learn` holds, but the callbacks for which `is_left` holds, and what only they hold."
+    """What `walk` takes for all that `learn` holds, but the callbacks for which `is_left` holds, and what only they
+    hold.
+    """
     callbacks = [(name, cb) for name, cb in named_callbacks(learn) if not is_left(cb)]
     return roots(learn, callbacks), [learn, *filter(is_left, learn.cbs)]
 
@@ -457,7 +480,9 @@ def _put_array(o, old):
 
 
 def put_tensor(t, alias, old):
-    "Let `t` be what it was: with the storage, shape and dtype of its `alias`, and in it bitwise what is in its copy `old`."
+    """Let `t` be what it was: with the storage, shape and dtype of its `alias`, and in it bitwise what is in its copy
+    `old`.
+    """
     with torch.no_grad():
         if t.data_ptr() != alias.data_ptr() or t.shape != alias.shape or t.dtype != alias.dtype:
             t.data = alias

@@ -9,17 +9,28 @@ from scipy.stats import t
 
 from .surfaces import Plane, Profile, Rays, Surface
 
-__all__ = ['plot_swa', 'plot_runs', 'plot_sizes', 'plot_lengths', 'plot_width', 'plot_line', 'plot_plane', 'plot_planes', 'plot_paths']
+__all__ = [
+    'plot_swa',
+    'plot_runs',
+    'plot_sizes',
+    'plot_lengths',
+    'plot_width',
+    'plot_line',
+    'plot_plane',
+    'plot_planes',
+    'plot_paths',
+]
 
 
 def plot_swa(recorder: Recorder, axs=None):
-    """Loss and each metric of the last fit over its epochs, for the model in training and for its average; folded epochs marked.
+    """Loss and each metric of the last fit over its epochs, for the model in training and for its average; folded
+    epochs marked.
 
     - `recorder`: a learner's `Recorder`, or the learner.
     - `axs`: one axes for the loss and one for each metric; made if `None`.
 
-    Returns the array of axes. Raises `ValueError` if the recorder holds no fit with a `SWACallback`; fastai's own `validate` and
-    `tta` clear it, as every new fit does.
+    Returns the array of axes. Raises `ValueError` if the recorder holds no fit with a `SWACallback`; fastai's own
+    `validate` and `tta` clear it, as every new fit does.
     """
     recorder = getattr(recorder, 'recorder', recorder)
     names = list(getattr(recorder, 'metric_names', []))[1:]
@@ -62,19 +73,22 @@ def _raw_column(name, names):
 
 
 def plot_runs(curves: dict, ax=None, ylabel: str = ''):
-    """A quantity over the epochs of several runs: the mean over their seeds, with its 95 % confidence interval at a few epochs.
+    """A quantity over the epochs of several runs: the mean over their seeds, with its 95 % confidence interval at a few
+    epochs.
 
-    `curves`: name -> epochs (n) and values (seeds, n). Drawn from the back to the front: singles in thin lines, the last one, the average, in
-    a thick one. The axis shows what the runs' second halves need. Returns the axes.
+    `curves`: name -> epochs (n) and values (seeds, n). Drawn from the back to the front: singles in thin lines, the
+    last one, the average, in a thick one. The axis shows what the runs' second halves need. Returns the axes.
     """
-    ax = _axes(ax)
+    ax = _axes(ax, height=4.8)    # with the legend below
     last = max((epochs[-1] for epochs, _ in curves.values() if len(epochs)), default=0)
     for i, (name, (epochs, values)) in enumerate(curves.items()):
         if len(epochs) == 0: continue
         style = {'lw': 1, 'ms': 4, 'marker': '.' * (len(epochs) < 2)} | _RUNS.get(name, dict(color='C4'))
         ax.plot(epochs, values.mean(0), label=name, **style)
         every = max(1, last // 6)
-        is_shown = (epochs == epochs[-1]) | ((last - epochs + i * every // 5) % every == 0)    # not all at the same epochs
+        is_shown = (epochs == epochs[-1]) | (
+            (last - epochs + i * every // 5) % every == 0
+        )    # not all at the same epochs
         _intervals(ax, epochs, values, style, np.flatnonzero(is_shown))
     late = np.concatenate([values[:, epochs > last / 2].mean(0) for epochs, values in curves.values()])
     late = late[np.isfinite(late)]
@@ -83,18 +97,25 @@ def plot_runs(curves: dict, ax=None, ylabel: str = ''):
 
 
 # a run looks the same in every figure
-_RUNS = {'SGD 1B': dict(color='0.55', ls='--'), 'SGD 1.5B': dict(color='0.2', ls=':', lw=1.5), 'one-cycle 1.5B': dict(color='C2', ls='-.'),
-         'SWA run, single weights': dict(color='C0'), 'SWA run, average': dict(color='C3', lw=2.5)}
+_RUNS = {
+    'SGD 1B': dict(color='0.55', ls='--'),
+    'SGD 1.5B': dict(color='0.2', ls=':', lw=1.5),
+    'one-cycle 1.5B': dict(color='C2', ls='-.'),
+    'SWA run, single weights': dict(color='C0'),
+    'SWA run, average': dict(color='C3', lw=2.5),
+}
 
 
 def plot_sizes(curves: dict, ax=None, ylabel: str = ''):
-    """A quantity over the number of models that predict together: the mean over the seeds, with its 95 % confidence interval.
+    """A quantity over the number of models that predict together: the mean over the seeds, with its 95 % confidence
+    interval.
 
-    `curves`: name -> numbers of models (n) and values (seeds, n); one with a single number is a level. Returns the axes.
+    `curves`: name -> numbers of models (n) and values (seeds, n); one with a single number is a level. Returns the
+    axes.
     """
     styles = dict(color='0.2', marker='s'), dict(color='C0', marker='^'), dict(color='C2', marker='o'), dict(color='C3', ls='--', lw=2)
     most = max(sizes[-1] for sizes, _ in curves.values())
-    ax = _axes(ax)
+    ax = _axes(ax, height=4.8)    # with the legend below
     for i, ((name, (sizes, values)), style) in enumerate(zip(curves.items(), styles)):
         if len(sizes) == 1:
             ax.plot([1, most], [values.mean()] * 2, label=name, **style)
@@ -106,11 +127,12 @@ def plot_sizes(curves: dict, ax=None, ylabel: str = ''):
 
 
 def plot_lengths(curves: dict, ax=None, ylabel: str = ''):
-    """A quantity at the end of trainings of several lengths: the mean over the seeds, with its 95 % confidence interval.
+    """A quantity at the end of trainings of several lengths: the mean over the seeds, with its 95 % confidence
+    interval.
 
     `curves`: name -> numbers of epochs (n) and values (seeds, n). Returns the axes.
     """
-    ax = _axes(ax)
+    ax = _axes(ax, height=4.8)    # with the legend below
     for i, ((name, (epochs, values)), style) in enumerate(zip(curves.items(), _styles(len(curves)))):
         beside = epochs * 1.012**(i - (len(curves) - 1) / 2)    # or the intervals would lie on one another
         ax.plot(beside, values.mean(0), label=name, marker='o', ms=4, lw=1.5, **style)
@@ -122,7 +144,9 @@ def plot_lengths(curves: dict, ax=None, ylabel: str = ''):
     return _legend_below(_labelled_only(ax, 'epochs of the whole training', ylabel))
 
 
-def _axes(ax): return plt.subplots(figsize=(6, 4.8), layout='constrained')[1] if ax is None else ax
+def _axes(ax, height=4.2):
+    if ax is None: _, ax = plt.subplots(figsize=(6, height), layout='constrained')
+    return ax
 
 
 def _intervals(ax, x, values, style, at):
@@ -154,19 +178,22 @@ def _legend_below(ax):
 # the loss surface
 
 def plot_width(rays: Rays, column: str | None = None, level: float | None = None, ax=None, wd: float = 0.):
-    """`column` over the distance from each solution: each ray in a thin line, their mean in a thick one (Izmailov et al. 2018, Fig. 4).
+    """`column` over the distance from each solution: each ray in a thin line, their mean in a thick one (Izmailov et
+    al. 2018, Fig. 4).
 
-    - `column`: default: the last metric of the validation set, or its loss if there is none. `wd`: see `Surface.column`.
-    - `level`: in the unit of the column (of an error rate a share, though the axis shows per cent); it is drawn, with the distances at which the
-      rays cross it: mean and standard deviation, or how many do.
+    - `column`: default: the last metric of the validation set, or its loss if there is none. `wd`: see
+      `Surface.column`.
+    - `level`: in the unit of the column (of an error rate a share, though the axis shows per cent); it is drawn, with
+      the distances at which the rays cross it: mean and standard deviation, or how many do.
 
-    Returns the axes. Raises `ValueError` for a column that there is not or a level in per cent, `TypeError` for what is no `Rays`.
+    Returns the axes. Raises `ValueError` for a column that there is not or a level in per cent, `TypeError` for what is
+    no `Rays`.
     """
     _check_kind('plot_width', rays, Rays)
     column = column or _main_column(rays)
     scale, label = _scale_and_label(column, wd)
     if level is not None and scale == 100 and not 0 <= level <= 1: raise ValueError(f'level must be a share from 0 to 1, not {level!r}')
-    if ax is None: _, ax = plt.subplots(figsize=(6, 4.2), layout='constrained')
+    ax = _axes(ax)
     widths = {} if level is None else rays.widths(column, level, wd)
     for (name, values), style in zip(rays.profiles(column, wd).items(), _styles(len(rays.names))):
         ax.plot(rays.distances, scale * values.T, color=style['color'], ls=style['ls'], lw=.6, alpha=.5)
@@ -186,11 +213,12 @@ def plot_width(rays: Rays, column: str | None = None, level: float | None = None
 def plot_line(profile: Profile, columns=None, ax=None, wd: float = 0.):
     """Two columns along a line through two solutions, which are marked (Izmailov et al. 2018, Fig. 5).
 
-    `columns`: one on the left axis, another on the right; default: the training loss and the last metric of the validation set. `wd` (see
-    `Surface.column`) is added to losses. Returns the array of axes. Raises `ValueError` for a column that there is not.
+    `columns`: one on the left axis, another on the right; default: the training loss and the last metric of the
+    validation set. `wd` (see `Surface.column`) is added to losses. Returns the array of axes. Raises `ValueError` for a
+    column that there is not.
     """
     _check_kind('plot_line', profile, Profile)
-    if ax is None: _, ax = plt.subplots(figsize=(6, 4.2), layout='constrained')
+    ax = _axes(ax)
     columns = (columns,) if isinstance(columns, str) else columns
     if columns is None: columns = list(dict.fromkeys(c for c in ('train_loss', _main_column(profile)) if c in profile.values))
     axs = [ax, *(ax.twinx() for _ in columns[1:])]
@@ -200,7 +228,8 @@ def plot_line(profile: Profile, columns=None, ax=None, wd: float = 0.):
         side.plot(profile.arc, scale * profile.column(column, decay), lw=2, label=label, **style)
         side.set_ylabel(label, color=style['color'])
         _clip_top(side, scale * profile.column(column, decay))
-    for at, name, side in zip((0, profile.length), profile.names, (-1, 1)):    # the names outside of the stretch between them
+    # the names outside of the stretch between them
+    for at, name, side in zip((0, profile.length), profile.names, (-1, 1)):
         ax.axvline(at, color='0.5', lw=.8, ls='--')
         ax.annotate(name, (at, .5), xycoords=('data', 'axes fraction'), xytext=(4 * side, 0), textcoords='offset points', rotation=90,
                     ha='right' if side < 0 else 'left', va='center', fontsize='small')
@@ -212,12 +241,14 @@ def plot_line(profile: Profile, columns=None, ax=None, wd: float = 0.):
 
 
 def plot_paths(profiles: dict, column: str | None = None, ax=None, wd: float = 0.):
-    """`column` along several ways between two solutions, such as the straight line, a chain and a curve, over the share of the way done.
+    """`column` along several ways between two solutions, such as the straight line, a chain and a curve, over the share
+    of the way done.
 
-    `profiles`: name -> `Profile`. Returns the axes. Raises `ValueError` for a column that there is not (Garipov et al. 2018, Fig. 2).
+    `profiles`: name -> `Profile`. Returns the axes. Raises `ValueError` for a column that there is not (Garipov et al.
+    2018, Fig. 2).
     """
     _check_kind('plot_paths', profiles, Profile, several=True)
-    if ax is None: _, ax = plt.subplots(figsize=(6, 4.2), layout='constrained')
+    ax = _axes(ax)
     column = column or _main_column(next(iter(profiles.values())))
     scale, label = _scale_and_label(column, wd)
     for (name, p), style in zip(profiles.items(), _styles(len(profiles))):
@@ -227,17 +258,20 @@ def plot_paths(profiles: dict, column: str | None = None, ax=None, wd: float = 0
 
 
 def plot_plane(plane: Plane, column: str | None = None, ax=None, wd: float = 0., top: float | None = None):
-    """`column` over a plane in contours, with the solutions, marks and trajectory of the plane (Izmailov et al. 2018, Figs. 1 and 3).
+    """`column` over a plane in contours, with the solutions, marks and trajectory of the plane (Izmailov et al. 2018,
+    Figs. 1 and 3).
 
-    The levels' distances from the best value are spaced in log, up to `top`, in the unit of the column; default: the worst value. Points that are
-    not measured yet stay white. Returns the axes. Raises `ValueError` for a column that there is not.
+    The levels' distances from the best value are spaced in log, up to `top`, in the unit of the column; default: the
+    worst value. Points that are not measured yet stay white. Returns the axes. Raises `ValueError` for a column that
+    there is not.
     """
     _check_kind('plot_plane', plane, Plane)
     return plot_planes({'': plane}, column, None if ax is None else [ax], wd, top)[0]
 
 
 def plot_planes(planes: dict, column: str | None = None, axs=None, wd: float = 0., top: float | None = None):
-    """Planes side by side, in the same colours for the same values; with a curve as its `trajectory` each, the panels of mode connectivity.
+    """Planes side by side, in the same colours for the same values; with a curve as its `trajectory` each, the panels
+    of mode connectivity.
 
     `planes`: title -> `Plane`; the rest as in `plot_plane`. Returns the array of axes. Raises as that does.
     """
@@ -258,7 +292,8 @@ def plot_planes(planes: dict, column: str | None = None, axs=None, wd: float = 0
     beyond, colours = ('max', 'viridis_r') if sign > 0 else ('min', 'viridis')
     norm = BoundaryNorm(levels, 256, extend=beyond)
     for (title, p), grid, ax in zip(planes.items(), grids, axs):
-        shown = np.ma.where(np.isfinite(grid.filled(0)), grid, sign * (2 * abs(worst) + 1))    # it diverged: beyond all levels
+        # it diverged: beyond all levels
+        shown = np.ma.where(np.isfinite(grid.filled(0)), grid, sign * (2 * abs(worst) + 1))
         filled = ax.contourf(p.xs, p.ys, shown, levels, cmap=colours, norm=norm, extend=beyond)
         ax.contour(p.xs, p.ys, shown, levels, colors='0.25', linewidths=.4)
         _draw_points(ax, p)
@@ -270,7 +305,8 @@ def plot_planes(planes: dict, column: str | None = None, axs=None, wd: float = 0
     return axs
 
 
-_LESS_IS_BETTER = 'loss', 'error', 'norm', 'mse', 'mae', 'msle', 'rmspe', 'perplexity', 'hamming'    # of other metrics more is, as fastai has it
+# of other metrics more is, as fastai has it
+_LESS_IS_BETTER = 'loss', 'error', 'norm', 'mse', 'mae', 'msle', 'rmspe', 'perplexity', 'hamming'
 
 
 def _told_apart(numbers):

@@ -135,12 +135,13 @@ def _table_of_differences(folders, names, place):
 
 
 def main(argv):
-    changed = [file for file in files() if put_into(file) != file.read_text()]
-    for file in changed:
+    is_check = '--check' in argv
+    changed = {file: content for file in files() if (content := put_into(file)) != file.read_text()}
+    for file, content in changed.items():
         print(file.relative_to(ROOT))
-        if '--check' not in argv:
-            file.write_text(put_into(file))
-    return int(bool(changed) and '--check' in argv)
+        if not is_check:
+            file.write_text(content)
+    return int(is_check and bool(changed))
 
 
 if __name__ == '__main__':

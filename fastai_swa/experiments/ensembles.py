@@ -1,4 +1,5 @@
-"""Ensembles at one training budget: what the members that a recipe's seeds have left predict together, what that costs, and the report on it."""
+"""Ensembles at one training budget: what the members that a recipe's seeds have left predict together, what that costs,
+and the report on it."""
 from pathlib import Path
 from time import perf_counter
 
@@ -6,12 +7,13 @@ import numpy as np
 import torch
 
 from ..ensemble import Ensemble
+from ..plot import plot_sizes
 from ..weights import read_index
 from .measures import disagreement, measures
 from .record import json_number, snapshots_folder, weights_file
+from .rows import error_of, run_lengths
 from .store import store, stored
-from ..plot import plot_sizes
-from .tables import difference_rows, difference_summary, spread, summary, table
+from .tables import difference_rows, differences, spread, summary, table
 
 __all__ = ['METHODS', 'evaluate', 'is_compared', 'load', 'sections', 'numbers', 'draw', 'size_curves']
 
@@ -20,11 +22,15 @@ _TOGETHER = -1    # in the place of a seed, in the file of the row
 
 
 def evaluate(out: Path, seeds, learn) -> dict:
-    """Predict the test set of `learn` with what `seeds` have left in `out`, and measure it; returns what the file of the row then holds of it.
+    """Predict the test set of `learn` with what `seeds` have left in `out`, and measure it; returns what the file of
+    the row then holds of it.
 
-    - 'sizes': one row for each seed, method and number of members m: of the snapshots the last m, as their paper has it, of FGE the first.
-    - 'budgets': one row for each method, k, and group of k seeds, of which none is in two: all their members. For SGD these are independent runs.
-    - 'costs': of each method with all members of one seed: least seconds for one sample and for the test set, bytes of weights.
+    - 'sizes': one row for each seed, method and number of members m: of the snapshots the last m, as their paper has
+      it, of FGE the first.
+    - 'budgets': one row for each method, k, and group of k seeds, of which none is in two: all their members. For SGD
+      these are independent runs.
+    - 'costs': of each method with all members of one seed: least seconds for one sample and for the test set, bytes of
+      weights.
     """
     members = {seed: _members(Path(out), seed) for seed in seeds}
     preds, targets = {}, None
@@ -72,15 +78,19 @@ def _costs(members, learn) -> list[dict]:
 
 def load(folder: Path) -> dict:
     "What `evaluate` found. Raises `ValueError` if it is not there or damaged."
-    found = stored(folder, 'ensembles').get(_TOGETHER)
-    if found is None: raise ValueError(f'{folder} has no comparison of its ensembles: the same reproduce command makes it')
+    found = _stored(folder)
+    if found is None:
+        raise ValueError(f'{folder} has no comparison of its ensembles: the same reproduce command makes it')
     return found
 
 
 def is_compared(folder: Path, seeds) -> bool:
     "Is what `seeds` have left part of a comparison already?"
-    found = stored(folder, 'ensembles').get(_TOGETHER)
+    found = _stored(folder)
     return found is not None and set(seeds) <= set(found['seeds'])
+
+
+def _stored(folder): return stored(folder, 'ensembles').get(_TOGETHER)
 
 
 def of_whole_seeds(found: dict, name: str) -> dict[str, np.ndarray]:
@@ -89,11 +99,10 @@ def of_whole_seeds(found: dict, name: str) -> dict[str, np.ndarray]:
     return {method: np.array([last[method, seed] for seed in found['seeds']]) for method in METHODS}
 
 
-def errors(accuracies): return 100 * (1 - accuracies)
-
-
 def size_curves(found: dict, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    "Curve -> numbers of members, and `name` at each for each seed, shape (seeds, sizes); independent runs count as one seed, up to as many members."
+    """Curve -> numbers of members, and `name` at each for each seed, shape (seeds, sizes); independent runs count as
+    one seed, up to as many members.
+    """
     most = max(r['members'] for r in found['sizes'])
     sizes = range(1, min(most, len(found['seeds'])) + 1)
     res = {'independent runs, a budget each': (np.array(sizes), np.array([[_at(found, 'SGD', k, name).mean() for k in sizes]]))}
@@ -110,15 +119,16 @@ _PAIRS = ('SWA', 'SGD'), ('snapshots', 'SGD'), ('FGE', 'SGD'), ('FGE', 'SWA'), (
 
 def numbers(found: dict) -> dict:
     "What report.json holds of them: the rows of one run, those of several, as far as they go, and the differences."
-    error = {m: errors(x) for m, x in of_whole_seeds(found, 'accuracy').items()}
-    loss = of_whole_seeds(found, 'loss')
+    error, loss = _errors(found), of_whole_seeds(found, 'loss')
     rows = {m: {'error': summary(error[m]), 'loss': summary(loss[m])} for m in METHODS}
     for m in METHODS:
         for k in _shown_budgets(found)[1:]:
-            rows[f'{m}, {k} runs'] = {'error': summary(errors(_at(found, m, k, 'accuracy'))), 'loss': summary(_at(found, m, k, 'loss'))}
-    differences = {f'{a} - {b}': {'error': difference_summary(error[a] - error[b]), 'loss': difference_summary(loss[a] - loss[b])}
-                   for a, b in _PAIRS}
-    return {'rows': rows, 'differences': differences}
+            of_runs = error_of(_at(found, m, k, 'accuracy'))
+            rows[f'{m}, {k} runs'] = {'error': summary(of_runs), 'loss': summary(_at(found, m, k, 'loss'))}
+    return {'rows': rows, 'differences': differences(error, loss, _PAIRS)}
+
+
+def _errors(found) -> dict: return {m: error_of(x) for m, x in of_whole_seeds(found, 'accuracy').items()}
 
 
 def _shown_budgets(found): return [k for k in (1, 2, 3, 5, 10) if k <= len(found['seeds'])]
@@ -126,24 +136,34 @@ def _shown_budgets(found): return [k for k in (1, 2, 3, 5, 10) if k <= len(found
 
 def draw(found: dict, axs):
     "Error and loss over the number of models."
-    accuracies = {name: (sizes, errors(x)) for name, (sizes, x) in size_curves(found, 'accuracy').items()}
-    plot_sizes(accuracies, axs[0], 'test error, %')
+    of_error = {name: (sizes, error_of(x)) for name, (sizes, x) in size_curves(found, 'accuracy').items()}
+    plot_sizes(of_error, axs[0], 'test error, %')
     plot_sizes(size_curves(found, 'loss'), axs[1], 'test loss')
 
 
 def sections(records: list[dict], found: dict):
     "The tables of the report."
-    n, epochs = len(found['seeds']), {}
-    for p in records[0]['parts']:
-        for run in p['runs']: epochs[run] = max(epochs.get(run, 0), p['end'])
+    n, epochs, error = len(found['seeds']), run_lengths(records[0]), _errors(found)
     names = {'SGD': 'SGD 1B', 'SWA': 'SWA', 'snapshots': 'snapshots', 'FGE': 'FGE'}
-    values = {k: of_whole_seeds(found, k) for k in ('accuracy', 'loss', 'calibration_error', 'disagreement')}
+    values = {k: of_whole_seeds(found, k) for k in ('loss', 'calibration_error', 'disagreement')}
     costs, one = {c['method']: c for c in found['costs']}, found['costs'][0]
-    rows = [['one run', 'epochs', 'models', f'test error, % (n = {n})', 'test loss', 'calibration error, %', 'disagreement, %',
-             'time, one sample', 'time, test set', 'weights, MB']]
+    rows = [
+        [
+            'one run',
+            'epochs',
+            'models',
+            f'test error, % (n = {n})',
+            'test loss',
+            'calibration error, %',
+            'disagreement, %',
+            'time, one sample',
+            'time, test set',
+            'weights, MB',
+        ]
+    ]
     for m in METHODS:
         c = costs[m]
-        rows.append([m, str(epochs[names[m]]), str(c['members']), spread(errors(values['accuracy'][m]), 2), spread(values['loss'][m], 4),
+        rows.append([m, str(epochs[names[m]]), str(c['members']), spread(error[m], 2), spread(values['loss'][m], 4),
                      spread(100 * values['calibration_error'][m], 2),
                      spread(100 * values['disagreement'][m].astype(float), 1) if c['members'] > 1 else '',
                      f'{c["sample"] / one["sample"]:.1f} x', f'{c["test set"] / one["test set"]:.1f} x', f'{c["bytes"] / 1e6:.1f}'])
@@ -152,13 +172,14 @@ def sections(records: list[dict], found: dict):
            'share of samples that two members read differently, mean over the pairs.')
     yield ('Paired differences, seed by seed, in points of error and in test loss (less is better):' if n > 1 else
            'Differences in points of error and in test loss; one seed cannot tell them from chance:')
-    yield table(difference_rows({m: errors(x) for m, x in values['accuracy'].items()}, _PAIRS, 2, losses=values['loss']))
+    yield table(difference_rows(error, _PAIRS, 2, losses=values['loss']))
     if n > 1:
         budgets = _shown_budgets(found)
-        yield 'Several budgets: all models of so many runs together. Error in %, mean +- std over groups of runs of which none is in two:'
+        yield ('Several budgets: all models of so many runs together. Error in %, mean +- std over groups of runs of '
+               'which none is in two:')
         rows = [['', *(f'{k} budget{"s" * (k > 1)} (n = {n // k})' for k in budgets)]]
         for m in METHODS:
             name = {'SGD': 'independent SGD runs', 'SWA': 'averages of independent runs'}.get(m, f'{m} of independent runs')
-            rows.append([name, *(spread(errors(_at(found, m, k, 'accuracy')), 2) for k in budgets)])
+            rows.append([name, *(spread(error_of(_at(found, m, k, 'accuracy')), 2) for k in budgets)])
         yield table(rows)
     yield '![test error and loss over the number of models](curves.png)'

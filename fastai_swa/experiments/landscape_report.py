@@ -1,16 +1,17 @@
-"""The report on landscapes: tables and figures of what was measured around the solutions of a recipe, and the numbers as report.json."""
-import json
+"""The report on landscapes: tables and figures of what was measured around the solutions of a recipe, and the numbers
+as report.json."""
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ..files import replacing, write_text
+from ..files import replacing
 from ..plot import plot_line, plot_paths, plot_planes, plot_width
 from ..surfaces import Surface
 from .landscapes import images_text, read_notes
 from .recipes import LANDSCAPES, RECIPES
 from .record import duration
+from .store import write_report
 from .tables import difference_summary, mean_and_half, spread, summary, table
 
 __all__ = ['has_landscapes', 'report_landscapes']
@@ -22,9 +23,11 @@ def has_landscapes(folder) -> bool:
 
 
 def report_landscapes(folder: Path) -> str:
-    """The report on what `reproduce` has measured in `folder`, as Markdown; written there as report.md, too, with its figures (of the first seed).
+    """The report on what `reproduce` has measured in `folder`, as Markdown; written there as report.md, too, with its
+    figures (of the first seed).
 
-    Only complete seeds count. Raises `ValueError` if there is none, if a file is damaged, or if seeds were measured differently.
+    Only complete seeds count. Raises `ValueError` if there is none, if a file is damaged, or if seeds were measured
+    differently.
     """
     notes = list(read_notes(folder).values())
     complete = [n for n in notes if n['finished']]
@@ -34,7 +37,9 @@ def report_landscapes(folder: Path) -> str:
             if n[k] == complete[0][k]: continue
             raise ValueError(f'{folder} mixes measurements: seed {n["seed"]} has {k} {n[k]}, seed {complete[0]["seed"]} {complete[0][k]}')
     recipe = LANDSCAPES[complete[0]['recipe']]
-    surfaces = {n['seed']: {what: Surface.from_dict(content) for what, content in n['surfaces'].items()} for n in complete}
+    surfaces = {
+        n['seed']: {what: Surface.from_dict(content) for what, content in n['surfaces'].items()} for n in complete
+    }
     wd = RECIPES[recipe.base].wd
     parts = {'width': _report_width, 'plane': _report_plane, 'curve': _report_curve}[recipe.kind]
     figures, sections, numbers = parts(complete[0]['landscape'], surfaces, wd)
@@ -44,9 +49,7 @@ def report_landscapes(folder: Path) -> str:
             fig.savefig(f, format='png', dpi=110)
         plt.close(fig)
     text = '\n\n'.join([*_head(recipe, complete, notes), *sections]) + '\n'
-    what = {'recipe': recipe.name, 'seeds': [n['seed'] for n in complete], 'images': complete[0]['images'], 'settings': complete[0]['settings']}
-    write_text(folder/'report.json', json.dumps(what | numbers, indent=1, allow_nan=False) + '\n')
-    write_text(folder/'report.md', text)
+    write_report(folder, text, complete, numbers)
     return text
 
 
@@ -84,7 +87,7 @@ def _report_width(landscape, surfaces, wd):
     rows = [['', 'norm of the weights', 'test error, %', 'training loss', f'distance to {100 * level:g} % test error', 'of the norm',
              'rays that reach it']]
     for name, ws in widths.items():
-        def at_it(column, name=name): return _over(surfaces, lambda s: s['rays'].profiles(column)[name][0, 0])
+        def at_it(column, name=name): return _at_solution(surfaces, name, column)
         distance = _distance([w.distance for w in ws], [w.std for w in ws], 2)
         relative = _distance([w.relative for w in ws], [w.relative_std for w in ws], 3)
         rows.append([name, spread(at_it('norm'), 2), _percent(at_it('valid_error_rate')), spread(at_it('train_loss'), 4), distance, relative,
@@ -112,17 +115,29 @@ def _report_width(landscape, surfaces, wd):
         yield table([['test error, %', 'at SGD', 'at SWA', 'least', 'at t'],
                      ['', *(_percent(np.array(e)) for e in (*at, np.nanmin(errors, 1))), spread(lines[0].t[np.nanargmin(errors, 1)], 2)]])
         yield '![training loss and test error on the line](line.png)'
-    numbers = {'rows': {}, 'differences': {}}
+    figures = {'width.png': draw_width, 'line.png': lambda: plot_line(first['line'], wd=wd)[0].figure}
+    return figures, sections(), _width_numbers(widths, surfaces)
+
+
+def _width_numbers(widths, surfaces) -> dict:
+    "For report.json: the error of each solution and, where all rays reach the level, the distance at which they do."
+    rows = {}
     for name, ws in widths.items():
-        error = 100 * _over(surfaces, lambda s, name=name: s['rays'].profiles('valid_error_rate')[name][0, 0])
-        numbers['rows'][name] = {'error': summary(error)}
+        rows[name] = {'error': summary(100 * _at_solution(surfaces, name, 'valid_error_rate'))}
         if all(w.n_crossed == len(w.distances) for w in ws):
-            numbers['rows'][name] |= {k: summary(np.array([getattr(w, k) for w in ws])) for k in ('distance', 'relative')}
-    if all('distance' in row for row in numbers['rows'].values()):
-        pairs = list(zip(widths['SWA'], widths['SGD']))
-        numbers['differences']['SWA - SGD'] = {k: difference_summary(np.array([getattr(a, k) - getattr(b, k) for a, b in pairs]))
-                                               for k in ('distance', 'relative')}
-    return {'width.png': draw_width, 'line.png': lambda: plot_line(first['line'], wd=wd)[0].figure}, sections(), numbers
+            for k in _DISTANCES: rows[name][k] = summary(_each(ws, k))
+    of_both = {}
+    if all('distance' in row for row in rows.values()):
+        gains = {k: _each(widths['SWA'], k) - _each(widths['SGD'], k) for k in _DISTANCES}
+        of_both['SWA - SGD'] = {k: difference_summary(gain) for k, gain in gains.items()}
+    return {'rows': rows, 'differences': of_both}
+
+
+_DISTANCES = 'distance', 'relative'    # Euclidean, and in units of the norm of the weights
+
+def _each(widths, name): return np.array([getattr(w, name) for w in widths])
+
+def _at_solution(surfaces, name, column): return _over(surfaces, lambda s: s['rays'].profiles(column)[name][0, 0])
 
 
 def _distance(means, stds, digits):
@@ -152,7 +167,11 @@ def _report_plane(landscape, surfaces, wd):
                 x, y = p.points[np.nanargmin(p.column(column, wd if column == 'train_loss' else 0))]
                 rows.append([label, f'{x:.2f}', f'{y:.2f}', '0.00'])
             yield table(rows)
-    return {'trajectory.png': draw('trajectory'), 'solutions.png': draw('solutions')}, sections(), {'rows': {}, 'differences': {}}
+    return (
+        {'trajectory.png': draw('trajectory'), 'solutions.png': draw('solutions')},
+        sections(),
+        {'rows': {}, 'differences': {}},
+    )
 
 
 def _report_curve(landscape, surfaces, wd):

@@ -26,7 +26,8 @@ __all__ = ['measure_seed', 'check_solutions', 'read_notes', 'images_text']
 
 
 def check_solutions(recipe, seed: int, solutions: Path) -> list[dict]:
-    """The records of the seeds whose solutions number `seed` of `recipe` needs: one of the same number, or for a curve the pair 2n and 2n + 1.
+    """The records of the seeds whose solutions number `seed` of `recipe` needs: one of the same number, or for a curve
+    the pair 2n and 2n + 1.
 
     Raises `ValueError` if one is not there or not complete.
     """
@@ -35,9 +36,13 @@ def check_solutions(recipe, seed: int, solutions: Path) -> list[dict]:
         data = find_record(solutions, s)
         if data is None:
             many = f'{s + 1} seed{"s" * (s > 0)}'
-            raise ValueError(f'seed {s} is missing in {solutions}: reproduce {recipe.base} with {many} makes it, or give --solutions')
-        if data['recipe'] != recipe.base: raise ValueError(f'{solutions} is of the recipe {data["recipe"]}, not {recipe.base}')
-        if not data['finished']: raise ValueError(f'seed {s} in {solutions} is not complete: reproduce {recipe.base} goes on with it')
+            raise ValueError(
+                f'seed {s} is missing in {solutions}: reproduce {recipe.base} with {many} makes it, or give --solutions'
+            )
+        if data['recipe'] != recipe.base:
+            raise ValueError(f'{solutions} is of the recipe {data["recipe"]}, not {recipe.base}')
+        if not data['finished']:
+            raise ValueError(f'seed {s} in {solutions} is not complete: reproduce {recipe.base} goes on with it')
         res.append(data)
     if recipe.kind == 'plane' and (n := len(_trajectory(solutions, seed))) < 3:
         raise ValueError(f'the SWA run in {solutions} has averaged {n} weights only, and a plane needs 3: reproduce {recipe.base} with a greater '
@@ -50,14 +55,16 @@ def _seeds_of(recipe, seed): return (2 * seed, 2 * seed + 1) if recipe.kind == '
 
 def measure_seed(recipe, seed: int, out: Path, settings, source=None, threads: int | None = None, until: float = float('inf'), show=noop,
                  solutions: Path | None = None) -> dict:
-    """Measure what `recipe` says around the solutions number `seed` in the folder `solutions` (default: beside `out`), or go on with it.
+    """Measure what `recipe` says around the solutions number `seed` in the folder `solutions` (default: beside `out`),
+    or go on with it.
 
-    Each measurement is a file in `out` that grows point by point, seed-<seed>.<what>.jsonl; seed-<seed>.landscape.json says what was
-    measured on what. At the end all go into the file of the row. `settings.images`, `settings.test_images`: on so many of each; default:
-    those that the solutions were trained and tested on. Returns what was measured on what.
+    Each measurement is a file in `out` that grows point by point, seed-<seed>.<what>.jsonl; seed-<seed>.landscape.json
+    says what was measured on what. At the end all go into the file of the row. `settings.images`,
+    `settings.test_images`: on so many of each; default: those that the solutions were trained and tested on. Returns
+    what was measured on what.
 
-    Raises `TimeIsUp` if time does not suffice; `ValueError` if solutions are missing, or of other data, or a file is of another measurement;
-    `OSError`; and what `cifar` raises. Nothing is lost by any of them.
+    Raises `TimeIsUp` if time does not suffice; `ValueError` if solutions are missing, or of other data, or a file is of
+    another measurement; `OSError`; and what `cifar` raises. Nothing is lost by any of them.
     """
     solutions = Path(solutions or out.parent/recipe.base)
     records, base, recipe = check_solutions(recipe, seed, solutions), RECIPES[recipe.base], recipe.scaled(settings.scale)
@@ -162,22 +169,32 @@ class _EpochWatch(Callback):
 
 
 class _Note:
-    """What was measured on what, and in which sessions, as `data`: in seed-<seed>.landscape.json, and at the end in the file of the row.
+    """What was measured on what, and in which sessions, as `data`: in seed-<seed>.landscape.json, and at the end in the
+    file of the row.
 
     Raises `ValueError` if that is damaged, or what is there was measured otherwise.
     """
     def __init__(self, recipe, seed, out, settings, images, records):
         self.out, self.seed, self.file = out, seed, _note_file(out, seed)
         what = {k: v for k, v in asdict(recipe).items() if k not in ('name', 'kind', 'base')}
-        solutions = [{k: r[k] for k in ('recipe', 'seed', 'budget', 'swa_start', 'settings', 'images')} for r in records]
-        fixed = {'recipe': recipe.name, 'seed': seed, 'landscape': what, 'settings': asdict(settings), 'images': images, 'solutions': solutions}
+        solutions = [
+            {k: r[k] for k in ('recipe', 'seed', 'budget', 'swa_start', 'settings', 'images')} for r in records
+        ]
+        fixed = {
+            'recipe': recipe.name,
+            'seed': seed,
+            'landscape': what,
+            'settings': asdict(settings),
+            'images': images,
+            'solutions': solutions,
+        }
         self.data = read_notes(out).get(seed) or {'kind': 'landscape', **fixed, 'finished': None, 'sessions': []}
         for k, v in fixed.items():
             if self.data[k] == v: continue
             said = difference(self.data[k], v, k) if isinstance(v, dict) else f'other {k}'
             raise ValueError(f'{out}: seed {seed} was measured with {said}: give the same, or another folder')
         self.session = {'started': now(), 'versions': versions(), 'hardware': hardware(settings.device), 'threads': torch.get_num_threads()}
-        if seed in stored(out, 'landscape'): self._clean_up()    # what a kill has left in that moment
+        if self.data['finished']: self._clean_up()    # what a kill has left when it was stored
         else:
             self.data['sessions'].append(self.session)
             self._write()
@@ -204,7 +221,9 @@ _KEYS = {'recipe', 'seed', 'landscape', 'settings', 'images', 'solutions', 'fini
 def _note_file(out, seed): return out/f'seed-{seed}.landscape.json'
 
 def read_notes(folder: Path) -> dict[int, dict]:
-    "Seed -> what was measured, for all in `folder`, complete (with its 'surfaces') or not. Raises `ValueError` if something is damaged."
+    """Seed -> what was measured, for all in `folder`, complete (with its 'surfaces') or not. Raises `ValueError` if
+    something is damaged.
+    """
     begun = {}
     for file in folder.glob('seed-*.landscape.json'):
         try: data = json.loads(file.read_text())

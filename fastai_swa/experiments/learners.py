@@ -59,7 +59,16 @@ def _image_learner(recipe, seed, settings, dls):
                          padding=recipe.padding, seed=seed, chunk=16, device=device)
     dls.train.rng = Random(seed)
     opt_func = optimizer(recipe, fused=device.type == 'cuda' or None)
-    return Learner(dls, model, CrossEntropyLossFlat(), opt_func=opt_func, lr=recipe.lr, wd=recipe.wd, wd_bn_bias=True, metrics=accuracy)
+    return Learner(
+        dls,
+        model,
+        CrossEntropyLossFlat(),
+        opt_func=opt_func,
+        lr=recipe.lr,
+        wd=recipe.wd,
+        wd_bn_bias=True,
+        metrics=accuracy,
+    )
 
 
 def _task_learner(recipe, seed, settings, data):

@@ -1,4 +1,5 @@
-"""One record for each published row: what is trained on what, how long, at which learning rate, and what came out there."""
+"""One record for each published row: what is trained on what, how long, at which learning rate, and what came out
+there."""
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
@@ -11,16 +12,31 @@ from ..schedules import fge_epochs, fge_lr_factor, snapshot_lr_factor, swa_lr_fa
 from ..vision import CIFAR_STATS, IMAGENET_STATS, VGG16, PreResNet, SmallPreResNet, WideResNet, digits_net
 from .tasks import ADULT, HOUSING, SST2, Sentences, Table
 
-__all__ = ['Recipe', 'Ensembles', 'RECIPES', 'Landscape', 'LANDSCAPES', 'Run', 'Beside', 'Part', 'sgd_lr', 'swa_lr', 'scaled', 'runs',
-           'parts', 'optimizer', 'described']
+__all__ = [
+    'Recipe',
+    'Ensembles',
+    'RECIPES',
+    'Landscape',
+    'LANDSCAPES',
+    'Run',
+    'Beside',
+    'Part',
+    'sgd_lr',
+    'swa_lr',
+    'scaled',
+    'runs',
+    'parts',
+    'optimizer',
+    'described',
+]
 
 
 @dataclass(frozen=True)
 class Ensembles:
     """What snapshot ensembles and fast geometric ensembling do within the budget of a recipe.
 
-    Huang et al. 2017 (arXiv 1704.00109): `n_snapshots` cycles from `lr` on. Garipov et al. 2018 (arXiv 1802.10026): SGD for `fge_start` of the
-    budget, then cycles of `fge_len` epochs between the learning rates `fge_lr`.
+    Huang et al. 2017 (arXiv 1704.00109): `n_snapshots` cycles from `lr` on. Garipov et al. 2018 (arXiv 1802.10026): SGD
+    for `fge_start` of the budget, then cycles of `fge_len` epochs between the learning rates `fge_lr`.
     """
     lr: float
     fge_lr: tuple[float, float]
@@ -31,11 +47,12 @@ class Ensembles:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one network is trained on one data set. Epochs count from 0, learning rates are absolute, published accuracies in per cent.
+    """How one network is trained on one data set. Epochs count from 0, learning rates are absolute, published
+    accuracies in per cent.
 
-    Izmailov et al. 2018 (arXiv 1803.05407), Table 1 and its public code; `budget` is the usual number of epochs of the SGD run, and the SWA
-    run goes on to 1.5 budgets. Weight decay is coupled (L2) and acts on all parameters, momentum is 0.9, the batch size 128, and the last short
-    batch is kept.
+    Izmailov et al. 2018 (arXiv 1803.05407), Table 1 and its public code; `budget` is the usual number of epochs of the
+    SGD run, and the SWA run goes on to 1.5 budgets. Weight decay is coupled (L2) and acts on all parameters, momentum
+    is 0.9, the batch size 128, and the last short batch is kept.
     """
     name: str
     network: Callable[[int], nn.Module] | None    # from the number of classes; None: the task's own
@@ -47,12 +64,15 @@ class Recipe:
     wd: float
     stats: tuple = CIFAR_STATS    # mean and standard deviation that the images are normalised by
     padding: str | None = 'constant'    # or 'reflect'; None: no augmentation
-    published: dict = field(default_factory=dict)    # row -> (mean, standard deviation of 3 runs; None where only one was)
+    # row -> (mean, standard deviation of 3 runs; None where only one was)
+    published: dict = field(default_factory=dict)
     bs: int = 128
     fixed_lr: bool = False    # the SWA run has `swa_lr` from its first epoch on
     ensembles: Ensembles | None = None    # compare methods at one budget, instead of SGD and SWA at several
-    lengths: tuple[int, ...] | None = None    # compare methods at so many epochs each, instead of SGD and SWA at one budget and more
-    one_cycle_lr: float | None = None    # greatest learning rate of `fit_one_cycle`, the control of fastai's users; None: without
+    # compare methods at so many epochs each, instead of SGD and SWA at one budget and more
+    lengths: tuple[int, ...] | None = None
+    # greatest learning rate of `fit_one_cycle`, the control of fastai's users; None: without
+    one_cycle_lr: float | None = None
     ema: float | None = None    # decay of an average over the steps of each run; None: without
     source: str | None = None    # of the images, if none is given
     images: int | None = None    # training images, or rows, if no number is given; None: all
@@ -71,13 +91,15 @@ class Recipe:
 
 
 def sgd_lr(recipe: Recipe, epoch: int, n_epoch: int) -> float:
-    """The SGD run's learning rate in `epoch` of `n_epoch`: constant for half of them, linear down to a hundredth at 0.9,
-    or in the last one where that comes first, constant."""
+    """The SGD run's learning rate in `epoch` of `n_epoch`: constant for half of them, linear down to a hundredth at
+    0.9, or in the last one where that comes first, constant."""
     return recipe.lr * swa_lr_factor(epoch, 0, 1, n_epoch - 1, .01)
 
 
 def swa_lr(recipe: Recipe, epoch: int) -> float:
-    "The SWA run's learning rate in `epoch`: the same curve over the epochs before the first fold, down to `recipe.swa_lr`; or that all along."
+    """The SWA run's learning rate in `epoch`: the same curve over the epochs before the first fold, down to
+    `recipe.swa_lr`; or that all along.
+    """
     if recipe.fixed_lr: return recipe.swa_lr
     return recipe.lr * swa_lr_factor(epoch, 0, 1, recipe.swa_start, recipe.swa_lr / recipe.lr)
 
@@ -86,7 +108,9 @@ def scaled(recipe: Recipe, scale: float) -> Recipe:
     "`recipe` with all its lengths times `scale`. Raises `ValueError` if that leaves fewer than 4 epochs to the budget."
     least = min(recipe.lengths or [recipe.budget])
     if round(least * scale) < 4:
-        raise ValueError(f'scale={scale:g} leaves {round(least * scale)} of {least} epochs, and 4 are the least: scale {4 / least:g}')
+        raise ValueError(
+            f'scale={scale:g} leaves {round(least * scale)} of {least} epochs, and 4 are the least: scale {4 / least:g}'
+        )
     budget = round(recipe.budget * scale)
     lengths = recipe.lengths and tuple(round(n * scale) for n in recipe.lengths)
     return replace(recipe, budget=budget, swa_start=min(round(recipe.swa_start * scale), budget - 1), lengths=lengths)
@@ -96,8 +120,8 @@ def scaled(recipe: Recipe, scale: float) -> Recipe:
 class Beside:
     """A further average beside a run, which leaves its training alone; validated at its end.
 
-    Either of the ends of the epochs from `start` on, all equal; or, with a `decay`, an exponential one of the steps, with its warm-up,
-    from the epoch on in which the run parts from the others.
+    Either of the ends of the epochs from `start` on, all equal; or, with a `decay`, an exponential one of the steps,
+    with its warm-up, from the epoch on in which the run parts from the others.
     """
     name: str    # what its columns begin with
     start: int = 0
@@ -108,7 +132,8 @@ class Beside:
 class Run:
     """One fit of a recipe.
 
-    An SGD run folds its last epoch alone: this "average" of one point is its end with the batch norm refreshed, a control.
+    An SGD run folds its last epoch alone: this "average" of one point is its end with the batch norm refreshed, a
+    control.
     """
     name: str
     lrs: tuple    # the learning rate of each epoch: a number, or something to be called with step and number of steps
@@ -116,7 +141,8 @@ class Run:
     snapshots: tuple[int, int] | None = None    # the first epoch of a snapshot, and the epochs from one to the next
     beside: tuple[Beside, ...] = ()
     swa_eval_freq: int = 1
-    momentum: Callable[[int, int, int], float] | None = None    # of epoch, step and number of steps; None: the optimizer's own
+    # of epoch, step and number of steps; None: the optimizer's own
+    momentum: Callable[[int, int, int], float] | None = None
 
     @property
     def alone_from(self) -> int:
@@ -134,7 +160,8 @@ class OneCycle:
     lr_max: float
 
     def lr(self, epoch, step, n_steps) -> float:
-        return float(combined_cos(.25, self.lr_max / 25, self.lr_max, self.lr_max / 1e5)(self._share(epoch, step, n_steps)))
+        curve = combined_cos(.25, self.lr_max / 25, self.lr_max, self.lr_max / 1e5)
+        return float(curve(self._share(epoch, step, n_steps)))
 
     def momentum(self, epoch, step, n_steps) -> float:
         return float(combined_cos(.25, .95, .85, .95)(self._share(epoch, step, n_steps)))
@@ -169,15 +196,18 @@ class FGEEpoch:
 
 
 def runs(recipe: Recipe) -> list[Run]:
-    """The SGD runs of 1 and of 1.5 budgets, and the SWA run of 1.5, of which 1 and 1.25 are read off; where the recipe says so, one-cycle
-    of 1 and 1.5. For a comparison of ensembles SGD, SWA, snapshots and FGE, none of which takes more than the budget; for one of lengths
-    SGD, SWA and one-cycle of each."""
+    """The SGD runs of 1 and of 1.5 budgets, and the SWA run of 1.5, of which 1 and 1.25 are read off; where the recipe
+    says so, one-cycle of 1 and 1.5. For a comparison of ensembles SGD, SWA, snapshots and FGE, none of which takes more
+    than the budget; for one of lengths SGD, SWA and one-cycle of each."""
     if recipe.lengths: return _runs_of_lengths(recipe)
     sgd = _sgd_run(recipe, 'SGD 1B', recipe.budget)
     if recipe.ensembles: return [sgd, *_ensemble_runs(recipe)]
     one_cycle = []
     if recipe.one_cycle_lr:
-        one_cycle = [_one_cycle_run(recipe, 'one-cycle 1B', recipe.budget), _one_cycle_run(recipe, 'one-cycle 1.5B', recipe.epochs)]
+        one_cycle = [
+            _one_cycle_run(recipe, 'one-cycle 1B', recipe.budget),
+            _one_cycle_run(recipe, 'one-cycle 1.5B', recipe.epochs),
+        ]
     return [sgd, _sgd_run(recipe, 'SGD 1.5B', recipe.epochs), _swa_run(recipe, recipe.epochs), *one_cycle]
 
 
@@ -186,12 +216,16 @@ def _runs_of_lengths(recipe) -> list[Run]:
     for n in recipe.lengths:
         of_length = replace(recipe, budget=n, swa_start=round(n * recipe.swa_start / recipe.budget))
         swa = _swa_run(of_length, n)
-        res += [_sgd_run(of_length, f'{recipe.opt} {n}', n), replace(swa, name=f'SWA {n}', snapshots=None, swa_eval_freq=0),
-                _one_cycle_run(of_length, f'one-cycle {n}', n)]
+        res += [
+            _sgd_run(of_length, f'{recipe.opt} {n}', n),
+            replace(swa, name=f'SWA {n}', snapshots=None, swa_eval_freq=0),
+            _one_cycle_run(of_length, f'one-cycle {n}', n),
+        ]
     return res
 
 
-def _sgd_run(recipe, name, n) -> Run: return Run(name, tuple(sgd_lr(recipe, e, n) for e in range(n)), n - 1, beside=_emas(recipe))
+def _sgd_run(recipe, name, n) -> Run:
+    return Run(name, tuple(sgd_lr(recipe, e, n) for e in range(n)), n - 1, beside=_emas(recipe))
 
 
 def _swa_run(recipe, n) -> Run:
@@ -226,7 +260,9 @@ def _ensemble_runs(recipe) -> list[Run]:
 
 @dataclass(frozen=True)
 class Part:
-    "The epochs `begin` to `end` (not included), in which `runs` are the same training; it goes on from the end of part number `parent`."
+    """The epochs `begin` to `end` (not included), in which `runs` are the same training; it goes on from the end of
+    part number `parent`.
+    """
     runs: tuple[Run, ...]
     begin: int
     end: int
@@ -237,7 +273,9 @@ class Part:
 
 
 def parts(runs: list[Run]) -> list[Part]:
-    "What has to be trained so that all `runs` of a seed share the epochs before they part; each part stands behind its parent."
+    """What has to be trained so that all `runs` of a seed share the epochs before they part; each part stands behind
+    its parent.
+    """
     res = []
     def split(group, begin, parent):
         if len(group) == 1: return res.append(Part(group, begin, len(group[0].lrs), parent))
@@ -268,13 +306,16 @@ def _plain(value):
 
 
 def optimizer(recipe: Recipe, fused: bool | None = None):
-    "An `opt_func` for a Learner: torch's SGD with momentum 0.9 and coupled weight decay on all parameters. `fused`: its one-kernel form."
+    """An `opt_func` for a Learner: torch's SGD with momentum 0.9 and coupled weight decay on all parameters. `fused`:
+    its one-kernel form.
+    """
     return partial(OptimWrapper, opt=partial(optim.SGD, momentum=.9, weight_decay=recipe.wd, fused=fused))
 
 
 def _rows(sgd, swa, swa_125, swa_150): return {'SGD 1B': sgd, 'SWA 1B': swa, 'SWA 1.25B': swa_125, 'SWA 1.5B': swa_150}
 
-def _small_digits_net(n_out): return nn.Sequential(nn.AvgPool2d(4), digits_net(n_out, n_in=3))    # of 32 x 32 pixels the 8 x 8 that there are
+# of 32 x 32 pixels the 8 x 8 that there are
+def _small_digits_net(n_out): return nn.Sequential(nn.AvgPool2d(4), digits_net(n_out, n_in=3))
 
 _vgg16 = dict(network=VGG16, budget=200, lr=.05, swa_lr=.01, swa_start=160, wd=5e-4, stats=IMAGENET_STATS)
 _preresnet = dict(budget=150, lr=.1, swa_start=125, wd=3e-4)
@@ -307,20 +348,63 @@ RECIPES['ensembles-digits'] = Recipe('ensembles-digits', _small_digits_net, 10, 
 # networks, numbers of images and lengths that one core of a CPU can do; chosen on seed 100 (results/README.md)
 _small = dict(budget=60, lr=.1, swa_lr=.05, swa_start=48, wd=5e-4, one_cycle_lr=.2, ema=.998)
 RECIPES['small-cifar10'] = Recipe('small-cifar10', SmallPreResNet, 10, **_small, images=10_000)
-RECIPES['small-cifar100'] = Recipe('small-cifar100', partial(SmallPreResNet, width=32), 100, **_small, images=5_000, bs=64)
-RECIPES['lengths-small-cifar100'] = replace(RECIPES['small-cifar100'], name='lengths-small-cifar100', lengths=(15, 30, 60, 90))
-RECIPES['ensembles-small-cifar100'] = replace(RECIPES['small-cifar100'], name='ensembles-small-cifar100', one_cycle_lr=None, ema=None,
-                                              ensembles=Ensembles(.1, (5e-2, 5e-4), 2))
+RECIPES['small-cifar100'] = Recipe(
+    'small-cifar100', partial(SmallPreResNet, width=32), 100, **_small, images=5_000, bs=64
+)
+RECIPES['lengths-small-cifar100'] = replace(
+    RECIPES['small-cifar100'], name='lengths-small-cifar100', lengths=(15, 30, 60, 90)
+)
+RECIPES['ensembles-small-cifar100'] = replace(
+    RECIPES['small-cifar100'],
+    name='ensembles-small-cifar100',
+    one_cycle_lr=None,
+    ema=None,
+    ensembles=Ensembles(.1, (5e-2, 5e-4), 2),
+)
 # beyond images: fastai's own optimizer, at several lengths
 _beyond = dict(network=None, n_classes=None, opt='Adam', wd=.01, ema=.99)
 for _task_recipe in (
-        Recipe('tabular-adult', **_beyond, budget=20, lr=1e-3, swa_lr=5e-4, swa_start=15, one_cycle_lr=1e-3, bs=256, lengths=(5, 10, 20), task=ADULT),
-        Recipe('tabular-housing', **_beyond, budget=40, lr=3e-3, swa_lr=1.5e-3, swa_start=30, one_cycle_lr=3e-3, bs=256, lengths=(10, 20, 40),
-               task=HOUSING),
-        Recipe('text-sst2', **_beyond, budget=12, lr=3e-3, swa_lr=1.5e-3, swa_start=9, one_cycle_lr=3e-3, bs=256, lengths=(4, 8, 12), images=20_000,
-               task=SST2)):
+    Recipe(
+        'tabular-adult',
+        **_beyond,
+        budget=20,
+        lr=1e-3,
+        swa_lr=5e-4,
+        swa_start=15,
+        one_cycle_lr=1e-3,
+        bs=256,
+        lengths=(5, 10, 20),
+        task=ADULT,
+    ),
+    Recipe(
+        'tabular-housing',
+        **_beyond,
+        budget=40,
+        lr=3e-3,
+        swa_lr=1.5e-3,
+        swa_start=30,
+        one_cycle_lr=3e-3,
+        bs=256,
+        lengths=(10, 20, 40),
+        task=HOUSING,
+    ),
+    Recipe(
+        'text-sst2',
+        **_beyond,
+        budget=12,
+        lr=3e-3,
+        swa_lr=1.5e-3,
+        swa_start=9,
+        one_cycle_lr=3e-3,
+        bs=256,
+        lengths=(4, 8, 12),
+        images=20_000,
+        task=SST2,
+    ),
+):
     RECIPES[_task_recipe.name] = _task_recipe
-# the question that the 2018 replication left open: does padding by reflection, its library's default, explain its higher accuracy?
+# the question that the 2018 replication left open: does padding by reflection, its library's default, explain its
+# higher accuracy?
 for _name in ('vgg16-cifar10', 'preresnet110-cifar10'):
     RECIPES[f'{_name}-reflection'] = replace(RECIPES[_name], name=f'{_name}-reflection', padding='reflect', published={})
 
@@ -329,9 +413,10 @@ for _name in ('vgg16-cifar10', 'preresnet110-cifar10'):
 class Landscape:
     """What is measured around and between the solutions that the seeds of a recipe have left.
 
-    'width': along random rays from SGD's and SWA's solution, and on the line through both (Izmailov et al. 2018, Figs. 4 and 5). 'plane': through
-    the first, the middle and the last of the weights that the SWA run averages, and through SGD's solution, SWA's and the first of these (Figs. 3
-    and 1). 'curve': along chains and Bezier curves with one bend between the SGD solutions of two seeds (Garipov et al. 2018, Table 2).
+    'width': along random rays from SGD's and SWA's solution, and on the line through both (Izmailov et al. 2018, Figs.
+    4 and 5). 'plane': through the first, the middle and the last of the weights that the SWA run averages, and through
+    SGD's solution, SWA's and the first of these (Figs. 3 and 1). 'curve': along chains and Bezier curves with one bend
+    between the SGD solutions of two seeds (Garipov et al. 2018, Table 2).
     """
     name: str
     kind: str

@@ -16,8 +16,23 @@ from ..version import __version__
 from .recipes import described, parts, runs
 from .store import RUNS_FILE, shortest, store, stored
 
-__all__ = ['Settings', 'Record', 'what_is_run', 'read_records', 'find_record', 'check_record', 'weights_file', 'snapshots_folder',
-           'json_number', 'seconds_text', 'difference', 'duration', 'now', 'versions', 'hardware']
+__all__ = [
+    'Settings',
+    'Record',
+    'what_is_run',
+    'read_records',
+    'find_record',
+    'check_record',
+    'weights_file',
+    'snapshots_folder',
+    'json_number',
+    'seconds_text',
+    'difference',
+    'duration',
+    'now',
+    'versions',
+    'hardware',
+]
 
 
 @dataclass(frozen=True)
@@ -28,15 +43,16 @@ class Settings:
     test_images: int | None = None    # None: all
     device: str = 'cpu'
     precision: str = 'fp32'    # or 'bf16': autocast, with float32 weights
-    compile: str | None = None    # a mode of torch.compile: 'default', 'reduce-overhead' (captured steps), 'max-autotune'
+    # a mode of torch.compile: 'default', 'reduce-overhead' (captured steps), 'max-autotune'
+    compile: str | None = None
     deterministic: bool = False    # only GPU kernels that give the same result each time
 
 
 class Record:
     """A seed's record, as `data`: what was run, on what, and each epoch of each part.
 
-    Until the seed is complete it stands in seed-<seed>.json, then in the file of the row. Raises `ValueError` if that is damaged, or was
-    run with other settings or data; `OSError` if it cannot be written.
+    Until the seed is complete it stands in seed-<seed>.json, then in the file of the row. Raises `ValueError` if that
+    is damaged, or was run with other settings or data; `OSError` if it cannot be written.
     """
     def __init__(self, recipe, seed: int, out: Path, settings: Settings, images: dict, threads: int, jobs: int = 1):
         self.recipe, self.seed, self.out, self.settings = recipe, seed, out, settings
@@ -51,10 +67,20 @@ class Record:
         else:
             # what an earlier run has left whose record is gone
             for file in (*out.glob(f'seed-{seed}.part*.ckpt'), *out.glob(f'seed-{seed}.fork*')): file.unlink()
-            self.data = {'kind': 'training', **fixed, 'threads': threads, 'started': now(), 'finished': None, 'sessions': [], 'parts': [
-                {'runs': [r.name for r in p.runs], 'begin': p.begin, 'end': p.end, 'done': False, 'epochs': []} for p in self.parts]}
-        if seed in stored(out, 'training'): self.file('json').unlink(missing_ok=True)    # there, if it was killed in that moment
-        elif self.data['finished']: self._save()
+            self.data = {
+                'kind': 'training',
+                **fixed,
+                'threads': threads,
+                'started': now(),
+                'finished': None,
+                'sessions': [],
+                'parts': [
+                    {'runs': [r.name for r in p.runs], 'begin': p.begin, 'end': p.end, 'done': False, 'epochs': []}
+                    for p in self.parts
+                ],
+            }
+        if self.data['finished']:
+            if self.file('json').exists(): self._save()    # it was killed when it was stored
         else:
             self.data['sessions'].append({'started': now(), 'jobs': jobs, 'versions': versions(), 'hardware': hardware(settings.device)})
             self._save()
@@ -72,7 +98,8 @@ class Record:
     def is_done(self, number) -> bool: return self.data['parts'][number]['done']
 
     def next(self):
-        """The number of the part to be trained next and the state it begins in, `None` for none; `None` if all are done.
+        """The number of the part to be trained next and the state it begins in, `None` for none; `None` if all are
+        done.
 
         A part whose end is needed and cannot be read is to be trained again.
         """
@@ -95,7 +122,8 @@ class Record:
         part, data = self.parts[self.number], self.data['parts'][self.number]
         if part.is_last:
             self._save_weights(learn.model, part.runs[0].name)
-            if part.runs[0].name == 'SWA' and swa_model is not None: self._save_weights(swa_model, 'SWA average')    # `None`: nothing finite
+            # `None`: nothing finite
+            if part.runs[0].name == 'SWA' and swa_model is not None: self._save_weights(swa_model, 'SWA average')
         else: write(self.file(f'fork{self.number}'), 'fork', 1, {'state': take(learn)})
         data['epochs'], data['done'] = list(map(_cells, rows)), True
         if all(p['done'] for p in self.data['parts']): self.data['finished'] = now()
@@ -104,7 +132,8 @@ class Record:
     def clean_up(self):
         "Remove what no part still to be trained needs."
         for i, part in enumerate(self.parts):
-            if self.is_done(i): self.file(f'part{i}.ckpt').unlink(missing_ok=True)    # there, if it was killed in that moment
+            # there, if it was killed in that moment
+            if self.is_done(i): self.file(f'part{i}.ckpt').unlink(missing_ok=True)
             children = [j for j, p in enumerate(self.parts) if p.parent == i]
             if children and all(map(self.is_done, children)): self.file(f'fork{i}').unlink(missing_ok=True)
 
@@ -161,7 +190,8 @@ class _Clock:
 
     def _expected(self, folds) -> float:
         if self.seconds[folds]: return median(self.seconds[folds][-9:])
-        if self.seconds[not folds]: return median(self.seconds[not folds][-9:]) * (1.5 if folds else 1)    # a forward pass more, and a validation
+        # a forward pass more, and a validation
+        if self.seconds[not folds]: return median(self.seconds[not folds][-9:]) * (1.5 if folds else 1)
         return 0.
 
 
@@ -180,7 +210,9 @@ def what_is_run(recipe, settings: Settings, images: dict) -> dict:
 _KEYS = {'recipe', 'seed', 'settings', 'images', 'parts', 'finished'}
 
 def read_records(folder: Path) -> dict[int, dict]:
-    "Seed -> its record, for all in `folder`, complete or not, in the order of the seeds. Raises `ValueError` if one is damaged."
+    """Seed -> its record, for all in `folder`, complete or not, in the order of the seeds. Raises `ValueError` if one
+    is damaged.
+    """
     if not folder.is_dir(): return {}
     names = (re.fullmatch(r'seed-(\d+)\.json', f.name) for f in folder.iterdir())
     begun = {int(m[1]): _read_begun(folder/m[0]) for m in names if m}
@@ -203,14 +235,16 @@ def check_record(data: dict, folder: Path, fixed: dict):
     "Raises `ValueError` if the record `data` of a seed in `folder` does not agree with what is `fixed`."
     for k, v in fixed.items():
         if data.get(k) == v: continue
-        raise ValueError(f'{folder}: seed {data["seed"]} was run with {difference(data.get(k), v, k)}: give the same, or another folder')
+        said = difference(data.get(k), v, k)
+        raise ValueError(f'{folder}: seed {data["seed"]} was run with {said}: give the same, or another folder')
 
 def _read_begun(file) -> dict | None:
     "`None` if it is not there; it may just have been stored."
     try: data = json.loads(file.read_text())
     except FileNotFoundError: return None
     except ValueError: data = None
-    if not isinstance(data, dict) or not _KEYS <= data.keys(): raise ValueError(f'{file} is damaged, or no record of a seed: move it away')
+    if not isinstance(data, dict) or not _KEYS <= data.keys():
+        raise ValueError(f'{file} is damaged, or no record of a seed: move it away')
     return data
 
 

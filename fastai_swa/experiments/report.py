@@ -1,19 +1,19 @@
 """What the seeds of a recipe have found: tables beside the published numbers, curves, and the same numbers as JSON."""
 
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ..files import replacing, write_text
+from ..files import replacing
 from ..plot import plot_lengths, plot_runs
 from . import ensembles
 from .landscape_report import has_landscapes, report_landscapes
 from .recipes import RECIPES
 from .record import read_records, seconds_text
 from .rows import REFRESHED, curves, curves_of_lengths, error_of, pairs_of, rows_of, values
-from .tables import difference_rows, difference_summary, spread, summary, table
+from .store import write_report
+from .tables import difference_rows, differences, spread, summary, table
 
 __all__ = ['report', 'compare', 'papers_table', 'is_of_budgets', 'load']
 
@@ -48,10 +48,7 @@ def report(folder) -> str:
     with replacing(folder / 'curves.png') as f:
         fig.savefig(f, format='png', dpi=110)
     plt.close(fig)
-    seeds = [r['seed'] for r in records]
-    what = {'recipe': recipe.name, 'seeds': seeds} | {k: records[0][k] for k in ('images', 'settings')}
-    write_text(folder / 'report.json', json.dumps(what | numbers, indent=1, allow_nan=False) + '\n')
-    write_text(folder / 'report.md', text)
+    write_report(folder, text, records, numbers)
     return text
 
 
@@ -122,7 +119,9 @@ def _is_whole(record) -> bool:
     if recipe.task is not None:
         is_all = (settings['images'], settings['test_images']) == (None, None)
     else:
-        is_all = (images['train'], images['valid']) == (recipe.images or 50_000, 10_000) or recipe.source == images['kind']
+        is_all = (images['train'], images['valid']) == (recipe.images or 50_000, 10_000) or recipe.source == images[
+            'kind'
+        ]
     return settings['scale'] == 1 and is_all
 
 
@@ -225,11 +224,7 @@ def _numbers(records, errors, losses) -> dict:
     if 'baseline' in records[0]:
         name, error, loss = _baseline(records)
         rows[name] = {'error': summary(error), 'loss': summary(loss)}
-    differences = {}
-    for a, b in pairs_of(records[0]):
-        error, loss = errors[a] - errors[b], losses[a] - losses[b]
-        differences[f'{a} - {b}'] = {'error': difference_summary(error), 'loss': difference_summary(loss)}
-    return {'rows': rows, 'differences': differences}
+    return {'rows': rows, 'differences': differences(errors, losses, pairs_of(records[0]))}
 
 
 def papers_table(folders) -> str:

@@ -1,5 +1,6 @@
 """What the rows and curves of a report read off the records of the seeds: names, values, the pairs compared."""
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +9,9 @@ from torch import nn
 
 from .recipes import RECIPES
 
-__all__ = ['REFRESHED', 'Row', 'rows_of', 'values', 'pairs_of', 'error_of', 'run_lengths', 'curves', 'curves_of_lengths']
+__all__ = [
+    'REFRESHED', 'Row', 'rows_of', 'values', 'pairs_of', 'error_of', 'run_lengths', 'curves', 'curves_of_lengths',
+]
 
 
 class Row(NamedTuple):
@@ -55,7 +58,8 @@ def _rows_of_lengths(record):
 def _rows_of_run(record, run):
     "Its end, the same with its batch norm refreshed, and the averages beside it."
     n = run_lengths(record)[run]
-    refreshed = {run + REFRESHED: Row(run, n, 'swa_')} if _has_batch_norm(RECIPES[record['recipe']]) else {}
+    recipe = RECIPES[record['recipe']]
+    refreshed = {run + REFRESHED: Row(run, n, 'swa_')} if _has_batch_norm(recipe.network, recipe.n_classes) else {}
     return {run: Row(run, n, ''), **refreshed, **_beside(record, run, run)}
 
 
@@ -86,16 +90,16 @@ def _epochs(record, run) -> list[dict]:
 
 def values(records: list[dict], name: str) -> dict[str, np.ndarray]:
     "Row of the table -> `name` ('error', in per cent, or 'valid_loss') for each seed; nan where it has no value."
-    rows = rows_of(records[0])
-    return {
-        label: np.array([_value(r, row.run, row.epochs - 1, row.average, name) for r in records])
-        for label, row in rows.items()
-    }
+    metric = RECIPES[records[0]['recipe']].metric
+    res = {}
+    for label, row in rows_of(records[0]).items():
+        ends = [_epochs(r, row.run)[row.epochs - 1] for r in records]
+        res[label] = np.array([_value(end, row.average, name, metric) for end in ends])
+    return res
 
 
-def _value(record, run, epoch, average, name) -> float:
-    row, metric = _epochs(record, run)[epoch], RECIPES[record['recipe']].metric
-    value = row.get(average + (metric if name == 'error' else name))
+def _value(epoch, average, name, metric) -> float:
+    value = epoch.get(average + (metric if name == 'error' else name))
     if value is None:
         return float('nan')
     return error_of(value) if name == 'error' else value
@@ -155,7 +159,7 @@ def _pairs_of_length(swa, plain, one_cycle):
 def curves(records: list[dict], name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Curve -> its epochs (counted from 1: after so many), and `name` ('error', in per cent, or 'valid_loss') at each
     for each seed, shape (seeds, epochs)."""
-    res, lengths = {}, run_lengths(records[0])
+    res, lengths, metric = {}, run_lengths(records[0]), RECIPES[records[0]['recipe']].metric
     wanted = {
         'SGD 1B': ('SGD 1B', ''),
         'SGD 1.5B': ('SGD 1.5B', ''),
@@ -166,9 +170,10 @@ def curves(records: list[dict], name: str) -> dict[str, tuple[np.ndarray, np.nda
     for label, (run, average) in wanted.items():
         if run not in lengths:
             continue
-        all_epochs = np.array([[_value(r, run, e, average, name) for e in range(lengths[run])] for r in records])
-        shown = ~np.isnan(all_epochs).all(0)
-        res[label] = np.flatnonzero(shown) + 1, all_epochs[:, shown]
+        by_seed = [[_value(epoch, average, name, metric) for epoch in _epochs(r, run)] for r in records]
+        by_seed = np.array(by_seed)
+        shown = ~np.isnan(by_seed).all(0)
+        res[label] = np.flatnonzero(shown) + 1, by_seed[:, shown]
     return res
 
 
@@ -187,9 +192,10 @@ def curves_of_lengths(records: list[dict], name: str) -> dict[str, tuple[np.ndar
     return {m: (np.array(lengths), np.stack([found[row.format(n)] for n in lengths], 1)) for m, row in there.items()}
 
 
-def _has_batch_norm(recipe):
-    if recipe.network is None:
+@cache  # a row of the table each asks
+def _has_batch_norm(network, n_classes) -> bool:
+    if network is None:  # a task's own
         return True
     with torch.device('meta'):
-        model = recipe.network(recipe.n_classes)
+        model = network(n_classes)
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())

@@ -30,18 +30,23 @@ __all__ = ['reproduce', 'run_seed', 'STOPPED']
 
 def reproduce(name: str, seeds: int = 1, out=None, source=None, settings: Settings = Settings(), jobs: int = 1, threads: int | None = None,
               until: float = float('inf'), stream=None, solutions=None) -> dict:
-    """Train the recipe `name` with the seeds 0 to `seeds` - 1, or what earlier calls have left of them, into the folder `out`.
+    """Train the recipe `name` with the seeds 0 to `seeds` - 1, or what earlier calls have left of them, into the folder
+    `out`.
 
     A name in `LANDSCAPES` measures the loss surface around the weights that the seeds of another recipe have left.
 
-    - `out`: default results/`name`; for each seed what `run_seed` writes, or `measure_seed`. More seeds join those that are there.
-    - `solutions`: where the weights are that a landscape is of; default: the folder beside `out` that has the recipe's name.
-    - `jobs`: so many seeds at a time, each in a process of its own; `threads`: of the CPU for each (default: an equal share).
-    - `source`, `settings`, `until`: as in `run_seed`. `stream`: where a line of progress for each seed goes; default: stdout.
+    - `out`: default results/`name`; for each seed what `run_seed` writes, or `measure_seed`. More seeds join those that
+      are there.
+    - `solutions`: where the weights are that a landscape is of; default: the folder beside `out` that has the recipe's
+      name.
+    - `jobs`: so many seeds at a time, each in a process of its own; `threads`: of the CPU for each (default: an equal
+      share).
+    - `source`, `settings`, `until`: as in `run_seed`. `stream`: where a line of progress for each seed goes; default:
+      stdout.
 
-    A comparison of ensembles ends with `ensembles.evaluate`. Returns seed -> one sentence for each seed that is not complete: why, and what
-    to do. Raises `ValueError` for an unknown name, settings that cannot be used, and a folder whose seeds were run with others; and what `cifar`
-    raises.
+    A comparison of ensembles ends with `ensembles.evaluate`. Returns seed -> one sentence for each seed that is not
+    complete: why, and what to do. Raises `ValueError` for an unknown name, settings that cannot be used, and a folder
+    whose seeds were run with others; and what `cifar` raises.
     """
     _check(settings)
     out, jobs, lines = Path(out or f'results/{name}'), min(jobs, seeds), _Lines(stream or sys.stdout)
@@ -81,17 +86,21 @@ def _predict_together(recipe, out, seeds, settings, source, threads):
 
 def run_seed(recipe: Recipe, seed: int, out: Path, settings: Settings = Settings(), source=None, threads: int | None = None,
              until: float = float('inf'), show=noop, jobs: int = 1) -> dict:
-    """Train all runs of `recipe` with one seed, or what an earlier call has left of them; returns the record that `out`/runs.jsonl then holds.
+    """Train all runs of `recipe` with one seed, or what an earlier call has left of them; returns the record that
+    `out`/runs.jsonl then holds.
 
-    The runs share the epochs before they part. While it goes on, seed-<seed>.json, a checkpoint and the states at the forks stand beside
-    the file; at the end the weights at the end of each run, and the average of a run named SWA, as state dicts: seed-<seed>-<run>.pth.
+    The runs share the epochs before they part. While it goes on, seed-<seed>.json, a checkpoint and the states at the
+    forks stand beside the file; at the end the weights at the end of each run, and the average of a run named SWA, as
+    state dicts: seed-<seed>-<run>.pth.
 
-    - `source`: of the images, as in `vision.cifar`, or the folder of a task's files; `threads`: of the CPU, on which its results depend
-      in the last bits (a seed that goes on keeps its number); `until`: the `time.time()` by which it ends; `show`: called as
-      `show(seed, line)` after each epoch; `jobs`: how many seeds are trained side by side, for the record.
+    - `source`: of the images, as in `vision.cifar`, or the folder of a task's files; `threads`: of the CPU, on which
+      its results depend in the last bits (a seed that goes on keeps its number); `until`: the `time.time()` by which it
+      ends; `show`: called as `show(seed, line)` after each epoch; `jobs`: how many seeds are trained side by side, for
+      the record.
 
-    Raises `TimeIsUp` if time does not suffice; `ValueError` if the record there was run with other settings or other data; `RuntimeError` if
-    another process is at it; `OSError` if a file cannot be written; and what `cifar` raises. Nothing is lost by any of them.
+    Raises `TimeIsUp` if time does not suffice; `ValueError` if the record there was run with other settings or other
+    data; `RuntimeError` if another process is at it; `OSError` if a file cannot be written; and what `cifar` raises.
+    Nothing is lost by any of them.
     """
     if time() > until: raise TimeIsUp
     recipe = scaled(recipe, settings.scale)
@@ -102,7 +111,8 @@ def run_seed(recipe: Recipe, seed: int, out: Path, settings: Settings = Settings
             data, images = recipe_data(recipe, source, settings)
             record = Record(recipe, seed, out, settings, images, threads or torch.get_num_threads(), jobs)
             if settings.device == 'cpu': torch.set_num_threads(record.data['threads'])
-            if recipe.task is not None and 'baseline' not in record.data: record.keep_baseline(recipe.task.baseline(data, seed))
+            if recipe.task is not None and 'baseline' not in record.data:
+                record.keep_baseline(recipe.task.baseline(data, seed))
             while (task := record.next()) is not None:
                 _train(record, *task, data, until, show)
                 record.clean_up()
@@ -215,12 +225,15 @@ def _attempt(name, seed, show, **kwargs) -> str | None:
         return f'failed ({type(e).__name__}: {_said(e)[:200]}); the same command goes on from there'
     show(seed, f'seed {seed}  complete')
 
-def _said(error) -> str: return re.sub('^Exception occured in `.*?` when calling event `.*?`: ', '', ' '.join(str(error).split()))    # fastai's
+# fastai's
+def _said(error) -> str:
+    return re.sub('^Exception occured in `.*?` when calling event `.*?`: ', '', ' '.join(str(error).split()))
 
 
 def _side_by_side(attempt, seeds, jobs, lines) -> dict:
     "Each seed in a process of its own, `jobs` at a time."
-    context, todo, running, outcomes = get_context('spawn'), list(range(seeds)), {}, {}    # CUDA cannot be used in a fork
+    # CUDA cannot be used in a fork
+    context, todo, running, outcomes = get_context('spawn'), list(range(seeds)), {}, {}
     try:
         while todo or running:
             while todo and len(running) < jobs:
@@ -258,7 +271,8 @@ class _Lines:
     def __init__(self, stream): self.stream, self.in_place, self.texts, self.times = stream, stream.isatty(), {}, {}
 
     def show(self, key, text):
-        text = text[:shutil.get_terminal_size().columns - 1] if self.in_place else text    # a longer one would take two lines
+        # a longer one would take two lines
+        text = text[:shutil.get_terminal_size().columns - 1] if self.in_place else text
         if self.in_place:
             up = f'\033[{len(self.texts)}A' if self.texts else ''
             self.texts[key] = text

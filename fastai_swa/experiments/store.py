@@ -1,5 +1,5 @@
-"""The one file of a row, runs.jsonl: a line for each seed that is complete, and what was measured on all of them
-together."""
+"""The files of a row: runs.jsonl, with a line for each seed that is complete and what was measured on all of them
+together; and the report on it."""
 
 import json
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ import numpy as np
 
 from ..files import InUse, Lock, write_text
 
-__all__ = ['stored', 'store', 'shortest', 'RUNS_FILE']
+__all__ = ['stored', 'store', 'write_report', 'shortest', 'RUNS_FILE']
 
 RUNS_FILE = 'runs.jsonl'
 
@@ -38,6 +38,18 @@ def store(folder: Path, data: dict):
         others = [d for d in _lines(file) if (d['kind'], d['seed']) != (data['kind'], data['seed'])]
         lines = sorted([*others, data], key=lambda d: (d['kind'], d['seed']))
         write_text(file, ''.join(json.dumps(d, separators=(',', ':')) + '\n' for d in lines))
+
+
+def write_report(folder: Path, text: str, records: list[dict], numbers: dict):
+    """The report on `records`: `text` as report.md, the `numbers` in it, and what they are of, as report.json.
+
+    Raises `OSError` if one cannot be written.
+    """
+    first = records[0]
+    what = {'recipe': first['recipe'], 'seeds': [r['seed'] for r in records]}
+    what |= {k: first[k] for k in ('images', 'settings')}
+    write_text(folder / 'report.json', json.dumps(what | numbers, indent=1, allow_nan=False) + '\n')
+    write_text(folder / 'report.md', text)
 
 
 def shortest(value: float) -> float:

@@ -6,7 +6,7 @@ A sample has a value for each seed; what diverged is nan, counts for nothing, an
 import numpy as np
 from scipy.stats import t
 
-__all__ = ['table', 'spread', 'signed', 'mean_and_half', 'difference_rows', 'summary', 'difference_summary']
+__all__ = ['table', 'spread', 'mean_and_half', 'difference_rows', 'summary', 'difference_summary', 'differences']
 
 
 def table(rows: list[list[str]]) -> str:
@@ -34,7 +34,7 @@ def spread(x: np.ndarray, digits: int) -> str:
     return text + _of_all(found, x)
 
 
-def signed(x: np.ndarray, digits: int) -> list[str]:
+def _signed(x: np.ndarray, digits: int) -> list[str]:
     "Two cells: the mean of a sample of differences, and its 95 % confidence interval, empty for one value."
     found = _finite(x)
     if not len(found):
@@ -65,6 +65,17 @@ def difference_summary(x: np.ndarray) -> dict:
     return {'mean': mean, 'low': mean - half, 'high': mean + half, 'n': len(found)}
 
 
+def differences(errors: dict, losses: dict, pairs) -> dict:
+    "Of each pair of rows 'a - b' -> the summaries of the paired differences of error and of loss, for report.json."
+    return {
+        f'{a} - {b}': {
+            'error': difference_summary(errors[a] - errors[b]),
+            'loss': difference_summary(losses[a] - losses[b]),
+        }
+        for a, b in pairs
+    }
+
+
 def difference_rows(
     values: dict[str, np.ndarray],
     pairs,
@@ -84,10 +95,10 @@ def difference_rows(
         if a not in values or b not in values:
             continue
         gain = values[a] - values[b]
-        row = [f'{a} - {b}', *signed(gain, digits), f'{(gain < 0).sum()} of {len(gain)}']
+        row = [f'{a} - {b}', *_signed(gain, digits), f'{(gain < 0).sum()} of {len(gain)}']
         if published is not None:
             row.append(f'{published[a][0] - published[b][0]:+.2f}' if a in published and b in published else '')
         if losses is not None:
-            row += signed(losses[a] - losses[b], 4)
+            row += _signed(losses[a] - losses[b], 4)
         rows.append(row)
     return rows

@@ -2,5 +2,15 @@
 from .data import CIFAR_STATS, IMAGENET_STATS, cifar, digits, image_folder
 from .models import VGG16, PreResNet, SmallPreResNet, WideResNet, digits_net
 
-__all__ = ['cifar', 'digits', 'image_folder', 'CIFAR_STATS', 'IMAGENET_STATS', 'digits_net', 'VGG16', 'PreResNet', 'SmallPreResNet',
-           'WideResNet']
+__all__ = [
+    'cifar',
+    'digits',
+    'image_folder',
+    'CIFAR_STATS',
+    'IMAGENET_STATS',
+    'digits_net',
+    'VGG16',
+    'PreResNet',
+    'SmallPreResNet',
+    'WideResNet',
+]

@@ -26,12 +26,15 @@ class _Pick:
     def __call__(self, i): return self.items[i]
 
 
-def digits(n_train: int = 900, bs: int = 32, seed: int = 0, num_workers: int = 0, device=None, label_noise: float = 0.) -> DataLoaders:
-    """scikit-learn's handwritten digits: 1,797 grey images of 8 x 8 in 10 classes, as (1, 8, 8) float tensors scaled to [0, 1].
+def digits(
+    n_train: int = 900, bs: int = 32, seed: int = 0, num_workers: int = 0, device=None, label_noise: float = 0.
+) -> DataLoaders:
+    """scikit-learn's handwritten digits: 1,797 grey images of 8 x 8 in 10 classes, as (1, 8, 8) float tensors scaled to
+    [0, 1].
 
-    `n_train` images drawn with `seed` are for training, all others for validation. The last short training batch is kept.
-    `label_noise`: that share of the training labels, rounded down, is drawn anew from all ten classes, with `seed`.
-    Raises `ValueError` unless 1 <= `n_train` <= 1796 and 0 <= `label_noise` <= 1.
+    `n_train` images drawn with `seed` are for training, all others for validation. The last short training batch is
+    kept. `label_noise`: that share of the training labels, rounded down, is drawn anew from all ten classes, with
+    `seed`. Raises `ValueError` unless 1 <= `n_train` <= 1796 and 0 <= `label_noise` <= 1.
     """
     from sklearn.datasets import load_digits    # comes with fastai; slow to import
     bunch = load_digits()
@@ -43,18 +46,22 @@ def digits(n_train: int = 900, bs: int = 32, seed: int = 0, num_workers: int = 0
     labels = bunch.target.copy()
     drawn = order[:int(label_noise * n_train)]    # in a random order
     labels[drawn] = rng.randint(0, 10, len(drawn))
-    dsets = Datasets(range(len(images)), [[_Pick(images)], [_Pick([str(t) for t in labels]), Categorize(vocab=list('0123456789'))]],
-                     splits=[order[:n_train], order[n_train:]])
+    dsets = Datasets(
+        range(len(images)),
+        [[_Pick(images)], [_Pick([str(t) for t in labels]), Categorize(vocab=list('0123456789'))]],
+        splits=[order[:n_train], order[n_train:]],
+    )
     return dsets.dataloaders(bs=bs, val_bs=256, num_workers=num_workers, drop_last=False, device=device)
 
 
 def image_folder(path, size: int | None = None, bs: int = 64, num_workers: int | None = None, device=None) -> DataLoaders:
-    """The user's own images: `path/train/<class>/*` for training, `path/valid/<class>/*` or `path/test/<class>/*` for validation.
+    """The user's own images: `path/train/<class>/*` for training, `path/valid/<class>/*` or `path/test/<class>/*` for
+    validation.
 
-    Images are resized to `size` pixels a side (`None`: the shorter side of the first one, at most 224), and flipped and cropped at
-    random in training. The last short training batch is kept.
-    Raises `FileNotFoundError` for a missing folder and `ValueError` for one without images, with fewer than two classes, with other
-    classes in validation than in training, or with files that cannot be read as images; the sentence names them.
+    Images are resized to `size` pixels a side (`None`: the shorter side of the first one, at most 224), and flipped and
+    cropped at random in training. The last short training batch is kept. Raises `FileNotFoundError` for a missing
+    folder and `ValueError` for one without images, with fewer than two classes, with other classes in validation than
+    in training, or with files that cannot be read as images; the sentence names them.
     """
     path = Path(path)
     valid = next((name for name in ('valid', 'test') if (path/name).is_dir()), None)
@@ -84,21 +91,24 @@ CIFAR_STATS = (.4914, .4822, .4465), (.2023, .1994, .2010)    # its other networ
 
 def cifar(n_classes: int = 10, source=None, stats=CIFAR_STATS, padding: str | None = 'constant', bs: int = 128, seed: int = 0,
           n_images: int | None = None, n_valid: int | None = None, device=None) -> DataLoaders:
-    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009) in memory: 3x32x32 images as uint8 on `device` (default: fastai's), augmented and
-    normalised there, a batch at once.
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009) in memory: 3x32x32 images as uint8 on `device` (default: fastai's),
+    augmented and normalised there, a batch at once.
 
-    - `source`: a folder with `train/<class>/*` and `test/<class>/*` (images in any format), or one with torchvision's files, downloaded there
-      and checked if they are missing; 'digits' for scikit-learn's digits in the same shape, to try things; `None`: the folder that the
-      environment names as `CIFAR10_DIR` or `CIFAR100_DIR`, else `~/.fastai/data`.
-    - `stats`: mean and standard deviation of each channel to normalise by; `padding`: 'constant' (the papers' zeros), 'reflect', or
-      `None` for no augmentation; `seed`: of the augmentation.
-    - `n_images`, `n_valid`: take only so many training and test images, the same number of each class, the first by file name; `None`: all.
+    - `source`: a folder with `train/<class>/*` and `test/<class>/*` (images in any format), or one with torchvision's
+      files, downloaded there and checked if they are missing; 'digits' for scikit-learn's digits in the same shape, to
+      try things; `None`: the folder that the environment names as `CIFAR10_DIR` or `CIFAR100_DIR`, else
+      `~/.fastai/data`.
+    - `stats`: mean and standard deviation of each channel to normalise by; `padding`: 'constant' (the papers' zeros),
+      'reflect', or `None` for no augmentation; `seed`: of the augmentation.
+    - `n_images`, `n_valid`: take only so many training and test images, the same number of each class, the first by
+      file name; `None`: all.
 
-    The `kind` of what it returns is 'digits', 'CIFAR-10' (or 100) for torchvision's files, or, for a folder, that with the formats of the
-    images in it, as in 'CIFAR-10, JPEG'.
+    The `kind` of what it returns is 'digits', 'CIFAR-10' (or 100) for torchvision's files, or, for a folder, that with
+    the formats of the images in it, as in 'CIFAR-10, JPEG'.
 
-    Raises `FileNotFoundError` for a missing folder, `ValueError` for a wrong number of classes, files that are no images of 32x32 pixels, or
-    too few of them, and `OSError` for a download that fails or is damaged; the sentence names what it is about.
+    Raises `FileNotFoundError` for a missing folder, `ValueError` for a wrong number of classes, files that are no
+    images of 32x32 pixels, or too few of them, and `OSError` for a download that fails or is damaged; the sentence
+    names what it is about.
     """
     if n_classes not in (10, 100): raise ValueError(f'n_classes must be 10 or 100, not {n_classes!r}')
     if source is None: source = os.environ.get(f'CIFAR{n_classes}_DIR') or _default_folder()

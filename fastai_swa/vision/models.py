@@ -8,10 +8,11 @@ __all__ = ['digits_net', 'VGG16', 'PreResNet', 'SmallPreResNet', 'WideResNet']
 
 
 def digits_net(n_out: int = 10, width: int = 16, n_in: int = 1) -> nn.Sequential:
-    """A small batch-norm network for `data.digits`: (n, `n_in`, 8, 8) images to (n, `n_out`) logits; 24,058 parameters by default.
+    """A small batch-norm network for `data.digits`: (n, `n_in`, 8, 8) images to (n, `n_out`) logits; 24,058 parameters
+    by default.
 
-    Three 3x3 convolutions of `width`, 2 and 4 times `width` channels, each with batch norm and ReLU, strides 1, 2 and 2; the mean
-    over positions; dropout 0.1 and a linear layer.
+    Three 3x3 convolutions of `width`, 2 and 4 times `width` channels, each with batch norm and ReLU, strides 1, 2 and
+    2; the mean over positions; dropout 0.1 and a linear layer.
     """
     layers, channels = [], n_in
     for i, stride in enumerate((1, 2, 2)):
@@ -29,10 +30,11 @@ def _init_convs(model):
 
 
 class VGG16(nn.Sequential):
-    """VGG16 (Simonyan and Zisserman 2015, configuration D) for 3x32x32 images, with the SWA paper's head: two hidden layers of 512.
+    """VGG16 (Simonyan and Zisserman 2015, configuration D) for 3x32x32 images, with the SWA paper's head: two hidden
+    layers of 512.
 
-    13 3x3 convolutions with bias and ReLU (`batch_norm`: with batch norm between), five 2x2 max pools, dropout 0.5 before both hidden
-    layers. For 10 classes 15,245,130 parameters, with batch norm 15,253,578.
+    13 3x3 convolutions with bias and ReLU (`batch_norm`: with batch norm between), five 2x2 max pools, dropout 0.5
+    before both hidden layers. For 10 classes 15,245,130 parameters, with batch norm 15,253,578.
     """
     def __init__(self, n_out: int = 10, batch_norm: bool = False):
         layers, channels = [], 3
@@ -48,7 +50,9 @@ class VGG16(nn.Sequential):
 
 
 class _Bottleneck(nn.Module):
-    "Pre-activation bottleneck: 1x1, 3x3 with the stride, 1x1; batch norm and ReLU before each; a bare 1x1 convolution as shortcut."
+    """Pre-activation bottleneck: 1x1, 3x3 with the stride, 1x1; batch norm and ReLU before each; a bare 1x1 convolution
+    as shortcut.
+    """
     def __init__(self, c_in, width, stride):
         super().__init__()
         c_out = 4 * width
@@ -66,8 +70,8 @@ class _Bottleneck(nn.Module):
 class PreResNet(nn.Sequential):
     """Pre-activation ResNet of bottlenecks (He et al. 2016b) for 3x32x32 images.
 
-    `depth` = 9n + 2: three stages of n bottlenecks of 16, 32 and 64 channels, times 4 outside. For 10 classes PreResNet-110 has
-    1,146,842 parameters, PreResNet-164 1,703,258. Raises `ValueError` for any other depth.
+    `depth` = 9n + 2: three stages of n bottlenecks of 16, 32 and 64 channels, times 4 outside. For 10 classes
+    PreResNet-110 has 1,146,842 parameters, PreResNet-164 1,703,258. Raises `ValueError` for any other depth.
     """
     def __init__(self, depth: int = 110, n_out: int = 10):
         n, rest = divmod(depth - 2, 9)
@@ -82,7 +86,9 @@ class PreResNet(nn.Sequential):
 
 
 class _BasicBlock(nn.Module):
-    "Two 3x3 convolutions, the stride in the first; batch norm and ReLU before each; a bare 1x1 convolution as shortcut."
+    """Two 3x3 convolutions, the stride in the first; batch norm and ReLU before each; a bare 1x1 convolution as
+    shortcut.
+    """
     def __init__(self, c_in, c_out, stride):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(c_in)
@@ -98,8 +104,9 @@ class _BasicBlock(nn.Module):
 
 
 class SmallPreResNet(nn.Sequential):
-    """A pre-activation ResNet (He et al. 2016b) for 3x32x32 images that one CPU core trains: a 4x4 convolution of stride 2, then three
-    blocks of two 3x3 convolutions with `width`, 2 and 4 times `width` channels, strides 1, 2 and 2.
+    """A pre-activation ResNet (He et al. 2016b) for 3x32x32 images that one CPU core trains: a 4x4 convolution of
+    stride 2, then three blocks of two 3x3 convolutions with `width`, 2 and 4 times `width` channels, strides 1, 2 and
+    2.
 
     174,490 parameters for 10 classes; with `width` 32 and 100 classes 320,548.
     """
@@ -128,11 +135,11 @@ class _WideBlock(nn.Module):
 
 
 class WideResNet(nn.Sequential):
-    """Wide ResNet (Zagoruyko and Komodakis 2016) for 3x32x32 images, as the SWA paper's code has it: convolutions with bias, PyTorch's own
-    initialisation, momentum 0.9 in the last batch norm.
+    """Wide ResNet (Zagoruyko and Komodakis 2016) for 3x32x32 images, as the SWA paper's code has it: convolutions with
+    bias, PyTorch's own initialisation, momentum 0.9 in the last batch norm.
 
-    `depth` = 6n + 4: three stages of n blocks of 16, 32 and 64 times `widen` channels. WRN-28-10 for 10 classes has 36,489,290
-    parameters. Raises `ValueError` for any other depth.
+    `depth` = 6n + 4: three stages of n blocks of 16, 32 and 64 times `widen` channels. WRN-28-10 for 10 classes has
+    36,489,290 parameters. Raises `ValueError` for any other depth.
     """
     def __init__(self, depth: int = 28, widen: int = 10, n_out: int = 10, dropout: float = 0.):
         n, rest = divmod(depth - 4, 6)
