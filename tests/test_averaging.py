@@ -67,7 +67,14 @@ def test_the_average_starts_with_the_first_point_and_not_with_the_weights_before
 def test_ema_weights():
     assert [ema(.9)(n) for n in (0, 1, 5)] == [1., pytest.approx(.1), pytest.approx(.1)]
     warm = [ema(.9, warmup=True)(n) for n in (0, 1, 7, 30, 31, 1000)]
-    assert warm == [1., pytest.approx(2**(-2/3)), pytest.approx(.25), pytest.approx(31**(-2/3)), pytest.approx(.1, rel=.01), pytest.approx(.1)]
+    assert warm == [
+        1.0,
+        pytest.approx(2**(-2/3)),
+        pytest.approx(.25),
+        pytest.approx(31**(-2/3)),
+        pytest.approx(.1, rel=.01),
+        pytest.approx(.1),
+    ]
 
 
 def test_twenty_thousand_points_in_float32_stay_within_a_fraction_of_their_standard_error():

@@ -147,7 +147,9 @@ def test_any_learner_in_mixed_precision_runs_the_pass_and_the_validation_of_the_
     Watched.seen.clear()
     learn, swa = both(lambda: learner(Watched, cbs=MixedPrecision(mode)), swa_eval_freq=0)
     compared = (False, False, False)    # the model, a copy and the model again, by themselves, before the first step
-    assert learn.model.seen.count(compared) == 3 and {auto for auto, *_ in learn.model.seen if auto or (auto, *_) != compared} == {True}
+    assert learn.model.seen.count(compared) == 3 and {
+        auto for auto, *_ in learn.model.seen if auto or (auto, *_) != compared
+    } == {True}
     assert {modes for _, *modes in map(tuple, learn.model.seen) for modes in [tuple(modes)]} == {(True, True), (False, False), (True, False)}
     assert not torch.is_autocast_enabled('cpu')
     assert {p.dtype for p in swa.swa_model.parameters()} == {torch.float32}

@@ -39,7 +39,9 @@ def test_the_demo_shows_the_table_prints_what_it_found_and_writes_the_figure(tmp
     for row in out.splitlines():    # each under the line that says which run it is
         if named := re.fullmatch(r'(SWA|SGD|one-cycle), seed 0:', row): tables[named[1]] = []
         elif tables and re.match(r'epoch|\d+ +\d', row): tables[list(tables)[-1]].append(row.split())
-    assert list(tables) == ['SWA', 'SGD', 'one-cycle'] and all([row[0] for row in table] == ['epoch', *'0123'] for table in tables.values())
+    assert list(tables) == ['SWA', 'SGD', 'one-cycle'] and all(
+        [row[0] for row in table] == ['epoch', *'0123'] for table in tables.values()
+    )
     header, *rows = tables['SWA']
     assert header == 'epoch train_loss valid_loss error_rate swa_valid_loss swa_error_rate time'.split()
     assert [row[4] == 'nan' for row in rows] == [True, True, False, False] and len(tables['SGD'][0]) == 5
@@ -89,10 +91,18 @@ def test_an_image_folder_that_cannot_be_used_is_one_clear_sentence(folder, spoil
     assert e.value.code == 2 and 'Traceback' not in error and re.search(sentence, error.splitlines()[-1])
 
 
-@pytest.mark.parametrize('args, sentence', [
-    (['--epochs', '0'], "expected a positive whole number, not '0'"), (['--swa-start', 'x'], "expected an epoch or a share"),
-    (['--swa-start', '-1'], 'swa_start must be an epoch counted from 0, not -1'), (['--swa-lr', '-1'], 'swa_lr must be positive'),
-    (['--label-noise', '2'], 'label_noise must be a share from 0 to 1, not 2.0'), (['--data', '/nowhere'], '/nowhere must contain'), (['--data', '.', '--arch', 'resnet19'], "arch must be one of torchvision's classifiers")])
+@pytest.mark.parametrize(
+    'args, sentence',
+    [
+        (['--epochs', '0'], "expected a positive whole number, not '0'"),
+        (['--swa-start', 'x'], "expected an epoch or a share"),
+        (['--swa-start', '-1'], 'swa_start must be an epoch counted from 0, not -1'),
+        (['--swa-lr', '-1'], 'swa_lr must be positive'),
+        (['--label-noise', '2'], 'label_noise must be a share from 0 to 1, not 2.0'),
+        (['--data', '/nowhere'], '/nowhere must contain'),
+        (['--data', '.', '--arch', 'resnet19'], "arch must be one of torchvision's classifiers"),
+    ],
+)
 def test_a_mistake_in_the_command_line_is_one_clear_sentence(args, sentence, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e: main(['demo', *args])
@@ -101,18 +111,33 @@ def test_a_mistake_in_the_command_line_is_one_clear_sentence(args, sentence, cap
 
 def test_the_summary_is_honest():
     better = summary(np.array([[3., 3.1, 2., 1.8], [3.2, 3.3, 2.3, 2.5], [2.9, 3.3, 2., 2.2]]), 5)
-    assert 'SWA is 0.93 points better than SGD (seed by seed; 95 % confidence interval 0.79 to 1.08; better in 3 of 3)\n' in better
-    assert 'SWA is 0.07 points better than one-cycle (seed by seed; 95 % confidence interval -0.51 to 0.64; better in 2 of 3); that may be chance' in better
-    assert re.search(r'average of 5 epochs +2\.10 \+- 0\.17', better) and re.search(r'one-cycle, at its end +2\.17 \+- 0\.35', better)
+    assert (
+        'SWA is 0.93 points better than SGD (seed by seed; 95 % confidence interval 0.79 to 1.08; better in 3 of 3)\n'
+        in better
+    )
+    of_one_cycle = (
+        'SWA is 0.07 points better than one-cycle (seed by seed; 95 % confidence interval -0.51 to 0.64; '
+        'better in 2 of 3); that may be chance'
+    )
+    assert of_one_cycle in better
+    assert re.search(r'average of 5 epochs +2\.10 \+- 0\.17', better) and re.search(
+        r'one-cycle, at its end +2\.17 \+- 0\.35', better
+    )
     worse = summary(np.array([[3., 3., 3.2, 3.2]]), 5)
-    assert 'SWA is 0.20 points worse than SGD; one seed cannot tell' in worse and 'SWA is level with one-cycle; one seed cannot tell' in worse
+    assert (
+        'SWA is 0.20 points worse than SGD; one seed cannot tell' in worse
+        and 'SWA is level with one-cycle; one seed cannot tell' in worse
+    )
 
 
 def test_a_run_that_diverges_is_said_to_have_and_the_picture_is_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     from fastai_swa.demo import demo
     demo(epochs=2, seeds=1, lr=1e18)
-    assert 'cannot be compared with SGD: one of them diverged' in capsys.readouterr().out and (tmp_path/'swa-demo.png').exists()
+    assert (
+        'cannot be compared with SGD: one of them diverged' in capsys.readouterr().out
+        and (tmp_path/'swa-demo.png').exists()
+    )
 
 
 def test_digits_are_the_data_set_split_without_overlap():
@@ -133,9 +158,16 @@ def test_digits_are_the_data_set_split_without_overlap():
 
 @pytest.mark.parametrize('share, n_train', [(0., 1000), (.2, 1000), (.333, 100), (1., 50)])
 def test_label_noise_is_of_that_share_of_the_training_labels_and_of_no_other(share, n_train):
-    clean, noisy, again = digits(n_train=n_train), digits(n_train=n_train, label_noise=share), digits(n_train=n_train, label_noise=share)
+    clean, noisy, again = (
+        digits(n_train=n_train),
+        digits(n_train=n_train, label_noise=share),
+        digits(n_train=n_train, label_noise=share),
+    )
     def labels(dls, part): return torch.tensor([int(getattr(dls, part)[i][1]) for i in range(len(getattr(dls, part)))])
-    assert torch.equal(labels(clean, 'valid_ds'), labels(noisy, 'valid_ds')) and clean.train_ds.items == noisy.train_ds.items
+    assert (
+        torch.equal(labels(clean, 'valid_ds'), labels(noisy, 'valid_ds'))
+        and clean.train_ds.items == noisy.train_ds.items
+    )
     changed = labels(clean, 'train_ds') != labels(noisy, 'train_ds')
     drawn = int(share*n_train)
     assert not changed[drawn:].any() and torch.equal(labels(noisy, 'train_ds'), labels(again, 'train_ds'))

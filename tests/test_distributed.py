@@ -301,7 +301,8 @@ class Fails(Callback):
     def __call__(self, event_name):
         if event_name == 'before_validate': self.in_pass = any(type(cb).__name__ in ('_Collector', '_EndBatch') for cb in self.learn.cbs)
         if not self.in_pass or event_name != self.on or self.learn.training: return
-        if self.learn.iter == self.at % self.learn.n_iter and torch.distributed.get_rank() == self.rank: raise ArithmeticError('only here')
+        if self.learn.iter == self.at % self.learn.n_iter and torch.distributed.get_rank() == self.rank:
+            raise ArithmeticError('only here')
 
 
 def failing_value(rank):
@@ -322,8 +323,13 @@ def one_fails(rank, where, failing):
             for run in (partial(validate_aside, self.learn), partial(refresh_bn, self.learn, ['1', '5'], None, True)):
                 try: seen.append(type(run()).__name__)
                 except Exception as e: seen.append(f'{type(e).__name__}: {e}')
-    fails = {'first batch': lambda: Fails(failing, 'before_batch', 0), 'last batch': lambda: Fails(failing, 'after_batch', -1),
-             'item': lambda: None, 'metric': lambda: None, 'nothing': lambda: None}[where]()
+    fails = {
+        'first batch': lambda: Fails(failing, 'before_batch', 0),
+        'last batch': lambda: Fails(failing, 'after_batch', -1),
+        'item': lambda: None,
+        'metric': lambda: None,
+        'nothing': lambda: None,
+    }[where]()
     if where == 'metric':
         metric = failing_value(failing)
         learn.metrics = [metric]

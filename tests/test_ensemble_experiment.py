@@ -87,11 +87,24 @@ def test_the_report_has_a_row_for_each_method_and_a_figure_over_the_number_of_mo
     values = [100 - v for v in values]    # errors
     assert rows['snapshots'][2] == f'{np.mean(values):.2f} +- {np.std(values, ddof=1):.2f}'
     pair = 100*accuracy_of([folder/f'seed-{i}-sgd-1b.pth' for i in (0, 1)])
-    assert rows['snapshots'][-1] == '0.5' and rows['independent SGD runs'][1] == f'{100 - pair:.2f}' and 'scaled' not in text and 'not reproduced' not in text
-    assert rows['snapshots - SGD'][0] == f'{np.mean([v - 100 + 100*accuracy_of([folder/f"seed-{s}-sgd-1b.pth"]) for s, v in enumerate(values)]):+.2f}'
+    assert (
+        rows['snapshots'][-1] == '0.5'
+        and rows['independent SGD runs'][1] == f'{100 - pair:.2f}'
+        and 'scaled' not in text
+        and 'not reproduced' not in text
+    )
+    of_sgd = [100 - 100 * accuracy_of([folder/f'seed-{s}-sgd-1b.pth']) for s in range(2)]
+    assert rows['snapshots - SGD'][0] == f'{np.mean(np.array(values) - of_sgd):+.2f}'
     numbers = json.loads((folder/'report.json').read_text())
-    assert numbers['rows']['snapshots']['error'] == {'mean': pytest.approx(np.mean(values)), 'std': pytest.approx(np.std(values, ddof=1)), 'n': 2}
-    assert numbers['rows']['SGD, 2 runs']['error']['mean'] == pytest.approx(100 - pair) and numbers['differences']['FGE - SWA']['loss']['n'] == 2
+    assert numbers['rows']['snapshots']['error'] == {
+        'mean': pytest.approx(np.mean(values)),
+        'std': pytest.approx(np.std(values, ddof=1)),
+        'n': 2,
+    }
+    assert (
+        numbers['rows']['SGD, 2 runs']['error']['mean'] == pytest.approx(100 - pair)
+        and numbers['differences']['FGE - SWA']['loss']['n'] == 2
+    )
     assert (folder/'curves.png').stat().st_size > 5000
     curves = size_curves(found, 'accuracy')
     assert curves['snapshots'][0].tolist() == [1, 2, 3, 4, 5] and curves['snapshots'][1].shape == (2, 5) and curves['SWA'][1].shape == (2, 1)
@@ -101,7 +114,8 @@ def test_the_report_has_a_row_for_each_method_and_a_figure_over_the_number_of_mo
 def test_a_report_without_the_evaluation_says_which_command_makes_it(folder, tmp_path):
     records = [data for data in lines_of(folder) if data['kind'] == 'training']
     (tmp_path/'runs.jsonl').write_text(''.join(json.dumps(data) + '\n' for data in records))
-    with pytest.raises(ValueError, match='has no comparison of its ensembles: the same reproduce command makes it'): report(tmp_path)
+    with pytest.raises(ValueError, match='has no comparison of its ensembles: the same reproduce command makes it'):
+        report(tmp_path)
 
 
 def test_a_comparison_of_fewer_seeds_does_not_replace_one_of_more(folder, found, monkeypatch):
@@ -142,4 +156,5 @@ def test_a_comparison_interrupted_again_and_again_keeps_the_same_snapshots(folde
 
 def test_two_comparisons_of_ensembles_are_not_compared_row_by_row(folder):
     from fastai_swa.experiments.report import compare
-    with pytest.raises(ValueError, match='only folders of SGD and SWA at several budgets are compared'): compare(folder, folder)
+    with pytest.raises(ValueError, match='only folders of SGD and SWA at several budgets are compared'):
+        compare(folder, folder)

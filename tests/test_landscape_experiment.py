@@ -52,7 +52,8 @@ def measured(folder, seed=0):
     lines = [json.loads(line) for line in (folder/'runs.jsonl').read_text().splitlines()]
     return next(data for data in lines if data['kind'] == 'landscape' and data['seed'] == seed)
 
-def surface(folder, kind, what, seed=0): return Surface.from_dict(measured(folder/f'{kind}-longer', seed)['surfaces'][what])
+def surface(folder, kind, what, seed=0):
+    return Surface.from_dict(measured(folder/f'{kind}-longer', seed)['surfaces'][what])
 
 def put(folder, *lines): (folder/'runs.jsonl').write_text(''.join(json.dumps(data) + '\n' for data in lines))
 
@@ -128,14 +129,18 @@ def test_a_measurement_that_is_stopped_again_and_again_ends_as_a_whole_one(store
     n_epochs = 2 * SMALL[kind].epochs * (kind == 'curve')
     assert n_points + n_epochs <= sum(s['steps'] for s in note['sessions']) <= n_points + n_epochs * (n + 1)    # an epoch may be begun twice
     for what, content in note['surfaces'].items(): same(surface(stored, kind, what), Surface.from_dict(content))
-    assert {f.name for f in tmp_path.iterdir()} - {'seed-0.bezier.pth', 'seed-0.chain.pth'} == {'runs.jsonl'}    # all in one file
+    assert {f.name for f in tmp_path.iterdir()} - {'seed-0.bezier.pth', 'seed-0.chain.pth'} == {
+        'runs.jsonl'
+    }    # all in one file
 
 
 def test_a_complete_measurement_is_not_repeated(stored, monkeypatch):
     monkeypatch.setattr(Learner, '_do_epoch_validate', lambda *args, **kwargs: pytest.fail('measured again'))
     before = (stored/'width-longer'/'runs.jsonl').read_bytes()
     for kind in SMALL: assert go(kind, stored) == {}
-    assert (stored/'width-longer'/'runs.jsonl').read_bytes() == before and not list((stored/'width-longer').glob('seed-0*'))
+    assert (stored/'width-longer'/'runs.jsonl').read_bytes() == before and not list(
+        (stored/'width-longer').glob('seed-0*')
+    )
 
 
 def test_no_time_is_no_point_more(stored, tmp_path):
@@ -143,8 +148,13 @@ def test_no_time_is_no_point_more(stored, tmp_path):
     assert go('width', stored, tmp_path/'out', solutions=stored/'longer', until=time() - 1) == {0: 'stopped in time; the same command goes on from there'}
 
 
-@pytest.mark.parametrize('kind, seeds, said', [('width', 3, 'seed 2 is missing in .*: reproduce longer with 3 seeds makes it, or give --solutions'),
-                                               ('curve', 2, 'seed 2 is missing in .*: reproduce longer with 3 seeds makes it')])
+@pytest.mark.parametrize(
+    'kind, seeds, said',
+    [
+        ('width', 3, 'seed 2 is missing in .*: reproduce longer with 3 seeds makes it, or give --solutions'),
+        ('curve', 2, 'seed 2 is missing in .*: reproduce longer with 3 seeds makes it'),
+    ],
+)
 def test_solutions_that_are_not_there_are_one_sentence_before_anything_is_measured(stored, tmp_path, kind, seeds, said):
     with pytest.raises(ValueError, match=said): go(kind, stored, tmp_path/'out', seeds=seeds, solutions=stored/'longer')
     assert not (tmp_path/'out').exists()
@@ -159,8 +169,12 @@ def test_solutions_that_cannot_be_used_are_one_sentence(stored, tmp_path):
         except ValueError as e: return str(e)
         finally: shutil.rmtree(tmp_path/f'{kind}-longer', ignore_errors=True)
     def record(**content):
-        return lambda folder: put(folder, *(json.loads(line) | content for line in (folder/'runs.jsonl').read_text().splitlines()))
-    assert 'seed 0 in ' in at(record(finished=None)) and 'is not complete: reproduce longer goes on with it' in at(record(finished=None))
+        return lambda folder: put(
+            folder, *(json.loads(line) | content for line in (folder/'runs.jsonl').read_text().splitlines())
+        )
+    assert 'seed 0 in ' in at(record(finished=None)) and 'is not complete: reproduce longer goes on with it' in at(
+        record(finished=None)
+    )
     assert 'is of the recipe other, not longer' in at(record(recipe='other'))
     assert 'seed-0-swa-average.pth is missing' in at(lambda folder: (folder/'seed-0-swa-average.pth').unlink())
     assert 'is damaged' in at(lambda folder: (folder/'seed-0-sgd-1b.pth').write_bytes(b'nothing'))
@@ -174,7 +188,10 @@ def test_what_was_measured_otherwise_is_refused(stored, tmp_path):
     shutil.copytree(stored/'width-longer', tmp_path/'out')
     missing = go('width', stored, tmp_path/'out', Settings(scale=.8), solutions=stored/'longer')
     assert 'seed 0 was measured with n_distances=5, not 4: give the same, or another folder' in missing[0]
-    for damaged, said in ('{}', 'runs.jsonl is damaged in line 1'), ('{"kind": "landscape", "seed": 0}', 'seed 0 is no measurement'):
+    for damaged, said in (
+        ('{}', 'runs.jsonl is damaged in line 1'),
+        ('{"kind": "landscape", "seed": 0}', 'seed 0 is no measurement'),
+    ):
         (tmp_path/'out'/'runs.jsonl').write_text(damaged)
         assert said in go('width', stored, tmp_path/'out', solutions=stored/'longer')[0]
     (tmp_path/'out'/'runs.jsonl').unlink()

@@ -90,7 +90,9 @@ def test_the_ensembles_of_a_comparison_stay_within_its_budget_and_share_what_the
     with pytest.raises(ValueError, match='4 epochs are too few for 5 snapshots'): runs(scaled(vgg, .02))
 
 
-@pytest.mark.parametrize('name', [name for name, recipe in RECIPES.items() if not recipe.ensembles and not recipe.lengths])
+@pytest.mark.parametrize(
+    'name', [name for name, recipe in RECIPES.items() if not recipe.ensembles and not recipe.lengths]
+)
 @pytest.mark.parametrize('scale', [.02, .05, .1, .37, 2])
 def test_a_scaled_recipe_has_all_rows_of_the_whole_one(name, scale):
     recipe = RECIPES[name]

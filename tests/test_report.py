@@ -29,10 +29,29 @@ def record(seed, done=True, **changes):
         res = {'lr': .1, 'train_loss': 1., 'valid_loss': 2 - accuracy(run, e, seed), 'accuracy': accuracy(run, e, seed)}
         if part.is_last: res |= {f'swa_{k}': v if folds else None for k, v in (('valid_loss', 2 - accuracy(run, e, seed, True)), ('accuracy', accuracy(run, e, seed, True)))}
         return res | {'seconds': 2. if folds else 1.}
-    return {'kind': 'training', 'recipe': NAME, 'seed': seed, 'budget': RECIPE.budget, 'swa_start': RECIPE.swa_start, 'settings': {'scale': SCALE, 'images': None, 'device': 'cpu', 'precision': 'fp32', 'compile': None},
-            'images': {'kind': 'CIFAR-10, JPEG', 'train': 50000, 'valid': 10000, 'sha256': 'abc'}, 'threads': 1,
-            'sessions': [{'jobs': 1, 'versions': {'torch': '2.15.0'}, 'hardware': {'machine': 'x86_64', 'cores': 2}}], 'started': '', 'finished': 'now' if done else None,
-            'parts': [{'runs': [r.name for r in p.runs], 'begin': p.begin, 'end': p.end, 'done': done, 'epochs': [row(p, e) for e in range(p.begin, p.end)]} for p in tree]} | changes
+    return {
+        'kind': 'training',
+        'recipe': NAME,
+        'seed': seed,
+        'budget': RECIPE.budget,
+        'swa_start': RECIPE.swa_start,
+        'settings': {'scale': SCALE, 'images': None, 'device': 'cpu', 'precision': 'fp32', 'compile': None},
+        'images': {'kind': 'CIFAR-10, JPEG', 'train': 50000, 'valid': 10000, 'sha256': 'abc'},
+        'threads': 1,
+        'sessions': [{'jobs': 1, 'versions': {'torch': '2.15.0'}, 'hardware': {'machine': 'x86_64', 'cores': 2}}],
+        'started': '',
+        'finished': 'now' if done else None,
+        'parts': [
+            {
+                'runs': [r.name for r in p.runs],
+                'begin': p.begin,
+                'end': p.end,
+                'done': done,
+                'epochs': [row(p, e) for e in range(p.begin, p.end)],
+            }
+            for p in tree
+        ],
+    } | changes
 
 
 def write(folder, *records):
@@ -62,25 +81,47 @@ def test_each_row_of_the_table_is_the_mean_over_the_seeds_at_its_epoch(tmp_path)
 
 def test_differences_are_paired_with_their_confidence_interval(tmp_path):
     text = report(write(tmp_path, *(record(s) for s in (0, 1, 2))))
-    gains = [100*(accuracy('SGD 1B', 5, s) - accuracy('SWA', 8, s, True)) for s in (0, 1, 2)]    # of the error: less is better
+    gains = [
+        100 * (accuracy('SGD 1B', 5, s) - accuracy('SWA', 8, s, True)) for s in (0, 1, 2)
+    ]    # of the error: less is better
     low, high = stats.ttest_1samp(gains, 0).confidence_interval()
     losses = [accuracy('SGD 1B', 5, s) - accuracy('SWA', 8, s, True) for s in (0, 1, 2)]
     of_loss = stats.ttest_1samp(losses, 0).confidence_interval()
-    assert cells(text, 'SWA 1.5B - SGD 1B')[1:] == [f'{np.mean(gains):+.2f}', f'{low:+.2f} to {high:+.2f}', '3 of 3', '-0.79',
-                                                    f'{np.mean(losses):+.4f}', f'{of_loss[0]:+.4f} to {of_loss[1]:+.4f}']
-    ends = {'SGD 1B': ('SGD 1B', 5, False), 'SGD 1B, batch norm refreshed': ('SGD 1B', 5, True), 'SGD 1.5B': ('SGD 1.5B', 8, False), 'SGD 1.5B, batch norm refreshed': ('SGD 1.5B', 8, True),
-            'SWA 1B': ('SWA', 5, True), 'SWA 1.25B': ('SWA', 6, True), 'SWA 1.5B': ('SWA', 8, True), 'SWA run at 1B, single weights': ('SWA', 5, False),
-            'SWA run at 1.5B, single weights': ('SWA', 8, False)}
+    assert cells(text, 'SWA 1.5B - SGD 1B')[1:] == [
+        f'{np.mean(gains):+.2f}',
+        f'{low:+.2f} to {high:+.2f}',
+        '3 of 3',
+        '-0.79',
+        f'{np.mean(losses):+.4f}',
+        f'{of_loss[0]:+.4f} to {of_loss[1]:+.4f}',
+    ]
+    ends = {
+        'SGD 1B': ('SGD 1B', 5, False),
+        'SGD 1B, batch norm refreshed': ('SGD 1B', 5, True),
+        'SGD 1.5B': ('SGD 1.5B', 8, False),
+        'SGD 1.5B, batch norm refreshed': ('SGD 1.5B', 8, True),
+        'SWA 1B': ('SWA', 5, True),
+        'SWA 1.25B': ('SWA', 6, True),
+        'SWA 1.5B': ('SWA', 8, True),
+        'SWA run at 1B, single weights': ('SWA', 5, False),
+        'SWA run at 1.5B, single weights': ('SWA', 8, False),
+    }
     rows = [line.split('|')[1].strip() for line in text.splitlines() if ' - ' in line.split('|')[1 % (1 + line.count('|'))]]
     assert len(rows) == 12
     for name in rows:
         (run_a, e_a, avg_a), (run_b, e_b, avg_b) = (ends[part] for part in name.split(' - '))
-        assert cells(text, name)[1] == f'{np.mean([100*(accuracy(run_b, e_b, s, avg_b) - accuracy(run_a, e_a, s, avg_a)) for s in range(3)]):+.2f}', name
+        gains = [100 * (accuracy(run_b, e_b, s, avg_b) - accuracy(run_a, e_a, s, avg_a)) for s in range(3)]
+        assert cells(text, name)[1] == f'{np.mean(gains):+.2f}', name
 
 
 def test_one_seed_has_no_interval_and_is_said_to_tell_nothing_from_chance(tmp_path):
     text = report(write(tmp_path, record(4)))
-    assert 'one seed cannot tell them from chance' in text and cells(text, 'SWA 1B - SGD 1B')[2] == '' and cells(text, 'SGD 1B')[2] == '83.80' and 'nan' not in text
+    assert (
+        'one seed cannot tell them from chance' in text
+        and cells(text, 'SWA 1B - SGD 1B')[2] == ''
+        and cells(text, 'SGD 1B')[2] == '83.80'
+        and 'nan' not in text
+    )
 
 
 @pytest.mark.parametrize('x', [[1., 2., 4.], [0., 0.], [-3., 5., 1., 1.]])
@@ -135,7 +176,11 @@ def test_two_folders_are_compared_row_by_row_for_the_seeds_that_both_have(tmp_pa
             write(tmp_path/name, r)
     text = compare(tmp_path/'reflect', tmp_path/'zero')
     low, high = stats.ttest_1samp([100*.02*2, 100*.02*3], 0).confidence_interval()
-    assert 'of 2 seeds' in text and cells(text, 'SGD 1B, reflect - SGD 1B, zero')[1:] == ['-5.00', f'{-high:+.2f} to {-low:+.2f}', '2 of 2']
+    assert 'of 2 seeds' in text and cells(text, 'SGD 1B, reflect - SGD 1B, zero')[1:] == [
+        '-5.00',
+        f'{-high:+.2f} to {-low:+.2f}',
+        '2 of 2',
+    ]
     assert cells(text, 'SWA 1.5B, reflect - SWA 1.5B, zero')[1] == '+0.00'    # of the averages, which are as they were
     with pytest.raises(SystemExit) as e: __main__.main(['report', str(tmp_path/'reflect'), str(tmp_path/'zero')])
     assert not e.value.code and text in capsys.readouterr().out
@@ -151,9 +196,15 @@ def test_curves_go_through_the_parts_that_runs_share():
     found = curves(records, 'error')
     assert list(found) == ['SGD 1B', 'SGD 1.5B', 'SWA run, single weights', 'SWA run, average']
     epochs, values = found['SWA run, average']
-    assert epochs.tolist() == [6, 7, 8, 9] and values[1].tolist() == [100*(1 - accuracy('SWA', e, 1, True)) for e in (5, 6, 7, 8)]
+    assert epochs.tolist() == [6, 7, 8, 9] and values[1].tolist() == [
+        100 * (1 - accuracy('SWA', e, 1, True)) for e in (5, 6, 7, 8)
+    ]
     epochs, values = found['SGD 1.5B']
-    assert epochs.tolist() == list(range(1, 10)) and values.shape == (2, 9) and values[0, 8] == 100*(1 - accuracy('SGD 1.5B', 8, 0))
+    assert (
+        epochs.tolist() == list(range(1, 10))
+        and values.shape == (2, 9)
+        and values[0, 8] == 100 * (1 - accuracy('SGD 1.5B', 8, 0))
+    )
     assert values[0, 0] == 100*(1 - accuracy('SGD 1B', 0, 0))    # of the part that all share
     assert rows_of(records[0])['SWA 1.25B'].epochs == 7
 
@@ -186,11 +237,17 @@ def test_the_numbers_of_the_tables_are_in_report_json_with_their_intervals(tmp_p
     found = json.loads((tmp_path/'report.json').read_text())
     errors = [100*(1 - accuracy('SWA', 8, s, True)) for s in (0, 1, 2)]
     row = found['rows']['SWA 1.5B']
-    assert row['epochs'] == 9 and row['error'] == {'mean': pytest.approx(np.mean(errors)), 'std': pytest.approx(np.std(errors, ddof=1)), 'n': 3}
+    assert row['epochs'] == 9 and row['error'] == {
+        'mean': pytest.approx(np.mean(errors)),
+        'std': pytest.approx(np.std(errors, ddof=1)),
+        'n': 3,
+    }
     assert row['loss']['mean'] == pytest.approx(2 - np.mean([accuracy('SWA', 8, s, True) for s in (0, 1, 2)]))
     gains = [e - 100*(1 - accuracy('SGD 1B', 5, s)) for s, e in enumerate(errors)]
     low, high = stats.ttest_1samp(gains, 0).confidence_interval()
-    assert found['differences']['SWA 1.5B - SGD 1B']['error'] == pytest.approx({'mean': np.mean(gains), 'low': low, 'high': high, 'n': 3})
+    assert found['differences']['SWA 1.5B - SGD 1B']['error'] == pytest.approx(
+        {'mean': np.mean(gains), 'low': low, 'high': high, 'n': 3}
+    )
     assert found['seeds'] == [0, 1, 2] and found['recipe'] == NAME
 
 
@@ -198,20 +255,35 @@ def test_one_seed_has_neither_interval_nor_standard_deviation_in_report_json(tmp
     report(write(tmp_path, record(0)))
     found = json.loads((tmp_path/'report.json').read_text(), parse_constant=lambda name: pytest.fail(name))
     assert found['rows']['SGD 1B']['error']['std'] is None
-    assert found['differences']['SWA 1B - SGD 1B']['error'] | {'mean': 0} == {'mean': 0, 'low': None, 'high': None, 'n': 1}
+    assert found['differences']['SWA 1B - SGD 1B']['error'] | {'mean': 0} == {
+        'mean': 0,
+        'low': None,
+        'high': None,
+        'n': 1,
+    }
 
 
-@pytest.mark.parametrize('right, n_test, is_nothing', [(.1, 1000, True), (.12, 1000, True), (.13, 1000, False), (.12, 10_000, False)])
-def test_a_network_at_chance_is_said_to_have_learned_nothing_instead_of_being_compared(tmp_path, right, n_test, is_nothing):
+@pytest.mark.parametrize(
+    'right, n_test, is_nothing', [(.1, 1000, True), (.12, 1000, True), (.13, 1000, False), (.12, 10_000, False)]
+)
+def test_a_network_at_chance_is_said_to_have_learned_nothing_instead_of_being_compared(
+    tmp_path, right, n_test, is_nothing
+):
     r = record(0, images={'kind': 'CIFAR-10', 'train': 50000, 'valid': n_test, 'sha256': 'abc'})
     r['parts'][-1]['epochs'][-1]['swa_accuracy'] = right    # SWA at 1.5 budgets
     text = report(write(tmp_path, r))
-    assert cells(text, 'SWA 1.5B')[4] == ('learned nothing: chance is 90' if is_nothing else '4.18 +- 0.03') and cells(text, 'SWA 1B')[4] == '4.49 +- 0.10'
+    assert (
+        cells(text, 'SWA 1.5B')[4] == ('learned nothing: chance is 90' if is_nothing else '4.18 +- 0.03')
+        and cells(text, 'SWA 1B')[4] == '4.49 +- 0.10'
+    )
     assert ('| learned nothing |' in papers_table([tmp_path])) is is_nothing
 
 
 def test_the_papers_table_has_a_line_a_network_with_what_is_published_in_brackets(tmp_path, capsys):
-    whole = {'images': {'kind': 'CIFAR-10', 'train': 50000, 'valid': 10000, 'sha256': 'abc'}, 'settings': record(0)['settings'] | {'scale': 1.}}
+    whole = {
+        'images': {'kind': 'CIFAR-10', 'train': 50000, 'valid': 10000, 'sha256': 'abc'},
+        'settings': record(0)['settings'] | {'scale': 1.0},
+    }
     for name in (NAME, 'vgg16-cifar10'):
         (tmp_path/name).mkdir()
         write(tmp_path/name, record(0, recipe=name, **whole), record(1, recipe=name, **whole))
@@ -221,7 +293,10 @@ def test_the_papers_table_has_a_line_a_network_with_what_is_published_in_bracket
     assert head == ['test accuracy, %', 'seeds', 'SGD 1B', 'SWA 1B', 'SWA 1.25B', 'SWA 1.5B']
     values = [100*accuracy('SWA', 8, s, True) for s in (0, 1)]
     row = [c for c in said.splitlines() if c.startswith('| vgg16-cifar10 |')][-1].split('|')
-    assert row[2].strip() == '2' and row[6].strip() == f'{np.mean(values):.2f} +- {np.std(values, ddof=1):.2f} (93.64 +- 0.18)'
+    assert (
+        row[2].strip() == '2'
+        and row[6].strip() == f'{np.mean(values):.2f} +- {np.std(values, ddof=1):.2f} (93.64 +- 0.18)'
+    )
 
 
 def test_the_command_prints_the_report(tmp_path, capsys):
@@ -242,8 +317,12 @@ def test_a_seed_that_diverged_does_not_count_and_is_said(tmp_path):
     found = json.loads((tmp_path/'report.json').read_text(), parse_constant=lambda name: pytest.fail(name))
     assert found['rows']['SWA 1.5B']['error']['n'] == 2 and found['rows']['SGD 1B']['error']['n'] == 3
     values = [100*(1 - accuracy('SWA', 8, s, True)) for s in (0, 2)]
-    assert found['rows']['SWA 1.5B']['error']['mean'] == pytest.approx(np.mean(values)) and cells(text, 'SWA 1.5B')[2].endswith('(2 of 3)')
-    assert 'nan' not in text and 'seed 1: the SWA run diverged' in text and cells(text, 'SWA 1.5B - SGD 1B')[3] == '2 of 3'
+    assert found['rows']['SWA 1.5B']['error']['mean'] == pytest.approx(np.mean(values)) and cells(text, 'SWA 1.5B')[
+        2
+    ].endswith('(2 of 3)')
+    assert (
+        'nan' not in text and 'seed 1: the SWA run diverged' in text and cells(text, 'SWA 1.5B - SGD 1B')[3] == '2 of 3'
+    )
 
 
 def test_rows_at_chance_are_named_in_the_head_and_their_differences_are_not_compared(tmp_path):
@@ -282,10 +361,16 @@ def test_the_figure_shows_means_with_intervals_at_a_few_epochs_and_its_legend_of
     def errors(e): return [100*(1 - accuracy('SWA', e, s, True)) for s in range(3)]
     assert lines['SWA run, average'].get_ydata().tolist() == pytest.approx([np.mean(errors(e)) for e in range(5, 9)])
     low, high = stats.t.interval(.95, 2, np.mean(errors(8)), stats.sem(errors(8)))
-    assert any(it == pytest.approx((9, low, high)) for it in intervals(ax)) and ax.get_xlabel() == 'epochs' and ax.get_ylabel() == 'error'
+    assert (
+        any(it == pytest.approx((9, low, high)) for it in intervals(ax))
+        and ax.get_xlabel() == 'epochs'
+        and ax.get_ylabel() == 'error'
+    )
     ax.figure.canvas.draw()
     assert ax.get_legend().get_window_extent().y1 <= ax.get_window_extent().y0
-    late = [100*(1 - accuracy('SGD 1B', e, s)) for e in (4, 5) for s in range(3)]    # of all that is late, this is the greatest
+    late = [
+        100 * (1 - accuracy('SGD 1B', e, s)) for e in (4, 5) for s in range(3)
+    ]    # of all that is late, this is the greatest
     low, high = ax.get_ylim()
     assert low <= np.mean(errors(8)) and max(late) < high < 100
 
@@ -295,7 +380,9 @@ def test_the_figure_over_lengths_has_a_point_for_each_with_its_interval():
     ax = plot_lengths({'SGD': (np.array([15, 60]), values), 'SWA': (np.array([15, 60]), values - 1)}, ylabel='error')
     sgd, swa = (next(line for line in ax.lines if line.get_label() == name) for name in ('SGD', 'SWA'))
     assert sgd.get_ydata().tolist() == pytest.approx([31, 21]) and swa.get_ydata().tolist() == pytest.approx([30, 20])
-    assert list(sgd.get_xdata()) == pytest.approx([15, 60], rel=.02) and [t.get_text() for t in ax.get_xticklabels()] == ['15', '60']
+    assert list(sgd.get_xdata()) == pytest.approx([15, 60], rel=.02) and [
+        t.get_text() for t in ax.get_xticklabels()
+    ] == ['15', '60']
     low, high = stats.t.interval(.95, 2, 31, stats.sem(values[:, 0]))
     assert any(it[1:] == pytest.approx((low, high)) for it in intervals(ax))
     assert sgd.get_xdata()[0] != swa.get_xdata()[0] and sgd.get_linestyle() != swa.get_linestyle()

@@ -56,7 +56,11 @@ def restored():
 
 def complete(folder, seed=0):
     "The record of a complete seed: a line of the file of the row."
-    lines = [json.loads(line) for line in (folder/'runs.jsonl').read_text().splitlines()] if (folder/'runs.jsonl').exists() else []
+    lines = (
+        [json.loads(line) for line in (folder/'runs.jsonl').read_text().splitlines()]
+        if (folder/'runs.jsonl').exists()
+        else []
+    )
     return next((data for data in lines if data['kind'] == 'training' and data['seed'] == seed), None)
 
 def begun(folder, seed=0):
@@ -124,7 +128,9 @@ def test_runs_that_share_their_first_epochs_end_as_each_would_by_itself(tmp_path
         assert all(torch.equal(v, saved[k]) for k, v in learn.model.state_dict().items())
         rows = [row for p in data['parts'] if name in p['runs'] for row in p['epochs']]
         assert [row['lr'] for row in rows] == pytest.approx([lr(e) for e in range(n)], rel=1e-12)
-        assert [(np.float32(row['valid_loss']), np.float32(row['accuracy'])) for row in rows] == [tuple(map(np.float32, r[1:])) for r in table]
+        assert [(np.float32(row['valid_loss']), np.float32(row['accuracy'])) for row in rows] == [
+            tuple(map(np.float32, r[1:])) for r in table
+        ]
         folded = range(4, 9) if name == 'SWA' else [n - 1]
         assert [i for i, row in enumerate(rows) if row.get('swa_accuracy') is not None] == list(folded)
     folder = tmp_path/'seed-0-swa'
@@ -153,7 +159,9 @@ def test_a_one_cycle_run_ends_as_fastais_own_fit_one_cycle(tmp_path):
         dls = cifar(10, 'digits', padding=None, bs=64, n_images=200, device='cpu')
         dls.train.rng = Random(0)
         opt_func = partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, weight_decay=5e-4))
-        learn = Learner(dls, model, CrossEntropyLossFlat(), opt_func=opt_func, wd=5e-4, wd_bn_bias=True, metrics=accuracy)
+        learn = Learner(
+            dls, model, CrossEntropyLossFlat(), opt_func=opt_func, wd=5e-4, wd_bn_bias=True, metrics=accuracy
+        )
         ends = []
         class End(Callback):
             def after_train(self): ends.append({k: v.clone() for k, v in self.model.named_parameters()})
@@ -161,15 +169,21 @@ def test_a_one_cycle_run_ends_as_fastais_own_fit_one_cycle(tmp_path):
         saved = torch.load(tmp_path/f'seed-0-{name}.pth')
         for k, v in learn.model.state_dict().items(): torch.testing.assert_close(saved[k], v, rtol=1e-4, atol=1e-5)
         part = next(p for p in data['parts'] if p['runs'] == [name.replace('-1', ' 1').replace('b', 'B')])
-        for column, n_last in ('third', round(n / 3)), ('fifth', round(n / 5)):    # the mean of its last epochs, with its own batch norm
-            for k, p in model.named_parameters(): p.data = torch.stack([end[k] for end in ends[-n_last:]]).double().mean(0).float()
+        for column, n_last in (
+            ('third', round(n / 3)),
+            ('fifth', round(n / 5)),
+        ):    # the mean of its last epochs, with its own batch norm
+            for k, p in model.named_parameters():
+                p.data = torch.stack([end[k] for end in ends[-n_last:]]).double().mean(0).float()
             batches = [(x.as_subclass(torch.Tensor),) for x, _ in learn.dls.train]
             for layer, (mean, var) in twins.bn_statistics(model, batches).items():
                 model.get_submodule(layer).running_mean.copy_(mean)
                 model.get_submodule(layer).running_var.copy_(var)
             assert all(row[f'{column}_accuracy'] is None for row in part['epochs'][:-1])
             last = part['epochs'][-1]
-            assert [last[f'{column}_valid_loss'], last[f'{column}_accuracy']] == pytest.approx(list(map(float, learn.validate())), abs=3e-3)
+            assert [last[f'{column}_valid_loss'], last[f'{column}_accuracy']] == pytest.approx(
+                list(map(float, learn.validate())), abs=3e-3
+            )
 
 
 def test_averages_beside_a_run_change_nothing_of_it_and_an_ema_takes_every_step(tmp_path, whole, monkeypatch):
@@ -180,9 +194,12 @@ def test_averages_beside_a_run_change_nothing_of_it_and_an_ema_takes_every_step(
         return swa
     monkeypatch.setattr(run_module, '_beside', seen)
     data, plain = seed_0(tmp_path, replace(TINY, ema=.9)), complete(whole)
-    assert [swa.n_averaged for swa in steps] == [4 * (p['end'] - p['begin']) for p in data['parts'] if len(p['runs']) == 1]    # 200 images, by 64
+    assert [swa.n_averaged for swa in steps] == [
+        4 * (p['end'] - p['begin']) for p in data['parts'] if len(p['runs']) == 1
+    ]    # 200 images, by 64
     for p, q in zip(data['parts'], plain['parts'], strict=True):
-        for a, b in zip(p['epochs'], q['epochs'], strict=True): assert {k: a[k] for k in b if k != 'seconds'} == {k: v for k, v in b.items() if k != 'seconds'}
+        for a, b in zip(p['epochs'], q['epochs'], strict=True):
+            assert {k: a[k] for k in b if k != 'seconds'} == {k: v for k, v in b.items() if k != 'seconds'}
     for file in whole.glob('*.pth'):
         a, b = torch.load(file), torch.load(tmp_path/file.name)
         assert all(torch.equal(a[k], b[k]) for k in a), file.name
@@ -191,8 +208,14 @@ def test_averages_beside_a_run_change_nothing_of_it_and_an_ema_takes_every_step(
 def test_a_seed_in_bf16_that_is_interrupted_ends_as_the_whole_one(tmp_path):
     settings = replace(IMAGES, precision='bf16')
     seed_0(tmp_path/'whole', settings=settings)
-    for at in 'epoch 2 of', 'SGD 1.5B  epoch 7', 'SWA  epoch 7':    # in a first part, and in parts that go on from a fork
-        with pytest.raises(Stop): seed_0(tmp_path/'parts', settings=settings, show=lambda seed, line, at=at: stop(seed, line) if at in line else None)
+    # in a first part, and in parts that go on from a fork
+    for at in 'epoch 2 of', 'SGD 1.5B  epoch 7', 'SWA  epoch 7':
+        with pytest.raises(Stop):
+            seed_0(
+                tmp_path/'parts',
+                settings=settings,
+                show=lambda seed, line, at=at: stop(seed, line) if at in line else None,
+            )
     seed_0(tmp_path/'parts', settings=settings)
     assert_same_seed(tmp_path/'parts', tmp_path/'whole')
 
@@ -295,7 +318,8 @@ def test_a_seed_interrupted_again_and_again_ends_bitwise_as_the_whole_one(tmp_pa
         break
     assert len(set(starts)) > 3
     assert_same_seed(tmp_path, whole)
-    assert len(complete(tmp_path)['sessions']) == len(starts)    # each is on record, whatever the checkpoint was taken in
+    # each is on record, whatever the checkpoint was taken in
+    assert len(complete(tmp_path)['sessions']) == len(starts)
 
 
 @pytest.mark.parametrize('call', range(1, 6))
@@ -389,7 +413,15 @@ def test_the_record_says_what_was_run_on_what_and_is_standard_json(whole):
     assert data['images'] == {'kind': 'digits', 'train': 200, 'valid': 397, 'sha256': data['images']['sha256']} and len(data['images']['sha256']) == 16
     session, = data['sessions']
     assert session['versions']['torch'] == torch.__version__.partition('+')[0] and session['hardware']['cores'] == os.cpu_count() and session['jobs'] == 1
-    assert data['settings'] == {'scale': 1., 'images': 200, 'test_images': None, 'device': 'cpu', 'precision': 'fp32', 'compile': None, 'deterministic': False}
+    assert data['settings'] == {
+        'scale': 1.0,
+        'images': 200,
+        'test_images': None,
+        'device': 'cpu',
+        'precision': 'fp32',
+        'compile': None,
+        'deterministic': False,
+    }
     assert list(data['parts'][-1]['epochs'][0]) == [
         'lr', 'train_loss', 'valid_loss', 'accuracy', 'swa_valid_loss', 'swa_accuracy', 'ens_valid_loss', 'ens_accuracy', 'seconds']
     assert not (whole/'seed-0.json').exists() and complete(whole) == data
@@ -508,9 +540,14 @@ def test_a_recipe_that_has_changed_since_is_refused_for_seeds_begun_and_complete
     with pytest.raises(Stop): seed_0(tmp_path, show=stop)
     for folder in tmp_path, whole:
         before = begun(folder)
-        for changed, said in ((replace(TINY, lr=.2), 'lr=0.1, not 0.2'), (replace(TINY, bs=32), 'bs=64, not 32'), (replace(TINY, network=plain_net), "network='small_net', not 'plain_net'"),
-                              (replace(TINY, one_cycle_lr=.2), 'one_cycle_lr=None, not 0.2')):
-            with pytest.raises(ValueError, match=f'seed 0 was run with {said}: give the same, or another folder'): seed_0(folder, changed)
+        for changed, said in (
+            (replace(TINY, lr=0.2), 'lr=0.1, not 0.2'),
+            (replace(TINY, bs=32), 'bs=64, not 32'),
+            (replace(TINY, network=plain_net), "network='small_net', not 'plain_net'"),
+            (replace(TINY, one_cycle_lr=0.2), 'one_cycle_lr=None, not 0.2'),
+        ):
+            with pytest.raises(ValueError, match=f'seed 0 was run with {said}: give the same, or another folder'):
+                seed_0(folder, changed)
         assert begun(folder) == before
 
 
@@ -595,7 +632,8 @@ def test_a_gpu_out_of_memory_is_one_sentence_and_the_same_command_goes_on(tiny_c
 def test_a_full_disk_is_one_sentence_and_nothing_is_lost(tiny_command, tmp_path, whole, monkeypatch, name):
     replace, full = os.replace, [True]
     def no_room(a, b):
-        if full[0] and name in str(b) and (name != 'seed-0.json' or epochs_of_all_parts(tmp_path) > 8): raise OSError(28, 'No space left on device')
+        if full[0] and name in str(b) and (name != 'seed-0.json' or epochs_of_all_parts(tmp_path) > 8):
+            raise OSError(28, 'No space left on device')
         return replace(a, b)
     monkeypatch.setattr(os, 'replace', no_room)
     code, said = tiny_command()
@@ -672,9 +710,16 @@ def run_report(folder):
     return report(folder)
 
 
-@pytest.mark.parametrize('args, sentence', [
-    (['--device', 'cuda'], "device 'cuda' cannot be used: "), (['--device', 'foo'], "device 'foo' cannot be used: "), (['--scale', 'inf'], 'scale must be a positive number, not inf'),
-    (['--scale', '-1'], 'scale must be a positive number, not -1.0'), (['--until', '1.2.3s'], 'expected a time such as')])
+@pytest.mark.parametrize(
+    'args, sentence',
+    [
+        (['--device', 'cuda'], "device 'cuda' cannot be used: "),
+        (['--device', 'foo'], "device 'foo' cannot be used: "),
+        (['--scale', 'inf'], 'scale must be a positive number, not inf'),
+        (['--scale', '-1'], 'scale must be a positive number, not -1.0'),
+        (['--until', '1.2.3s'], 'expected a time such as'),
+    ],
+)
 def test_settings_that_cannot_be_used_are_one_sentence_and_begin_nothing(tiny_command, tmp_path, args, sentence):
     if args == ['--device', 'cuda'] and torch.cuda.is_available(): pytest.skip('there is a GPU, which can be used')
     code, said = tiny_command(*args)
@@ -741,7 +786,8 @@ def test_a_disk_that_stays_full_ends_the_run_before_work_is_lost(tmp_path, whole
     monkeypatch.setattr(run_module, '_SECONDS', 0)
     replace_, full = os.replace, [True]
     def no_room(a, b):
-        if full[0] and 'part0.ckpt' in str(b) and epochs_of_all_parts(tmp_path) > 0: raise OSError(28, 'No space left on device')
+        if full[0] and 'part0.ckpt' in str(b) and epochs_of_all_parts(tmp_path) > 0:
+            raise OSError(28, 'No space left on device')
         return replace_(a, b)
     monkeypatch.setattr(os, 'replace', no_room)
     with warnings.catch_warnings(record=True) as caught, pytest.raises(OSError, match='No space left on device'): seed_0(tmp_path)

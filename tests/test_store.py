@@ -14,8 +14,12 @@ def line(seed, kind='training', **content): return {'kind': kind, 'seed': seed, 
 
 def test_a_record_replaces_its_namesake_and_no_other(tmp_path):
     for data in line(1, a=1), line(0, a=2), line(1, 'landscape', a=3), line(1, a=4): store(tmp_path, data)
-    assert stored(tmp_path, 'training') == {0: line(0, a=2), 1: line(1, a=4)} and stored(tmp_path, 'landscape') == {1: line(1, 'landscape', a=3)}
-    assert len((tmp_path/'runs.jsonl').read_text().splitlines()) == 3 and {f.name for f in tmp_path.iterdir()} == {'runs.jsonl'}
+    assert stored(tmp_path, 'training') == {0: line(0, a=2), 1: line(1, a=4)} and stored(tmp_path, 'landscape') == {
+        1: line(1, 'landscape', a=3)
+    }
+    assert len((tmp_path/'runs.jsonl').read_text().splitlines()) == 3 and {f.name for f in tmp_path.iterdir()} == {
+        'runs.jsonl'
+    }
 
 
 def _write(folder, seeds):
@@ -27,7 +31,9 @@ def test_processes_that_write_at_a_time_lose_nothing(tmp_path):
     processes = [context.Process(target=_write, args=(tmp_path, range(i, 40, 4))) for i in range(4)]
     for p in processes: p.start()
     for p in processes: p.join()
-    assert list(stored(tmp_path, 'training')) == list(range(40)) and {f.name for f in tmp_path.iterdir()} == {'runs.jsonl'}
+    assert list(stored(tmp_path, 'training')) == list(range(40)) and {f.name for f in tmp_path.iterdir()} == {
+        'runs.jsonl'
+    }
 
 
 @pytest.mark.parametrize('damaged', ['{', '[]', '{"seed": 1}', ''])
@@ -44,7 +50,9 @@ def test_a_damaged_line_is_named_and_nothing_is_written_over(tmp_path, damaged):
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
 def test_the_shortest_number_is_the_same_float32(value):
     short = shortest(value)
-    assert struct.pack('f', short) == struct.pack('f', value) and len(json.dumps(short)) <= max(len(json.dumps(value)), 15)
+    assert struct.pack('f', short) == struct.pack('f', value) and len(json.dumps(short)) <= max(
+        len(json.dumps(value)), 15
+    )
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), .1 + .2, 1e300, 12345678901.5])

@@ -21,21 +21,27 @@ VERDICTS = Sentences('train.csv', 'test.csv')
 def folder(tmp_path):
     rng = np.random.RandomState(0)
     n = 100
-    flats = pd.DataFrame({'place': rng.choice(['near', 'far'], n), 'rooms': rng.randint(1, 6, n), 'age': rng.rand(n) * 50})
+    flats = pd.DataFrame(
+        {'place': rng.choice(['near', 'far'], n), 'rooms': rng.randint(1, 6, n), 'age': rng.rand(n) * 50}
+    )
     flats['price'] = 100. * flats['rooms'] - flats['age'] + 50 * (flats['place'] == 'near')
     flats.loc[3, 'age'] = np.nan
     flats.to_csv(tmp_path/'flats.csv', index=False)
     flats['paid'] = np.where(flats['rooms'] > 2, ' yes', 'no')    # with a blank in front, as files have it
     flats[:60].to_csv(tmp_path/'loans.csv', index=False)
     flats[60:].to_csv(tmp_path/'later.csv', index=False)
-    good = pd.DataFrame({'sentence': ['a fine film', 'fine , fine', 'no good film', 'dull'] * 10, 'label': [1, 1, 0, 0] * 10})
+    good = pd.DataFrame(
+        {'sentence': ['a fine film', 'fine , fine', 'no good film', 'dull'] * 10, 'label': [1, 1, 0, 0] * 10}
+    )
     good.to_csv(tmp_path/'train.csv', index=False)
     good[:8].to_csv(tmp_path/'test.csv', index=False)
     return tmp_path
 
 
 def recipe(task, **kwargs):
-    return replace(RECIPES['tabular-housing'], name='mine', task=task, budget=8, swa_start=6, lengths=(4, 8), bs=32, **kwargs)
+    return replace(
+        RECIPES['tabular-housing'], name='mine', task=task, budget=8, swa_start=6, lengths=(4, 8), bs=32, **kwargs
+    )
 
 def go(monkeypatch, folder, task, settings=Settings(), seeds=1):
     monkeypatch.setitem(RECIPES, 'mine', recipe(task))
@@ -58,7 +64,9 @@ def test_a_number_to_be_predicted_is_standardised_by_the_training_rows(folder):
     whole = pd.read_csv(folder/'flats.csv')
     back = pd.merge(pd.concat([train, test]), whole, on=['place', 'rooms', 'age'], how='inner')
     slope, intercept = np.polyfit(back['price_x'], back['price_y'], 1)
-    np.testing.assert_allclose(back['price_x'] * slope + intercept, back['price_y'], rtol=1e-9)    # the test rows by the same numbers
+    np.testing.assert_allclose(
+        back['price_x'] * slope + intercept, back['price_y'], rtol=1e-9
+    )    # the test rows by the same numbers
 
 
 def test_two_files_are_training_and_test_rows(folder):
@@ -90,29 +98,52 @@ def test_what_a_run_ends_with_is_what_its_stored_weights_predict(folder, task, m
     for prefix, file in ('', 'seed-0-swa-8.pth'),:
         learn.model.load_state_dict(torch.load(folder/'out'/file))
         with learn.no_bar(): preds, y = learn.get_preds()
-        if task.is_number if isinstance(task, Table) else False: found = r2_score(y.numpy().ravel(), preds.numpy().ravel())
-        else: found = float((preds.argmax(1) == y.ravel()).double().mean())
+        if task.is_number if isinstance(task, Table) else False:
+            found = r2_score(y.numpy().ravel(), preds.numpy().ravel())
+        else:
+            found = float((preds.argmax(1) == y.ravel()).double().mean())
         assert part['epochs'][-1][prefix + task.metric] == pytest.approx(found, abs=1e-5)
 
 
 def test_the_report_has_every_length_the_averages_and_the_baseline(folder, monkeypatch):
     records = go(monkeypatch, folder, FLATS, seeds=2)
     text = report(folder/'out')
-    rows = {line.split('|')[1].strip(): [c.strip() for c in line.split('|')[2:-1]] for line in text.splitlines() if line.startswith('| ')}
+    rows = {
+        line.split('|')[1].strip(): [c.strip() for c in line.split('|')[2:-1]]
+        for line in text.splitlines()
+        if line.startswith('| ')
+    }
     for n in 4, 8:
-        for name in f'Adam {n}', f'SWA {n}', f'one-cycle {n}', f'Adam {n}, EMA over steps', f'one-cycle {n}, mean of its last third':
+        for name in (
+            f'Adam {n}',
+            f'SWA {n}',
+            f'one-cycle {n}',
+            f'Adam {n}, EMA over steps',
+            f'one-cycle {n}, mean of its last third',
+        ):
             assert rows[name][0] == str(n), name
     last = [next(p for p in r['parts'] if p['runs'] == ['Adam 8'])['epochs'][-1] for r in records]
-    refreshed = [100 * (1 - row['swa_r2_score']) for row in last]    # the control: its end with the batch norm of a whole pass
+    refreshed = [
+        100 * (1 - row['swa_r2_score']) for row in last
+    ]    # the control: its end with the batch norm of a whole pass
     assert rows['Adam 8, batch norm refreshed'][1] == f'{np.mean(refreshed):.2f} +- {np.std(refreshed, ddof=1):.2f}'
-    gains = [100 * (1 - next(p for p in r['parts'] if p['runs'] == ['SWA 8'])['epochs'][-1]['swa_r2_score']) - e for r, e in zip(records, refreshed)]
+    gains = [
+        100 * (1 - next(p for p in r['parts'] if p['runs'] == ['SWA 8'])['epochs'][-1]['swa_r2_score']) - e
+        for r, e in zip(records, refreshed)
+    ]
     assert rows['SWA 8 - Adam 8, batch norm refreshed'][0] == f'{np.mean(gains):+.2f}'
     errors = [100 * (1 - row['r2_score']) for row in last]
     assert rows['Adam 8'][1] == f'{np.mean(errors):.2f} +- {np.std(errors, ddof=1):.2f}'
     baseline = [100 * (1 - r['baseline']['metric']) for r in records]
-    assert rows['gradient boosting (scikit-learn)'][1].startswith(f'{np.mean(baseline):.2f}') and 'unexplained variance, %' in text
+    assert (
+        rows['gradient boosting (scikit-learn)'][1].startswith(f'{np.mean(baseline):.2f}')
+        and 'unexplained variance, %' in text
+    )
     found = json.loads((folder/'out'/'report.json').read_text())
-    assert found['rows']['Adam 8']['error']['mean'] == pytest.approx(np.mean(errors)) and 'SWA 8 - Adam 8' in found['differences']
+    assert (
+        found['rows']['Adam 8']['error']['mean'] == pytest.approx(np.mean(errors))
+        and 'SWA 8 - Adam 8' in found['differences']
+    )
 
 
 def test_the_baseline_is_scikit_learns_own_on_the_same_rows(folder):
@@ -134,8 +165,13 @@ def test_a_number_that_only_test_rows_lack_is_the_median_of_the_training_rows(fo
     assert test['rooms'].iloc[2] == train['rooms'].median() and not test['rooms'].isna().any()
 
 
-@pytest.mark.parametrize('spoil, said', [(lambda f: (f/'flats.csv').unlink(), 'flats.csv is missing: --data is to name a folder with flats.csv'),
-                                         (lambda f: (f/'flats.csv').write_text('place,rooms\nnear,3\n'), "flats.csv has no column 'age'")])
+@pytest.mark.parametrize(
+    'spoil, said',
+    [
+        (lambda f: (f/'flats.csv').unlink(), 'flats.csv is missing: --data is to name a folder with flats.csv'),
+        (lambda f: (f/'flats.csv').write_text('place,rooms\nnear,3\n'), "flats.csv has no column 'age'"),
+    ],
+)
 def test_a_file_that_cannot_be_used_is_one_sentence_before_anything_is_written(folder, monkeypatch, spoil, said):
     monkeypatch.setitem(RECIPES, 'mine', recipe(FLATS))
     spoil(folder)

@@ -8,16 +8,30 @@ from torch import nn
 from torch.nn import functional as F
 
 
-@pytest.mark.parametrize('make, n', [(VGG16, 15_245_130), (lambda: VGG16(batch_norm=True), 15_253_578), (lambda: PreResNet(110), 1_146_842),
-                                     (lambda: PreResNet(164), 1_703_258), (lambda: WideResNet(28, 10), 36_489_290), (SmallPreResNet, 174_490),
-                                     (lambda: SmallPreResNet(100, 32), 320_548)])
+@pytest.mark.parametrize(
+    'make, n',
+    [
+        (VGG16, 15_245_130),
+        (lambda: VGG16(batch_norm=True), 15_253_578),
+        (lambda: PreResNet(110), 1_146_842),
+        (lambda: PreResNet(164), 1_703_258),
+        (lambda: WideResNet(28, 10), 36_489_290),
+        (SmallPreResNet, 174_490),
+        (lambda: SmallPreResNet(100, 32), 320_548),
+    ],
+)
 def test_parameter_counts_are_the_published_ones(make, n):
     with torch.device('meta'): model = make()
     assert sum(p.numel() for p in model.parameters()) == n
 
 
-NETS = {'vgg16': VGG16, 'vgg16 with batch norm': lambda n_out=10: VGG16(n_out, batch_norm=True), 'preresnet': lambda n_out=10: PreResNet(29, n_out), 'small preresnet': SmallPreResNet,
-        'wide resnet': lambda n_out=10: WideResNet(16, 2, n_out)}
+NETS = {
+    'vgg16': VGG16,
+    'vgg16 with batch norm': lambda n_out=10: VGG16(n_out, batch_norm=True),
+    'preresnet': lambda n_out=10: PreResNet(29, n_out),
+    'small preresnet': SmallPreResNet,
+    'wide resnet': lambda n_out=10: WideResNet(16, 2, n_out),
+}
 
 
 @pytest.mark.parametrize('name', NETS)
