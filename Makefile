@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint format clean
 
 demo: .venv/ready    ## SGD and SWA side by side on digits
 	$(python) -W ignore::FutureWarning -m fastai_swa demo
@@ -10,6 +10,10 @@ test: .venv/ready    ## the whole suite, notebooks included
 
 lint: .venv/ready
 	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+
+format: .venv/ready
+	$(python) -m ruff format .
 
 .venv/ready: setup.cfg
 	test -x $(python) || python3 -m venv .venv

@@ -1,3 +1,3 @@
 from setuptools import setup
 
-setup()    # everything is in setup.cfg
+setup()  # everything is in setup.cfg

@@ -1,14 +1,21 @@
-"""What an epoch of a recipe costs, as the experiment runner trains it, and what each of its means buys.
+"""What an epoch of a recipe costs, as the experiment runner trains it, and what each of its means
+buys.
 
-Variants, timed in turn, round by round: the runner's own; with fastai's Recorder, which reads the loss in every step; with a loader that makes
-one batch at a time; with fastai's own SGD; without bf16; compiled, with `--compile`. `host` is the processor time of the process's main thread
-per step: what a GPU waits for if it is faster.
+Variants, timed in turn, round by round: the runner's own; with fastai's Recorder, which reads the
+loss in every step; with a loader that makes one batch at a time; with fastai's own SGD; without
+bf16; compiled, with `--compile`. `host` is the processor time of the process's main thread per
+step: what a GPU waits for if it is faster.
 
-    python benchmarks/epoch.py [--recipe NAME ...] [--data FOLDER] [--images N] [--rounds N] [--device cpu|cuda] [--compile MODE]
+    python benchmarks/epoch.py [--recipe NAME ...] [--data FOLDER] [--images N] [--rounds N]
+    [--device cpu|cuda] [--compile MODE]
 
-The recipe `host` has a network of one layer: all that it costs is the loop, the loader and the optimizer.
+The recipe `host` has a network of one layer: all that it costs is the loop, the loader and the
+optimizer.
 """
-import argparse, statistics, time
+
+import argparse
+import statistics
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -20,9 +27,11 @@ from fastai_swa.experiments.learners import EpochRecorder, recipe_data, recipe_l
 from torch import nn
 
 
-def tiny(n): return nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.Linear(12, n))
+def tiny(n):
+    return nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.Linear(12, n))
 
-RECIPES['host'] = Recipe('host', tiny, 10, 4, .05, .01, 3, 5e-4, bs=16)    # small batches: many steps
+
+RECIPES['host'] = Recipe('host', tiny, 10, 4, 0.05, 0.01, 3, 5e-4, bs=16)  # small batches: many steps
 
 
 def learners(recipe, settings, dls, modes):
@@ -34,10 +43,12 @@ def learners(recipe, settings, dls, modes):
     res['a batch at a time'] = learn = recipe_learner(recipe, 0, settings, dls)
     learn.dls.train.chunk = 1
     res["fastai's SGD"] = learn = recipe_learner(recipe, 0, settings, dls)
-    learn.opt_func = partial(SGD, mom=.9, decouple_wd=False)
+    learn.opt_func = partial(SGD, mom=0.9, decouple_wd=False)
     learn.create_opt()
-    if settings.precision == 'bf16': res['fp32'] = recipe_learner(recipe, 0, replace(settings, precision='fp32'), dls)
-    for mode in modes: res[f'compiled, {mode}'] = recipe_learner(recipe, 0, replace(settings, compile=mode), dls)
+    if settings.precision == 'bf16':
+        res['fp32'] = recipe_learner(recipe, 0, replace(settings, precision='fp32'), dls)
+    for mode in modes:
+        res[f'compiled, {mode}'] = recipe_learner(recipe, 0, replace(settings, compile=mode), dls)
     return res
 
 
@@ -51,31 +62,38 @@ def main():
     parser.add_argument('--compile', nargs='*', default=[])
     args = parser.parse_args()
     on_gpu = args.device.startswith('cuda')
-    if not on_gpu: torch.set_num_threads(1)
+    if not on_gpu:
+        torch.set_num_threads(1)
     settings = Settings(device=args.device, precision='bf16' if on_gpu else 'fp32')
     for name in args.recipe:
         recipe = RECIPES[name]
         dls, images = recipe_data(recipe, args.data, replace(settings, images=args.images))
         variants = learners(recipe, settings, dls, args.compile)
         seconds, host = ({v: [] for v in variants} for _ in range(2))
-        for i in range(args.rounds + 1):    # the first warms up, and compiles
+        for i in range(args.rounds + 1):  # the first warms up, and compiles
             for v, learn in variants.items():
                 with learn.no_logging(), learn.no_bar():
-                    learn._do_epoch_validate = lambda *args, **kwargs: None    # the training part alone
-                    if on_gpu: torch.cuda.synchronize()
+                    learn._do_epoch_validate = lambda *args, **kwargs: None  # the training part alone
+                    if on_gpu:
+                        torch.cuda.synchronize()
                     start, cpu = time.perf_counter(), time.thread_time()
                     learn.fit(1)
-                    if on_gpu: torch.cuda.synchronize()
-                if i: seconds[v].append(time.perf_counter() - start), host[v].append(time.thread_time() - cpu)
+                    if on_gpu:
+                        torch.cuda.synchronize()
+                if i:
+                    seconds[v].append(time.perf_counter() - start), host[v].append(time.thread_time() - cpu)
         n = len(next(iter(variants.values())).dls.train)
         print(f'{name}, {images["train"]:,} images, {n} steps, {args.rounds} rounds, {args.device}\n')
         print('| variant | s an epoch | multiple of the runner (middle half) | host, ms a step |\n|---|---|---|---|')
         for v in variants:
             ratios = sorted(a / b for a, b in zip(seconds[v], seconds['the runner']))
-            low, high = (ratios[int(len(ratios) * q)] for q in (.25, .75))
-            print(f'| {v} | {statistics.median(seconds[v]):.3f} | {statistics.median(ratios):.2f} ({low:.2f}-{high:.2f}) '
-                  f'| {1e3 * statistics.median(host[v]) / n:.2f} |')
+            low, high = (ratios[int(len(ratios) * q)] for q in (0.25, 0.75))
+            print(
+                f'| {v} | {statistics.median(seconds[v]):.3f} | {statistics.median(ratios):.2f} ({low:.2f}-{high:.2f}) '
+                f'| {1e3 * statistics.median(host[v]) / n:.2f} |'
+            )
         print()
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -1,16 +1,27 @@
-"""What one fold costs: `WeightAverage.update` beside the peers and beside the limit that memory sets.
+"""What one fold costs: `WeightAverage.update` beside the peers and beside the limit that memory
+sets.
 
-The limit is one in-place `lerp_` of a flat float32 vector with as many elements as the network has parameters. Every contender has
-its own copy of the network and its own average; each round times one fold of each, in an order drawn anew, so that drift of the
-machine and the state of its caches hit all alike. Times are medians over the rounds; multiples of the limit carry in brackets the
-middle half of the rounds. Before anything is timed, each contender must have moved every parameter of its average. PreResNet-110,
-whose fold is short, gets five times as many rounds.
+The limit is one in-place `lerp_` of a flat float32 vector with as many elements as the network has
+parameters. Every contender has its own copy of the network and its own average; each round times
+one fold of each, in an order drawn anew, so that drift of the machine and the state of its caches
+hit all alike. Times are medians over the rounds; multiples of the limit carry in brackets the
+middle half of the rounds. Before anything is timed, each contender must have moved every parameter
+of its average. PreResNet-110, whose fold is short, gets five times as many rounds.
 
     python benchmarks/fold.py [--rounds N] [--threads N] [--device cpu|cuda] [--json FILE]
 
-The peers come with `pip install timm ema-pytorch torch-ema fastxtend lightning ultralytics`; those that are missing are named.
+The peers come with `pip install timm ema-pytorch torch-ema fastxtend lightning ultralytics`; those
+that are missing are named.
 """
-import argparse, copy, gc, json, random, statistics, time, warnings
+
+import argparse
+import copy
+import gc
+import json
+import random
+import statistics
+import time
+import warnings
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -20,7 +31,7 @@ from torchvision.models import resnet50
 
 from fastai_swa import WeightAverage, ema
 
-DECAY = .99
+DECAY = 0.99
 
 
 class PreActBottleneck(nn.Module):
@@ -30,6 +41,7 @@ class PreActBottleneck(nn.Module):
         self.bn2, self.conv2 = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, stride, 1, bias=False)
         self.bn3, self.conv3 = nn.BatchNorm2d(width), nn.Conv2d(width, 4 * width, 1, bias=False)
         self.shortcut = nn.Identity() if c_in == 4 * width else nn.Conv2d(c_in, 4 * width, 1, stride, bias=False)
+
     def forward(self, x):
         y = self.conv1(self.bn1(x).relu())
         y = self.conv2(self.bn2(y).relu())
@@ -42,10 +54,13 @@ def preresnet110(n_out=10):
         for i in range(12):
             layers.append(PreActBottleneck(c_in, width, stride if i == 0 else 1))
             c_in = 4 * width
-    return nn.Sequential(*layers, nn.BatchNorm2d(c_in), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, n_out))
+    return nn.Sequential(
+        *layers, nn.BatchNorm2d(c_in), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, n_out)
+    )
 
 
 # a contender: a function of the model that returns its fold, and a function that gives the tensors of its average
+
 
 def flat(model):
     n, device = sum(p.numel() for p in model.parameters()), next(model.parameters()).device
@@ -66,9 +81,12 @@ def weight_average(model):
 
 def naive_loop(model):
     average = copy.deepcopy(model)
+
     @torch.no_grad()
     def fold():
-        for a, p in zip(average.parameters(), model.parameters()): a.lerp_(p, 1 - DECAY)
+        for a, p in zip(average.parameters(), model.parameters()):
+            a.lerp_(p, 1 - DECAY)
+
     return fold, average.parameters
 
 
@@ -77,17 +95,20 @@ def averaged_model(model, **kwargs):
     return lambda: average.update_parameters(model), average.parameters
 
 
-def averaged_model_multi(model): return averaged_model(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(DECAY))
+def averaged_model_multi(model):
+    return averaged_model(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(DECAY))
 
 
 def ultralytics_ema(model):
     from ultralytics.utils.torch_utils import ModelEMA
+
     average = ModelEMA(model, tau=1)
     return lambda: average.update(model), average.ema.parameters
 
 
 def fastxtend_ema(model, foreach):
     from fastxtend.callback.ema import EMACallback
+
     callback = EMACallback(decay=DECAY, foreach=foreach)
     callback.learn = SimpleNamespace(model=model)
     callback.before_fit()
@@ -95,36 +116,46 @@ def fastxtend_ema(model, foreach):
     return callback.after_batch, callback.ema_model.parameters
 
 
-def fastxtend_loop(model): return fastxtend_ema(model, False)
-def fastxtend_foreach(model): return fastxtend_ema(model, True)
+def fastxtend_loop(model):
+    return fastxtend_ema(model, False)
+
+
+def fastxtend_foreach(model):
+    return fastxtend_ema(model, True)
 
 
 def ema_pytorch_loop(model, use_foreach=False):
     from ema_pytorch import EMA
+
     average = EMA(model, beta=DECAY, update_after_step=0, update_every=1, use_foreach=use_foreach)
     return average.update, average.ema_model.parameters
 
 
-def ema_pytorch_foreach(model): return ema_pytorch_loop(model, True)
+def ema_pytorch_foreach(model):
+    return ema_pytorch_loop(model, True)
 
 
 def torch_ema(model):
     from torch_ema import ExponentialMovingAverage
+
     average = ExponentialMovingAverage(model.parameters(), DECAY)
-    return lambda: average.update(model.parameters()), lambda: average.shadow_params    # it keeps only weak references
+    return lambda: average.update(model.parameters()), lambda: average.shadow_params  # it keeps only weak references
 
 
 def timm_ema(model, dtype=None):
     from timm.utils import ModelEmaV3
+
     average = ModelEmaV3(model, decay=DECAY, dtype=dtype)
     return lambda: average.update(model), average.module.parameters
 
 
-def timm_float32(model): return timm_ema(model, torch.float32)
+def timm_float32(model):
+    return timm_ema(model, torch.float32)
 
 
 def lightning_swa(model):
     from lightning.pytorch.callbacks import StochasticWeightAveraging as SWA
+
     average, n_averaged = copy.deepcopy(model), torch.tensor(0, device=next(model.parameters()).device)
     return lambda: SWA.update_parameters(average, model, n_averaged, SWA.avg_fn), average.parameters
 
@@ -132,18 +163,21 @@ def lightning_swa(model):
 def lightning_ema(model):
     from lightning.pytorch import LightningModule
     from lightning.pytorch.callbacks import EMAWeightAveraging
+
     module, trainer = LightningModule(), SimpleNamespace(global_step=0)
     module.model = model
     module.to(next(model.parameters()).device)
     callback = EMAWeightAveraging(decay=DECAY)
     callback.setup(trainer, module, 'fit')
+
     def fold():
         trainer.global_step += 1
         callback.on_train_batch_end(trainer, module, None, None, 0)
+
     return fold, callback._average_model.parameters
 
 
-CONTENDERS = (    # name, distribution, what becomes of the buffers, dtype of the model, function
+CONTENDERS = (  # name, distribution, what becomes of the buffers, dtype of the model, function
     ('one flat `lerp_`: the limit', 'torch', '-', torch.float32, flat),
     ('`_foreach_lerp_` over cached lists, nothing checked', 'torch', 'ignored', torch.float32, cached_lists),
     ('**WeightAverage.update**', 'fastai_swa', 'all copied', torch.float32, weight_average),
@@ -159,8 +193,15 @@ CONTENDERS = (    # name, distribution, what becomes of the buffers, dtype of th
     ('AveragedModel', 'torch', 'all copied', torch.float32, averaged_model),
     ('StochasticWeightAveraging', 'lightning', 'ignored', torch.float32, lightning_swa),
     ('EMAWeightAveraging', 'lightning', 'all averaged', torch.float32, lightning_ema),
-    ('**WeightAverage.update**, bf16 model, float32 master', 'fastai_swa', 'all copied', torch.bfloat16, weight_average),
-    ('ModelEmaV3, bf16 model, dtype=float32', 'timm', 'floats averaged, integers copied', torch.bfloat16, timm_float32))
+    (
+        '**WeightAverage.update**, bf16 model, float32 master',
+        'fastai_swa',
+        'all copied',
+        torch.bfloat16,
+        weight_average,
+    ),
+    ('ModelEmaV3, bf16 model, dtype=float32', 'timm', 'floats averaged, integers copied', torch.bfloat16, timm_float32),
+)
 
 
 def build(network, device):
@@ -168,14 +209,17 @@ def build(network, device):
     folds, missing = {}, {}
     for i, (name, _, _, dtype, make) in enumerate(CONTENDERS):
         model = copy.deepcopy(network).to(device, dtype)
-        try: fold, average = make(model)
+        try:
+            fold, average = make(model)
         except Exception as e:
             missing[i] = 'not installed' if isinstance(e, ImportError) else f'failed: {type(e).__name__}'
             continue
-        for _ in range(3): fold()    # the first ones build caches, or copy
+        for _ in range(3):
+            fold()  # the first ones build caches, or copy
         before = [t.detach().clone() for t in average()]
         with torch.no_grad():
-            for p in model.parameters(): p.add_(1.)
+            for p in model.parameters():
+                p.add_(1.0)
         fold()
         if any(torch.equal(a, b) for a, b in zip(average(), before, strict=True)):
             raise RuntimeError(f'{name} did not fold every parameter')
@@ -209,21 +253,27 @@ def summary(seconds):
 
 
 def table(results, missing):
-    lines = ['| fold | package | buffers | ' + ' | '.join(f'{name}, ms | x limit' for name in results) + ' |',
-             '|---|---|---|' + '--:|--:|' * len(results)]
+    lines = [
+        '| fold | package | buffers | ' + ' | '.join(f'{name}, ms | x limit' for name in results) + ' |',
+        '|---|---|---|' + '--:|--:|' * len(results),
+    ]
     for i, (name, package, buffers, *_) in enumerate(CONTENDERS):
         numbers = ' | '.join(cells(rows[i]) if i in rows else f'{missing[i]} | -' for rows in results.values())
         lines.append(f'| {name} | {label(package)} | {buffers} | {numbers} |')
     return '\n'.join(lines)
 
 
-def cells(row): return f'{row["ms"]:.2f} | {row["multiple"]:.2f} ({row["low"]:.2f}-{row["high"]:.2f})'
+def cells(row):
+    return f'{row["ms"]:.2f} | {row["multiple"]:.2f} ({row["low"]:.2f}-{row["high"]:.2f})'
 
 
 def label(package):
-    if package == 'fastai_swa': return 'fastai_swa'
-    try: return f'{package} {version(package)}'
-    except ImportError: return package
+    if package == 'fastai_swa':
+        return 'fastai_swa'
+    try:
+        return f'{package} {version(package)}'
+    except ImportError:
+        return package
 
 
 def main():
@@ -233,8 +283,10 @@ def main():
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     parser.add_argument('--json', help='also write the numbers to this file')
     args = parser.parse_args()
-    if args.rounds < 2: parser.error('--rounds must be at least 2')
-    if args.threads: torch.set_num_threads(args.threads)
+    if args.rounds < 2:
+        parser.error('--rounds must be at least 2')
+    if args.threads:
+        torch.set_num_threads(args.threads)
     warnings.filterwarnings('ignore')
     torch.manual_seed(0)
     random.seed(0)
@@ -246,8 +298,10 @@ def main():
         rounds[name] = args.rounds * times
         results[name] = summary(measure(folds, rounds[name], args.device))
         numels = [p.numel() for p in network.parameters()]
-        sizes.append(f'{name}: {sum(numels) / 1e6:.2f} M parameters in {len(numels)} tensors, {len(list(network.buffers()))} buffers, '
-                     f'{rounds[name]} rounds')
+        sizes.append(
+            f'{name}: {sum(numels) / 1e6:.2f} M parameters in {len(numels)} tensors, {len(list(network.buffers()))} '
+            f'buffers, {rounds[name]} rounds'
+        )
         del folds
         gc.collect()
 
@@ -255,11 +309,27 @@ def main():
     print(f'torch {torch.__version__}, {device}, {torch.get_num_threads()} threads. ' + '. '.join(sizes) + '.\n')
     print(table(results, missing))
     if args.json:
-        rows = [{'fold': name.replace('*', ''), 'package': label(package), **{net: r.get(i, missing.get(i)) for net, r in results.items()}}
-                for i, (name, package, *_) in enumerate(CONTENDERS)]
+        rows = [
+            {
+                'fold': name.replace('*', ''),
+                'package': label(package),
+                **{net: r.get(i, missing.get(i)) for net, r in results.items()},
+            }
+            for i, (name, package, *_) in enumerate(CONTENDERS)
+        ]
         with open(args.json, 'w') as f:
-            json.dump({'torch': torch.__version__, 'device': device, 'threads': torch.get_num_threads(), 'rounds': rounds,
-                       'rows': rows}, f, indent=1)
+            json.dump(
+                {
+                    'torch': torch.__version__,
+                    'device': device,
+                    'threads': torch.get_num_threads(),
+                    'rounds': rounds,
+                    'rows': rows,
+                },
+                f,
+                indent=1,
+            )
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -1,8 +1,10 @@
-"""Every writer of the package: what lies there before, how it is made to write over it, and how that is read again.
+"""Every writer of the package: what lies there before, how it is made to write over it, and how
+that is read again.
 
-`faults.py` tries each of them on a full disk and kills it in the middle. What CheckpointCallback does in a fit
-has rows of its own there.
+`faults.py` tries each of them on a full disk and kills it in the middle. What CheckpointCallback
+does in a fit has rows of its own there.
 """
+
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,15 +27,15 @@ from fastai_swa.surfaces import PointFile, Profile, Surface
 from torch import nn
 
 matplotlib.use('agg')
-RESULTS = Path(__file__).resolve().parents[1]/'results'
+RESULTS = Path(__file__).resolve().parents[1] / 'results'
 
 
 @dataclass(frozen=True)
 class Writer:
-    make: Callable    # make(folder): what it leaves there is complete, and old
-    again: Callable    # again(folder, begin): write something new over it; `begin()` comes right before
-    content: Callable    # content(folder): what is there, by the parts that are replaced; raises where it is damaged
-    limits: Callable    # limits(sizes of the old files): the greatest sizes of a file at which the new ones do not fit
+    make: Callable  # make(folder): what it leaves there is complete, and old
+    again: Callable  # again(folder, begin): write something new over it; `begin()` comes right before
+    content: Callable  # content(folder): what is there, by the parts that are replaced; raises where it is damaged
+    limits: Callable  # limits(sizes of the old files): the greatest sizes of a file at which the new ones do not fit
 
 
 def below_all(sizes):
@@ -50,6 +52,7 @@ def within_a_line(sizes):
 
 # what is written
 
+
 def weights(version: int) -> dict:
     return {'x': torch.full((250_000,), float(version))}
 
@@ -64,6 +67,7 @@ def learner(folder, seed, width=300) -> Learner:
 
 class Begin(Callback):
     "Calls `begin` at the start of epoch `epoch`."
+
     def __init__(self, begin, epoch):
         self.begin, self.at = begin, epoch
 
@@ -74,12 +78,12 @@ class Begin(Callback):
 
 def fit(learn, n_epoch, *cbs):
     with learn.no_bar(), learn.no_logging():
-        learn.fit(n_epoch, .01, cbs=cbs)
+        learn.fit(n_epoch, 0.01, cbs=cbs)
 
 
 def a_line(n) -> Profile:
     "Along a line, of which nothing is measured yet."
-    about = {'kind': 'line', 'solutions': {'a': 1., 'b': 2.}, 'columns': ['norm'], 'spec': {}}
+    about = {'kind': 'line', 'solutions': {'a': 1.0, 'b': 2.0}, 'columns': ['norm'], 'spec': {}}
     return Profile(about, [(float(t),) for t in range(n)])
 
 
@@ -89,14 +93,15 @@ def state_of(file: Path) -> list:
 
 # the writers
 
+
 def save_weights(folder, version, begin=lambda: None):
     begin()
-    files.save_weights(folder/'weights.pth', weights(version))
+    files.save_weights(folder / 'weights.pth', weights(version))
 
 
 def write(folder, version, begin=lambda: None):
     begin()
-    files.write(folder/'run.ckpt', 'checkpoint', 1, weights(version))
+    files.write(folder / 'run.ckpt', 'checkpoint', 1, weights(version))
 
 
 def best_average(folder, version, begin=lambda: None):
@@ -105,7 +110,7 @@ def best_average(folder, version, begin=lambda: None):
 
 def snapshots(folder, begin):
     "The first one is there; the second one and the new index are to be written."
-    fit(learner(folder, 0), 2, SnapshotCallback(0, folder=folder/'snapshots'), Begin(begin, 1))
+    fit(learner(folder, 0), 2, SnapshotCallback(0, folder=folder / 'snapshots'), Begin(begin, 1))
 
 
 def ensemble(folder, version, begin=lambda: None):
@@ -113,14 +118,14 @@ def ensemble(folder, version, begin=lambda: None):
     small, large = learner(folder, version, 200), learner(folder, version, 400)
     members = Ensemble([small.model, large.model], small)
     begin()
-    members.save(folder/'ensemble')
+    members.save(folder / 'ensemble')
 
 
 def curve(folder, version, begin=lambda: None):
     ends = [learner(folder, seed).model.state_dict() for seed in (version, version + 10)]
     it = Curve(learner(folder, 0), ends)
     begin()
-    it.save(folder/'curve.pth')
+    it.save(folder / 'curve.pth')
 
 
 def surface(name):
@@ -128,17 +133,18 @@ def surface(name):
         it = a_line(5_000)
         it.values['norm'][:] = version
         begin()
-        it.save(folder/name)
+        it.save(folder / name)
+
     return save
 
 
 def points(folder, begin=lambda: None, n=3):
     "So many points of a line, which are not there yet, in a file that grows."
-    rows = PointFile(folder/'line.jsonl', a_line(1_000))
+    rows = PointFile(folder / 'line.jsonl', a_line(1_000))
     try:
         for i in np.flatnonzero(~rows.surface.is_measured)[:n].tolist():
             begin()
-            rows.add(i, {'norm': 1.})
+            rows.add(i, {'norm': 1.0})
     finally:
         rows.close()
 
@@ -160,7 +166,7 @@ def sessions(folder) -> dict:
 def row(folder, version, begin=lambda: None):
     "Each call stores one seed more."
     begin()
-    store(folder, {'kind': 'training', 'seed': version, 'epochs': [.1] * 500})
+    store(folder, {'kind': 'training', 'seed': version, 'epochs': [0.1] * 500})
 
 
 def seeds(folder) -> dict:
@@ -169,11 +175,12 @@ def seeds(folder) -> dict:
 
 def old_report(name):
     def make(folder):
-        for file in (RESULTS/name).iterdir():
+        for file in (RESULTS / name).iterdir():
             if file.is_file():
                 shutil.copy(file, folder)
-        for file in (folder/'report.md', folder/'report.json', *folder.glob('*.png')):
+        for file in (folder / 'report.md', folder / 'report.json', *folder.glob('*.png')):
             file.write_bytes(b'an old one' * 500)
+
     return make
 
 
@@ -184,9 +191,11 @@ def new_report(folder, begin):
 
 def figure(folder, version, begin=lambda: None):
     "What the demo draws."
-    columns = dict.fromkeys(('error_rate', 'valid_loss', 'swa_error_rate', 'swa_valid_loss'), (.5, .1))
+    columns = dict.fromkeys(('error_rate', 'valid_loss', 'swa_error_rate', 'swa_valid_loss'), (0.5, 0.1))
     begin()
-    demo._draw(dict.fromkeys(('SWA', 'SGD', 'one-cycle'), columns), np.full((2, 4), float(version)), folder/'demo.png')
+    demo._draw(
+        dict.fromkeys(('SWA', 'SGD', 'one-cycle'), columns), np.full((2, 4), float(version)), folder / 'demo.png'
+    )
 
 
 def _of(f, content, limits=below_all) -> Writer:
@@ -196,35 +205,36 @@ def _of(f, content, limits=below_all) -> Writer:
 
 # how it is read
 
+
 def state_at(*path):
     return lambda folder: {'state': state_of(folder.joinpath(*path))}
 
 
 def values_at(name):
-    return lambda folder: {'values': Surface.load(folder/name).values['norm'].tolist()}
+    return lambda folder: {'values': Surface.load(folder / name).values['norm'].tolist()}
 
 
 def members_at(name):
     "All of them together: those of two ensembles must not mix."
-    return lambda folder: {'members': [state_of(file) for file in Ensemble(folder/name, learner(folder, 0)).members]}
+    return lambda folder: {'members': [state_of(file) for file in Ensemble(folder / name, learner(folder, 0)).members]}
 
 
 def checkpoint(folder) -> dict:
-    return {'x': files.read(folder/'run.ckpt', 'checkpoint', 1)['x'].tolist()}
+    return {'x': files.read(folder / 'run.ckpt', 'checkpoint', 1)['x'].tolist()}
 
 
 def bends(folder) -> dict:
-    return {'bends': [t.tolist() for t in files.read(folder/'curve.pth', 'curve', 1)['bends']]}
+    return {'bends': [t.tolist() for t in files.read(folder / 'curve.pth', 'curve', 1)['bends']]}
 
 
 def picture(folder) -> dict:
-    return {'picture': (folder/'demo.png').read_bytes()}
+    return {'picture': (folder / 'demo.png').read_bytes()}
 
 
 def reported(folder) -> dict:
     return {
         file.name: file.read_bytes()
-        for file in (folder/'report.md', folder/'report.json', *sorted(folder.glob('*.png')))
+        for file in (folder / 'report.md', folder / 'report.json', *sorted(folder.glob('*.png')))
     }
 
 

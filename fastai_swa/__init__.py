@@ -1,5 +1,6 @@
 """Weight averaging for fastai: one callback, two models side by side."""
-from . import learner    # noqa: F401  (patches Learner)
+
+from . import learner  # noqa: F401  (patches Learner)
 from .averaging import WeightAverage, ema, equal
 from .batchnorm import update_bn
 from .callback import SaveSWAModelCallback, SWACallback
@@ -10,8 +11,28 @@ from .landscape import line, plane, rays
 from .plot import plot_line, plot_paths, plot_plane, plot_planes, plot_swa, plot_width
 from .snapshots import SnapshotCallback, average_checkpoints
 from .surfaces import Surface
-from .version import __version__    # noqa: F401
+from .version import __version__  # noqa: F401
 
-__all__ = ['SWACallback', 'SaveSWAModelCallback', 'CheckpointCallback', 'SnapshotCallback', 'Ensemble', 'average_checkpoints', 'WeightAverage',
-           'equal', 'ema', 'update_bn', 'rays', 'line', 'plane', 'Curve', 'Surface', 'plot_swa', 'plot_width', 'plot_line', 'plot_plane',
-           'plot_planes', 'plot_paths']
+__all__ = [
+    'SWACallback',
+    'SaveSWAModelCallback',
+    'CheckpointCallback',
+    'SnapshotCallback',
+    'Ensemble',
+    'average_checkpoints',
+    'WeightAverage',
+    'equal',
+    'ema',
+    'update_bn',
+    'rays',
+    'line',
+    'plane',
+    'Curve',
+    'Surface',
+    'plot_swa',
+    'plot_width',
+    'plot_line',
+    'plot_plane',
+    'plot_planes',
+    'plot_paths',
+]

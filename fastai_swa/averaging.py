@@ -1,4 +1,6 @@
-"""Running averages of weights, and lending an average's tensors to the model that is in use. Plain PyTorch."""
+"""Running averages of weights, and lending an average's tensors to the model that is in use. Plain
+PyTorch."""
+
 import copy
 import math
 import warnings
@@ -13,8 +15,24 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .interrupts import uninterrupted, unwound_whole
-from .modules import (MODULES_OWN, Kept, away_from_training, clean_copy, has_own_modes, in_train_mode, is_plain, modes_of, named_tensors,
-                      paired_modules, plain_name, same_data, set_modes, to_train_form, unwrap, written_in_train_mode)
+from .modules import (
+    MODULES_OWN,
+    Kept,
+    away_from_training,
+    clean_copy,
+    has_own_modes,
+    in_train_mode,
+    is_plain,
+    modes_of,
+    named_tensors,
+    paired_modules,
+    plain_name,
+    same_data,
+    set_modes,
+    to_train_form,
+    unwrap,
+    written_in_train_mode,
+)
 
 __all__ = ['WeightAverage', 'equal', 'ema', 'lent', 'all_finite', 'check_match']
 
@@ -25,91 +43,109 @@ def equal(n_averaged: int) -> float:
 
 
 def ema(decay: float, warmup: bool = False):
-    """Exponential moving average: the old average keeps `decay` of its weight, the new point gets `1 - decay`.
+    """Exponential moving average: the old average keeps `decay` of its weight, the new point gets
+    `1 - decay`.
 
-    The first point is taken whole, so the average never contains weights from before it. `warmup`: point n, from 0,
-    gets `max(1 - decay, (n + 1)**(-2/3))`, so that early points are forgotten soon, while the weights still improve
-    fast. Raises `TypeError` or `ValueError` if `decay` is not a number in [0, 1).
+    The first point is taken whole, so the average never contains weights from before it. `warmup`:
+    point n, from 0, gets `max(1 - decay, (n + 1)**(-2/3))`, so that early points are forgotten
+    soon, while the weights still improve fast. Raises `TypeError` or `ValueError` if `decay` is not
+    a number in [0, 1).
     """
-    if isinstance(decay, bool) or not isinstance(decay, Real): raise TypeError('decay must be a number in [0, 1), not '
-                                                                               f'{decay!r}')
-    if not 0 <= decay < 1: raise ValueError(f'decay must be in [0, 1), not {decay!r}')
+    if isinstance(decay, bool) or not isinstance(decay, Real):
+        raise TypeError(f'decay must be a number in [0, 1), not {decay!r}')
+    if not 0 <= decay < 1:
+        raise ValueError(f'decay must be in [0, 1), not {decay!r}')
     return partial(_warm_ema_weight if warmup else _ema_weight, decay)
 
 
-def _ema_weight(decay, n_averaged): return 1. if n_averaged == 0 else 1. - decay
+def _ema_weight(decay, n_averaged):
+    return 1.0 if n_averaged == 0 else 1.0 - decay
 
-def _warm_ema_weight(decay, n_averaged): return max(1. - decay, (n_averaged + 1)**(-2/3))
+
+def _warm_ema_weight(decay, n_averaged):
+    return max(1.0 - decay, (n_averaged + 1) ** (-2 / 3))
 
 
 def check_weight(weight):
-    "Raise `TypeError` or `ValueError` unless `weight` is a function from a number of points to a number in [0, 1]."
-    if not callable(weight): raise TypeError(f'weight must be a function such as equal or ema(0.99), not {weight!r}')
-    try: fits = 0 <= weight(1) <= 1
-    except Exception: fits = False
-    if not fits: raise ValueError('weight must give a number in [0, 1] for a number of points, as equal and ema(0.99) '
-                                  f'do, and {weight!r} does not')
+    """Raise `TypeError` or `ValueError` unless `weight` is a function from a number of points to a
+    number in [0, 1].
+    """
+    if not callable(weight):
+        raise TypeError(f'weight must be a function such as equal or ema(0.99), not {weight!r}')
+    try:
+        fits = 0 <= weight(1) <= 1
+    except Exception:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f'weight must give a number in [0, 1] for a number of points, as equal and ema(0.99) do, and {weight!r} '
+            'does not'
+        )
 
 
 def check_swa_model(swa_model):
     "Raise `TypeError` unless `swa_model` is a module or `None`."
-    if not isinstance(swa_model, nn.Module | None): raise TypeError('swa_model must be an nn.Module or None, not '
-                                                                    f'{type(swa_model).__name__}')
+    if not isinstance(swa_model, nn.Module | None):
+        raise TypeError(f'swa_model must be an nn.Module or None, not {type(swa_model).__name__}')
 
 
-BLOCK = 128    # points: the longest sum of the two levels, and how many are folded before there are two
+BLOCK = 128  # points: the longest sum of the two levels, and how many are folded before there are two
 
 
 @dataclass
 class _Block:
     "The points that are not in the average yet; their mean lies beside the tensors it is of."
-    weight: float = 0.    # of all of them together, once they are in the average
-    n: int = 0    # how many
-    carries: bool = False    # with none yet: does what the merge before lost to rounding lie where their mean will be?
+
+    weight: float = 0.0  # of all of them together, once they are in the average
+    n: int = 0  # how many
+    carries: bool = False  # with none yet: does what the merge before lost to rounding lie where their mean will be?
 
 
 class WeightAverage:
-    """The running average of a model's weights: `swa_model <- swa_model + weight * (model - swa_model)` at each
-    `update`.
+    """The running average of a model's weights: `swa_model <- swa_model + weight * (model -
+    swa_model)` at each `update`.
 
-    - `model`: the module in training; `torch.compile`d and data-parallel ones are seen through, names are those of the
-      bare module.
-    - `weight`: function from `n_averaged`, the number of points so far, to the new point's weight in [0, 1]: `equal`,
-      `ema(decay)` or any other. The first point is always taken whole.
-    - `swa_model`: module to average into, of the same architecture; by default a clean copy of `model`
-      (`modules.clean_copy`).
+    - `model`: the module in training; `torch.compile`d and data-parallel ones are seen through,
+      names are those of the bare module.
+    - `weight`: function from `n_averaged`, the number of points so far, to the new point's weight
+      in [0, 1]: `equal`, `ema(decay)` or any other. The first point is always taken whole.
+    - `swa_model`: module to average into, of the same architecture; by default a clean copy of
+      `model` (`modules.clean_copy`).
 
-    `swa_model` follows the model's dtypes and devices. Where the model is in low precision (under 32 bits) the average
-    is kept in float32 beside it, since an average in bfloat16 soon stops moving. Buffers and plain attributes are those
-    of the latest model: the statistics of batch norm belong to those weights, not to the average, until `update_bn` has
-    recomputed them.
+    `swa_model` follows the model's dtypes and devices. Where the model is in low precision (under
+    32 bits) the average is kept in float32 beside it, since an average in bfloat16 soon stops
+    moving. Buffers and plain attributes are those of the latest model: the statistics of batch norm
+    belong to those weights, not to the average, until `update_bn` has recomputed them.
 
-    Beyond the first 128 points the average is summed in two levels, which costs one more float32 set of weights: points
-    go into the mean of a block of at most 128, and the block into the average; what that merge loses to rounding goes
-    into the next block. So the error does not grow with the number of points: it is at most that of one sum over 128
-    points, 64 roundings of float32 (6e-8 of a weight each), and commonly a tenth of that. Measured for 10,000 points
-    near 1 that drift by 1e-3: .03 % of the drift, for 50,000: .02 %, for `ema(.9999)`: .05 % (in one level: 10, 50 and
-    4 %). The attribute `swa_model` and all methods merge the open block by themselves; who holds the module itself
-    calls `settle()` before using it.
+    Beyond the first 128 points the average is summed in two levels, which costs one more float32
+    set of weights: points go into the mean of a block of at most 128, and the block into the
+    average; what that merge loses to rounding goes into the next block. So the error does not grow
+    with the number of points: it is at most that of one sum over 128 points, 64 roundings of
+    float32 (6e-8 of a weight each), and commonly a tenth of that. Measured for 10,000 points near 1
+    that drift by 1e-3: .03 % of the drift, for 50,000: .02 %, for `ema(.9999)`: .05 % (in one
+    level: 10, 50 and 4 %). The attribute `swa_model` and all methods merge the open block by
+    themselves; who holds the module itself calls `settle()` before using it.
 
-    Where `train()` and `eval()` move weights (LoRA that is merged in `eval()`), the average is one of the weights as
-    training has them: `swa_model` is kept in train mode, `update` puts it there again, and its own `eval()` merges the
-    average.
+    Where `train()` and `eval()` move weights (LoRA that is merged in `eval()`), the average is one
+    of the weights as training has them: `swa_model` is kept in train mode, `update` puts it there
+    again, and its own `eval()` merges the average.
 
-    Raises `TypeError` for arguments of the wrong kind and `ValueError`, naming the tensors, for a `swa_model` that does
-    not match.
+    Raises `TypeError` for arguments of the wrong kind and `ValueError`, naming the tensors, for a
+    `swa_model` that does not match.
     """
+
     def __init__(self, model: nn.Module, weight=equal, swa_model: nn.Module | None = None):
-        if not isinstance(model, nn.Module): raise TypeError(f'model must be an nn.Module, not {type(model).__name__}')
+        if not isinstance(model, nn.Module):
+            raise TypeError(f'model must be an nn.Module, not {type(model).__name__}')
         check_weight(weight)
         check_swa_model(swa_model)
         self.weight = weight
-        self.n_averaged = 0    # points, those in the open block included
-        self._master = {}    # name -> float32 average of a parameter in low precision
+        self.n_averaged = 0  # points, those in the open block included
+        self._master = {}  # name -> float32 average of a parameter in low precision
         self._block = _Block()
-        self._linked = None    # the _Link to the model folded last
-        self._exchange = None    # the _Exchange of the latest lending
-        self._left = set()    # attributes that could not be copied, each said once
+        self._linked = None  # the _Link to the model folded last
+        self._exchange = None  # the _Exchange of the latest lending
+        self._left = set()  # attributes that could not be copied, each said once
         self._swa_model = swa_model
         if swa_model is None:
             self._swa_model = clean_copy(model)
@@ -136,23 +172,26 @@ class WeightAverage:
     def update(self, model: nn.Module):
         """Fold the weights of `model` into the average. Nothing is read back from the device.
 
-        Raises `ValueError` before anything changes if the parameters of `model` no longer match the average's, naming
-        them, or if `weight` gives something outside [0, 1]; `RuntimeError` while the average's tensors are lent to a
-        model. After any error, and Ctrl-C, weights and `n_averaged` are those before the call or after it; only a
-        kernel that fails when others have already run (a device that is lost) leaves what cannot be undone.
+        Raises `ValueError` before anything changes if the parameters of `model` no longer match the
+        average's, naming them, or if `weight` gives something outside [0, 1]; `RuntimeError` while
+        the average's tensors are lent to a model. After any error, and Ctrl-C, weights and
+        `n_averaged` are those before the call or after it; only a kernel that fails when others
+        have already run (a device that is lost) leaves what cannot be undone.
         """
-        if self.is_lent: raise RuntimeError('the average cannot be updated while its weights are lent to the model')
+        if self.is_lent:
+            raise RuntimeError('the average cannot be updated while its weights are lent to the model')
         weight = self._next_weight()
         with self._read(model):
             link = self._link(model)
             with uninterrupted(), torch.no_grad():
-                if link.is_average_away: to_train_form(link.swa_model)
+                if link.is_average_away:
+                    to_train_form(link.swa_model)
                 self._fold(link, weight)
                 self.n_averaged += 1
                 self._take_attributes(link.changing)
 
     def _next_weight(self) -> float:
-        weight = 1. if self.n_averaged == 0 else self.weight(self.n_averaged)
+        weight = 1.0 if self.n_averaged == 0 else self.weight(self.n_averaged)
         if not isinstance(weight, Real) or not 0 <= weight <= 1:
             raise ValueError(f'weight({self.n_averaged}) must be a number in [0, 1], not {weight!r}')
         return float(weight)
@@ -161,47 +200,59 @@ class WeightAverage:
         block = self._block
         if weight == 1 or self.n_averaged < BLOCK:
             link.fold(weight)
-            if weight == 1: self._block = _Block()    # nothing of what was before is left
+            if weight == 1:
+                self._block = _Block()  # nothing of what was before is left
         elif block.weight or weight:
             total = block.weight + weight - block.weight * weight
-            if block.n == 0: link.open_block(weight, block.carries)
-            else:            link.collect(weight / total)
+            if block.n == 0:
+                link.open_block(weight, block.carries)
+            else:
+                link.collect(weight / total)
             block.weight = total
             block.n += 1
-            if block.n == BLOCK: self._merge(carries=True)
+            if block.n == BLOCK:
+                self._merge(carries=True)
         link.copy_latest()
 
     def settle(self, model: nn.Module | None = None):
-        """Merge the open block of points into the average, so that the module that is `swa_model` holds the average of
-        all.
+        """Merge the open block of points into the average, so that the module that is `swa_model`
+        holds the average of all.
 
-        - `model`: the model folded last, as it was then. All its plain attributes are taken over; `update` passes over
-          those of PyTorch's own layers with parameters, which are settings that no training changes.
+        - `model`: the model folded last, as it was then. All its plain attributes are taken over;
+          `update` passes over those of PyTorch's own layers with parameters, which are settings
+          that no training changes.
         """
         if self._block.n:
             with uninterrupted(), torch.no_grad():
-                if self._linked.is_average_away: to_train_form(self._linked.swa_model)
+                if self._linked.is_average_away:
+                    to_train_form(self._linked.swa_model)
                 self._merge()
-        self._block.carries = False    # whoever goes on from a saved average knows nothing of it
+        self._block.carries = False  # whoever goes on from a saved average knows nothing of it
         if model is not None:
             with self._read(model):
                 link = self._link(model)
-                with uninterrupted(): self._take_attributes(link.attributes)
+                with uninterrupted():
+                    self._take_attributes(link.attributes)
 
     def _merge(self, carries=False):
         self._linked.merge(self._block.weight)
         self._block = _Block(carries=carries)
 
     def _take_attributes(self, attributes):
-        some = [a for a in attributes if len(a.source) > _N_OWN or a.names]    # most modules have none
-        if not some: return
+        some = [a for a in attributes if len(a.source) > _N_OWN or a.names]  # most modules have none
+        if not some:
+            return
         left = {name for a in some for name in a.follow()} - self._left
         self._left |= left
-        if left: warnings.warn(f'swa_model keeps its own {_some(left)}: what the model has there now cannot be copied', stacklevel=3)
+        if left:
+            warnings.warn(
+                f'swa_model keeps its own {_some(left)}: what the model has there now cannot be copied', stacklevel=3
+            )
 
     def _read(self, model):
         "A context in which the weights of `model` are as training has them."
-        if self._linked is not None and self._linked.has_train_form(unwrap(model)): return nullcontext()
+        if self._linked is not None and self._linked.has_train_form(unwrap(model)):
+            return nullcontext()
         return in_train_mode(model)
 
     def _link(self, model):
@@ -212,54 +263,62 @@ class WeightAverage:
         return self._linked
 
     def release(self):
-        """Forget the model folded last and the memory for blocks, so that the average alone does not keep them; the
-        next `update` links again."""
+        """Forget the model folded last and the memory for blocks, so that the average alone does
+        not keep them; the next `update` links again."""
         self.settle()
         self._linked = None
 
     @contextmanager
     def lent_to(self, model: nn.Module):
-        """Within this context `model` holds the average's own tensors (see `lent`), after `swa_model` took on its
-        dtypes and device.
+        """Within this context `model` holds the average's own tensors (see `lent`), after
+        `swa_model` took on its dtypes and device.
 
-        Raises `ValueError` if `model` does not match the average, `RuntimeError` if the average is lent already.
+        Raises `ValueError` if `model` does not match the average, `RuntimeError` if the average is
+        lent already.
         """
-        if self.is_lent: raise RuntimeError('the average is lent to a model already; leave that context first')
+        if self.is_lent:
+            raise RuntimeError('the average is lent to a model already; leave that context first')
         self.settle()
         self._link(model)
         self._exchange = _Exchange(self._swa_model, model)
-        with self._exchange.out(): yield self._swa_model
+        with self._exchange.out():
+            yield self._swa_model
 
     def copy_to(self, model: nn.Module):
-        """Write the average into the parameters, buffers and plain attributes of `model`, in place, as training has
-        them; the model keeps its modes. Raises like `lent_to`."""
-        if self.is_lent: raise RuntimeError('the average is lent to a model; leave that context first')
+        """Write the average into the parameters, buffers and plain attributes of `model`, in place,
+        as training has them; the model keeps its modes. Raises like `lent_to`."""
+        if self.is_lent:
+            raise RuntimeError('the average is lent to a model; leave that context first')
         self.settle()
         with in_train_mode(self._swa_model), written_in_train_mode(model):
             link = self._link(model)
             with uninterrupted(), torch.no_grad():
-                for average, own in (link.params, *link.buffers): torch._foreach_copy_(own, average)
-                for a in link.attributes: a.reversed().follow()
+                for average, own in (link.params, *link.buffers):
+                    torch._foreach_copy_(own, average)
+                for a in link.attributes:
+                    a.reversed().follow()
 
     def state_dict(self) -> dict:
-        """`{'swa_model': plain state dict, 'n_averaged': int, 'master': {name: float32 tensor}}`; tensors are live, as
-        in PyTorch.
+        """`{'swa_model': plain state dict, 'n_averaged': int, 'master': {name: float32 tensor}}`;
+        tensors are live, as in PyTorch.
 
-        `master` is empty unless the model is in low precision. Where modes move weights, these are the weights as
-        training has them, as copies if `swa_model` is in eval mode.
+        `master` is empty unless the model is in low precision. Where modes move weights, these are
+        the weights as training has them, as copies if `swa_model` is in eval mode.
         """
         self.settle()
         model = unwrap(self._swa_model)
         copies = bool(away_from_training(model))
         with in_train_mode(model):
             state = {plain_name(k): v for k, v in model.state_dict().items()}
-            if copies: state = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+            if copies:
+                state = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
         return {'swa_model': state, 'n_averaged': self.n_averaged, 'master': dict(self._master)}
 
     def load_state_dict(self, state: dict):
-        """Take over a `state_dict`. Raises `ValueError` before anything changes if it is none, or belongs to another
-        model, and `RuntimeError` while the average is lent."""
-        if self.is_lent: raise RuntimeError('a state cannot be loaded while the average is lent to a model')
+        """Take over a `state_dict`. Raises `ValueError` before anything changes if it is none, or
+        belongs to another model, and `RuntimeError` while the average is lent."""
+        if self.is_lent:
+            raise RuntimeError('a state cannot be loaded while the average is lent to a model')
         if not isinstance(state, dict) or not {'swa_model', 'n_averaged', 'master'} <= set(state):
             raise ValueError('not the state of a WeightAverage: expected a dict with swa_model, n_averaged and master')
         model = unwrap(self._swa_model)
@@ -267,7 +326,8 @@ class WeightAverage:
         refuse_mismatch('the state', state['swa_model'], {name: v for name, (_, v) in own.items()})
         params = named_tensors(model.named_parameters)
         foreign = {k for k, t in state['master'].items() if k not in params or t.shape != params[k].shape}
-        if foreign: raise ValueError(f'the state does not match the average: master has {_some(foreign)}')
+        if foreign:
+            raise ValueError(f'the state does not match the average: master has {_some(foreign)}')
         with uninterrupted(), written_in_train_mode(model), torch.no_grad():
             model.load_state_dict({own[name][0]: v for name, v in state['swa_model'].items()})
             self._block = _Block()
@@ -275,26 +335,34 @@ class WeightAverage:
             self._master.clear()
             for name, t in state['master'].items():
                 params[name].copy_(t)
-                if is_low(params[name]): self._master[name] = t.detach().to(params[name].device, torch.float32, copy=True)
+                if is_low(params[name]):
+                    self._master[name] = t.detach().to(params[name].device, torch.float32, copy=True)
             self.n_averaged = state['n_averaged']
 
-    def __repr__(self): return f'{type(self).__name__}({type(unwrap(self._swa_model)).__name__}, n_averaged={self.n_averaged})'
+    def __repr__(self):
+        return f'{type(self).__name__}({type(unwrap(self._swa_model)).__name__}, n_averaged={self.n_averaged})'
 
 
 def check_match(model: nn.Module, swa_model: nn.Module):
-    "Raise `ValueError`, naming the tensors, unless `swa_model` can hold an average of `model`; change nothing."
+    """Raise `ValueError`, naming the tensors, unless `swa_model` can hold an average of `model`;
+    change nothing.
+    """
     _pair_params(unwrap(model), unwrap(swa_model))
 
 
 class _Link:
     """The tensors of a model beside those of its average, in lists for the multi-tensor kernels.
 
-    Making one checks all names and shapes first, then gives the average the model's dtypes and devices.
+    Making one checks all names and shapes first, then gives the average the model's dtypes and
+    devices.
     """
+
     def __init__(self, model, swa_model, master):
         pairs = _pair_params(model, swa_model)
-        for name, (d, p) in pairs.items(): _convert(name, d, p, master)
-        for name in master.keys() - {n for n, (d, _) in pairs.items() if is_low(d)}: del master[name]
+        for name, (d, p) in pairs.items():
+            _convert(name, d, p, master)
+        for name in master.keys() - {n for n, (d, _) in pairs.items() if is_low(d)}:
+            del master[name]
         self.model, self.swa_model = model, swa_model
         self.params = [d for d, _ in pairs.values()], [p for _, p in pairs.values()]
         self.buffers = _group(_pair_buffers(model, swa_model))
@@ -305,14 +373,18 @@ class _Link:
         self.movers = [m for m in model.modules() if has_own_modes(m)]
         self.swa_movers = [m for m in swa_model.modules() if has_own_modes(m)]
         self.attributes = [_Attributes(vars(m), vars(s)) for m, s in paired_modules(model, swa_model)]
-        self.changing = [a for a, m in zip(self.attributes, (m for m, _ in paired_modules(model, swa_model))) if not _is_constant(m)]
+        self.changing = [
+            a for a, m in zip(self.attributes, (m for m, _ in paired_modules(model, swa_model))) if not _is_constant(m)
+        ]
         # what `holds` compares
         self.slots = _slots(model) + _slots(swa_model)
         self.snapshot = [dict(d) for d in self.slots]
         single = [(d, k, t) for d in self.slots for k, t in d.items() if isinstance(t, torch.Tensor) and t.numel() <= 1]
         # those that a comparison of dicts takes for equal where their values are
         self.single = list(zip(*single)) or ((), (), ())
-        self.resizable = [b for m in model.modules() if not isinstance(m, _NormBase) for b in m._buffers.values() if b is not None]
+        self.resizable = [
+            b for m in model.modules() if not isinstance(m, _NormBase) for b in m._buffers.values() if b is not None
+        ]
         self.kinds = list(map(_kind, self.resizable))
         self.low_ptrs = self._low_ptrs()
 
@@ -321,17 +393,27 @@ class _Link:
         return [t.data_ptr() for t in (*self.params[0], *self.params[1])] if has_low else None
 
     def holds(self, model) -> bool:
-        "Is `model` still made of the linked tensors, and are the two sides of one dtype and device?"
+        """Is `model` still made of the linked tensors, and are the two sides of one dtype and
+        device?
+        """
         # dicts compare by identity first: no tensor is read while all is as it was
-        try: same = self.slots == self.snapshot
+        try:
+            same = self.slots == self.snapshot
         # "truth value of a tensor is ambiguous": there is another tensor in its place
-        except RuntimeError: same = False
+        except RuntimeError:
+            same = False
         dst, src = self.params
         dicts, keys, tensors = self.single
-        return (model is self.model and same and all(map(is_, map(getitem, dicts, keys), tensors))
-                and list(map(_dtype, dst)) == list(map(_dtype, src)) and list(map(_device, dst)) == list(map(_device, src))
-                and list(map(_numel, dst)) == list(map(_numel, src)) and list(map(_kind, self.resizable)) == self.kinds
-                and self._low_ptrs() == self.low_ptrs)
+        return (
+            model is self.model
+            and same
+            and all(map(is_, map(getitem, dicts, keys), tensors))
+            and list(map(_dtype, dst)) == list(map(_dtype, src))
+            and list(map(_device, dst)) == list(map(_device, src))
+            and list(map(_numel, dst)) == list(map(_numel, src))
+            and list(map(_kind, self.resizable)) == self.kinds
+            and self._low_ptrs() == self.low_ptrs
+        )
 
     def has_train_form(self, model) -> bool:
         "Is `model` the linked one, with its weights as training has them?"
@@ -344,26 +426,31 @@ class _Link:
 
     def fold(self, weight):
         "average <- average + weight * (model - average)"
-        for group in self.groups: group.fold(weight)
+        for group in self.groups:
+            group.fold(weight)
 
     def open_block(self, weight, carries):
-        """mean of the block <- model, a point of `weight`, and if the block `carries` it, what was lost to rounding
-        when the one before was merged."""
-        for group in self.groups: group.open_block((1 - weight) / weight if carries and weight > _LEAST_CARRYING else 0.)
+        """mean of the block <- model, a point of `weight`, and if the block `carries` it, what was
+        lost to rounding when the one before was merged."""
+        for group in self.groups:
+            group.open_block((1 - weight) / weight if carries and weight > _LEAST_CARRYING else 0.0)
 
     def collect(self, weight):
         "mean of the block <- mean + weight * (model - mean)"
-        for group in self.groups: group.collect(weight)
+        for group in self.groups:
+            group.collect(weight)
 
     def merge(self, weight):
-        """average <- average + weight * (mean of the block - average); what is lost to rounding is left in place of the
-        mean.
+        """average <- average + weight * (mean of the block - average); what is lost to rounding is
+        left in place of the mean.
         """
-        for group in self.groups: group.merge(weight)
+        for group in self.groups:
+            group.merge(weight)
 
     def copy_latest(self):
         "What has no mean is that of the latest model."
-        for average, model in self.integers + self.buffers: torch._foreach_copy_(average, model)
+        for average, model in self.integers + self.buffers:
+            torch._foreach_copy_(average, model)
 
 
 # weight of a block's first point; beside a smaller one what is carried, divided by it, would drown the point
@@ -373,34 +460,41 @@ _LEAST_CARRYING = 1e-6
 @dataclass
 class _Group:
     "Weights of one dtype and device."
-    average: list    # tensors of swa_model
-    model: list    # tensors of the model in training
-    means: list = field(default_factory=list)    # of the block, once there was one
 
-    def fold(self, weight): _lerp(self.average, self.model, weight)
+    average: list  # tensors of swa_model
+    model: list  # tensors of the model in training
+    means: list = field(default_factory=list)  # of the block, once there was one
 
-    def open_block(self, carried): _open_block(self, self.average, self.model, carried)
+    def fold(self, weight):
+        _lerp(self.average, self.model, weight)
 
-    def collect(self, weight): _lerp(self.means, self.model, weight)
+    def open_block(self, carried):
+        _open_block(self, self.average, self.model, carried)
 
-    def merge(self, weight): _merge(self.average, self.means, weight)
+    def collect(self, weight):
+        _lerp(self.means, self.model, weight)
+
+    def merge(self, weight):
+        _merge(self.average, self.means, weight)
 
 
 @dataclass
 class _LowGroup:
     "Pieces of weights in low precision, whose average is kept in float32."
-    average: list    # of swa_model
-    model: list    # of the model in training
-    master: list    # the average itself, in float32
-    scratch: list    # room for the model's in float32
-    means: list = field(default_factory=list)    # of the block, in float32, once there was one
+
+    average: list  # of swa_model
+    model: list  # of the model in training
+    master: list  # the average itself, in float32
+    scratch: list  # room for the model's in float32
+    means: list = field(default_factory=list)  # of the block, in float32, once there was one
 
     def fold(self, weight):
         torch._foreach_copy_(self.scratch, self.model)
         _lerp(self.master, self.scratch, weight)
         torch._foreach_copy_(self.average, self.master)
 
-    def open_block(self, carried): _open_block(self, self.master, self.model, carried)
+    def open_block(self, carried):
+        _open_block(self, self.master, self.model, carried)
 
     def collect(self, weight):
         torch._foreach_copy_(self.scratch, self.model)
@@ -412,21 +506,27 @@ class _LowGroup:
 
 
 def _lerp(dst, src, weight):
-    if weight == 1: torch._foreach_copy_(dst, src)
-    else:           torch._foreach_lerp_(dst, src, weight)
+    if weight == 1:
+        torch._foreach_copy_(dst, src)
+    else:
+        torch._foreach_lerp_(dst, src, weight)
 
 
 def _open_block(group, like, model, carried):
-    "The means of `group`, tensors like those in `like`, become those of the model and `carried` times what they hold."
-    if not group.means: group.means = [torch.empty_like(t) for t in like]
-    if not carried: return torch._foreach_copy_(group.means, model)
+    """The means of `group`, tensors like those in `like`, become those of the model and `carried`
+    times what they hold.
+    """
+    if not group.means:
+        group.means = [torch.empty_like(t) for t in like]
+    if not carried:
+        return torch._foreach_copy_(group.means, model)
     torch._foreach_mul_(group.means, carried)
     torch._foreach_add_(group.means, model)
 
 
 def _merge(average, means, weight):
-    """average <- average + weight * (means - average); then `means` holds how much more it should be (a compensated
-    sum, Dekker 1971).
+    """average <- average + weight * (means - average); then `means` holds how much more it should
+    be (a compensated sum, Dekker 1971).
 
     In pieces: a whole set of sums would be another set of weights in memory.
     """
@@ -443,26 +543,35 @@ def _merge(average, means, weight):
 @dataclass
 class _Attributes:
     "The attributes of a module of the model beside those of its counterpart in the average."
-    source: dict    # of the module that is followed
-    target: dict    # of the one that follows
+
+    source: dict  # of the module that is followed
+    target: dict  # of the one that follows
     # those that the target has from the source, or had from the start as the source did
     names: set = field(default_factory=set)
 
     def follow(self) -> list[str]:
-        "Give the target the source's plain attributes, as copies; returns the names of those that cannot be copied."
+        """Give the target the source's plain attributes, as copies; returns the names of those that
+        cannot be copied.
+        """
         source, target = self.source, self.target
         left = []
         for name, value in source.items():
-            if name in MODULES_OWN: continue
+            if name in MODULES_OWN:
+                continue
             own = target.get(name, _MISSING)
-            if value is own or not _may_follow(value, own): continue
-            try: target[name] = copy.deepcopy(value)
-            except Exception: left.append(name)
-        for name in self.names - source.keys(): target.pop(name, None)
+            if value is own or not _may_follow(value, own):
+                continue
+            try:
+                target[name] = copy.deepcopy(value)
+            except Exception:
+                left.append(name)
+        for name in self.names - source.keys():
+            target.pop(name, None)
         self.names = source.keys() & target.keys() - MODULES_OWN
         return left
 
-    def reversed(self): return _Attributes(self.target, self.source)
+    def reversed(self):
+        return _Attributes(self.target, self.source)
 
 
 _N_OWN = len(vars(nn.Module()))
@@ -475,22 +584,34 @@ def _may_follow(value, own) -> bool:
 
 
 def _is_constant(module) -> bool:
-    "Is `module` a layer of PyTorch's own with parameters, whose other attributes say how it was made?"
+    """Is `module` a layer of PyTorch's own with parameters, whose other attributes say how it was
+    made?
+    """
     return type(module).__module__.startswith('torch.nn.modules.') and bool(module._parameters)
 
 
 _dtype, _device, _numel = attrgetter('dtype'), torch.Tensor.get_device, torch.Tensor.numel
 
-def _kind(t): return t.shape, t.dtype, t.device
+
+def _kind(t):
+    return t.shape, t.dtype, t.device
+
 
 # a state dict may hold a module's extra state, which need not be a tensor
-def _shape(o): return getattr(o, 'shape', None)
+def _shape(o):
+    return getattr(o, 'shape', None)
 
-def _slots(model): return [d for m in model.modules() for d in (m._parameters, m._buffers, m._modules)]
 
-def _is_inexact(t): return t.is_floating_point() or t.is_complex()
+def _slots(model):
+    return [d for m in model.modules() for d in (m._parameters, m._buffers, m._modules)]
 
-def is_low(t): return t.is_floating_point() and torch.finfo(t.dtype).bits < 32
+
+def _is_inexact(t):
+    return t.is_floating_point() or t.is_complex()
+
+
+def is_low(t):
+    return t.is_floating_point() and torch.finfo(t.dtype).bits < 32
 
 
 def _some(names, limit=3):
@@ -499,48 +620,67 @@ def _some(names, limit=3):
 
 
 def refuse_mismatch(what, src, dst):
-    "Raise a `ValueError` that names how `src` and `dst`, both name -> tensor, differ in names or shapes."
-    faults = [f'{_some(names)} {fault}' for names, fault in (
-        (dst.keys() - src.keys(), 'missing'), (src.keys() - dst.keys(), 'not in the average'),
-        ({k for k in src.keys() & dst.keys() if _shape(src[k]) != _shape(dst[k])}, 'of another shape')) if names]
-    if faults: raise ValueError(f'{what} does not match the average: ' + '; '.join(faults))
+    """Raise a `ValueError` that names how `src` and `dst`, both name -> tensor, differ in names or
+    shapes.
+    """
+    faults = [
+        f'{_some(names)} {fault}'
+        for names, fault in (
+            (dst.keys() - src.keys(), 'missing'),
+            (src.keys() - dst.keys(), 'not in the average'),
+            ({k for k in src.keys() & dst.keys() if _shape(src[k]) != _shape(dst[k])}, 'of another shape'),
+        )
+        if names
+    ]
+    if faults:
+        raise ValueError(f'{what} does not match the average: ' + '; '.join(faults))
 
 
 def _pair_params(model, swa_model):
-    "Name -> (average's, model's) parameter, each once; raises `ValueError` if the two do not match."
+    """Name -> (average's, model's) parameter, each once; raises `ValueError` if the two do not
+    match.
+    """
     src, dst = named_tensors(model.named_parameters), named_tensors(swa_model.named_parameters)
     refuse_mismatch('the model', src, dst)
     first = {}
     for name, p in src.items():
         if first.setdefault(id(dst[name]), (name, p))[1] is not p:
-            raise ValueError(f'the model does not match the average: {name!r} is tied to {first[id(dst[name])][0]!r} '
-                             'in the average only')
+            raise ValueError(
+                f'the model does not match the average: {name!r} is tied to {first[id(dst[name])][0]!r} in the average '
+                'only'
+            )
         if p.numel() and p.data_ptr() == dst[name].data_ptr():
             raise ValueError(f'swa_model shares {name!r} with the model in training; pass a separate module')
     for name, _ in model.named_buffers():
-        try: swa_model.get_submodule(plain_name(name).rpartition('.')[0])
-        except AttributeError: raise ValueError(f'the model does not match the average: its buffer {name!r} has no '
-                                                'place there') from None
+        try:
+            swa_model.get_submodule(plain_name(name).rpartition('.')[0])
+        except AttributeError:
+            raise ValueError(f'the model does not match the average: its buffer {name!r} has no place there') from None
     return {name: (dst[name], p) for name, p in first.values()}
 
 
 def _convert(name, d, p, master):
-    """Give `d`, the average of `p`, the dtype and device of `p`; a float32 master appears and disappears with low
-    precision.
+    """Give `d`, the average of `p`, the dtype and device of `p`; a float32 master appears and
+    disappears with low precision.
     """
     if is_low(p):
         master[name] = master.get(name, d.data).to(p.device, torch.float32, copy=name not in master)
         source = master[name]
-    else: source = master.pop(name, d.data)
-    if d.dtype != p.dtype or d.device != p.device: d.data = source.to(p.device, p.dtype, copy=is_low(p))
+    else:
+        source = master.pop(name, d.data)
+    if d.dtype != p.dtype or d.device != p.device:
+        d.data = source.to(p.device, p.dtype, copy=is_low(p))
 
 
 def _pair_buffers(model, swa_model):
-    "(average's, model's) buffers; those that came, went, or changed shape since the copy follow the model."
+    """(average's, model's) buffers; those that came, went, or changed shape since the copy follow
+    the model.
+    """
     src, dst = named_tensors(model.named_buffers), named_tensors(swa_model.named_buffers)
     for name in src.keys() | dst.keys():
         p, d = src.get(name), dst.get(name)
-        if p is not None and d is not None and _kind(p) == _kind(d): continue
+        if p is not None and d is not None and _kind(p) == _kind(d):
+            continue
         path, _, leaf = name.rpartition('.')
         swa_model.get_submodule(path)._buffers[leaf] = None if p is None else p.detach().clone()
     dst = named_tensors(swa_model.named_buffers)
@@ -548,18 +688,21 @@ def _pair_buffers(model, swa_model):
 
 
 def _group(pairs):
-    "Lists of `pairs`, one for each dtype and device: the multi-tensor kernels are fast on uniform lists."
+    """Lists of `pairs`, one for each dtype and device: the multi-tensor kernels are fast on uniform
+    lists.
+    """
     groups = {}
-    for d, p in pairs: groups.setdefault((p.dtype, p.device), []).append((d, p))
+    for d, p in pairs:
+        groups.setdefault((p.dtype, p.device), []).append((d, p))
     return [tuple(map(list, zip(*group))) for group in groups.values()]
 
 
-_SCRATCH = 2**20    # elements: enough to fill a GPU, few enough to stay in a CPU's cache
+_SCRATCH = 2**20  # elements: enough to fill a GPU, few enough to stay in a CPU's cache
 
 
 def _runs(tuples):
-    """Pieces of the tensors in `tuples`, each of tensors of one shape, in lists of at most `_SCRATCH` elements or one
-    row together.
+    """Pieces of the tensors in `tuples`, each of tensors of one shape, in lists of at most
+    `_SCRATCH` elements or one row together.
     """
     run, n = [], 0
     for tensors in tuples:
@@ -571,57 +714,68 @@ def _runs(tuples):
                 run, n = [], 0
             run.append(piece)
             n += piece[0].numel()
-    if run: yield run
+    if run:
+        yield run
 
 
 def _low_groups(triples):
-    """Groups of the pieces of (average, model, master), one for each dtype, device and run; all of a device use one
-    scratch.
+    """Groups of the pieces of (average, model, master), one for each dtype, device and run; all of
+    a device use one scratch.
     """
     kinds, scratch, groups = {}, {}, []
-    for triple in triples: kinds.setdefault((triple[1].dtype, triple[1].device), []).append(triple)
+    for triple in triples:
+        kinds.setdefault((triple[1].dtype, triple[1].device), []).append(triple)
     runs = [(device, list(map(list, zip(*run)))) for (_, device), tensors in kinds.items() for run in _runs(tensors)]
-    for device, (average, _, _) in runs: scratch[device] = max(scratch.get(device, 0), sum(t.numel() for t in average))
+    for device, (average, _, _) in runs:
+        scratch[device] = max(scratch.get(device, 0), sum(t.numel() for t in average))
     scratch = {device: torch.empty(n, device=device) for device, n in scratch.items()}
     for device, (average, model, master) in runs:
         sizes = [t.numel() for t in average]
-        views = [s.view(t.shape) for s, t in zip(scratch[device][:sum(sizes)].split(sizes), average)]
+        views = [s.view(t.shape) for s, t in zip(scratch[device][: sum(sizes)].split(sizes), average)]
         groups.append(_LowGroup(average, model, master, views))
     return groups
 
 
 @contextmanager
 def lent(source: nn.Module, model: nn.Module):
-    """Within this context `model` holds the very tensors of `source`, a module of the same shapes and dtypes;
-    afterwards its own again.
+    """Within this context `model` holds the very tensors of `source`, a module of the same shapes
+    and dtypes; afterwards its own again.
 
-    Parameters and buffers keep their identity, only their data is exchanged, so that optimizers, compiled code and
-    wrappers go on referring to them; no tensor is copied. What the model does to its buffers inside happens to
-    `source`. The model has the plain attributes of `source`, too, as copies. Modes stay the model's own.
+    Parameters and buffers keep their identity, only their data is exchanged, so that optimizers,
+    compiled code and wrappers go on referring to them; no tensor is copied. What the model does to
+    its buffers inside happens to `source`. The model has the plain attributes of `source`, too, as
+    copies. Modes stay the model's own.
 
-    Where `train()` and `eval()` move weights, the model gets the weights of `source` as training has them, is brought
-    to its mode by real calls, and its own tensors, attributes and modes are put back without any; `source` gets the
-    bits of its parameters back, for which those of the modules with such modes are copied. (A module's own buffers,
-    where it has modes of its own, as well; but for statistics of batch norm.)
+    Where `train()` and `eval()` move weights, the model gets the weights of `source` as training
+    has them, is brought to its mode by real calls, and its own tensors, attributes and modes are
+    put back without any; `source` gets the bits of its parameters back, for which those of the
+    modules with such modes are copied. (A module's own buffers, where it has modes of its own, as
+    well; but for statistics of batch norm.)
 
     Raises `ValueError`, naming the parameters and before anything changes, if the two do not match.
     """
-    with _Exchange(source, model).out(): yield
+    with _Exchange(source, model).out():
+        yield
 
 
 class _Exchange:
-    """A model and the source whose tensors it is lent. Raises `ValueError`, naming the parameters, if the two do not
-    match.
+    """A model and the source whose tensors it is lent. Raises `ValueError`, naming the parameters,
+    if the two do not match.
     """
+
     def __init__(self, source, model):
         self.source, self.model = unwrap(source), unwrap(model)
-        self.is_out = False    # does the model hold the source's tensors?
+        self.is_out = False  # does the model hold the source's tensors?
         own, other = named_tensors(self.model.named_parameters), named_tensors(self.source.named_parameters)
         refuse_mismatch('the model', own, other)
         self.buffers = named_tensors(self.source.named_buffers)
-        self.slots = [(m, plain_name(f'{path}.{leaf}' if path else leaf), leaf, t)
-                      for path, m in self.model.named_modules(remove_duplicate=False) for leaf, t in m._buffers.items() if t is not None]
-        self.tensors = {id(t): (t, other[name]) for name, t in own.items()}    # (the model's, the source's)
+        self.slots = [
+            (m, plain_name(f'{path}.{leaf}' if path else leaf), leaf, t)
+            for path, m in self.model.named_modules(remove_duplicate=False)
+            for leaf, t in m._buffers.items()
+            if t is not None
+        ]
+        self.tensors = {id(t): (t, other[name]) for name, t in own.items()}  # (the model's, the source's)
         self.tensors |= {id(t): (t, self.buffers[name]) for _, name, _, t in self.slots if name in self.buffers}
         self.movers = [m for m in self.model.modules() if has_own_modes(m)]
 
@@ -630,30 +784,39 @@ class _Exchange:
         with unwound_whole(), written_in_train_mode(self.source):
             try:
                 try:
-                    with uninterrupted(): self._lend()
+                    with uninterrupted():
+                        self._lend()
                     yield
-                finally: self._take_back()
-            finally: self._take_back()    # for an interruption that arrived just before the line above
+                finally:
+                    self._take_back()
+            finally:
+                self._take_back()  # for an interruption that arrived just before the line above
 
     def _lend(self):
         self.own_data = [(t, t.data) for t, _ in self.tensors.values()]
-        self.own_attributes = []    # (attributes of a module, name, value)
+        self.own_attributes = []  # (attributes of a module, name, value)
         self.own_movers = Kept(self.movers, bits=False)
-        self.bits = [(t, t.detach().clone()) for t in self._moved_tensors()]    # of the source
+        self.bits = [(t, t.detach().clone()) for t in self._moved_tensors()]  # of the source
         self.own_modes = modes_of(self.model)
         self.is_out = True
-        for t, theirs in self.tensors.values(): t.data = theirs.data
+        for t, theirs in self.tensors.values():
+            t.data = theirs.data
         for theirs, m in paired_modules(self.source, self.model):
             self._lend_attributes(vars(theirs), vars(m))
-            if has_own_modes(m): m.training = theirs.training    # as its weights are now
-        if self.movers: set_modes(self.model, self.own_modes)
+            if has_own_modes(m):
+                m.training = theirs.training  # as its weights are now
+        if self.movers:
+            set_modes(self.model, self.own_modes)
 
     def _lend_attributes(self, theirs, own):
         for name, value in theirs.items():
-            if name in MODULES_OWN or name not in own or value is own[name] or not _may_follow(value, own[name]): continue
+            if name in MODULES_OWN or name not in own or value is own[name] or not _may_follow(value, own[name]):
+                continue
             self.own_attributes.append((own, name, own[name]))
-            try: own[name] = copy.deepcopy(value)
-            except Exception: own[name] = value
+            try:
+                own[name] = copy.deepcopy(value)
+            except Exception:
+                own[name] = value
 
     def _moved_tensors(self) -> list:
         "The source's counterparts of what `train` and `eval` may move in the model."
@@ -664,18 +827,24 @@ class _Exchange:
 
     def _take_back(self):
         with uninterrupted():
-            if not self.is_out: return
+            if not self.is_out:
+                return
             try:
-                if self.movers: to_train_form(self.model)
+                if self.movers:
+                    to_train_form(self.model)
                 self._hand_over_buffers()
             finally:
                 with torch.no_grad():
-                    for t, bits in self.bits: t.copy_(bits)
-                for own, name, value in self.own_attributes: own[name] = value
+                    for t, bits in self.bits:
+                        t.copy_(bits)
+                for own, name, value in self.own_attributes:
+                    own[name] = value
                 self.own_movers.put_back()
-                if self.movers:    # the weights are those of these modes
-                    for m, mode in self.own_modes.items(): m.training = mode
-                for t, data in self.own_data: t.data = data
+                if self.movers:  # the weights are those of these modes
+                    for m, mode in self.own_modes.items():
+                        m.training = mode
+                for t, data in self.own_data:
+                    t.data = data
                 self.is_out = False
                 self.own_data = self.own_attributes = self.own_movers = self.own_modes = self.bits = None
 
@@ -683,8 +852,10 @@ class _Exchange:
         "A buffer that was rebound inside is the source's."
         for m, name, leaf, t in self.slots:
             now = getattr(m, leaf, None)
-            if now is t or now is None: continue
-            if name in self.buffers: self.buffers[name].data = now.data
+            if now is t or now is None:
+                continue
+            if name in self.buffers:
+                self.buffers[name].data = now.data
             m._buffers[leaf] = t
 
 
@@ -692,6 +863,7 @@ def all_finite(tensors) -> bool:
     "Whether no tensor holds a NaN or an infinity; one read from each device."
     groups = {}
     for t in tensors:
-        if _is_inexact(t) and t.numel(): groups.setdefault((t.dtype, t.device), []).append(t.detach())
+        if _is_inexact(t) and t.numel():
+            groups.setdefault((t.dtype, t.device), []).append(t.detach())
     # the largest magnitude, unlike a sum or a 2-norm, cannot overflow
     return all(math.isfinite(torch.stack(torch._foreach_norm(ts, math.inf)).max().item()) for ts in groups.values())

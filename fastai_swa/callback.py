@@ -1,5 +1,6 @@
-"""`SWACallback`: the running average of a fit, validated beside the model in training. Callbacks only wire; the
-mathematics is below."""
+"""`SWACallback`: the running average of a fit, validated beside the model in training. Callbacks
+only wire; the mathematics is below."""
+
 import keyword
 import warnings
 import weakref
@@ -32,76 +33,82 @@ from .weights import read_weights
 
 __all__ = ['SWACallback', 'SaveSWAModelCallback', 'check_name', 'is_learners_own']
 
-_COUNTS = 'start', 'n_folds', 'n_epochs', 'n_steps'    # of a fit, and of its state
-_N_WEIGHTS = 1001    # by the weights of so many points the function that gives them is known again
+_COUNTS = 'start', 'n_folds', 'n_epochs', 'n_steps'  # of a fit, and of its state
+_N_WEIGHTS = 1001  # by the weights of so many points the function that gives them is known again
 
 
 @dataclass
 class _Average:
     "An average, and what it is of."
+
     running: WeightAverage
-    learner: weakref.ref    # of the learner whose weights were averaged
-    epochs: list = field(default_factory=list)    # with points in it, from 0
-    bn: list = field(default_factory=list)    # names of the layers whose statistics follow the weights
-    stale: bool = False    # whether these statistics are of other weights
-    structure: list = None    # of the model that `swa_model` is a copy of
+    learner: weakref.ref  # of the learner whose weights were averaged
+    epochs: list = field(default_factory=list)  # with points in it, from 0
+    bn: list = field(default_factory=list)  # names of the layers whose statistics follow the weights
+    stale: bool = False  # whether these statistics are of other weights
+    structure: list = None  # of the model that `swa_model` is a copy of
 
 
 @dataclass
 class _Fit:
     "A fit under way."
-    start: int    # the first epoch that is averaged
-    before: int = 0    # how many columns of the table stand before those of the average
+
+    start: int  # the first epoch that is averaged
+    before: int = 0  # how many columns of the table stand before those of the average
     columns: list = field(default_factory=list)
-    n_folds: int = 0    # points folded
-    n_epochs: int = 0    # epochs with such
-    n_steps: int = 0    # optimizer steps since `start`
-    begun: bool = False    # whether training has begun
+    n_folds: int = 0  # points folded
+    n_epochs: int = 0  # epochs with such
+    n_steps: int = 0  # optimizer steps since `start`
+    begun: bool = False  # whether training has begun
     side: SideWork = field(default_factory=SideWork)
-    said: set = field(default_factory=set)    # what was warned about
+    said: set = field(default_factory=set)  # what was warned about
     # the epoch under way; what follows is of it (`learn.epoch` is 0 after a validation within the fit)
     epoch: int = -1
-    trained: bool = False    # whether its training part has ended
-    folded: bool = False    # whether points of it are in the average
-    failed: bool = False    # whether its value of the average could not be had
-    step_cancelled: bool = False    # whether the optimizer step under way was left out
-    n_batches: int = 0    # `learn.train_iter` at its beginning
+    trained: bool = False  # whether its training part has ended
+    folded: bool = False  # whether points of it are in the average
+    failed: bool = False  # whether its value of the average could not be had
+    step_cancelled: bool = False  # whether the optimizer step under way was left out
+    n_batches: int = 0  # `learn.train_iter` at its beginning
     # the statistics of batch norm at its beginning; `None` once it was asked what moved
     watch: StatisticsWatch = None
-    backup: dict = None    # the callback's state at its beginning, while steps are folded unseen
+    backup: dict = None  # the callback's state at its beginning, while steps are folded unseen
 
 
 class SWACallback(FitCallback):
-    """Average the weights at the ends of epochs into `swa_model` and validate it beside the model in training.
+    """Average the weights at the ends of epochs into `swa_model` and validate it beside the model
+    in training.
 
-    Training itself is left exactly as it is. The columns `swa_valid_loss` and `swa_<metric>` are added to the learner's
-    table, `nan` in epochs that did not validate the average. A later fit starts a new average at its first fold; until
-    then the old one stays. With `every=k` it is the weights after each k-th optimizer step that are folded, and
-    `averaged_epochs` are the epochs with such steps. Several averages are kept in one fit by callbacks of different
-    `name`s, which is then also what their columns begin with. Izmailov et al. 2018, "Averaging Weights Leads to Wider
-    Optima and Better Generalization", Algorithm 1.
+    Training itself is left exactly as it is. The columns `swa_valid_loss` and `swa_<metric>` are
+    added to the learner's table, `nan` in epochs that did not validate the average. A later fit
+    starts a new average at its first fold; until then the old one stays. With `every=k` it is the
+    weights after each k-th optimizer step that are folded, and `averaged_epochs` are the epochs
+    with such steps. Several averages are kept in one fit by callbacks of different `name`s, which
+    is then also what their columns begin with. Izmailov et al. 2018, "Averaging Weights Leads to
+    Wider Optima and Better Generalization", Algorithm 1.
 
-    What the averaging does beside the training and cannot do (a pass, a validation, a fold) is a warning and leaves
-    `nan`; training goes on. Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used, at
-    the latest before the first step.
+    What the averaging does beside the training and cannot do (a pass, a validation, a fold) is a
+    warning and leaves `nan`; training goes on. Raises `TypeError` or `ValueError`, naming the
+    argument, for one that cannot be used, at the latest before the first step.
     """
+
     # after the Recorder has logged the epoch, before trackers and the progress table read it
     order = Recorder.order + 5
-    remove_on_fetch = True    # as the Recorder has it: not for passes aside from training
+    remove_on_fetch = True  # as the Recorder has it: not for passes aside from training
     _stateattrs = '_average', '_given', '_continued', '_fit', '_stands_aside'
 
-    def __init__(self,
-        swa_start=0.75,    # int: index from 0 of the first epoch folded. float in [0, 1): that share of the fit
-        swa_model:nn.Module=None,    # module to average into; default: a clean copy of the learner's model
-        cycle_len:int=1,    # fold at the end of epoch `swa_start` and of every `cycle_len`-th after it
+    def __init__(
+        self,
+        swa_start=0.75,  # int: index from 0 of the first epoch folded. float in [0, 1): that share of the fit
+        swa_model: nn.Module = None,  # module to average into; default: a clean copy of the learner's model
+        cycle_len: int = 1,  # fold at the end of epoch `swa_start` and of every `cycle_len`-th after it
         # validate the average at its 1st, (1+f)th, (1+2f)th ... fold and in the last epoch; 0: last only
-        swa_eval_freq:int=1,
-        bn_batches:int=None,    # training batches used to refresh batch norm; None: the whole training set
-        weight=equal,    # function from `n_averaged` to the weight of the new point: `equal`, `ema(decay)` or another
+        swa_eval_freq: int = 1,
+        bn_batches: int = None,  # training batches used to refresh batch norm; None: the whole training set
+        weight=equal,  # function from `n_averaged` to the weight of the new point: `equal`, `ema(decay)` or another
         # fold every so many optimizer steps, from the start of epoch `swa_start` on, instead of at the ends of epochs
-        every:int=None,
+        every: int = None,
         # `learn.<name>`, and what the columns begin with; several averages in one fit have different ones
-        name:str='swa',
+        name: str = 'swa',
         # go on with this average, points and all: an earlier `SWACallback`, or a file of `SaveSWAModelCallback`
         average=None,
     ):
@@ -113,33 +120,38 @@ class SWACallback(FitCallback):
         check_weight(weight)
         self.every = check_count('every', every)
         if self.every and self.cycle_len != 1:
-            raise ValueError(f'cycle_len={cycle_len} and every={every} exclude each other: one counts epochs, the '
-                             'other optimizer steps')
+            raise ValueError(
+                f'cycle_len={cycle_len} and every={every} exclude each other: one counts epochs, the other optimizer '
+                'steps'
+            )
         self.weight = weight
         self.enabled = True
         self._name = self._attribute = check_name(name)
         self._init_state()
         self._given = swa_model
         self._continued = _check_average(average)
-        self._goes_on = average is not None    # whether the next fit does, or the one under way did
+        self._goes_on = average is not None  # whether the next fit does, or the one under way did
         if swa_model is not None and isinstance(average, SWACallback) and average.swa_model is swa_model:
-            raise ValueError('swa_model is the module of the average that is gone on with, which stays as it is: pass '
-                             'another one')
+            raise ValueError(
+                'swa_model is the module of the average that is gone on with, which stays as it is: pass another one'
+            )
 
     # also what an unpickled callback starts with: an export carries the settings, not the average
     def _init_state(self):
         super()._init_state()
-        self._average = None    # the `_Average`
-        self._given = None    # the user's own swa_model
-        self._continued = None    # the average to go on with, until the first fold
+        self._average = None  # the `_Average`
+        self._given = None  # the user's own swa_model
+        self._continued = None  # the average to go on with, until the first fold
         self._fit = None
-        self._stands_aside = False    # whether it was said that this callback stands aside for another
+        self._stands_aside = False  # whether it was said that this callback stands aside for another
 
     # what a user reads and calls
 
     @property
     def name(self) -> str:
-        "The learner's attribute for this callback: what was passed as `name`, unless that is something else there."
+        """The learner's attribute for this callback: what was passed as `name`, unless that is
+        something else there.
+        """
         if self.learn is not None:
             is_free = vars(self.learn).get(self._name, self) is self and not is_learners_own(self.learn, self._name)
             self._attribute = self._name if is_free else f'other_{self._name}'
@@ -147,8 +159,8 @@ class SWACallback(FitCallback):
 
     @property
     def swa_model(self) -> nn.Module | None:
-        """The module that holds the average, with plain state-dict keys; `None` (or the one passed) before the first
-        fold.
+        """The module that holds the average, with plain state-dict keys; `None` (or the one passed)
+        before the first fold.
         """
         return self._given if self._average is None else self._average.running.swa_model
 
@@ -159,19 +171,22 @@ class SWACallback(FitCallback):
 
     @property
     def averaged_epochs(self) -> list[int]:
-        "The epochs folded, counted from 0; where an earlier average was gone on with, those of its fit come first."
+        """The epochs folded, counted from 0; where an earlier average was gone on with, those of
+        its fit come first.
+        """
         return [] if self._average is None else list(self._average.epochs)
 
     @contextmanager
     def averaged(self):
-        """Within this context the learner predicts, validates, shows, saves and exports with the average; gives the
-        learner.
+        """Within this context the learner predicts, validates, shows, saves and exports with the
+        average; gives the learner.
 
-        Nothing is copied: the learner's own model holds the average's tensors, and gets its own back at the end. Batch
-        norm is refreshed first if it needs it. Raises `RuntimeError` if there is no average or the context is entered
-        twice; a `fit` inside is refused with one, too. (`learn.load` inside would load into the average.)
-        Interpretations made inside go on with the average outside; for other objects that keep the learner for later
-        there is `views.as_lent`.
+        Nothing is copied: the learner's own model holds the average's tensors, and gets its own
+        back at the end. Batch norm is refreshed first if it needs it. Raises `RuntimeError` if
+        there is no average or the context is entered twice; a `fit` inside is refused with one,
+        too. (`learn.load` inside would load into the average.) Interpretations made inside go on
+        with the average outside; for other objects that keep the learner for later there is
+        `views.as_lent`.
         """
         learn = self._existing('averaged')
         running = self._average.running
@@ -184,7 +199,8 @@ class SWACallback(FitCallback):
         return weakref.ref(self._average.running), self.n_averaged
 
     def apply(self):
-        """Put the average into `learn.model` for good, in place: the optimizer goes on with the same parameters.
+        """Put the average into `learn.model` for good, in place: the optimizer goes on with the
+        same parameters.
 
         Raises `RuntimeError` if there is no average yet, or inside `averaged()`.
         """
@@ -193,7 +209,9 @@ class SWACallback(FitCallback):
         self._average.running.copy_to(learn.model)
 
     def refresh(self):
-        "Refresh the batch-norm statistics of `swa_model` now, if the weights folded last have not had that yet."
+        """Refresh the batch-norm statistics of `swa_model` now, if the weights folded last have not
+        had that yet.
+        """
         learn = self._existing('refresh')
         if self._average.stale:
             with self._average.running.lent_to(learn.model):
@@ -206,8 +224,10 @@ class SWACallback(FitCallback):
         epochs = _ranges(self._average.epochs)
         unit, of = ('step', f'epochs {epochs}') if self.every else ('epoch', epochs)
         plural = '' if self.n_averaged == 1 else 's'
-        return (f'SWACallback: average of {self.n_averaged} {unit}{plural} ({of}); '
-                'use it within `averaged()`, or put it into the learner with `apply()`')
+        return (
+            f'SWACallback: average of {self.n_averaged} {unit}{plural} ({of}); use it within `averaged()`, or put it '
+            'into the learner with `apply()`'
+        )
 
     # the events of a fit
 
@@ -215,8 +235,9 @@ class SWACallback(FitCallback):
         if not self.enabled or self._must_stand_aside():
             return
         if is_learners_own(self.learn, self._name):
-            raise ValueError(f'name={self._name!r} is an attribute of the learner already: give the SWACallback '
-                             'another name')
+            raise ValueError(
+                f'name={self._name!r} is an attribute of the learner already: give the SWACallback another name'
+            )
         fit = _Fit(start_epoch(self.swa_start, self.n_epoch))
         recorder = recorder_of(self.learn)
         if recorder is not None:
@@ -242,10 +263,10 @@ class SWACallback(FitCallback):
             fit.watch = StatisticsWatch(unwrap(self.learn.model))
         if self.enabled and (self.every or Processes(self.learn).size > 1):
             with fit.side.attempt(f'a copy of {self._what}', 'steps that are not finite cannot be taken back'):
-                fit.backup = pack(self.state_dict())    # in the host's memory
+                fit.backup = pack(self.state_dict())  # in the host's memory
 
     def after_cancel_step(self):
-        self._fit.step_cancelled = True    # the scaler of mixed precision skipped it
+        self._fit.step_cancelled = True  # the scaler of mixed precision skipped it
 
     def after_step(self):
         fit = self._fit
@@ -319,12 +340,12 @@ class SWACallback(FitCallback):
 
     def _fold_or_raise(self, model):
         fit = self._fit
-        if fit.folded:    # a further step of this epoch
+        if fit.folded:  # a further step of this epoch
             self._average.running.update(model)
             self._average.stale = True
             fit.n_folds += 1
             return
-        average = self._average if fit.n_folds else self._new_average(model)    # complete before the old one goes
+        average = self._average if fit.n_folds else self._new_average(model)  # complete before the old one goes
         with uninterrupted():
             average.running.update(model)
             average.epochs.append(fit.epoch)
@@ -348,16 +369,17 @@ class SWACallback(FitCallback):
     def _end_epoch(self, alone=False):
         "The training part of an epoch is over."
         fit = self._fit
-        if fit.watch is None:    # it was over before
+        if fit.watch is None:  # it was over before
             return
         with fit.side.attempt(f'closing an epoch of {self._what}', 'its batch norm may be of other weights'):
             self._close_epoch(alone)
-        fit.watch = fit.backup = None    # last: what was interrupted above is done again at the end of the fit
+        fit.watch = fit.backup = None  # last: what was interrupted above is done again at the end of the fit
 
     def _close_epoch(self, alone):
         """Was what the epoch folded unseen finite, and which statistics follow the weights?
 
-        - `alone`: other processes, if there are any, are not asked; they may be elsewhere, as after an error.
+        - `alone`: other processes, if there are any, are not asked; they may be elsewhere, as after
+          an error.
         """
         fit, average = self._fit, self._average
         gather = _of_one if alone else Processes(self.learn).gather
@@ -371,14 +393,14 @@ class SWACallback(FitCallback):
         elif fit.folded:
             if self.learn.train_iter > fit.n_batches:
                 average.bn = union(gather(fit.watch.moved()))
-            elif not average.bn:    # no batch ran, and no epoch before tells
+            elif not average.bn:  # no batch ran, and no epoch before tells
                 average.bn = list(tracked_bn(unwrap(self.learn.model)))
             self._follow(average, unwrap(self.learn.model))
             average.stale = bool(average.bn)
 
     def _follow(self, average, model):
-        """Let `swa_model` be of the model's present make: of modules, hooks and functions that training may have
-        exchanged.
+        """Let `swa_model` be of the model's present make: of modules, hooks and functions that
+        training may have exchanged.
         """
         average.running.settle(model)
         structure = _structure(model)
@@ -409,7 +431,10 @@ class SWACallback(FitCallback):
 
     def fit_settings(self) -> dict:
         "What must not change between the parts of one fit."
-        res = {name: getattr(self, name) for name in ('swa_start', 'cycle_len', 'every', 'enabled', 'bn_batches', 'swa_eval_freq')}
+        res = {
+            name: getattr(self, name)
+            for name in ('swa_start', 'cycle_len', 'every', 'enabled', 'bn_batches', 'swa_eval_freq')
+        }
         res['going on with an average'] = self._goes_on
         res['the first averaged epoch'] = start_epoch(self.swa_start, self.n_epoch)
         res['weight'] = [_weight_of(self.weight, n) for n in range(_N_WEIGHTS)]
@@ -432,7 +457,9 @@ class SWACallback(FitCallback):
         return res | {'average': state, 'bn': list(average.bn), 'stale': average.stale}
 
     def load_state_dict(self, state: dict):
-        "Take over a `state_dict`. Raises `ValueError` if its average is not one of the learner's model."
+        """Take over a `state_dict`. Raises `ValueError` if its average is not one of the learner's
+        model.
+        """
         if state['average'] is None:
             self._average = None
         else:
@@ -463,7 +490,8 @@ class SWACallback(FitCallback):
         for m, attributes in zip(swa_model.modules(), state.get('attributes', ())):
             vars(m).update({name: unpack(value) for name, value in attributes.items()})
 
-    def _shared(self): return not_copied(self.learn)
+    def _shared(self):
+        return not_copied(self.learn)
 
     # validating the average
 
@@ -489,7 +517,8 @@ class SWACallback(FitCallback):
             self._say(kind, sentence)
         average.stale = False
 
-    def _log(self, values): complete_row(recorder_of(self.learn), self._fit.before, self._fit.columns, values)
+    def _log(self, values):
+        complete_row(recorder_of(self.learn), self._fit.before, self._fit.columns, values)
 
     # small helpers
 
@@ -498,17 +527,20 @@ class SWACallback(FitCallback):
         "In sentences to users."
         return 'the average' if self._name == 'swa' else f'the average {self._name!r}'
 
-    def _grab(self, cls): return [cb for cb in self.learn.cbs if isinstance(cb, cls)]
+    def _grab(self, cls):
+        return [cb for cb in self.learn.cbs if isinstance(cb, cls)]
 
     def _existing(self, call) -> Learner:
         self.clean_up()
         if self._average is None:
-            raise RuntimeError(f'{call}() needs an average and there is none yet: run a fit that reaches '
-                               f'swa_start={self.swa_start}')
+            raise RuntimeError(
+                f'{call}() needs an average and there is none yet: run a fit that reaches swa_start={self.swa_start}'
+            )
         learn = self._average.learner()
         if learn is None:
-            raise RuntimeError(f'{call}() needs the learner that was averaged, and it is gone; swa_model still holds '
-                               'the average')
+            raise RuntimeError(
+                f'{call}() needs the learner that was averaged, and it is gone; swa_model still holds the average'
+            )
         return learn
 
     def _say(self, what, sentence):
@@ -518,48 +550,57 @@ class SWACallback(FitCallback):
             if what in fit.said:
                 return
             fit.said.add(what)
-        if not rank_distrib():    # once for all processes
+        if not rank_distrib():  # once for all processes
             warnings.warn(sentence, stacklevel=2)
 
     def _say_infinite(self):
         where = 'in' if self.every else 'at the end of'
-        self._say('finite', f'the weights {where} epoch {self._fit.epoch} are not finite; such epochs are left out of '
-                            'the average')
+        self._say(
+            'finite',
+            f'the weights {where} epoch {self._fit.epoch} are not finite; such epochs are left out of the average',
+        )
 
     def _nothing_folded(self):
         fit = self._fit
         if self.every and fit.start < self.n_epoch:
-            return (f'every={self.every} was not reached: this fit took {fit.n_steps} optimizer steps from epoch '
-                    f'{fit.start} on and averages nothing')
-        return (f'swa_start={self.swa_start} was not reached: epoch {fit.start} (from 0) would be the first one '
-                'folded, so this fit '
-                f'of {self.n_epoch} epochs averages nothing')
+            return (
+                f'every={self.every} was not reached: this fit took {fit.n_steps} optimizer steps from epoch '
+                f'{fit.start} on and averages nothing'
+            )
+        return (
+            f'swa_start={self.swa_start} was not reached: epoch {fit.start} (from 0) would be the first one folded, so '
+            f'this fit of {self.n_epoch} epochs averages nothing'
+        )
 
     # before the first step
 
     def _must_stand_aside(self) -> bool:
-        """Is another callback of this name passed to the fit, while this one is attached for good? Raises `ValueError`
-        if both are the one or the other.
+        """Is another callback of this name passed to the fit, while this one is attached for good?
+        Raises `ValueError` if both are the one or the other.
         """
         namesakes = [cb for cb in self._grab(SWACallback) if cb is not self and cb.enabled and cb._name == self._name]
         if not namesakes:
             return False
         passed = passed_callbacks(self.learn)
         if any(cb is self for cb in passed) == any(cb is other for cb in passed for other in namesakes):
-            raise ValueError(f'this fit has two SWACallbacks of the name {self._name!r}, whose columns would collide: '
-                             'pass one, or give them '
-                             'different names')
+            raise ValueError(
+                f'this fit has two SWACallbacks of the name {self._name!r}, whose columns would collide: pass one, or '
+                'give them different names'
+            )
         if any(cb is self for cb in passed):
             return False
         if not self._stands_aside:
             self._stands_aside = True
-            warnings.warn(f'learn.{self._name} stands aside in fits that another SWACallback of its name is passed to',
-                          stacklevel=2)
+            warnings.warn(
+                f'learn.{self._name} stands aside in fits that another SWACallback of its name is passed to',
+                stacklevel=2,
+            )
         return True
 
     def _check_copy(self):
-        """Does a copy of the model compute what the model computes? It leaves out hooks that know the learner or are of
-        a callback, and something in the model may know its parts by their identity."""
+        """Does a copy of the model compute what the model computes? It leaves out hooks that know
+        the learner or are of a callback, and something in the model may know its parts by their
+        identity."""
         model, shared = self.learn.model, self._shared()
         if Processes(self.learn).size > 1 or same_output(self.learn, clean_copy(model, shared)):
             return
@@ -567,10 +608,12 @@ class SWACallback(FitCallback):
         why = 'something in it knows its parts by their identity'
         if hooked:
             where = f'module {hooked[0]!r}' if hooked[0] else 'the model'
-            why = f'a hook of {where}, which a copy cannot have because it is of a callback or knows the learner, changes it'
-        raise ValueError(f'a copy of the model computes something else than the model: {why}; swa_model would not be '
-                         'what '
-                         'its columns say. Make a hook a function of its own, or pass a swa_model')
+            of_what = 'which a copy cannot have because it is of a callback or knows the learner'
+            why = f'a hook of {where}, {of_what}, changes it'
+        raise ValueError(
+            f'a copy of the model computes something else than the model: {why}; swa_model would not be what its '
+            'columns say. Make a hook a function of its own, or pass a swa_model'
+        )
 
     def _check_statistics(self):
         "Running statistics that are no buffers cannot be refreshed."
@@ -583,9 +626,11 @@ class SWACallback(FitCallback):
         for i, what in enumerate(('its batch norm cannot be refreshed', 'it cannot be validated')):
             used_up = unrepeatable(self.learn, i)
             if used_up and (i or tracked_bn(unwrap(self.learn.model))):
-                self._say(what, f'{used_up[0]} can be gone through only once, and {self._what} gets nothing of it: '
-                                f'{what}; make it anew in '
-                                '`__iter__`, or hold it in an attribute of its own')
+                self._say(
+                    what,
+                    f'{used_up[0]} can be gone through only once, and {self._what} gets nothing of it: {what}; make it '
+                    'anew in `__iter__`, or hold it in an attribute of its own',
+                )
 
     def _check_ahead(self):
         "Say before a long fit what would only show later in it."
@@ -606,56 +651,64 @@ class SWACallback(FitCallback):
             self._say('nothing', self._nothing_folded())
             return
         folds = range(fit.start, self.n_epoch, self.cycle_len)
-        validated = sorted({*(folds[::self.swa_eval_freq] if self.swa_eval_freq else ()), self.n_epoch - 1})
+        validated = sorted({*(folds[:: self.swa_eval_freq] if self.swa_eval_freq else ()), self.n_epoch - 1})
         first = validated[0]
         pause = max(b - a - 1 for a, b in zip([-1, *validated], validated))
         for tracker, acts in ((EarlyStoppingCallback, 'stops this fit'), (ReduceLROnPlateau, 'cuts the learning rate')):
             for cb in self._grab(tracker):
                 if cb.monitor in fit.columns and cb.patience <= pause:
-                    self._say(acts, f'{type(cb).__name__}(monitor={cb.monitor!r}, patience={cb.patience}) {acts} for '
-                                    'want of values: the '
-                                    f'average is validated first in epoch {first} (swa_start={self.swa_start}), and '
-                                    f'there can be {pause} '
-                                    f'epochs without; use a patience above {pause}')
+                    self._say(
+                        acts,
+                        f'{type(cb).__name__}(monitor={cb.monitor!r}, patience={cb.patience}) {acts} for want of '
+                        f'values: the average is validated first in epoch {first} (swa_start={self.swa_start}), and '
+                        f'there can be {pause} epochs without; use a patience above {pause}',
+                    )
         for cb in self._grab(SaveModelCallback):
             if cb.monitor in fit.columns and not isinstance(cb, SaveSWAModelCallback):
-                self._say('saves', f'SaveModelCallback(monitor={cb.monitor!r}) saves the weights in training, not the '
-                                   'average; '
-                                   'use SaveSWAModelCallback')
+                self._say(
+                    'saves',
+                    f'SaveModelCallback(monitor={cb.monitor!r}) saves the weights in training, not the average; use '
+                    'SaveSWAModelCallback',
+                )
 
 
 class SaveSWAModelCallback(FitCallback, SaveModelCallback):
-    """fastai's `SaveModelCallback` for the average: saves `swa_model` whenever a column of it improves. Loads nothing
-    at the end.
+    """fastai's `SaveModelCallback` for the average: saves `swa_model` whenever a column of it
+    improves. Loads nothing at the end.
 
-    The file is what `learn.save(fname, with_opt=False)` writes within `averaged()`, so `learn.load(fname,
-    with_opt=False)` reads it into any learner with that architecture; `SWACallback(average=file)` goes on with it. It
-    is replaced in one step: whatever happens, there is the old one or the new. Needs a `SWACallback` in the same fit,
-    and stands aside where that one does; of several, the one that has the column `monitor` is saved. A file that cannot
-    be written is a warning, and training goes on. Raises `ValueError` if there is none, or for a `monitor` that is not
-    one of its columns.
+    The file is what `learn.save(fname, with_opt=False)` writes within `averaged()`, so
+    `learn.load(fname, with_opt=False)` reads it into any learner with that architecture;
+    `SWACallback(average=file)` goes on with it. It is replaced in one step: whatever happens, there
+    is the old one or the new. Needs a `SWACallback` in the same fit, and stands aside where that
+    one does; of several, the one that has the column `monitor` is saved. A file that cannot be
+    written is a warning, and training goes on. Raises `ValueError` if there is none, or for a
+    `monitor` that is not one of its columns.
     """
-    def __init__(self,
-        monitor='swa_valid_loss',    # column to watch
-        comp=None,    # comparison: np.less or np.greater; default: less for a loss or an error, else greater
-        min_delta=0.,    # least change that counts as an improvement
+
+    def __init__(
+        self,
+        monitor='swa_valid_loss',  # column to watch
+        comp=None,  # comparison: np.less or np.greater; default: less for a loss or an error, else greater
+        min_delta=0.0,  # least change that counts as an improvement
         # file name under `learn.path/learn.model_dir`; default: `<name>_model` for the average of that name, so
         # `swa_model`
         fname=None,
-        every_epoch=False,    # True or an int k: save after each (k-th) epoch that has an average, as `fname_<epoch>`
-        at_end=False,    # save once, when the fit ends, instead of at improvements
-        reset_on_fit=True,    # forget the best value at the start of a fit
+        every_epoch=False,  # True or an int k: save after each (k-th) epoch that has an average, as `fname_<epoch>`
+        at_end=False,  # save once, when the fit ends, instead of at improvements
+        reset_on_fit=True,  # forget the best value at the start of a fit
     ):
-        if every_epoch and at_end: raise ValueError('every_epoch and at_end cannot both be set: choose one')
+        if every_epoch and at_end:
+            raise ValueError('every_epoch and at_end cannot both be set: choose one')
         super().__init__(monitor, comp, min_delta, fname, every_epoch, at_end, False, reset_on_fit)
 
     def before_fit(self):
         averages = [cb for cb in self.learn.cbs if isinstance(cb, SWACallback)]
         if not averages:
-            raise ValueError('SaveSWAModelCallback needs a SWACallback in the same fit: pass one, or call '
-                             'learn.to_swa() first')
+            raise ValueError(
+                'SaveSWAModelCallback needs a SWACallback in the same fit: pass one, or call learn.to_swa() first'
+            )
         columns = [name for swa in averages if swa._fit for name in swa._fit.columns]
-        if not columns:    # all stand aside, or there is no Recorder
+        if not columns:  # all stand aside, or there is no Recorder
             return
         if self.monitor not in columns:
             raise ValueError(f'monitor must be one of {", ".join(columns)}, not {self.monitor!r}')
@@ -670,13 +723,13 @@ class SaveSWAModelCallback(FitCallback, SaveModelCallback):
         self._failed = False
         super().after_epoch()
         if self._failed:
-            self.best = best    # the next value that is better than the file's is saved
+            self.best = best  # the next value that is better than the file's is saved
 
     def _save(self, name):
         if not self._fit.n_folds:
             return
         with self._fit.side.attempt(f'saving {self._swa._what}', 'the file stays as it was'):
-            file = join_path_file(name, self.learn.path/self.learn.model_dir, ext='.pth')
+            file = join_path_file(name, self.learn.path / self.learn.model_dir, ext='.pth')
             self._swa.refresh()
             if not rank_distrib():
                 save_weights(file, _weights_with_points(self._swa))
@@ -690,8 +743,8 @@ class SaveSWAModelCallback(FitCallback, SaveModelCallback):
 
 
 def _structure(model) -> list:
-    """What a copy of `model` has from the time that it was made: the classes of its modules, their hooks, and forwards
-    of their own."""
+    """What a copy of `model` has from the time that it was made: the classes of its modules, their
+    hooks, and forwards of their own."""
     res = []
     for name, m in model.named_modules():
         hooks = [id(hook) for hooks in (m._forward_pre_hooks, m._forward_hooks) for hook in hooks.values()]
@@ -706,13 +759,15 @@ def _of_one(o) -> list:
 
 # arguments, and what is known of others' averages
 
+
 def check_name(name: str) -> str:
     "`name`; raises `TypeError` or `ValueError` unless it can be an attribute."
     if not isinstance(name, str):
         raise TypeError(f'name must be a str, not {name!r}')
     if not name.isidentifier() or keyword.iskeyword(name):
-        raise ValueError('name must be an identifier such as swa or ema, for learn.<name> and the columns, not '
-                         f'{name!r}')
+        raise ValueError(
+            f'name must be an identifier such as swa or ema, for learn.<name> and the columns, not {name!r}'
+        )
     return name
 
 
@@ -734,8 +789,8 @@ def _check_average(average):
 
 
 def _state_to_continue(average, model=None) -> tuple[dict, list]:
-    """The state of an earlier average, and the epochs it is of. Raises `ValueError` if there is none, or if it is not
-    one of `model`.
+    """The state of an earlier average, and the epochs it is of. Raises `ValueError` if there is
+    none, or if it is not one of `model`.
     """
     if isinstance(average, SWACallback):
         average.clean_up()
@@ -747,8 +802,10 @@ def _state_to_continue(average, model=None) -> tuple[dict, list]:
         weights = read_weights(average)
         points = getattr(weights, '_metadata', {}).get('', {}).get(_POINTS)
         if points is None:
-            raise ValueError(f'{average} does not say of how many points it is the average: it was not written by '
-                             'SaveSWAModelCallback')
+            raise ValueError(
+                f'{average} does not say of how many points it is the average: it was not written by '
+                'SaveSWAModelCallback'
+            )
         state = {'swa_model': weights, 'n_averaged': points['n_averaged'], 'master': {}}
         epochs = points['epochs']
     if model is not None:
@@ -760,9 +817,10 @@ def _state_to_continue(average, model=None) -> tuple[dict, list]:
 # where a file of weights says what they are the average of: in what torch keeps beside them for each module
 _POINTS = 'fastai_swa'
 
+
 def _weights_with_points(swa) -> dict:
     weights = unwrap(swa.swa_model).state_dict()
-    if '' not in getattr(weights, '_metadata', {}):    # of a model that makes its own
+    if '' not in getattr(weights, '_metadata', {}):  # of a model that makes its own
         weights = OrderedDict(weights)
         weights._metadata = OrderedDict({'': {}})
     weights._metadata[''][_POINTS] = {'n_averaged': swa.n_averaged, 'epochs': swa.averaged_epochs}
@@ -775,7 +833,7 @@ def _packed_attributes(module) -> dict:
     for name, value in plain_data(module).items():
         with suppress(TypeError, ValueError):
             packed = pack(value)
-            unpack(packed)    # what is made anew from an object that is there is left out
+            unpack(packed)  # what is made anew from an object that is there is left out
             res[name] = packed
     return res
 
@@ -783,7 +841,7 @@ def _packed_attributes(module) -> dict:
 def _weight_of(weight, n_averaged: int):
     "The weight of point number `n_averaged`, from 0; `None` where the function has none."
     if n_averaged == 0:
-        return 1.
+        return 1.0
     try:
         return float(weight(n_averaged))
     except Exception:
@@ -792,15 +850,17 @@ def _weight_of(weight, n_averaged: int):
 
 def _check_swa_start(swa_start):
     if isinstance(swa_start, bool) or not isinstance(swa_start, Real):
-        raise TypeError('swa_start must be an int (an epoch, from 0) or a float in [0, 1) (a share of the fit), not '
-                        f'{swa_start!r}')
+        raise TypeError(
+            f'swa_start must be an int (an epoch, from 0) or a float in [0, 1) (a share of the fit), not {swa_start!r}'
+        )
     if isinstance(swa_start, Integral):
         if swa_start < 0:
             raise ValueError(f'swa_start must be an epoch counted from 0, not {swa_start}')
         return int(swa_start)
     if not 0 <= swa_start < 1:
-        raise ValueError(f'swa_start must be in [0, 1) where it is a share of the fit, not {swa_start}; pass an int '
-                         'for an epoch')
+        raise ValueError(
+            f'swa_start must be in [0, 1) where it is a share of the fit, not {swa_start}; pass an int for an epoch'
+        )
     return float(swa_start)
 
 

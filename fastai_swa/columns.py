@@ -1,4 +1,5 @@
 """Columns of one's own in the table of a fit: in the Recorder's names and rows, before the time."""
+
 import torch
 from fastai.learner import Recorder
 from fastcore.foundation import L
@@ -12,8 +13,8 @@ def recorder_of(learn) -> Recorder | None:
 
 
 def insert_columns(recorder: Recorder, prefix: str) -> tuple[int, list[str]]:
-    """Add `prefix`_valid_loss and `prefix`_<metric> to the names; returns the number of columns before them, and the
-    new ones.
+    """Add `prefix`_valid_loss and `prefix`_<metric> to the names; returns the number of columns
+    before them, and the new ones.
 
     Raises `ValueError` if there is a column of one of these names already.
     """
@@ -22,15 +23,16 @@ def insert_columns(recorder: Recorder, prefix: str) -> tuple[int, list[str]]:
     columns = [f'{prefix}_valid_loss', *(f'{prefix}_{m.name}' for m in recorder.learn.metrics)]
     taken = set(columns) & set(names)
     if taken:
-        raise ValueError(f'the table of this fit has a column {min(taken)!r} already: what begins with {prefix!r} '
-                         'needs another name')
+        raise ValueError(
+            f'the table of this fit has a column {min(taken)!r} already: what begins with {prefix!r} needs another name'
+        )
     recorder.metric_names = L(names[:at] + columns + names[at:])
     return at, columns
 
 
 def complete_row(recorder: Recorder, before: int, columns: list[str], values: list):
-    """Put `values` into the row, after `before` others; `nan` where a part was cancelled and there are fewer, and where
-    there are no values.
+    """Put `values` into the row, after `before` others; `nan` where a part was cancelled and there
+    are fewer, and where there are no values.
     """
     row = list(recorder.log)
     end = before + len(columns)

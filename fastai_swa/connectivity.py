@@ -1,4 +1,5 @@
 """`Curve`: a way between two solutions along which the loss stays low."""
+
 import copy
 import warnings
 from contextlib import contextmanager
@@ -34,29 +35,33 @@ __all__ = ['Curve']
 
 
 class Curve:
-    """A curve between two solutions, whose bends are trained so that the loss along it stays low. At first it is the straight line.
+    """A curve between two solutions, whose bends are trained so that the loss along it stays low.
+    At first it is the straight line.
 
     - `learn`: gives model, data, loss, metrics and optimizer; its own weights stay as they are.
     - `solutions`: the two ends, which stay bitwise as they are; see `rays`.
     - `n_bends`: points between them, which begin on the straight line at equal steps.
     - `kind`: 'bezier', or 'chain' for straight pieces.
 
-    `fit` trains it, `evaluate` measures along it, `straight` along the line for comparison. Works with any model: the weights at a point of the curve
-    are written into its own parameters, and put back in the end. Parameters that require no gradient and are equal at
-    both ends stay so.
+    `fit` trains it, `evaluate` measures along it, `straight` along the line for comparison. Works
+    with any model: the weights at a point of the curve are written into its own parameters, and put
+    back in the end. Parameters that require no gradient and are equal at both ends stay so.
 
-    Garipov et al. 2018 (arXiv 1802.10026), section 3. Raises `ValueError` or `TypeError`, naming it, for what cannot be used, such as
-    two equal solutions.
+    Garipov et al. 2018 (arXiv 1802.10026), section 3. Raises `ValueError` or `TypeError`, naming
+    it, for what cannot be used, such as two equal solutions.
     """
+
     def __init__(self, learn: Learner, solutions, n_bends: int = 1, kind: str = 'bezier'):
-        if kind not in CURVES: raise ValueError(f'kind must be {" or ".join(map(repr, CURVES))}, not {kind!r}')
+        if kind not in CURVES:
+            raise ValueError(f'kind must be {" or ".join(map(repr, CURVES))}, not {kind!r}')
         self.learn, self.kind, self.n_bends = learn, kind, check_count('n_bends', n_bends, optional=False)
         self._space, named = Space(learn), named_solutions(solutions, 2, 'a curve')
         self.names = list(named)
         (a, _), (b, _) = loaded = [self._space.load(o, name) for name, o in named.items()]
         self._buffers = self._space.one_set_of_buffers(loaded)
-        if torch.equal(a, b): raise ValueError(f'{" and ".join(named)} are the same weights: a curve needs two that differ')
-        self._points = [torch.lerp(a, b, i / (n_bends + 1)) for i in range(n_bends + 2)]    # flat, on the CPU
+        if torch.equal(a, b):
+            raise ValueError(f'{" and ".join(named)} are the same weights: a curve needs two that differ')
+        self._points = [torch.lerp(a, b, i / (n_bends + 1)) for i in range(n_bends + 2)]  # flat, on the CPU
         self._n_fits = 0
 
     @property
@@ -66,49 +71,74 @@ class Curve:
 
     @property
     def bends(self) -> list[dict]:
-        "State dicts. With those of the ends they span the plane that a curve with one bend lies in."
+        """State dicts. With those of the ends they span the plane that a curve with one bend lies
+        in.
+        """
         return [self._state_dict(p) for p in self._points[1:-1]]
 
     def solution(self, t: float) -> dict:
-        "State dict of the point at `t`, from 0 to 1; its batch-norm statistics are the first end's, and not refreshed."
-        t, = check_ts([t], 0, 1)
+        """State dict of the point at `t`, from 0 to 1; its batch-norm statistics are the first
+        end's, and not refreshed.
+        """
+        (t,) = check_ts([t], 0, 1)
         return self._state_dict(weighted_sum(self._points, CURVES[self.kind](t, self.n_bends + 2)))
 
-    def _state_dict(self, weights): return self._space.state_dict(weights, self._buffers)
+    def _state_dict(self, weights):
+        return self._space.state_dict(weights, self._buffers)
 
     @property
     def length(self) -> float:
         "Of the curve, in Euclidean distance in weight space."
-        return float(arc_lengths(self.kind, inner_products(self._points), [1.])[0])
+        return float(arc_lengths(self.kind, inner_products(self._points), [1.0])[0])
 
-    def fit(self,
-        n_epoch:int,    # number of epochs, to train on as many points of the curve as they have batches
-        lr:float=None,    # learning rate of the first half; then it falls to a hundredth in a straight line until 0.9. Default: the learner's
-        wd:float=0.,    # weight decay: `wd / 2` times the squared norm of the weights at the point of the curve is added to the loss
-        opt_func=None,    # optimizer; default: the learner's
-        cbs=None,    # callbacks, such as a CheckpointCallback
-        seed:int=0    # of the points, and of order and augmentation of the samples
+    def fit(
+        self,
+        n_epoch: int,  # number of epochs, to train on as many points of the curve as they have batches
+        # learning rate of the first half; then it falls to a hundredth in a straight line until
+        # 0.9. Default: the learner's
+        lr: float = None,
+        # weight decay: `wd / 2` times the squared norm of the weights at the point of the curve is
+        # added to the loss
+        wd: float = 0.0,
+        opt_func=None,  # optimizer; default: the learner's
+        cbs=None,  # callbacks, such as a CheckpointCallback
+        seed: int = 0,  # of the points, and of order and augmentation of the samples
     ) -> 'Curve':
-        """Train the bends: each batch sees the model at a point drawn uniformly in t (Garipov et al. 2018, equation 2). A further fit goes on.
+        """Train the bends: each batch sees the model at a point drawn uniformly in t (Garipov et
+        al. 2018, equation 2). A further fit goes on.
 
-        Callbacks of the learner that do not record, show or steer training, such as mixed precision, work here as they do there. The
-        learner is afterwards as it was. Interrupted, the curve keeps what it has learned; bends that are not finite are
-        dropped, with a warning. Raises `ValueError` or `TypeError`, naming the argument, for one that cannot be used,
-        and `ValueError` for a model that no gradient reaches or that takes optimizer steps within the backward pass.
+        Callbacks of the learner that do not record, show or steer training, such as mixed
+        precision, work here as they do there. The learner is afterwards as it was. Interrupted, the
+        curve keeps what it has learned; bends that are not finite are dropped, with a warning.
+        Raises `ValueError` or `TypeError`, naming the argument, for one that cannot be used, and
+        `ValueError` for a model that no gradient reaches or that takes optimizer steps within the
+        backward pass.
         """
         n_epoch = check_count('n_epoch', n_epoch, optional=False)
         lr, wd = _check_rate('lr', self.learn.lr if lr is None else lr), _check_rate('wd', wd, least=0)
-        if any(isinstance(cb, SWACallback) for cb in L(cbs)): raise TypeError('cbs has a SWACallback, and a curve is no model that could be averaged')
+        if any(isinstance(cb, SWACallback) for cb in L(cbs)):
+            raise TypeError('cbs has a SWACallback, and a curve is no model that could be averaged')
         opt_func = opt_func or self.learn.opt_func
-        if isinstance(opt_func, OptimWrapper): raise TypeError("opt_func is needed: the learner's is bound to the parameters of its own model")
+        if isinstance(opt_func, OptimWrapper):
+            raise TypeError("opt_func is needed: the learner's is bound to the parameters of its own model")
         _check_backward(self.learn.model)
-        falling = combine_scheds([.5, .4, .1], [SchedNo(lr, lr), SchedLin(lr, lr / 100), SchedNo(lr / 100, lr / 100)])
+        falling = combine_scheds(
+            [0.5, 0.4, 0.1], [SchedNo(lr, lr), SchedLin(lr, lr / 100), SchedNo(lr / 100, lr / 100)]
+        )
         shows_progress = self._space.shows_progress
-        seed = np.random.SeedSequence([check_count('seed', seed, least=0, optional=False), self._n_fits]).generate_state(1)[0]
+        seed = np.random.SeedSequence(
+            [check_count('seed', seed, least=0, optional=False), self._n_fits]
+        ).generate_state(1)[0]
         space, own = self._space, self.learn.model
         space.put(self._points[0], self._buffers)
-        with unwound_whole(), untouched(self.learn, int(seed)), in_train_mode(own), _gradients_aside(own), \
-             lent(space.scratch, own), modes_put_back(own):
+        with (
+            unwound_whole(),
+            untouched(self.learn, int(seed)),
+            in_train_mode(own),
+            _gradients_aside(own),
+            lent(space.scratch, own),
+            modes_put_back(own),
+        ):
             model = _OnCurve(own, space, self._points, self.kind)
             learn = _CurveLearner(self.learn, model, opt_func, lr, shows_progress)
             self._n_fits += 1
@@ -124,19 +154,30 @@ class Curve:
         if all_finite(bends):
             self._points[1:-1] = bends
         else:
-            warnings.warn('the bends are not finite after this training, and stay as they were before it: '
-                          'a smaller lr may help')
+            warnings.warn(
+                'the bends are not finite after this training, and stay as they were before it: a smaller lr may help'
+            )
 
     @delegates(measured)
     def evaluate(self, ts=61, **kwargs) -> Profile:
-        "Loss and metrics at so many points along the curve, or at the points `ts` from 0 to 1; further arguments and errors as for `rays`."
+        """Loss and metrics at so many points along the curve, or at the points `ts` from 0 to 1;
+        further arguments and errors as for `rays`.
+        """
         n, ts = self.n_bends + 2, check_ts(ts, 0, 1)
         products, prints = inner_products(self._points), fingerprints(dict(enumerate(self._points)))
-        about = {'kind': 'curve', 'curve': self.kind, 'solutions': dict(zip(self.names, np.sqrt(products.diagonal()[[0, -1]]).tolist())),
-                 'length': self.length, 'arc': arc_lengths(self.kind, products, ts).tolist(),
-                 'spec': {'curve': self.kind, 'points': prints, 'ts': ts}}
+        about = {
+            'kind': 'curve',
+            'curve': self.kind,
+            'solutions': dict(zip(self.names, np.sqrt(products.diagonal()[[0, -1]]).tolist())),
+            'length': self.length,
+            'arc': arc_lengths(self.kind, products, ts).tolist(),
+            'spec': {'curve': self.kind, 'points': prints, 'ts': ts},
+        }
         points = [p.to(self._space.device) for p in self._points]
-        def at(i): return weighted_sum(points, CURVES[self.kind](ts[i], n)), self._buffers
+
+        def at(i):
+            return weighted_sum(points, CURVES[self.kind](ts[i], n)), self._buffers
+
         return measured(self._space, Profile, about, [(t,) for t in ts], at, **kwargs)
 
     @delegates(measured)
@@ -145,12 +186,21 @@ class Curve:
         return line(self.learn, self.ends, ts=check_ts(ts, 0, 1), **kwargs)
 
     def save(self, path):
-        "Write ends and bends to `path`, in one step; `torch.load(path, weights_only=True)` reads it, too. Raises `OSError`."
-        write(Path(path), 'curve', 1, {'kind': self.kind, 'ends': self.ends, 'bends': self._points[1:-1], 'n_fits': self._n_fits})
+        """Write ends and bends to `path`, in one step; `torch.load(path, weights_only=True)` reads
+        it, too. Raises `OSError`.
+        """
+        write(
+            Path(path),
+            'curve',
+            1,
+            {'kind': self.kind, 'ends': self.ends, 'bends': self._points[1:-1], 'n_fits': self._n_fits},
+        )
 
     @classmethod
     def load(cls, path, learn: Learner) -> 'Curve':
-        "What `save` wrote. Raises `ValueError` if it is damaged, something else, or of another architecture than `learn` has."
+        """What `save` wrote. Raises `ValueError` if it is damaged, something else, or of another
+        architecture than `learn` has.
+        """
         saved = read(Path(path), 'curve', 1)
         curve = cls(learn, saved['ends'], len(saved['bends']), saved['kind'])
         curve._points[1:-1], curve._n_fits = saved['bends'], saved['n_fits']
@@ -158,16 +208,19 @@ class Curve:
 
     def __repr__(self):
         kind = {'bezier': 'Bezier curve', 'chain': 'Polygonal chain'}[self.kind]
-        return f'{kind} with {self.n_bends} bend{"s" * (self.n_bends > 1)} from {" to ".join(self.names)}, {self.length:.4g} long'
+        bends = '1 bend' if self.n_bends == 1 else f'{self.n_bends} bends'
+        return f'{kind} with {bends} from {" to ".join(self.names)}, {self.length:.4g} long'
 
 
 class _OnCurve(nn.Module):
     """`model` with the weights of a random point of the curve, the same one throughout a batch.
 
-    They are written into its own parameters, and what the backward pass leaves in these is handed on to the bends. So
-    the model is run and differentiated as in the learner's own training, whatever its forward pass refers to and whenever
-    that is run: checkpointing runs parts of it within the backward pass.
+    They are written into its own parameters, and what the backward pass leaves in these is handed
+    on to the bends. So the model is run and differentiated as in the learner's own training,
+    whatever its forward pass refers to and whenever that is run: checkpointing runs parts of it
+    within the backward pass.
     """
+
     def __init__(self, model, space, points, kind):
         super().__init__()
         self.inner, self.kind = model, kind
@@ -177,8 +230,8 @@ class _OnCurve(nn.Module):
         self.bends = nn.ParameterList(map(nn.Parameter, bends))
         own = named_tensors(unwrap(model).named_parameters)
         self._params = [own[plain_name(name)] for name in space.originals]
-        held = []    # what requires no gradient and is equal at both ends
-        self._thawed = []    # parameters that require none and differ, which get one while they are on the curve
+        held = []  # what requires no gradient and is equal at both ends
+        self._thawed = []  # parameters that require none and differ, which get one while they are on the curve
         for p, a, b in zip(self._params, space.pieces(first), space.pieces(last)):
             held.append((a == b).flatten() & (not p.requires_grad))
             if not p.requires_grad and not torch.equal(a, b):
@@ -188,10 +241,10 @@ class _OnCurve(nn.Module):
             for p in self.bends:
                 p.register_hook(lambda grad: grad.masked_fill(held, 0))
         self._split = space.pieces
-        self._t = None    # where on the curve this batch is
-        self._weights = None    # at this point, flat, as a function of the bends; None: they are not in the model
-        self._leaf = None    # the same as a leaf, which gets the gradient of the weight decay
-        self._has_begun = False    # whether a gradient has come
+        self._t = None  # where on the curve this batch is
+        self._weights = None  # at this point, flat, as a function of the bends; None: they are not in the model
+        self._leaf = None  # the same as a leaf, which gets the gradient of the weight decay
+        self._has_begun = False  # whether a gradient has come
 
     def forward(self, *args, **kwargs):
         if self._weights is None:
@@ -203,7 +256,8 @@ class _OnCurve(nn.Module):
             self.inner.reset()
 
     @property
-    def squared_norm(self): return self._leaf.square().sum()
+    def squared_norm(self):
+        return self._leaf.square().sum()
 
     def new_point(self):
         self._leave()
@@ -211,7 +265,7 @@ class _OnCurve(nn.Module):
 
     def _place(self):
         if self._t is None:
-            self._t = torch.rand(()).item()    # drawn on the host: the device does not wait
+            self._t = torch.rand(()).item()  # drawn on the host: the device does not wait
         points = [self.first, *self.bends, self.last]
         with torch.enable_grad():
             self._weights = sum(p * float(share) for p, share in zip(points, CURVES[self.kind](self._t, len(points))))
@@ -222,12 +276,16 @@ class _OnCurve(nn.Module):
             p.requires_grad_(True)
 
     def collect(self):
-        "Hand the gradient on to the bends. Raises `ValueError` if there was none in the first batch."
+        """Hand the gradient on to the bends. Raises `ValueError` if there was none in the first
+        batch.
+        """
         if self._weights is None:
             return
         if not self._has_begun and all(p.grad is None for p in self._params):
-            raise ValueError('no gradient reaches the parameters of the model, so the curve cannot be trained: '
-                             'does its forward pass use them?')
+            raise ValueError(
+                'no gradient reaches the parameters of the model, so the curve cannot be trained: does its forward '
+                'pass use them?'
+            )
         self._has_begun = True
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
         grad = torch.cat([_as_real(g.to_dense()).to(self._leaf.dtype).flatten() for g in grads])
@@ -251,7 +309,9 @@ def _as_real(t):
 
 @contextmanager
 def _gradients_aside(model):
-    "Within this context the parameters of `model` have no gradients; afterwards they have their own again."
+    """Within this context the parameters of `model` have no gradients; afterwards they have their
+    own again.
+    """
     kept = [(p, p.grad) for p in model.parameters()]
     try:
         for p, _ in kept:
@@ -265,43 +325,72 @@ def _gradients_aside(model):
 
 class _Points(Callback):
     "A new point for each batch; its gradient goes to the bends before anything else looks at it."
+
     order = -100
-    def before_batch(self): self.learn.model.new_point()
-    def after_backward(self): self.learn.model.collect()
+
+    def before_batch(self):
+        self.learn.model.new_point()
+
+    def after_backward(self):
+        self.learn.model.collect()
 
 
 class _WeightDecay(Callback):
     "Adds the penalty to what is differentiated; the loss that is shown is the plain one."
-    order = 0    # before the loss is divided or scaled
-    def __init__(self, wd): self.wd = wd
+
+    order = 0  # before the loss is divided or scaled
+
+    def __init__(self, wd):
+        self.wd = wd
+
     def after_loss(self):
         if self.wd:
             self.learn.loss_grad = self.loss_grad + self.wd / 2 * self.learn.model.squared_norm
 
 
 class _CurveLearner(Learner):
-    "Trains `model` as `learn` trains its own, without a validation: which point of the curve should it be at?"
+    """Trains `model` as `learn` trains its own, without a validation: which point of the curve
+    should it be at?
+    """
+
     def __init__(self, learn, model, opt_func, lr, shows_progress):
-        left = *defaults.callbacks, CheckpointCallback    # the learner's files are of its own fits
+        left = *defaults.callbacks, CheckpointCallback  # the learner's files are of its own fits
         own = [copy.copy(cb) for cb in learn.cbs if not isinstance(cb, left) and not concerns_training(cb)]
-        super().__init__(learn.dls, model, learn.loss_func, opt_func, lr, lambda m: [list(m.bends)], own, path=learn.path, wd=0., wd_bn_bias=True,
-                         train_bn=False, moms=learn.moms)
+        super().__init__(
+            learn.dls,
+            model,
+            learn.loss_func,
+            opt_func,
+            lr,
+            lambda m: [list(m.bends)],
+            own,
+            path=learn.path,
+            wd=0.0,
+            wd_bn_bias=True,
+            train_bn=False,
+            moms=learn.moms,
+        )
         recorder_of(self).valid_metrics = False
         self.logger = learn.logger
-        if not shows_progress: self.remove_cbs(ProgressCallback)
+        if not shows_progress:
+            self.remove_cbs(ProgressCallback)
 
-    def _do_epoch_validate(self, *args, **kwargs): pass
+    def _do_epoch_validate(self, *args, **kwargs):
+        pass
 
 
 def _check_backward(model):
     if any(p._post_accumulate_grad_hooks for p in model.parameters()):
-        raise ValueError('the model has hooks that act as soon as a parameter has its gradient '
-                         '(register_post_accumulate_grad_hook), as for optimizer steps within the backward pass: '
-                         'a curve cannot be trained through them, remove them first')
+        raise ValueError(
+            'the model has hooks that act as soon as a parameter has its gradient '
+            '(register_post_accumulate_grad_hook), as for optimizer steps within the backward pass: a curve cannot be '
+            'trained through them, remove them first'
+        )
 
 
 def _check_rate(name, x, least=None):
-    if isinstance(x, bool) or not isinstance(x, Real): raise TypeError(f'{name} must be a number, not {x!r}')
+    if isinstance(x, bool) or not isinstance(x, Real):
+        raise TypeError(f'{name} must be a number, not {x!r}')
     if not (x > 0 or x == least) or x == float('inf'):
         raise ValueError(f'{name} must {"be positive" if least is None else "not be negative"}, not {x!r}')
     return float(x)

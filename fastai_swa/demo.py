@@ -1,5 +1,5 @@
-"""What `python -m fastai_swa demo` runs: SWA, SGD and one-cycle from the same start, on digits or on a folder of
-images."""
+"""What `python -m fastai_swa demo` runs: SWA, SGD and one-cycle from the same start, on digits or
+on a folder of images."""
 
 import sys
 from contextlib import contextmanager
@@ -47,21 +47,22 @@ def demo(
     out='swa-demo',
     label_noise=0.2,
 ) -> np.ndarray:
-    """Train with SWA, with SGD and with `fit_one_cycle` from the same seeds, show the tables of the first seed, print
-    what all found, draw `out`.png.
+    """Train with SWA, with SGD and with `fit_one_cycle` from the same seeds, show the tables of the
+    first seed, print what all found, draw `out`.png.
 
-    - `data`: an image folder (`vision.image_folder`), trained with torchvision's `arch`, whose average, of the first
-      seed, is saved as `out`.pth; `None`: scikit-learn's digits with a small network.
-    - `epochs`, `lr`, `swa_lr`, `swa_start`: as for `fit_swa`, but `swa_lr` defaults to `lr / 2`, the ratio of the SWA
-      paper's WRN-28-10; SGD gets as many epochs and falls to `lr / 100` by the same rule; one-cycle as many, with its
-      peak at `lr`.
+    - `data`: an image folder (`vision.image_folder`), trained with torchvision's `arch`, whose
+      average, of the first seed, is saved as `out`.pth; `None`: scikit-learn's digits with a small
+      network.
+    - `epochs`, `lr`, `swa_lr`, `swa_start`: as for `fit_swa`, but `swa_lr` defaults to `lr / 2`,
+      the ratio of the SWA paper's WRN-28-10; SGD gets as many epochs and falls to `lr / 100` by the
+      same rule; one-cycle as many, with its peak at `lr`.
     - `seeds`: number of repetitions; default 5 on digits, 1 on a folder.
-    - `label_noise`: that share of the digits' training labels is drawn at random. (Of clean digits all methods read the
-      same share right, within chance.)
+    - `label_noise`: that share of the digits' training labels is drawn at random. (Of clean digits
+      all methods read the same share right, within chance.)
 
-    Returns errors in %, shape (seeds, 4): SGD at its end, last single weights of the SWA run, their average, one-cycle
-    at its end. Raises what `image_folder` and `fit_swa` raise, and `ValueError` for an `arch` that torchvision does not
-    have.
+    Returns errors in %, shape (seeds, 4): SGD at its end, last single weights of the SWA run, their
+    average, one-cycle at its end. Raises what `image_folder` and `fit_swa` raise, and `ValueError`
+    for an `arch` that torchvision does not have.
     """
     if data is None:
         dls, seeds = digits(n_train=500, bs=bs or 32, label_noise=label_noise), seeds or 5
@@ -135,8 +136,8 @@ def demo(
 
 
 def summary(errors: np.ndarray, n_averaged: int) -> str:
-    """What `errors`, in % and of shape (seeds, 4) as `demo` returns them, show: means, standard deviations, paired
-    differences.
+    """What `errors`, in % and of shape (seeds, 4) as `demo` returns them, show: means, standard
+    deviations, paired differences.
     """
     n = len(errors)
 
@@ -215,11 +216,11 @@ def _draw(first: dict, errors, path):
             values = scale * np.array(first[run][prefix + column])
             ax.plot(np.arange(1, len(values) + 1), values, label=name, **style)
         shown = [scale * np.array(first[run][prefix + column]) for run, prefix, _ in curves.values()]
-        late = np.concatenate([values[len(values) // 2:] for values in shown])    # the start would hide the end
+        late = np.concatenate([values[len(values) // 2 :] for values in shown])  # the start would hide the end
         late = late[np.isfinite(late)]
-        if len(late):    # else all have diverged
+        if len(late):  # else all have diverged
             margin = np.ptp(late) + 1e-9
-            ax.set_ylim(late.min() - .1 * margin, late.max() + .25 * margin)
+            ax.set_ylim(late.min() - 0.1 * margin, late.max() + 0.25 * margin)
         ax.set(xlabel='epochs', ylabel=label, title='seed 0')
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.25)

@@ -1,4 +1,5 @@
 """`Ensemble`: many models, one prediction."""
+
 import warnings
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,33 +29,43 @@ __all__ = ['Ensemble']
 class Ensemble:
     """Several trained models that predict as one, with a learner's own methods.
 
-    - `members`: a list of learners, modules, state dicts and paths to these (what `learn.save(with_opt=False)` or
-      `torch.save` wrote), of one architecture or several; the folder that `fit_snapshots`, `fit_fge` or `save` wrote;
-      or another `Ensemble`.
-    - `learn`: the learner whose data, loss and metrics serve; default: the first learner among the members. State dicts
-      are of its architecture, unless `archs` gives a module for each member. Its callbacks see the output of each
-      member as they see its own model's: where one takes an output apart (`self.learn.pred = self.pred.logits` in
-      `after_pred`), what it leaves is combined.
-    - `combine`: 'mean' of the probabilities, the default; 'vote', each class by the number of members that prefer it,
-      ties by the mean; 'stack', see `stack`.
-    - `activation`: what makes probabilities of a model's output: 'softmax', 'sigmoid' (multi-label) or 'none'
-      (regression); default: what the learner's loss says.
+    - `members`: a list of learners, modules, state dicts and paths to these (what
+      `learn.save(with_opt=False)` or `torch.save` wrote), of one architecture or several; the
+      folder that `fit_snapshots`, `fit_fge` or `save` wrote; or another `Ensemble`.
+    - `learn`: the learner whose data, loss and metrics serve; default: the first learner among the
+      members. State dicts are of its architecture, unless `archs` gives a module for each member.
+      Its callbacks see the output of each member as they see its own model's: where one takes an
+      output apart (`self.learn.pred = self.pred.logits` in `after_pred`), what it leaves is
+      combined.
+    - `combine`: 'mean' of the probabilities, the default; 'vote', each class by the number of
+      members that prefer it, ties by the mean; 'stack', see `stack`.
+    - `activation`: what makes probabilities of a model's output: 'softmax', 'sigmoid' (multi-label)
+      or 'none' (regression); default: what the learner's loss says.
 
-    To predict samples that a member was trained on, or that `stack` was fitted on, warns: what is scored there
-    flatters. A member that is a learner was trained on its own training set, others on that of `learn`, as far as it is
-    known. (See `samples.Samples` for how samples are known again; what `stack` was fitted on is not in files.)
+    To predict samples that a member was trained on, or that `stack` was fitted on, warns: what is
+    scored there flatters. A member that is a learner was trained on its own training set, others on
+    that of `learn`, as far as it is known. (See `samples.Samples` for how samples are known again;
+    what `stack` was fitted on is not in files.)
 
     Huang et al. 2017 (arXiv 1704.00109); Garipov et al. 2018 (arXiv 1802.10026).
 
-    Raises `ValueError` or `TypeError`, naming it, for a member that cannot be used: a missing or damaged file, weights
-    of another architecture; for an unknown loss without `activation`; for a vote in regression.
+    Raises `ValueError` or `TypeError`, naming it, for a member that cannot be used: a missing or
+    damaged file, weights of another architecture; for an unknown loss without `activation`; for a
+    vote in regression.
     """
-    def __init__(self, members, learn: Learner | None = None, combine: str | None = None, activation: str | None = None,
-                 archs=None):
-        self.epochs = []    # after which the members were kept, where that is known
-        self.stacking = None    # the weights that `stack` found
-        self._stacked_on = None    # the data set that it was fitted on
-        self._samples = {}    # id of a data set -> its Samples
+
+    def __init__(
+        self,
+        members,
+        learn: Learner | None = None,
+        combine: str | None = None,
+        activation: str | None = None,
+        archs=None,
+    ):
+        self.epochs = []  # after which the members were kept, where that is known
+        self.stacking = None  # the weights that `stack` found
+        self._stacked_on = None  # the data set that it was fitted on
+        self._samples = {}  # id of a data set -> its Samples
         trained_on = None
         if isinstance(members, Ensemble):
             other, members = members, members.members
@@ -68,7 +79,7 @@ class Ensemble:
             folder, index = Path(members), read_index(Path(members))
             combine, activation = combine or index.get('combine'), activation or index.get('activation')
             self.epochs, self.stacking = index.get('epochs', []), index.get('stacking')
-            members = [folder/file for file in index['files']]
+            members = [folder / file for file in index['files']]
             if not members:
                 raise ValueError(f'{folder} has no models yet: the fit that writes there has not come to one')
         elif isinstance(members, str | Path | nn.Module | Learner | dict):
@@ -112,10 +123,12 @@ class Ensemble:
 
     def __getitem__(self, i):
         "An ensemble of some of the members, as a slice of a list."
+
         def pick(o):
             if isinstance(i, slice):
                 return o[i]
             return [o[j] for j in i] if hasattr(i, '__iter__') else [o[i]]
+
         how = 'mean' if self.combine == 'stack' else self.combine
         res = Ensemble(pick(self.members), self.learn, how, self.probabilities.kind, pick(self.archs))
         res._trained_on = pick(self._trained_on)
@@ -131,22 +144,26 @@ class Ensemble:
 
     @contextmanager
     def active(self):
-        """Within this context the learner is the ensemble: it predicts, validates, shows and interprets with it; gives
-        the learner.
+        """Within this context the learner is the ensemble: it predicts, validates, shows and
+        interprets with it; gives the learner.
 
-        All members are in memory at once, and on the learner's device while it predicts. Its own model, its mode and
-        those of the members come back at the end. To train, save or export inside is refused with `RuntimeError`.
+        All members are in memory at once, and on the learner's device while it predicts. Its own
+        model, its mode and those of the members come back at the end. To train, save or export
+        inside is refused with `RuntimeError`.
 
-        fastai's interpretations that are made inside go on with the ensemble when they are used after it; if its
-        members have changed since, `RuntimeError`. (Not so a method of the learner that is taken along, or an object of
-        another kind that keeps the learner: outside of this context the learner is what it was. `views.as_lent(learn)`
-        is what such an object can keep instead.)
+        fastai's interpretations that are made inside go on with the ensemble when they are used
+        after it; if its members have changed since, `RuntimeError`. (Not so a method of the learner
+        that is taken along, or an object of another kind that keeps the learner: outside of this
+        context the learner is what it was. `views.as_lent(learn)` is what such an object can keep
+        instead.)
         """
         with lending(self.learn, 'active()', self.active, self._version), self._in_learner() as learn:
             yield learn
 
     def get_preds(self, ds_idx: int = 1, dl=None, **kwargs):
-        "Combined probabilities (regression: values) and targets, as `Learner.get_preds` gives them; `kwargs` as there."
+        """Combined probabilities (regression: values) and targets, as `Learner.get_preds` gives
+        them; `kwargs` as there.
+        """
         with self._in_learner() as learn, learn.no_bar(), learn.no_logging():
             return learn.get_preds(ds_idx, dl, **kwargs)
 
@@ -156,14 +173,14 @@ class Ensemble:
             return learn.predict(item, **kwargs)
 
     def validate(self, ds_idx: int = 1, dl=None, cbs=None) -> L:
-        """Loss and metrics of the ensemble; both get the log of the combined probabilities, so that no activation is
-        applied twice."""
+        """Loss and metrics of the ensemble; both get the log of the combined probabilities, so that
+        no activation is applied twice."""
         with self._in_learner() as learn, learn.no_bar(), learn.no_logging():
             return learn.validate(ds_idx, dl, cbs)
 
     def member_preds(self, ds_idx: int = 1, dl=None, cbs=None):
-        """Probabilities of each member, shape (members, samples, ...), and the targets; one member at a time is on the
-        device."""
+        """Probabilities of each member, shape (members, samples, ...), and the targets; one member
+        at a time is on the device."""
         preds = []
         for i in range(len(self)):
             with self._in_learner([i], 'mean', warns=False) as learn, learn.no_bar(), learn.no_logging():
@@ -174,23 +191,27 @@ class Ensemble:
     # stacking
 
     def stack(self, dl=None, ds_idx: int = 1, alphas=tuple(np.logspace(-3, 4, 15)), cbs=None):
-        """Find weights for the members' probabilities by ridge regression on one-hot targets, and combine by them from
-        now on.
+        """Find weights for the members' probabilities by ridge regression on one-hot targets, and
+        combine by them from now on.
 
-        `dl`, or data set `ds_idx` of the learner: samples that no member was trained on. The penalty is the one of
-        `alphas` with the least error in leave-one-out cross-validation. What the ensemble then scores on the same
-        samples flatters it: judge it on others.
+        `dl`, or data set `ds_idx` of the learner: samples that no member was trained on. The
+        penalty is the one of `alphas` with the least error in leave-one-out cross-validation. What
+        the ensemble then scores on the same samples flatters it: judge it on others.
 
-        Raises `ValueError` if there are samples of the learner's training set among them, or of a member's, where all
-        members are right and no weight can be learned. (What a file or a module was trained on is not known. See
-        `samples.Samples` for how samples are known again.) Also if they have no targets, or the targets are not one
-        class, label vector or value for each sample.
+        Raises `ValueError` if there are samples of the learner's training set among them, or of a
+        member's, where all members are right and no weight can be learned. (What a file or a module
+        was trained on is not known. See `samples.Samples` for how samples are known again.) Also if
+        they have no targets, or the targets are not one class, label vector or value for each
+        sample.
         """
-        from sklearn.linear_model import RidgeCV    # comes with fastai; slow to import
+        from sklearn.linear_model import RidgeCV  # comes with fastai; slow to import
+
         dl = self.learn.dls[ds_idx] if dl is None else dl
         if self._in_training_sets(dl, [*self._trained_on, None])[0]:
-            raise ValueError('stack needs data that no member was trained on, and these are the training set of one: '
-                             'hold samples out')
+            raise ValueError(
+                'stack needs data that no member was trained on, and these are the training set of one: hold samples '
+                'out'
+            )
         preds, targets = self.member_preds(dl=dl, cbs=cbs)
         y = _stacking_targets(preds, targets, self.probabilities.kind)
         ridge = RidgeCV(alphas).fit(features(preds).numpy(), y.double().numpy())
@@ -205,8 +226,8 @@ class Ensemble:
     # which samples are whose
 
     def _in_training_sets(self, dl, training_sets) -> tuple[int, int]:
-        """How many samples of `dl` are in some of the `training_sets`, `None` being the learner's, and in how many of
-        these sets some are."""
+        """How many samples of `dl` are in some of the `training_sets`, `None` being the learner's,
+        and in how many of these sets some are."""
         own = _training_set(self.learn)
         found, n_sets = set(), 0
         for data in training_sets:
@@ -226,59 +247,73 @@ class Ensemble:
         if known is not None and known.data is data and len(known) == _length(data):
             return known
         samples = Samples(data)
-        if keep:    # which also keeps the id
+        if keep:  # which also keeps the id
             self._samples[id(data)] = samples
         return samples
 
     def _check_scored(self, dl):
         "Warn if a score on the samples of `dl` flatters."
         n = _length(getattr(dl, 'dataset', None))
-        if n == 1:    # a prediction
+        if n == 1:  # a prediction
             return
         n_found, n_members = self._in_training_sets(dl, self._trained_on)
         if n_found:
-            warnings.warn(f'{n_found} of the {n} samples are training data of {n_members} of the {len(self)} members: '
-                          'what the ensemble scores there flatters it', stacklevel=2)
+            warnings.warn(
+                f'{n_found} of the {n} samples are training data of {n_members} of the {len(self)} members: what the '
+                'ensemble scores there flatters it',
+                stacklevel=2,
+            )
         n_found = len(self._common(dl, self._stacked_on)) if self.combine == 'stack' else 0
         if n_found:
-            warnings.warn(f'stack() was fitted on {n_found} of the {n} samples: what the ensemble scores there '
-                          'flatters it', stacklevel=2)
+            warnings.warn(
+                f'stack() was fitted on {n_found} of the {n} samples: what the ensemble scores there flatters it',
+                stacklevel=2,
+            )
 
     # files
 
     def save(self, folder):
-        """Write all members' weights, how they are combined, and one index into `folder`: `Ensemble(folder, learn)`
-        reads it, and its `archs`.
+        """Write all members' weights, how they are combined, and one index into `folder`:
+        `Ensemble(folder, learn)` reads it, and its `archs`.
 
-        The index comes last, in one step. Over a folder that holds an ensemble the members get other names, and the old
-        ones go when the index no longer names them: whatever happens, there is the old ensemble or the new.
-        Raises `OSError` if something cannot be written, `ValueError` if the folder has an index of something else.
+        The index comes last, in one step. Over a folder that holds an ensemble the members get
+        other names, and the old ones go when the index no longer names them: whatever happens,
+        there is the old ensemble or the new. Raises `OSError` if something cannot be written,
+        `ValueError` if the folder has an index of something else.
         """
         folder = Path(folder)
         # all are read before any is written: they may be of that folder
         weights = [weights_of(_source(m)) for m in self.members]
         folder.mkdir(parents=True, exist_ok=True)
-        old = read_index(folder)['files'] if (folder/'index.json').exists() else []
-        mark = '-b' if 'member-01.pth' in old else ''    # by turns, so that the index's own are never written over
+        old = read_index(folder)['files'] if (folder / 'index.json').exists() else []
+        mark = '-b' if 'member-01.pth' in old else ''  # by turns, so that the index's own are never written over
         files = [f'member-{i + 1:02}{mark}.pth' for i in range(len(weights))]
         try:
             for file, w in zip(files, weights):
-                save_weights(folder/file, w)
-            write_index(folder, files, epochs=self.epochs, combine=self.combine, stacking=self.stacking,
-                        activation=self.probabilities.kind)
+                save_weights(folder / file, w)
+            write_index(
+                folder,
+                files,
+                epochs=self.epochs,
+                combine=self.combine,
+                stacking=self.stacking,
+                activation=self.probabilities.kind,
+            )
         finally:
-            is_written = (folder/'index.json').exists() and read_index(folder)['files'] == files
+            is_written = (folder / 'index.json').exists() and read_index(folder)['files'] == files
             for file in old if is_written else files:
-                if Path(file).name == file:    # of this folder
-                    (folder/file).unlink(missing_ok=True)
-        gone = {(folder/file).resolve() for file in old}
-        for i, member in enumerate(self.members):    # one that was read from there is now where its copy is
+                if Path(file).name == file:  # of this folder
+                    (folder / file).unlink(missing_ok=True)
+        gone = {(folder / file).resolve() for file in old}
+        for i, member in enumerate(self.members):  # one that was read from there is now where its copy is
             if isinstance(member, str | Path) and Path(member).resolve() in gone:
-                self.members[i] = folder/files[i]
+                self.members[i] = folder / files[i]
 
     @classmethod
     def load(cls, folder, learn: Learner, archs=None, **kwargs):
-        "What `save` wrote. `archs`: a module for each member, where they are not of the learner's architecture."
+        """What `save` wrote. `archs`: a module for each member, where they are not of the learner's
+        architecture.
+        """
         return cls(Path(folder), learn, archs=archs, **kwargs)
 
     # members
@@ -296,7 +331,9 @@ class Ensemble:
 
     @contextmanager
     def _in_learner(self, which=None, combine: str | None = None, warns: bool = True):
-        "Within this context the learner predicts with the members `which`, by default all, combined by `combine`."
+        """Within this context the learner predicts with the members `which`, by default all,
+        combined by `combine`.
+        """
         learn = self.learn
         modules = [self._module(i) for i in (range(len(self)) if which is None else which)]
         members = _Members(modules, _Combination(self.probabilities, combine or self.combine, self.stacking))
@@ -315,9 +352,13 @@ class Ensemble:
             return type(learn).validate(learn, ds_idx, dl, *args, **kwargs)
 
         reason = 'active() is not possible: the learner is an ensemble there'
-        contexts = (_modes_kept(modules), autocast_left(), learn.added_cbs(_EachMember(members)),
-                    no_fit(learn, reason, also=('save', 'export', 'load', 'create_opt')),
-                    _attributes(learn, model=members, get_preds=get_preds, validate=validate))
+        contexts = (
+            _modes_kept(modules),
+            autocast_left(),
+            learn.added_cbs(_EachMember(members)),
+            no_fit(learn, reason, also=('save', 'export', 'load', 'create_opt')),
+            _attributes(learn, model=members, get_preds=get_preds, validate=validate),
+        )
         stack = ExitStack()
         with unwound_whole():
             try:
@@ -345,9 +386,9 @@ def _attributes(o, **values):
 
 @contextmanager
 def _modes_kept(members: list):
-    """The modes of `members` come back at the end of this context, and bitwise the weights that `eval()` moves, which
-    to move back would round."""
-    modules = dict.fromkeys(m for member in members for m in member.modules())    # each once
+    """The modes of `members` come back at the end of this context, and bitwise the weights that
+    `eval()` moves, which to move back would round."""
+    modules = dict.fromkeys(m for member in members for m in member.modules())  # each once
     modes = [(m, m.training) for m in modules]
     kept = Kept([m for m in modules if has_own_modes(m)])
     try:
@@ -360,23 +401,24 @@ def _modes_kept(members: list):
 
 
 class _Members(nn.Module):
-    """In the place of a learner's model: one member at a time, as `_EachMember` says it; what they give combined, where
-    the learner's loop does not run."""
+    """In the place of a learner's model: one member at a time, as `_EachMember` says it; what they
+    give combined, where the learner's loop does not run."""
+
     def __init__(self, members, combination):
         super().__init__()
         self.members, self.combination = nn.ModuleList(members), combination
-        self.at = None    # the member that it is
+        self.at = None  # the member that it is
 
     def __getattr__(self, name):
         try:
             return super().__getattr__(name)
-        except AttributeError:    # what callbacks ask the model for, such as its configuration
+        except AttributeError:  # what callbacks ask the model for, such as its configuration
             return getattr(super().__getattr__('members')[self.at or 0], name)
 
     def train(self, mode: bool = True):
         self.training = mode
         for m in self.members:
-            m.train() if mode else m.eval()    # each by its own, as if it were alone
+            m.train() if mode else m.eval()  # each by its own, as if it were alone
         return self
 
     def reset(self):
@@ -391,24 +433,25 @@ class _Members(nn.Module):
 
 
 class _EachMember(Callback):
-    """For each batch lets the learner's loop run once for each of `members`, up to the end of `after_pred`, and
-    combines what is `learn.pred` then.
+    """For each batch lets the learner's loop run once for each of `members`, up to the end of
+    `after_pred`, and combines what is `learn.pred` then.
 
-    The last one's run is the batch's own, which goes on with the combination. So each output takes the way of the
-    learner's own model, through its mixed precision and what else its callbacks do to predictions; `before_batch` and
-    what follows the predictions come once.
+    The last one's run is the batch's own, which goes on with the combination. So each output takes
+    the way of the learner's own model, through its mixed precision and what else its callbacks do
+    to predictions; `before_batch` and what follows the predictions come once.
     """
-    order = float('inf')    # after all that prepares a batch, and all that changes a prediction
+
+    order = float('inf')  # after all that prepares a batch, and all that changes a prediction
 
     def __init__(self, members):
         self.members = members
-        self._outputs = []    # of the batch under way
-        self._is_last = True    # is the run under way the batch's own?
+        self._outputs = []  # of the batch under way
+        self._is_last = True  # is the run under way the batch's own?
 
-    def __call__(self, event_name):    # fastai's would put the errors of members into other words
+    def __call__(self, event_name):  # fastai's would put the errors of members into other words
         if event_name not in ('before_batch', 'after_pred', 'after_loss', 'after_cancel_batch', 'after_batch'):
             return
-        if unwrap(self.learn.model) is self.members:    # else within another ensemble's prediction
+        if unwrap(self.learn.model) is self.members:  # else within another ensemble's prediction
             getattr(self, event_name)()
 
     def before_batch(self):
@@ -427,7 +470,7 @@ class _EachMember(Callback):
     def _run(self):
         try:
             self.learn._do_one_batch()
-        except (_NextMember, CancelBatchException):    # the latter: a callback that wants no loss
+        except (_NextMember, CancelBatchException):  # the latter: a callback that wants no loss
             self._gather()
 
     def _gather(self):
@@ -446,7 +489,7 @@ class _EachMember(Callback):
             learn.loss = learn.loss_grad.clone()
 
     def after_cancel_batch(self):
-        if self.members.at is not None:    # cancelled after the prediction, before it came here
+        if self.members.at is not None:  # cancelled after the prediction, before it came here
             self._combine()
 
     def after_batch(self):
@@ -464,14 +507,16 @@ class _NextMember(Exception):
 
 class _Combination:
     "Makes of several outputs one such that the activation makes the combined probabilities of it."
+
     def __init__(self, probabilities: Probabilities, combine: str, stacking: dict | None):
         self.probabilities, self.combine, self.stacking = probabilities, combine, stacking
 
     def __call__(self, outputs: list):
         for i, o in enumerate(outputs):
             if o.shape != outputs[0].shape:
-                raise ValueError(f'member {i} predicts {tuple(o.shape)}, member 0 {tuple(outputs[0].shape)}: '
-                                 'they cannot be combined')
+                raise ValueError(
+                    f'member {i} predicts {tuple(o.shape)}, member 0 {tuple(outputs[0].shape)}: they cannot be combined'
+                )
         if len(outputs) == 1 and self.combine != 'stack':
             return outputs[0]
         probabilities = self.probabilities
@@ -490,9 +535,10 @@ class _Combination:
 def one_tensor(output, model) -> torch.Tensor:
     "An output in float32 at least. Raises `TypeError` for what is not one tensor."
     if not isinstance(output, torch.Tensor):
-        raise TypeError(f'members must give one tensor, and {type(model).__name__} gives a {type(output).__name__}: '
-                        'let a callback of the learner take it apart, as in '
-                        '`def after_pred(self): self.learn.pred = self.pred[0]`')
+        raise TypeError(
+            f'members must give one tensor, and {type(model).__name__} gives a {type(output).__name__}: let a callback '
+            'of the learner take it apart, as in `def after_pred(self): self.learn.pred = self.pred[0]`'
+        )
     return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
@@ -518,11 +564,13 @@ def _stacking_targets(preds, targets, kind):
         raise ValueError('stack needs targets, and these data have none: test_dl(items, with_labels=True)')
     if kind != 'softmax':
         return targets.reshape(len(targets), -1)
-    is_column = targets.ndim == 2 and targets.shape[1] == 1    # as fastai's tabular data have them
+    is_column = targets.ndim == 2 and targets.shape[1] == 1  # as fastai's tabular data have them
     classes = targets.squeeze(1) if is_column else targets
     if preds.ndim != 3 or classes.ndim != 1 or classes.is_floating_point():
-        raise ValueError(f'stack needs one class for each sample, not predictions of shape {tuple(preds.shape[1:])} '
-                         f'for targets of shape {tuple(targets.shape)}')
+        raise ValueError(
+            f'stack needs one class for each sample, not predictions of shape {tuple(preds.shape[1:])} for targets of '
+            f'shape {tuple(targets.shape)}'
+        )
     return F.one_hot(classes.long(), preds.shape[-1])
 
 

@@ -1,4 +1,6 @@
-"""Files that are replaced in one step, checked when they are read, and locked while they are in use. Plain PyTorch."""
+"""Files that are replaced in one step, checked when they are read, and locked while they are in
+use. Plain PyTorch."""
+
 import os
 import secrets
 import stat
@@ -15,32 +17,35 @@ from .interrupts import uninterrupted, unwound_whole
 
 try:
     import fcntl
-except ImportError:    # Windows
+except ImportError:  # Windows
     import msvcrt
 
 __all__ = ['replacing', 'save_weights', 'write', 'write_text', 'read', 'Lock', 'InUse']
 
-_HALF_WRITTEN = '.fastai_swa.tmp'    # the endings of what lies beside a file for a while
+_HALF_WRITTEN = '.fastai_swa.tmp'  # the endings of what lies beside a file for a while
 _LOCK = '.fastai_swa.lock'
 
 
 # writing
 
+
 @contextmanager
 def replacing(file: Path):
-    """A binary handle; what is written to it replaces `file` in one step at the end. On any error `file` stays as it
-    was.
+    """A binary handle; what is written to it replaces `file` in one step at the end. On any error
+    `file` stays as it was.
 
-    - It is written beside `file` under a name that no other process or thread uses: two that write the same
-      file never mix, the last one wins.
-    - The mode of `file` is kept. Where it is a symbolic link, it stays one, and the file that it points to is replaced.
-    - A writer that is killed leaves what it has half written. The next one to write the same file removes that;
-      a living writer's is known by a lock on it. Where files cannot be locked, it stays.
+    - It is written beside `file` under a name that no other process or thread uses: two that write
+      the same file never mix, the last one wins.
+    - The mode of `file` is kept. Where it is a symbolic link, it stays one, and the file that it
+      points to is replaced.
+    - A writer that is killed leaves what it has half written. The next one to write the same file
+      removes that; a living writer's is known by a lock on it. Where files cannot be locked, it
+      stays.
 
     Raises `OSError`, naming `file`, if it cannot be written.
     """
     target = Path(os.path.realpath(file))
-    handled = sys.exc_info()[1]    # by the caller: not an error of the writing
+    handled = sys.exc_info()[1]  # by the caller: not an error of the writing
     new = None
     with unwound_whole():
         try:
@@ -54,29 +59,33 @@ def replacing(file: Path):
                     new.flush()
                     os.fsync(new.fileno())
                     if os.name != 'posix':
-                        new.close()    # Windows renames no open file; elsewhere it is locked until it has its name
+                        new.close()  # Windows renames no open file; elsewhere it is locked until it has its name
                     os.replace(new.name, target)
                 with suppress(OSError):
-                    _sync_folder(target.parent)    # the renaming itself; not every file system can
+                    _sync_folder(target.parent)  # the renaming itself; not every file system can
             finally:
                 _discard(new)
         except (OSError, RuntimeError) as e:
             cause = _cause(e, handled)
             if not isinstance(cause, Exception):
-                raise cause    # torch.save makes a RuntimeError of Ctrl-C, as of what the system says
+                raise cause  # torch.save makes a RuntimeError of Ctrl-C, as of what the system says
             raise OSError(f'{file} cannot be written: {_first_line(cause)}') from e
         finally:
-            _discard(new)    # again: Ctrl-C may have cut that short, and another one is held now
+            _discard(new)  # again: Ctrl-C may have cut that short, and another one is held now
 
 
 def save_weights(file: Path, weights: dict):
-    "Replace `file` by a state dict, as `torch.save` writes it, in one step. Raises `OSError` if it cannot be done."
+    """Replace `file` by a state dict, as `torch.save` writes it, in one step. Raises `OSError` if
+    it cannot be done.
+    """
     with replacing(file) as f:
         torch.save(weights, f)
 
 
 def write(file: Path, kind: str, version: int, content: dict):
-    "Replace `file` by `content`, as `read` reads it, in one step. Raises `OSError` if it cannot be done."
+    """Replace `file` by `content`, as `read` reads it, in one step. Raises `OSError` if it cannot
+    be done.
+    """
     save_weights(file, {'format': f'fastai_swa {kind}', 'version': version, **content})
 
 
@@ -87,7 +96,9 @@ def write_text(file: Path, text: str):
 
 
 def _mode(target: Path) -> int | None:
-    "The mode of the file that is to be replaced; `None`: there is none. Raises `OSError` for a folder, a device ..."
+    """The mode of the file that is to be replaced; `None`: there is none. Raises `OSError` for a
+    folder, a device ...
+    """
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:
@@ -98,22 +109,24 @@ def _mode(target: Path) -> int | None:
 
 
 def _open_new(target: Path, mode: int | None):
-    "A new file beside `target`, open and locked, with `mode` or, for `None`, what the umask leaves."
-    opener = partial(os.open, mode=0o666 if mode is None else mode)    # never readable to more than it will be
+    """A new file beside `target`, open and locked, with `mode` or, for `None`, what the umask
+    leaves.
+    """
+    opener = partial(os.open, mode=0o666 if mode is None else mode)  # never readable to more than it will be
     while True:
         # mode x follows no link that lies there
         name = f'{_short(target.name)}.{secrets.token_hex(8)}{_HALF_WRITTEN}'
         new = open(target.with_name(name), 'xb', opener=opener)
         try:
             is_own = _try_lock(new.fileno()) and _is_at(new.fileno(), new.name)
-        except OSError:    # files cannot be locked here, and nobody takes it for left behind
+        except OSError:  # files cannot be locked here, and nobody takes it for left behind
             is_own = True
         if is_own:
             break
-        new.close()    # another writer has taken it for left behind, before the lock, and removes it
+        new.close()  # another writer has taken it for left behind, before the lock, and removes it
     if mode is not None:
         with suppress(OSError):
-            os.chmod(new.name, mode)    # what the umask took; not every file system has modes
+            os.chmod(new.name, mode)  # what the umask took; not every file system has modes
     return new
 
 
@@ -157,7 +170,8 @@ def _sync_folder(folder):
 
 
 def _cause(e: Exception, handled: BaseException | None) -> BaseException:
-    """What `e` was raised for: Ctrl-C and the like, which an error of closing may hide; else what a RuntimeError hides.
+    """What `e` was raised for: Ctrl-C and the like, which an error of closing may hide; else what a
+    RuntimeError hides.
 
     `handled`, and what came before it, has nothing to do with it.
     """
@@ -177,11 +191,14 @@ def _first_line(e) -> str:
 
 # reading
 
+
 def read(file: Path, kind: str, version: int) -> dict:
-    "What `write` wrote. Raises `ValueError` if `file` is damaged, of another kind or newer than `version`."
+    """What `write` wrote. Raises `ValueError` if `file` is damaged, of another kind or newer than
+    `version`.
+    """
     try:
         with zipfile.ZipFile(file) as z:
-            damaged = z.testzip()    # torch.load does not look at the checksums
+            damaged = z.testzip()  # torch.load does not look at the checksums
         saved = None if damaged else torch.load(file, map_location='cpu', weights_only=True)
     except (PermissionError, FileNotFoundError):
         raise
@@ -198,24 +215,27 @@ def read(file: Path, kind: str, version: int) -> dict:
 
 # locking
 
+
 class InUse(RuntimeError):
     "Another run holds the lock."
 
 
 class Lock:
-    """A lock on a file or a folder, in a file of its own; the system takes it back when the process ends, in whatever
-    way.
+    """A lock on a file or a folder, in a file of its own; the system takes it back when the process
+    ends, in whatever way.
 
-    The lock of a file lies beside it. That of a folder, which must be there, lies within it: the folder may be
-    all that can be written. Links are followed: what is locked has one lock, whatever it is called by. Raises
-    `InUse` if it is held, by another process or by this one; `OSError` if it cannot be made.
+    The lock of a file lies beside it. That of a folder, which must be there, lies within it: the
+    folder may be all that can be written. Links are followed: what is locked has one lock, whatever
+    it is called by. Raises `InUse` if it is held, by another process or by this one; `OSError` if
+    it cannot be made.
     """
-    held = {}    # path -> handle, of this process
-    handle = None    # of the lock's file, open as long as it is held
+
+    held = {}  # path -> handle, of this process
+    handle = None  # of the lock's file, open as long as it is held
 
     def __init__(self, file: Path):
         real = Path(os.path.realpath(file))
-        self.path = real/_LOCK if real.is_dir() else real.with_name(real.name + _LOCK)
+        self.path = real / _LOCK if real.is_dir() else real.with_name(real.name + _LOCK)
         refused = f'another run is using {file}; wait for it, or give each run a path of its own'
         if self.path in self.held:
             raise InUse(refused + ' (it is in this process)')
@@ -223,7 +243,7 @@ class Lock:
             with uninterrupted():
                 self.handle = self._taken(file, refused)
                 self.held[self.path] = self.handle
-        except BaseException:    # Ctrl-C, held until now: a traceback may keep this object alive
+        except BaseException:  # Ctrl-C, held until now: a traceback may keep this object alive
             self.release()
             raise
 
@@ -236,7 +256,7 @@ class Lock:
             except BaseException:
                 os.close(handle)
                 raise
-            os.close(handle)    # its last holder removed it in between
+            os.close(handle)  # its last holder removed it in between
 
     def _is_taken(self, handle, file, refused) -> bool:
         try:
@@ -250,25 +270,29 @@ class Lock:
     def release(self):
         with uninterrupted():
             if self.handle is None or self.held.get(self.path) != self.handle:
-                return    # never held, released before, or in a fork
+                return  # never held, released before, or in a fork
             del self.held[self.path]
             with suppress(OSError):
-                self.path.unlink()    # before the lock goes, or it could be another's by then
+                self.path.unlink()  # before the lock goes, or it could be another's by then
             os.close(self.handle)
 
     __del__ = release
 
     @classmethod
     def leave_to_parent(cls):
-        "In a fork, such as a loader's worker: close the handles, which would hold the locks after the parent's end."
+        """In a fork, such as a loader's worker: close the handles, which would hold the locks after
+        the parent's end.
+        """
         for handle in cls.held.values():
             os.close(handle)
         cls.held.clear()
 
 
 def _try_lock(handle: int) -> bool:
-    "Lock an open file, unless it is locked through another handle; raises `OSError` where files cannot be locked."
-    try:    # flock, unlike lockf, outlives a look into the file, as a copy of the folder takes one
+    """Lock an open file, unless it is locked through another handle; raises `OSError` where files
+    cannot be locked.
+    """
+    try:  # flock, unlike lockf, outlives a look into the file, as a copy of the folder takes one
         if os.name == 'posix':
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:

@@ -1,5 +1,6 @@
-"""Is this a real fit? A base class for callbacks that get the events of one training fit alone, and what may not end
-it."""
+"""Is this a real fit? A base class for callbacks that get the events of one training fit alone, and
+what may not end it."""
+
 import sys
 import warnings
 from collections import Counter
@@ -22,32 +23,37 @@ _AROUND_EPOCHS = 'before_fit', 'after_cancel_fit', 'after_fit'
 
 
 class FitCallback(Callback):
-    """A callback that gets the events of one training fit alone, from its own `before_fit` to its own `after_fit`.
+    """A callback that gets the events of one training fit alone, from its own `before_fit` to its
+    own `after_fit`.
 
-    It gets none of `validate`, `get_preds`, `predict`, `lr_find` and `tta`, nor of a fit within the fit, also where
-    another callback calls these in the middle of it. (fastai sends `before_fit` and many other events in all of them.)
+    It gets none of `validate`, `get_preds`, `predict`, `lr_find` and `tta`, nor of a fit within the
+    fit, also where another callback calls these in the middle of it. (fastai sends `before_fit` and
+    many other events in all of them.)
 
-    - `_fit`: what a subclass keeps about the fit under way. Its `before_fit` sets it; where that leaves `None`, the fit
-      goes on without it.
-    - `over()`: called when the fit is over, however it ended, and `_fit` is about to become `None`. After Ctrl-C or an
-      error, which fastai announces by no event, that is when the callback is taken from the learner, or, if it is
-      attached for good, when it is needed next.
+    - `_fit`: what a subclass keeps about the fit under way. Its `before_fit` sets it; where that
+      leaves `None`, the fit goes on without it.
+    - `over()`: called when the fit is over, however it ended, and `_fit` is about to become `None`.
+      After Ctrl-C or an error, which fastai announces by no event, that is when the callback is
+      taken from the learner, or, if it is attached for good, when it is needed next.
     """
+
     _fit = None
-    _is_listening = False    # whether the event sent last was one of the fit under way
-    _loss_func = None    # the learner's when the fit began
-    _muted = ()    # trackers that are switched off for an epoch
+    _is_listening = False  # whether the event sent last was one of the fit under way
+    _loss_func = None  # the learner's when the fit began
+    _muted = ()  # trackers that are switched off for an epoch
 
     @property
     def learn(self):
-        "The learner; `None` once the callback is taken from it, as after a fit that it was passed to."
+        """The learner; `None` once the callback is taken from it, as after a fit that it was passed
+        to.
+        """
         return vars(self).get('learn')
 
     @learn.setter
     def learn(self, learn):
         is_over = learn is None and self.learn is not None and not is_fitting(self.learn, '_do_fit')
         try:
-            if is_over:    # else it is back in a moment
+            if is_over:  # else it is back in a moment
                 with uninterrupted():
                     self._end(at_once=True)
         finally:
@@ -63,12 +69,12 @@ class FitCallback(Callback):
         elif self._fit is not None:
             super().__call__(event_name)
         if event_name == 'after_fit':
-            self.run = True    # as fastai has it: switched off, a callback is off for one fit
+            self.run = True  # as fastai has it: switched off, a callback is off for one fit
             self._loss_func = None
             self._end()
 
     def _begin(self):
-        self._end()    # what an interruption has left
+        self._end()  # what an interruption has left
         learn = self.learn
         # the former: a learner as a context manager
         if not is_fitting(learn) or any(isinstance(cb, LRFinder) for cb in learn.cbs):
@@ -87,8 +93,8 @@ class FitCallback(Callback):
         return self.learn.epoch if frame is None else frame.f_locals.get('epoch', self.learn.epoch)
 
     def mute_trackers(self, columns):
-        """Until `unmute_trackers`, what steers training by one of the `columns`, whose value could not be had, neither
-        counts nor acts."""
+        """Until `unmute_trackers`, what steers training by one of the `columns`, whose value could
+        not be had, neither counts nor acts."""
         for cb in self.learn.cbs:
             if isinstance(cb, EarlyStoppingCallback | ReduceLROnPlateau) and cb.monitor in columns and cb.run:
                 cb.run = False
@@ -103,15 +109,17 @@ class FitCallback(Callback):
         "The fit is over, however it ended."
 
     def clean_up(self):
-        "If an interruption has ended the fit under way, what should have been done at its end is done now."
+        """If an interruption has ended the fit under way, what should have been done at its end is
+        done now.
+        """
         if self.learn is not None and not is_fitting(self.learn):
             self._end()
 
     def _end(self, at_once=False):
-        """The fit is over; `at_once`: it was under way a moment ago, so that nobody but its callbacks has changed the
-        loss.
+        """The fit is over; `at_once`: it was under way a moment ago, so that nobody but its
+        callbacks has changed the loss.
         """
-        if self._loss_func is not None:    # no `after_fit` has come
+        if self._loss_func is not None:  # no `after_fit` has come
             _take_back_loss(self.learn, self._loss_func, at_once)
             self._loss_func = None
         self.unmute_trackers()
@@ -125,7 +133,7 @@ class FitCallback(Callback):
     def _concerns(self, event_name) -> bool:
         "Is this an event of the fit under way, or the beginning of one?"
         learn = self.learn
-        if learn.lock.locked():    # validate, get_preds and predict hold it
+        if learn.lock.locked():  # validate, get_preds and predict hold it
             return False
         # to look through the stack in each batch would cost too much
         if event_name in _IN_A_BATCH and self._is_listening:
@@ -138,8 +146,8 @@ class FitCallback(Callback):
 
 
 def _take_back_loss(learn, loss_func, at_once):
-    """MixUp and its like put a loss of theirs in the place while they train; an interruption leaves it there. It is
-    known by the callback that it refers to, or, `at_once`, by the old loss."""
+    """MixUp and its like put a loss of theirs in the place while they train; an interruption leaves
+    it there. It is known by the callback that it refers to, or, `at_once`, by the old loss."""
     if learn.loss_func is loss_func:
         return
     stack, seen = [learn.loss_func], set()
@@ -168,20 +176,21 @@ def _referred(o) -> list:
 
 
 class SideWork:
-    """What a callback does beside a training, which must not end it: a failure is said once for each kind of work, and
-    counted.
+    """What a callback does beside a training, which must not end it: a failure is said once for
+    each kind of work, and counted.
 
     KeyboardInterrupt and other exceptions that are no `Exception` pass through.
     """
+
     def __init__(self):
-        self.failures = Counter()    # kind of work -> how often it failed
+        self.failures = Counter()  # kind of work -> how often it failed
 
     @contextmanager
     def attempt(self, work: str, consequence: str = ''):
         """Within this context an exception ends the context and nothing else.
 
-        - `work`: what is attempted, as in 'validating the average'; `consequence`: what follows if it fails, as in 'its
-          columns are nan'.
+        - `work`: what is attempted, as in 'validating the average'; `consequence`: what follows if
+          it fails, as in 'its columns are nan'.
         """
         try:
             yield
@@ -202,19 +211,21 @@ class SideWork:
             text = f'{work} failed {n} time{"s" if n > 1 else ""} in this fit'
             try:
                 warnings.warn(text, stacklevel=2)
-            except Warning:    # made an error by the user; here it would leave the learner half tidied up
+            except Warning:  # made an error by the user; here it would leave the learner half tidied up
                 print(text, file=sys.stderr)
 
 
 def is_fitting(learn, method='fit', in_all_threads=False) -> bool:
-    """Is `learn.fit` under way in this thread, or with `_do_fit` an epoch of it? (Its own state does not tell: Ctrl-C
-    leaves no trace in it, and `tta` sends the events of a fit.)"""
+    """Is `learn.fit` under way in this thread, or with `_do_fit` an epoch of it? (Its own state
+    does not tell: Ctrl-C leaves no trace in it, and `tta` sends the events of a fit.)"""
     frames = sys._current_frames().values() if in_all_threads else [sys._getframe()]
     return any(True for frame in frames for _ in _frames(learn, method, frame))
 
 
 def _frames(learn, method, frame=None):
-    "The calls of `learn.method` under way on the stack of `frame`, by default this one, the innermost first."
+    """The calls of `learn.method` under way on the stack of `frame`, by default this one, the
+    innermost first.
+    """
     frame = frame or sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == method and frame.f_locals.get('self') is learn:
@@ -223,15 +234,17 @@ def _frames(learn, method, frame=None):
 
 
 def passed_callbacks(learn) -> list:
-    "The callbacks that were passed to the `learn.fit` under way; those attached for good are not among them."
+    """The callbacks that were passed to the `learn.fit` under way; those attached for good are not
+    among them.
+    """
     frame = next(_frames(learn, 'fit'), None)
     return [] if frame is None else list(L(frame.f_locals.get('cbs')))
 
 
 @contextmanager
 def no_fit(learn, reason='averaged() would train the average; leave that context first, or call apply()', also=()):
-    """Within this context the methods of `learn` that train, and those named in `also`, raise `RuntimeError` before
-    they change anything.
+    """Within this context the methods of `learn` that train, and those named in `also`, raise
+    `RuntimeError` before they change anything.
     """
     cls = type(learn)
     fits = [n for n in dir(cls) if n.startswith('fit') and callable(getattr(cls, n))]
@@ -241,7 +254,7 @@ def no_fit(learn, reason='averaged() would train the average; leave that context
     def refuse(name, *args, **kwargs):
         raise RuntimeError(f'{name} inside {reason}')
 
-    def state():    # an export or a deepcopy made here is of the learner as it is outside
+    def state():  # an export or a deepcopy made here is of the learner as it is outside
         state = cls.__getstate__(learn)
         return {k: v for k, v in state.items() if k not in (*names, '__getstate__')} | kept
 

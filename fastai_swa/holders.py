@@ -1,8 +1,10 @@
-"""What a learner holds beside its weights: loaders, samplers, data sets, transforms, modules, losses, callbacks and the
-objects in them. Found without running any of it, noted, and put back.
+"""What a learner holds beside its weights: loaders, samplers, data sets, transforms, modules,
+losses, callbacks and the objects in them. Found without running any of it, noted, and put back.
 
-No data set is iterated, since that runs its transforms; no property is read, and no method of a user's class is called.
+No data set is iterated, since that runs its transforms; no property is read, and no method of a
+user's class is called.
 """
+
 import io
 import itertools
 import random
@@ -53,7 +55,7 @@ __all__ = [
     'readable',
 ]
 
-MAX_LEAVES = 10_000    # of the containers, arrays and tensors that one object holds, for them to be kept
+MAX_LEAVES = 10_000  # of the containers, arrays and tensors that one object holds, for them to be kept
 MAX_BYTES = 1_000_000
 # a longer container holds samples, not transforms and the like: it is not searched for objects that hold something
 _MAX_OBJECTS = 100
@@ -64,8 +66,11 @@ _ATOMS = {type(None), bool, int, float, complex, str, bytes, range, torch.Size, 
 
 # what stands where in a learner
 
+
 def loaders(learn) -> list:
-    "The loaders of `learn`, also where its `dls` is no `DataLoaders` but an object with `train` and `valid`."
+    """The loaders of `learn`, also where its `dls` is no `DataLoaders` but an object with `train`
+    and `valid`.
+    """
     own = getattr(learn.dls, 'loaders', None)
     return own or [dl for name in ('train', 'valid') if (dl := getattr(learn.dls, name, None)) is not None]
 
@@ -76,7 +81,7 @@ def named_callbacks(learn):
     for cb in learn.cbs:
         cls = f'{type(cb).__module__}.{type(cb).__qualname__}'
         seen[cls] = seen.get(cls, -1) + 1
-        yield f'{cls}.{getattr(cb, "key", seen[cls])}', cb    # an average is known by its name
+        yield f'{cls}.{getattr(cb, "key", seen[cls])}', cb  # an average is known by its name
 
 
 def keeps_state(cb) -> bool:
@@ -96,25 +101,27 @@ def owned_modules(owner) -> list:
 
 
 def roots(learn, callbacks) -> list:
-    """(path, object): where what `learn` holds begins; `callbacks`: the named ones that belong to it.
+    """(path, object): where what `learn` holds begins; `callbacks`: the named ones that belong to
+    it.
 
-    Callbacks come late: one may refer to the model or to a loader, which then have their own paths already.
+    Callbacks come late: one may refer to the model or to a loader, which then have their own paths
+    already.
     """
     own = [(f'loaders.{i}', dl) for i, dl in enumerate(loaders(learn))]
     return [*own, ('model', unwrap(learn.model)), ('loss', learn.loss_func), *callbacks, ('dls', learn.dls)]
 
 
 def below(learn, is_left) -> tuple[list, list]:
-    """What `walk` takes for all that `learn` holds, but the callbacks for which `is_left` holds, and what only they
-    hold.
+    """What `walk` takes for all that `learn` holds, but the callbacks for which `is_left` holds,
+    and what only they hold.
     """
     callbacks = [(name, cb) for name, cb in named_callbacks(learn) if not is_left(cb)]
     return roots(learn, callbacks), [learn, *filter(is_left, learn.cbs)]
 
 
 def walk(roots, but=(), stop=lambda path, o: False):
-    """(path, object) for each object below `roots` that can hold others, or a random state. Those in `but`, and those
-    where `stop(path, object)`, are passed by, with what only they hold."""
+    """(path, object) for each object below `roots` that can hold others, or a random state. Those
+    in `but`, and those where `stop(path, object)`, are passed by, with what only they hold."""
     seen = {id(o) for o in but}
     for root in roots:
         stack = [root]
@@ -136,7 +143,7 @@ def walk(roots, but=(), stop=lambda path, o: False):
                 inner = attributes(o)
             else:
                 continue
-            if isinstance(o, CellType):    # its contents are the function's
+            if isinstance(o, CellType):  # its contents are the function's
                 stack.extend((path, v) for _, v in inner if _leads_on(type(v)))
             else:
                 stack.extend((f'{path}.{k}', v) for k, v in inner if _leads_on(type(v)))
@@ -150,8 +157,17 @@ def _values(o):
     return tuple.__iter__(o) if isinstance(o, tuple) else elements(o)
 
 
-_STOPS = (type, ModuleType, GeneratorType, torch.Tensor, np.ndarray, Learner, Callback, _BaseOptimizer,
-          torch.optim.Optimizer)
+_STOPS = (
+    type,
+    ModuleType,
+    GeneratorType,
+    torch.Tensor,
+    np.ndarray,
+    Learner,
+    Callback,
+    _BaseOptimizer,
+    torch.optim.Optimizer,
+)
 _OF_TORCH = (nn.Module, data.DataLoader, data.Dataset, data.Sampler, torch.Generator)
 # their objects belong to the process: threads, files, figures, bars; or they are data that know how to keep themselves
 _OTHERS = '''torch numpy pandas polars pyarrow PIL cv2 h5py zarr lmdb matplotlib IPython ipywidgets tqdm fastprogress
@@ -216,12 +232,14 @@ def _slot_values(o):
             yield d, _UNSET
 
 
-_MODULES_OWN = set(vars(nn.Module()))    # parameters, buffers, submodules, hooks, flags
+_MODULES_OWN = set(vars(nn.Module()))  # parameters, buffers, submodules, hooks, flags
 _MODULES_DICTS = [k for k, v in vars(nn.Module()).items() if isinstance(v, dict)]
 
 
 def attributes(o) -> list:
-    "(name, value) for what an object holds: attributes, the variables that a function closes over, and its defaults."
+    """(name, value) for what an object holds: attributes, the variables that a function closes
+    over, and its defaults.
+    """
     own = namespace(o)
     if isinstance(o, nn.Module):
         return [*((k, v) for k, v in own.items() if k not in _MODULES_OWN), *o._modules.items()]
@@ -232,7 +250,7 @@ def attributes(o) -> list:
     if isinstance(o, CellType):
         return [] if o == CellType() else [('contents', o.cell_contents)]
     if isinstance(o, FunctionType):
-        if '_torchdynamo_orig_callable' in own:    # compiled: what is inside is the compiler's
+        if '_torchdynamo_orig_callable' in own:  # compiled: what is inside is the compiler's
             return [('compiled', own['_torchdynamo_orig_callable'])]
         cells = [(i, c) for i, c in enumerate(o.__closure__ or ())]
         return [*cells, ('defaults', o.__defaults__), ('keywords', o.__kwdefaults__), *own.items()]
@@ -263,8 +281,9 @@ _NESTED = (*CONTAINERS, torch.Tensor, np.ndarray, L)
 
 
 def nested(o, max_leaves=MAX_LEAVES, max_bytes=MAX_BYTES):
-    """The containers, the arrays and tensors in the container `o`, itself among them, the number of leaves and that of
-    bytes; `None` if they are more than that. It is found out level by level, so that a large container costs nothing.
+    """The containers, the arrays and tensors in the container `o`, itself among them, the number of
+    leaves and that of bytes; `None` if they are more than that. It is found out level by level, so
+    that a large container costs nothing.
     """
     containers, arrays, seen, n_leaves, n_bytes = [], [], set(), 0, 0
     level = [o]
@@ -301,25 +320,29 @@ def _inside(o):
 
 # noted, and put back
 
+
 class _Notes:
     "What some objects hold now."
+
     def __init__(self, protected=()):
-        self.protected = protected    # data pointers of tensors that are not to be put back
-        self.spaces = []    # a dict that is a namespace, its contents
-        self.slots = []    # object, descriptor, value
-        self.containers = []    # container, its contents
-        self.tensors = []    # tensor, an alias that keeps its storage and shape, a copy
-        self.grads = []    # tensor, its gradient
-        self.arrays = []    # array, a copy
-        self.files = []    # file, position
-        self.shared = []    # memory that processes share, its bytes
+        self.protected = protected  # data pointers of tensors that are not to be put back
+        self.spaces = []  # a dict that is a namespace, its contents
+        self.slots = []  # object, descriptor, value
+        self.containers = []  # container, its contents
+        self.tensors = []  # tensor, an alias that keeps its storage and shape, a copy
+        self.grads = []  # tensor, its gradient
+        self.arrays = []  # array, a copy
+        self.files = []  # file, position
+        self.shared = []  # memory that processes share, its bytes
         # object, name of an attribute of it, the iterator there, the `Replay` that stands there meanwhile
         self.streams = []
-        self.large = []    # path, object, its length: too large to be kept
+        self.large = []  # path, object, its length: too large to be kept
         self.seen = set()
 
     def add_streams(self, o):
-        "Let iterators that `o` holds go through a `Replay`, so that what a pass takes from them comes again."
+        """Let iterators that `o` holds go through a `Replay`, so that what a pass takes from them
+        comes again.
+        """
         for name, v in attributes(o):
             if _is_of_pass(o, name) or not is_replayable(v):
                 continue
@@ -338,7 +361,7 @@ class _Notes:
             self._add_module(path, o)
             values = [(k, v) for k, v in own.items() if k not in _MODULES_OWN]
         elif isinstance(o, Recorder):
-            self._add_flat(own)    # one loss a step, none of which changes
+            self._add_flat(own)  # one loss a step, none of which changes
             return
         else:
             slots = list(_slot_values(o))
@@ -348,7 +371,7 @@ class _Notes:
 
     def _add_module(self, path, m):
         own = vars(m)
-        left = ('_parameters', '_buffers') if m in self.protected else ()    # whose tensors are the pass's matter
+        left = ('_parameters', '_buffers') if m in self.protected else ()  # whose tensors are the pass's matter
         for k in _MODULES_DICTS:
             if k not in left and isinstance(d := own.get(k), dict):
                 self.spaces.append((d, dict(d) if d else _EMPTY))
@@ -357,13 +380,13 @@ class _Notes:
 
     def _add_flat(self, own):
         for v in own.values():
-            held = v if isinstance(v, CONTAINERS) else namespace(v).get('items')    # an L
+            held = v if isinstance(v, CONTAINERS) else namespace(v).get('items')  # an L
             if isinstance(held, list | dict):
                 self.containers.append((held, elements(held)))
 
     def _add_contents(self, path, values, each=False):
-        """Note the containers, arrays and tensors among `values`, those of one object, or where the limits are for
-        `each`, of several.
+        """Note the containers, arrays and tensors among `values`, those of one object, or where the
+        limits are for `each`, of several.
         """
         n_leaves, n_bytes = MAX_LEAVES, MAX_BYTES
         for name, v in values:
@@ -414,21 +437,29 @@ class _Notes:
             self.grads.append((o, o.grad, None if o.grad is None else o.grad.clone()))
 
     def _add_file(self, f):
-        with suppress(OSError, ValueError):    # a pipe, or closed
+        with suppress(OSError, ValueError):  # a pipe, or closed
             self.files.append((f, f.tell()))
 
     def put_back(self):
         "Let all hold again what they held. Gives the paths of large ones that have another length."
         faults = []
-        files = [] if self.streams else self.files    # an iterator may read from one, and gives again what it has read
-        noted = [(_put_space, self.spaces), (_put_slot, self.slots), (_put_container, self.containers),
-                 (_put_array, self.arrays), (put_tensor, self.tensors), (_put_grad, self.grads), (_put_file, files),
-                 (_put_memory, self.shared), (_put_stream, self.streams)]
+        files = [] if self.streams else self.files  # an iterator may read from one, and gives again what it has read
+        noted = [
+            (_put_space, self.spaces),
+            (_put_slot, self.slots),
+            (_put_container, self.containers),
+            (_put_array, self.arrays),
+            (put_tensor, self.tensors),
+            (_put_grad, self.grads),
+            (_put_file, files),
+            (_put_memory, self.shared),
+            (_put_stream, self.streams),
+        ]
         for put, notes in noted:
             for note in notes:
                 try:
                     put(*note)
-                except Exception as e:    # the others are put back all the same
+                except Exception as e:  # the others are put back all the same
                     faults.append(f'a {type(note[0]).__name__} ({e})')
         return faults + [path for path, o, length in self.large if _length(o) != length]
 
@@ -452,7 +483,7 @@ def _put_space(space, old):
     if list(space) == list(old):
         space.update(old)
         return
-    space.clear()    # the order counts as well: of hooks, for one
+    space.clear()  # the order counts as well: of hooks, for one
     space.update(old)
 
 
@@ -460,7 +491,7 @@ def _put_slot(o, descriptor, old):
     if old is not _UNSET:
         descriptor.__set__(o, old)
         return
-    with suppress(AttributeError, ValueError):    # it is not set now, either
+    with suppress(AttributeError, ValueError):  # it is not set now, either
         descriptor.__delete__(o)
 
 
@@ -480,13 +511,13 @@ def _put_array(o, old):
 
 
 def put_tensor(t, alias, old):
-    """Let `t` be what it was: with the storage, shape and dtype of its `alias`, and in it bitwise what is in its copy
-    `old`.
+    """Let `t` be what it was: with the storage, shape and dtype of its `alias`, and in it bitwise
+    what is in its copy `old`.
     """
     with torch.no_grad():
         if t.data_ptr() != alias.data_ptr() or t.shape != alias.shape or t.dtype != alias.dtype:
             t.data = alias
-        if t.device.type != 'cpu' or not torch.equal(t, old):    # on a GPU a comparison waits
+        if t.device.type != 'cpu' or not torch.equal(t, old):  # on a GPU a comparison waits
             t.copy_(old)
 
 
@@ -503,7 +534,7 @@ def _put_file(f, position):
 
 def _put_stream(o, name, replay):
     if not replay.rewind():
-        set_attribute(o, name, replay.inner)    # untouched: it can stand there itself
+        set_attribute(o, name, replay.inner)  # untouched: it can stand there itself
 
 
 def _put_memory(memory, old):
@@ -512,7 +543,9 @@ def _put_memory(memory, old):
 
 @contextmanager
 def holder_kept(o):
-    "What the object `o`, a loader for instance, and the objects in it hold is put back at the end of this context."
+    """What the object `o`, a loader for instance, and the objects in it hold is put back at the end
+    of this context.
+    """
     notes = _Notes()
     for path, holder in list(walk([('it', o)])):
         notes.add_streams(holder)
@@ -524,18 +557,19 @@ def holder_kept(o):
 
 
 def found_in(learn) -> list:
-    """(path, object) for what a pass aside from training must leave as it is: all that `learn` holds but this package's
-    callbacks.
+    """(path, object) for what a pass aside from training must leave as it is: all that `learn`
+    holds but this package's callbacks.
     """
     return list(walk(*below(learn, is_own)))
 
 
 @contextmanager
 def holders_kept(learn, found=None):
-    """What sampler, data set, transforms, loss, modules and callbacks hold, and the objects in them, is put back at the
-    end of this context, as far as it is small: attributes, and containers, arrays and tensors of together `MAX_LEAVES`
-    leaves and `MAX_BYTES` an object, in place. What is larger is named in one warning if its length changed. The
-    weights and buffers of the model are left alone.
+    """What sampler, data set, transforms, loss, modules and callbacks hold, and the objects in
+    them, is put back at the end of this context, as far as it is small: attributes, and containers,
+    arrays and tensors of together `MAX_LEAVES` leaves and `MAX_BYTES` an object, in place. What is
+    larger is named in one warning if its length changed. The weights and buffers of the model are
+    left alone.
 
     - `found`: what `found_in(learn)` gives.
     """
@@ -546,21 +580,26 @@ def holders_kept(learn, found=None):
         changed = notes.put_back()
         for o, name, replay in notes.streams:
             if replay.draws:
-                name_once(learn, f'{type(o).__qualname__}.{name}', f'{type(o).__qualname__}.{name} draws random '
-                                                                   'numbers as it is gone through, and a pass '
-                          'aside from training has gone through some of it: training differs from what it is without '
-                          'that pass')
+                name_once(
+                    learn,
+                    f'{type(o).__qualname__}.{name}',
+                    f'{type(o).__qualname__}.{name} draws random numbers as it is gone through, and a pass aside from '
+                    'training has gone through some of it: training differs from what it is without that pass',
+                )
         for path in changed:
-            name_once(learn, path, f'{readable(path)} was changed by a pass aside from training and is too large to be '
-                                   'put back '
-                      f'(more than {MAX_LEAVES:,} values): training may differ from what it is without that pass')
+            name_once(
+                learn,
+                path,
+                f'{readable(path)} was changed by a pass aside from training and is too large to be put back (more '
+                f'than {MAX_LEAVES:,} values): training may differ from what it is without that pass',
+            )
 
 
 def _note_all(learn, found=None):
     model = unwrap(learn.model)
     protected = {*model.modules(), *(t.data_ptr() for t in itertools.chain(model.parameters(), model.buffers()))} - {0}
     notes = _Notes(protected)
-    metrics = 'fastai.learner.Recorder.0.'    # a pass measures with copies
+    metrics = 'fastai.learner.Recorder.0.'  # a pass measures with copies
     for path, o in found_in(learn) if found is None else found:
         if path.startswith(metrics):
             continue
@@ -578,7 +617,7 @@ def _note(notes, path, o):
         notes.add(path, o)
 
 
-_named = weakref.WeakKeyDictionary()    # learner -> paths that a warning has named
+_named = weakref.WeakKeyDictionary()  # learner -> paths that a warning has named
 
 
 def name_once(learn, path, sentence):
@@ -599,13 +638,17 @@ def readable(path: str) -> str:
 
 # what is used up
 
+
 class Replay:
-    "Stands for an iterator `inner`: what is taken from it between `begin` and `rewind` is given once more after that."
+    """Stands for an iterator `inner`: what is taken from it between `begin` and `rewind` is given
+    once more after that.
+    """
+
     def __init__(self, inner):
         self.inner = inner
-        self.pending = deque()    # taken from `inner`, to be given again
-        self.taken = []    # what was taken since each `begin`; they may be nested
-        self.draws = False    # whether it has drawn from a library's generator for something that is given twice
+        self.pending = deque()  # taken from `inner`, to be given again
+        self.taken = []  # what was taken since each `begin`; they may be nested
+        self.draws = False  # whether it has drawn from a library's generator for something that is given twice
 
     def begin(self):
         self.taken.append([])
@@ -632,14 +675,14 @@ class Replay:
         return value
 
     def __getattr__(self, name):
-        if name == 'inner':    # not there yet, as while it is unpickled
+        if name == 'inner':  # not there yet, as while it is unpickled
             raise AttributeError(name)
         return getattr(self.inner, name)
 
 
 def _drawn() -> tuple:
     "What differs once a library's generator was drawn from."
-    _, keys, *place = np.random.get_state()    # noqa: NPY002
+    _, keys, *place = np.random.get_state()  # noqa: NPY002
     return random.getstate(), torch.get_rng_state().numpy().tobytes(), keys.tobytes(), place
 
 
@@ -648,9 +691,9 @@ def is_replayable(v) -> bool:
 
 
 def unrepeatable(learn, only=None) -> list[str]:
-    """Where the data of `learn` hold something that is used up when it is gone through, and that a pass aside from
-    training cannot give back: a pipe, or a generator in a container. (One in an attribute gives again what a pass took
-    from it.)
+    """Where the data of `learn` hold something that is used up when it is gone through, and that a
+    pass aside from training cannot give back: a pipe, or a generator in a container. (One in an
+    attribute gives again what a pass took from it.)
 
     - `only`: of this loader, 0 for the training set.
     """
@@ -664,8 +707,8 @@ def unrepeatable(learn, only=None) -> list[str]:
     return list(found.values())
 
 
-OF_PASS = 'it', '_DataLoader__idxs', '_iterator'    # what a loader holds while it is gone through, and makes anew
-LEARNED = '_n_inp', '_types'    # what fastai's finds out once about its batches, from a sample
+OF_PASS = 'it', '_DataLoader__idxs', '_iterator'  # what a loader holds while it is gone through, and makes anew
+LEARNED = '_n_inp', '_types'  # what fastai's finds out once about its batches, from a sample
 
 
 def _is_of_pass(o, name) -> bool:
@@ -707,4 +750,4 @@ def _has_position(f) -> bool:
         f.tell()
         return True
     except (OSError, ValueError):
-        return f.closed or f.seekable()    # the latter: while it is read line by line
+        return f.closed or f.seekable()  # the latter: while it is read line by line

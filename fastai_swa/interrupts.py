@@ -1,9 +1,10 @@
 """Ctrl-C and what must not be torn apart by it. Plain Python.
 
-Python turns a SIGINT into a `KeyboardInterrupt` between any two steps of the main thread, and launchers often send two
-in a row: the second arrives while `finally` clauses of the first are at work, and cuts them short. These two context
-managers hold it.
+Python turns a SIGINT into a `KeyboardInterrupt` between any two steps of the main thread, and
+launchers often send two in a row: the second arrives while `finally` clauses of the first are at
+work, and cuts them short. These two context managers hold it.
 """
+
 import signal
 import sys
 import threading
@@ -14,8 +15,8 @@ __all__ = ['uninterrupted', 'unwound_whole']
 
 @contextmanager
 def uninterrupted():
-    """A SIGINT that arrives within this context is held until its end: for changes of some milliseconds that must be
-    whole or not at all.
+    """A SIGINT that arrives within this context is held until its end: for changes of some
+    milliseconds that must be whole or not at all.
 
     Only the main thread is ever interrupted; in another one nothing is done.
     """
@@ -28,14 +29,15 @@ def uninterrupted():
 
 @contextmanager
 def unwound_whole():
-    """The first SIGINT within this context interrupts it as usual; one that arrives while that is unwinding is held
-    until the context's end.
+    """The first SIGINT within this context interrupts it as usual; one that arrives while that is
+    unwinding is held until the context's end.
 
-    So what `finally` clauses inside, and in the context managers entered inside, put back is put back even after two
-    Ctrl-C in a row. Code that has caught the interruption and goes on can be interrupted again.
+    So what `finally` clauses inside, and in the context managers entered inside, put back is put
+    back even after two Ctrl-C in a row. Code that has caught the interruption and goes on can be
+    interrupted again.
     """
     arrived = []
-    handled = sys.exc_info()[1]    # by code around this context, such as an `except KeyboardInterrupt`
+    handled = sys.exc_info()[1]  # by code around this context, such as an `except KeyboardInterrupt`
 
     def handler(before):
         def handle(*args):
@@ -43,6 +45,7 @@ def unwound_whole():
                 arrived.append(args)
             elif callable(before):
                 before(*args)
+
         return handle
 
     try:
@@ -54,7 +57,9 @@ def unwound_whole():
 
 
 def _is_unwinding(handled) -> bool:
-    "Is a `KeyboardInterrupt` on its way up, so that what runs is an `except`, `finally` or `__exit__` of it?"
+    """Is a `KeyboardInterrupt` on its way up, so that what runs is an `except`, `finally` or
+    `__exit__` of it?
+    """
     e = sys.exc_info()[1]
     while e is not None and e is not handled:
         if isinstance(e, KeyboardInterrupt):
@@ -65,8 +70,8 @@ def _is_unwinding(handled) -> bool:
 
 @contextmanager
 def _handled_by(make_handler):
-    """SIGINT goes to `make_handler(before)` within this context, which gives the handler `before`; it goes there again
-    at the end.
+    """SIGINT goes to `make_handler(before)` within this context, which gives the handler `before`;
+    it goes there again at the end.
     """
     before = signal.getsignal(signal.SIGINT)
     is_main = threading.current_thread() is threading.main_thread()

@@ -1,4 +1,5 @@
 """Loss and metrics around and between solutions: along rays, on a line, in a plane."""
+
 from collections.abc import Sized
 from functools import lru_cache
 from numbers import Integral, Real
@@ -18,22 +19,28 @@ __all__ = ['rays', 'line', 'plane']
 
 @delegates(measured)
 def rays(
-    learn:Learner,    # gives model, data, loss and metrics
-    solutions,    # from which the rays start, see `named_solutions`
-    distances=None,    # at which to measure: numbers, or the greatest, to which there are 20; default: twice the norm of the first one's weights
-    n_rays:int=10,    # random directions, uniform on the sphere, the same for each solution
-    **kwargs
+    learn: Learner,  # gives model, data, loss and metrics
+    solutions,  # from which the rays start, see `named_solutions`
+    # at which to measure: numbers, or the greatest, to which there are 20; default: twice the norm
+    # of the first one's weights
+    distances=None,
+    n_rays: int = 10,  # random directions, uniform on the sphere, the same for each solution
+    **kwargs,
 ) -> Rays:
-    """Loss and metrics along random rays from `solutions`: how wide the optimum is that each lies in.
+    """Loss and metrics along random rays from `solutions`: how wide the optimum is that each lies
+    in.
 
-    Izmailov et al. 2018 (arXiv 1803.05407), section 4.1 and Fig. 4. Distances are Euclidean, in the space of all parameters. `Rays.widths` says
-    where a metric crosses a level. A solution is a state dict, a module, a learner, a path to what `learn.save(with_opt=False)` or `torch.save`
-    wrote, or a `SWACallback`, for its average; several are a list, a dict whose keys name them, an `Ensemble` or a `SnapshotCallback`.
+    Izmailov et al. 2018 (arXiv 1803.05407), section 4.1 and Fig. 4. Distances are Euclidean, in the
+    space of all parameters. `Rays.widths` says where a metric crosses a level. A solution is a
+    state dict, a module, a learner, a path to what `learn.save(with_opt=False)` or `torch.save`
+    wrote, or a `SWACallback`, for its average; several are a list, a dict whose keys name them, an
+    `Ensemble` or a `SnapshotCallback`.
 
-    - `sets`: 'train', 'valid' or both; `bn_batches`, `train_batches`: training batches that batch norm is refreshed on, and that the 'train' columns
-      are of (default: all); `seed`: of the directions, and of the order and augmentation of the training samples, the same at each point.
-    - `file`: gets a line for each point as it is measured, and the same call goes on with it; `progress(done, total)` is called before each
-      point, instead of a progress bar.
+    - `sets`: 'train', 'valid' or both; `bn_batches`, `train_batches`: training batches that batch
+      norm is refreshed on, and that the 'train' columns are of (default: all); `seed`: of the
+      directions, and of the order and augmentation of the training samples, the same at each point.
+    - `file`: gets a line for each point as it is measured, and the same call goes on with it;
+      `progress(done, total)` is called before each point, instead of a progress bar.
 
     Raises `ValueError`, `TypeError` or `FileNotFoundError`, naming it, for what cannot be
     used.
@@ -43,87 +50,138 @@ def rays(
     loaded = [space.load(o, name) for name, o in named.items()]
     norms = [float(w.double().norm()) for w, _ in loaded]
     distances = _check_distances(float(f'{2 * norms[0]:.6g}') if distances is None else distances)
-    spec = {'solutions': fingerprints({k: w for k, (w, _) in zip(named, loaded)}), 'n_rays': n_rays, 'distances': distances}
-    points = [(k, *p) for k in range(len(named)) for p in ((-1, 0), *((r, d) for r in range(n_rays) for d in distances))]
-    about = {'kind': 'rays', 'solutions': dict(zip(named, norms)), 'n_rays': n_rays, 'distances': distances, 'spec': spec}
+    spec = {
+        'solutions': fingerprints({k: w for k, (w, _) in zip(named, loaded)}),
+        'n_rays': n_rays,
+        'distances': distances,
+    }
+    points = [
+        (k, *p) for k in range(len(named)) for p in ((-1, 0), *((r, d) for r in range(n_rays) for d in distances))
+    ]
+    about = {
+        'kind': 'rays',
+        'solutions': dict(zip(named, norms)),
+        'n_rays': n_rays,
+        'distances': distances,
+        'spec': spec,
+    }
     starts = [(w.to(space.device), b) for w, b in loaded]
     seed = kwargs.get('seed', 0)
-    @lru_cache(1)    # the points of a ray follow each other
-    def ray(number): return direction(len(starts[0][0]), seed, number).to(space.device, space.dtype)
+
+    @lru_cache(1)  # the points of a ray follow each other
+    def ray(number):
+        return direction(len(starts[0][0]), seed, number).to(space.device, space.dtype)
+
     def at(i):
         k, number, distance = points[i]
         weights, buffers = starts[k]
         return weights if number < 0 else weights.add(ray(number), alpha=distance), buffers
+
     return measured(space, Rays, about, points, at, **kwargs)
 
 
 @delegates(measured)
 def line(
-    learn:Learner,    # gives model, data, loss and metrics
-    solutions,    # two: from the first one, t = 0, through the second one, t = 1
-    ts=41,    # where to measure: values of t, or so many from -0.5 to 1.5, and the two solutions
-    **kwargs
+    learn: Learner,  # gives model, data, loss and metrics
+    solutions,  # two: from the first one, t = 0, through the second one, t = 1
+    ts=41,  # where to measure: values of t, or so many from -0.5 to 1.5, and the two solutions
+    **kwargs,
 ) -> Profile:
-    """Loss and metrics on the straight line through two solutions, and beyond both. What is neither a parameter nor a statistic that is recomputed,
-    as of frozen batch norm, is the first solution's everywhere.
+    """Loss and metrics on the straight line through two solutions, and beyond both. What is neither
+    a parameter nor a statistic that is recomputed, as of frozen batch norm, is the first solution's
+    everywhere.
 
-    Izmailov et al. 2018, section 4.2 and Fig. 5. Solutions and further arguments as for `rays`. Raises what that raises, and
-    `ValueError` for two equal solutions.
+    Izmailov et al. 2018, section 4.2 and Fig. 5. Solutions and further arguments as for `rays`.
+    Raises what that raises, and `ValueError` for two equal solutions.
     """
     space, named = Space(learn), named_solutions(solutions, 2, 'a line')
     (a, _), (b, _) = loaded = [space.load(o, name) for name, o in named.items()]
     buffers = space.one_set_of_buffers(loaded)
-    ts = check_ts([0, 1, *check_ts(ts, -.5, 1.5)]) if isinstance(ts, Integral) else check_ts(ts)
+    ts = check_ts([0, 1, *check_ts(ts, -0.5, 1.5)]) if isinstance(ts, Integral) else check_ts(ts)
     length = float((b.double() - a.double()).norm())
-    if not length: raise ValueError(f'{" and ".join(named)} are the same weights: a line needs two that differ')
-    about = {'kind': 'line', 'solutions': {name: float(w.double().norm()) for name, (w, _) in zip(named, loaded)}, 'length': length,
-             'arc': [t * length for t in ts], 'spec': {'solutions': fingerprints({k: w for k, (w, _) in zip(named, loaded)}), 'ts': ts}}
+    if not length:
+        raise ValueError(f'{" and ".join(named)} are the same weights: a line needs two that differ')
+    about = {
+        'kind': 'line',
+        'solutions': {name: float(w.double().norm()) for name, (w, _) in zip(named, loaded)},
+        'length': length,
+        'arc': [t * length for t in ts],
+        'spec': {'solutions': fingerprints({k: w for k, (w, _) in zip(named, loaded)}), 'ts': ts},
+    }
     a, b = a.to(space.device), b.to(space.device)
     return measured(space, Profile, about, [(t,) for t in ts], lambda i: (torch.lerp(a, b, ts[i]), buffers), **kwargs)
 
 
 @delegates(measured)
 def plane(
-    learn:Learner,    # gives model, data, loss and metrics
-    solutions,    # three; the first is the origin, the second lies on the x axis
-    n_points=21,    # of the grid on each axis, or a pair for x and y
-    margin=.2,    # the grid goes beyond the solutions by this share of their spread on each axis, or a pair for x and y
-    marks=None,    # more solutions, as a dict that names them: projected onto the plane, for the figure
-    trajectory=(),    # a path of solutions, likewise
-    **kwargs
+    learn: Learner,  # gives model, data, loss and metrics
+    solutions,  # three; the first is the origin, the second lies on the x axis
+    n_points=21,  # of the grid on each axis, or a pair for x and y
+    margin=0.2,  # the grid goes beyond the solutions by this share of their spread on each axis, or a pair for x and y
+    marks=None,  # more solutions, as a dict that names them: projected onto the plane, for the figure
+    trajectory=(),  # a path of solutions, likewise
+    **kwargs,
 ) -> Plane:
-    """Loss and metrics on a grid in the plane through three solutions, with axes by Gram-Schmidt; x and y are Euclidean distances. What is neither a
-    parameter nor a statistic that is recomputed is the first solution's everywhere.
+    """Loss and metrics on a grid in the plane through three solutions, with axes by Gram-Schmidt; x
+    and y are Euclidean distances. What is neither a parameter nor a statistic that is recomputed is
+    the first solution's everywhere.
 
-    Garipov et al. 2018 (arXiv 1802.10026), appendix A.3; Izmailov et al. 2018, Figs. 1 and 3. Solutions and further arguments as for
-    `rays`. Raises what that raises, and `ValueError` for solutions of which two are equal or that lie on a line.
+    Garipov et al. 2018 (arXiv 1802.10026), appendix A.3; Izmailov et al. 2018, Figs. 1 and 3.
+    Solutions and further arguments as for `rays`. Raises what that raises, and `ValueError` for
+    solutions of which two are equal or that lie on a line.
     """
     space, named = Space(learn), named_solutions(solutions, 3, 'a plane')
     counts = [check_count('n_points', n, least=2, optional=False) for n in _pair('n_points', n_points)]
     margins = np.array([float(numbers('margin', m)[0]) for m in _pair('margin', margin)])
-    if (margins < 0).any(): raise ValueError(f'margin must be at least 0, not {margin!r}')
+    if (margins < 0).any():
+        raise ValueError(f'margin must be at least 0, not {margin!r}')
     loaded = [space.load(o, name) for name, o in named.items()]
     frame, buffers = Frame.through([w for w, _ in loaded], list(named)), space.one_set_of_buffers(loaded)
-    def projected(others): return {name: frame.project(space.load(o, name)[0]) for name, o in others.items()}
-    trajectory = {} if trajectory is None or isinstance(trajectory, Sized) and not len(trajectory) else named_solutions(trajectory)
+
+    def projected(others):
+        return {name: frame.project(space.load(o, name)[0]) for name, o in others.items()}
+
+    trajectory = (
+        {}
+        if trajectory is None or isinstance(trajectory, Sized) and not len(trajectory)
+        else named_solutions(trajectory)
+    )
     low, high = frame.corners.min(0), frame.corners.max(0)
     beyond = margins * (high - low)
     xs, ys = (np.linspace(*ends).tolist() for ends in zip(low - beyond, high + beyond, counts))
-    about = {'kind': 'plane', 'solutions': dict(zip(named, frame.corners.tolist())), 'xs': xs, 'ys': ys,
-             'marks': projected(named_solutions(marks)) if marks else {}, 'trajectory': list(projected(trajectory).values()) if trajectory else [],
-             'spec': {'solutions': fingerprints({k: w for k, (w, _) in zip(named, loaded)}), 'n_points': counts, 'margin': margins.tolist()}}
+    about = {
+        'kind': 'plane',
+        'solutions': dict(zip(named, frame.corners.tolist())),
+        'xs': xs,
+        'ys': ys,
+        'marks': projected(named_solutions(marks)) if marks else {},
+        'trajectory': list(projected(trajectory).values()) if trajectory else [],
+        'spec': {
+            'solutions': fingerprints({k: w for k, (w, _) in zip(named, loaded)}),
+            'n_points': counts,
+            'margin': margins.tolist(),
+        },
+    }
     points, corners = [(x, y) for y in ys for x in xs], [w.to(space.device) for w, _ in loaded]
-    return measured(space, Plane, about, points, lambda i: (weighted_sum(corners, frame.shares(*points[i])), buffers), **kwargs)
+    return measured(
+        space, Plane, about, points, lambda i: (weighted_sum(corners, frame.shares(*points[i])), buffers), **kwargs
+    )
 
 
 def _check_distances(distances) -> list[float]:
-    if isinstance(distances, Real) and not isinstance(distances, bool): ds = np.linspace(0, distances, 21)[1:]
-    else: ds = numbers('distances', distances)
-    ds = np.unique(ds[ds != 0])    # at 0 it is measured anyway
-    if not len(ds) or ds[0] < 0: raise ValueError(f'distances must be positive numbers, not {distances!r}')
+    if isinstance(distances, Real) and not isinstance(distances, bool):
+        ds = np.linspace(0, distances, 21)[1:]
+    else:
+        ds = numbers('distances', distances)
+    ds = np.unique(ds[ds != 0])  # at 0 it is measured anyway
+    if not len(ds) or ds[0] < 0:
+        raise ValueError(f'distances must be positive numbers, not {distances!r}')
     return ds.tolist()
 
+
 def _pair(name, value):
-    if not isinstance(value, tuple | list): return value, value
-    if len(value) != 2: raise ValueError(f'{name} must be one for both axes or a pair for x and y, not {value!r}')
+    if not isinstance(value, tuple | list):
+        return value, value
+    if len(value) != 2:
+        raise ValueError(f'{name} must be one for both axes or a pair for x and y, not {value!r}')
     return value

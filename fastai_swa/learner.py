@@ -1,4 +1,5 @@
 """`Learner` methods."""
+
 import warnings
 from numbers import Real
 
@@ -23,9 +24,10 @@ __all__ = ['EpochScheduler']
 
 
 @patch
-def to_swa(self:Learner, **kwargs):
-    """Attach a `SWACallback(**kwargs)` for all later fits; it is then `learn.<name>`, by default `learn.swa`. An earlier one of that name is
-    replaced. Returns the learner. Raises `ValueError` for a name that is something else of the learner's, and what `SWACallback` raises."""
+def to_swa(self: Learner, **kwargs):
+    """Attach a `SWACallback(**kwargs)` for all later fits; it is then `learn.<name>`, by default
+    `learn.swa`. An earlier one of that name is replaced. Returns the learner. Raises `ValueError`
+    for a name that is something else of the learner's, and what `SWACallback` raises."""
     swa = SWACallback(**kwargs)
     if is_learners_own(self, swa._name):
         raise ValueError(f'name={swa._name!r} is an attribute of the learner already: give the average another name')
@@ -33,38 +35,46 @@ def to_swa(self:Learner, **kwargs):
 
 
 @patch
-def remove_swa(self:Learner, name:str=None):
-    "Detach the `SWACallback` of that name, or all of them; callback and average stay usable. Returns the learner."
+def remove_swa(self: Learner, name: str = None):
+    """Detach the `SWACallback` of that name, or all of them; callback and average stay usable.
+    Returns the learner.
+    """
     return self.remove_cbs([cb for cb in self.cbs if isinstance(cb, SWACallback) and name in (None, cb._name)])
 
 
 @patch
-def fit_swa(self:Learner,
-    n_epoch:int,    # number of epochs
-    lr=None,    # learning rate of the first half, a number or a slice; default: the learner's
-    swa_lr=None,    # learning rate while averaging; a pair (hi, lo): falling from hi to lo over each cycle; default: lr / 10
-    swa_start=0.75,    # as in `SWACallback`
-    cycle_len:int=1,    # as in `SWACallback`
-    wd:float=None,    # weight decay; default: the learner's
-    cbs=None,    # more callbacks for this fit
-    **swa_kwargs    # other arguments of `SWACallback`
+def fit_swa(
+    self: Learner,
+    n_epoch: int,  # number of epochs
+    lr=None,  # learning rate of the first half, a number or a slice; default: the learner's
+    # learning rate while averaging; a pair (hi, lo): falling from hi to lo over each cycle;
+    # default: lr / 10
+    swa_lr=None,
+    swa_start=0.75,  # as in `SWACallback`
+    cycle_len: int = 1,  # as in `SWACallback`
+    wd: float = None,  # weight decay; default: the learner's
+    cbs=None,  # more callbacks for this fit
+    **swa_kwargs,  # other arguments of `SWACallback`
 ) -> SWACallback:
-    """Fit with the SWA papers' schedule (`schedules.swa_lr_factor`) and average; returns the callback, which holds the average.
+    """Fit with the SWA papers' schedule (`schedules.swa_lr_factor`) and average; returns the
+    callback, which holds the average.
 
-    The learning rate is `lr` for half the way to `swa_start`, falls to `swa_lr` in a straight line until 0.9 of it, or
-    until epoch `swa_start` where that comes first, and stays (or, for a pair, goes through cycles): every epoch that is
-    averaged is trained at `swa_lr`. Momentum is left alone; with a slice all groups follow the same curve, and `swa_lr`
-    is that of the last one. A `swa_lr` above `lr` gets a warning, but for `swa_start=0`, where there is no `lr` to come
-    from: `fit_swa(n, lr, swa_lr=lr, swa_start=0)` is the tail after a training.
+    The learning rate is `lr` for half the way to `swa_start`, falls to `swa_lr` in a straight line
+    until 0.9 of it, or until epoch `swa_start` where that comes first, and stays (or, for a pair,
+    goes through cycles): every epoch that is averaged is trained at `swa_lr`. Momentum is left
+    alone; with a slice all groups follow the same curve, and `swa_lr` is that of the last one. A
+    `swa_lr` above `lr` gets a warning, but for `swa_start=0`, where there is no `lr` to come from:
+    `fit_swa(n, lr, swa_lr=lr, swa_start=0)` is the tail after a training.
 
     Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used.
     """
     n_epoch = check_count('n_epoch', n_epoch, optional=False)
-    if swa_lr is not None: swa_lr = _check_swa_lr(swa_lr)
+    if swa_lr is not None:
+        swa_lr = _check_swa_lr(swa_lr)
     swa = SWACallback(swa_start=swa_start, cycle_len=cycle_len, **swa_kwargs)
     lr, lrs = _group_lrs(self, 'lr', lr)
     if swa_lr is None:
-        factor = .1
+        factor = 0.1
     elif isinstance(swa_lr, tuple):
         factor = tuple(x / lrs[-1] for x in swa_lr)
     else:
@@ -72,104 +82,156 @@ def fit_swa(self:Learner,
     if swa_lr is not None and swa.swa_start != 0:
         _warn_if_above(swa_lr, lrs[-1])
     start = start_epoch(swa.swa_start, n_epoch)
-    def schedule(epoch, step, n_steps): return lrs * swa_lr_factor(epoch, step, n_steps, start, factor, swa.cycle_len)
+
+    def schedule(epoch, step, n_steps):
+        return lrs * swa_lr_factor(epoch, step, n_steps, start, factor, swa.cycle_len)
+
     self.fit(n_epoch, lr, wd=wd, cbs=[EpochScheduler({'lr': schedule}), swa, *L(cbs)])
     return swa
 
 
 @patch
-def fit_snapshots(self:Learner,
-    n_cycles:int,    # number of snapshots
-    cycle_len:int,    # epochs of each cycle, which ends in a snapshot
-    lr=None,    # learning rate at the start of each cycle, a number or a slice; default: the learner's
-    folder=None,    # for the snapshots' files; None: they stay in the host's memory
-    wd:float=None,    # weight decay; default: the learner's
-    cbs=None,    # more callbacks for this fit
-    activation:str=None    # as in `SnapshotCallback`
+def fit_snapshots(
+    self: Learner,
+    n_cycles: int,  # number of snapshots
+    cycle_len: int,  # epochs of each cycle, which ends in a snapshot
+    lr=None,  # learning rate at the start of each cycle, a number or a slice; default: the learner's
+    folder=None,  # for the snapshots' files; None: they stay in the host's memory
+    wd: float = None,  # weight decay; default: the learner's
+    cbs=None,  # more callbacks for this fit
+    activation: str = None,  # as in `SnapshotCallback`
 ) -> Ensemble:
-    """Fit in cycles of a cosine that falls to zero, and keep the weights at the end of each; returns them as an `Ensemble`.
+    """Fit in cycles of a cosine that falls to zero, and keep the weights at the end of each;
+    returns them as an `Ensemble`.
 
-    The columns `ens_valid_loss` and `ens_<metric>` are of all snapshots so far. `SWACallback(cycle_len - 1, cycle_len=cycle_len)` in `cbs`
-    averages the same weights. Huang et al. 2017 (arXiv 1704.00109), `schedules.snapshot_lr_factor`.
+    The columns `ens_valid_loss` and `ens_<metric>` are of all snapshots so far.
+    `SWACallback(cycle_len - 1, cycle_len=cycle_len)` in `cbs` averages the same weights. Huang et
+    al. 2017 (arXiv 1704.00109), `schedules.snapshot_lr_factor`.
 
     Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used.
     """
-    n_cycles, cycle_len = check_count('n_cycles', n_cycles, optional=False), check_count('cycle_len', cycle_len, optional=False)
+    n_cycles, cycle_len = (
+        check_count('n_cycles', n_cycles, optional=False),
+        check_count('cycle_len', cycle_len, optional=False),
+    )
     snapshots = SnapshotCallback(cycle_len - 1, cycle_len, folder, activation)
     lr, lrs = _group_lrs(self, 'lr', lr)
     n_epoch = n_cycles * cycle_len
-    def schedule(epoch, step, n_steps): return lrs * snapshot_lr_factor(epoch*n_steps + step, n_epoch*n_steps, n_cycles)
+
+    def schedule(epoch, step, n_steps):
+        return lrs * snapshot_lr_factor(epoch * n_steps + step, n_epoch * n_steps, n_cycles)
+
     self.fit(n_epoch, lr, wd=wd, cbs=[EpochScheduler({'lr': schedule}), snapshots, *L(cbs)])
     return snapshots.ensemble(self)
 
 
 @patch
-def fit_fge(self:Learner,
-    n_cycles:int,    # number of snapshots
-    cycle_len:int,    # epochs of each cycle, an even number: 2 or 4 in the paper
-    lr_max=None,    # learning rate at the start of each cycle, a number or a slice; default: the learner's
-    lr_min:float=None,    # and in its middle, where the snapshot is taken; default: lr_max / 100
-    folder=None, wd:float=None, cbs=None, activation:str=None    # as in `fit_snapshots`
+def fit_fge(
+    self: Learner,
+    n_cycles: int,  # number of snapshots
+    cycle_len: int,  # epochs of each cycle, an even number: 2 or 4 in the paper
+    lr_max=None,  # learning rate at the start of each cycle, a number or a slice; default: the learner's
+    lr_min: float = None,  # and in its middle, where the snapshot is taken; default: lr_max / 100
+    folder=None,
+    wd: float = None,
+    cbs=None,
+    activation: str = None,  # as in `fit_snapshots`
 ) -> Ensemble:
-    """Fast geometric ensembling: go on from a trained model in short cycles, and keep the weights at their low points; returns an `Ensemble`.
+    """Fast geometric ensembling: go on from a trained model in short cycles, and keep the weights
+    at their low points; returns an `Ensemble`.
 
-    The learning rate falls from `lr_max` to `lr_min` in a straight line and rises again; the fit ends at the low point of the last cycle, after
-    `n_cycles * cycle_len - cycle_len / 2` epochs. The paper starts from 80 % of a usual SGD run. `SWACallback(cycle_len // 2 - 1,
-    cycle_len=cycle_len)` in `cbs` averages the same weights. Garipov et al. 2018 (arXiv 1802.10026), `schedules.fge_lr_factor`.
+    The learning rate falls from `lr_max` to `lr_min` in a straight line and rises again; the fit
+    ends at the low point of the last cycle, after `n_cycles * cycle_len - cycle_len / 2` epochs.
+    The paper starts from 80 % of a usual SGD run. `SWACallback(cycle_len // 2 - 1,
+    cycle_len=cycle_len)` in `cbs` averages the same weights. Garipov et al. 2018 (arXiv
+    1802.10026), `schedules.fge_lr_factor`.
 
     Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used.
     """
-    n_cycles, cycle_len = check_count('n_cycles', n_cycles, optional=False), check_count('cycle_len', cycle_len, optional=False)
-    if cycle_len % 2: raise ValueError(f'cycle_len must be an even number of epochs, with the snapshot in the middle, not {cycle_len}')
+    n_cycles, cycle_len = (
+        check_count('n_cycles', n_cycles, optional=False),
+        check_count('cycle_len', cycle_len, optional=False),
+    )
+    if cycle_len % 2:
+        raise ValueError(
+            f'cycle_len must be an even number of epochs, with the snapshot in the middle, not {cycle_len}'
+        )
     snapshots = SnapshotCallback(cycle_len // 2 - 1, cycle_len, folder, activation)
-    if lr_min is not None: _check_lr('lr_min', lr_min, lr_min, 'a number')
+    if lr_min is not None:
+        _check_lr('lr_min', lr_min, lr_min, 'a number')
     lr, lrs = _group_lrs(self, 'lr_max', lr_max)
-    factor = .01 if lr_min is None else lr_min / lrs[-1]
-    if factor > 1: raise ValueError(f'lr_min must be at most lr_max={lrs[-1]:g}, not {lr_min!r}')
-    def schedule(epoch, step, n_steps): return lrs * fge_lr_factor(epoch, step, n_steps, cycle_len, factor)
+    factor = 0.01 if lr_min is None else lr_min / lrs[-1]
+    if factor > 1:
+        raise ValueError(f'lr_min must be at most lr_max={lrs[-1]:g}, not {lr_min!r}')
+
+    def schedule(epoch, step, n_steps):
+        return lrs * fge_lr_factor(epoch, step, n_steps, cycle_len, factor)
+
     self.fit(fge_epochs(n_cycles, cycle_len), lr, wd=wd, cbs=[EpochScheduler({'lr': schedule}), snapshots, *L(cbs)])
     return snapshots.ensemble(self)
 
 
 @patch
 @delegates(rays)
-def plot_width(self:Learner,
-    solutions,    # as for `rays`; a SWACallback stands for its average, and the learner's own weights beside it
-    column:str=None, level:float=None, ax=None, wd:float=0.,    # as for `plot.plot_width`
-    **kwargs
+def plot_width(
+    self: Learner,
+    solutions,  # as for `rays`; a SWACallback stands for its average, and the learner's own weights beside it
+    column: str = None,
+    level: float = None,
+    ax=None,
+    wd: float = 0.0,  # as for `plot.plot_width`
+    **kwargs,
 ):
-    """Draw how loss or metric rise with the distance from `solutions`, on random rays; returns the axes.
+    """Draw how loss or metric rise with the distance from `solutions`, on random rays; returns the
+    axes.
 
-    `rays(learn, solutions)` gives the numbers, `plot.plot_width` draws them; this does both. With `file` it can be interrupted and the
-    numbers stay. Raises what `rays` raises.
+    `rays(learn, solutions)` gives the numbers, `plot.plot_width` draws them; this does both. With
+    `file` it can be interrupted and the numbers stay. Raises what `rays` raises.
     """
     return plot.plot_width(rays(self, _beside_own(self, solutions), **kwargs), column, level, ax, wd)
 
 
 @patch
 @delegates(line)
-def plot_line(self:Learner,
-    solutions,    # two, as for `line`; a SWACallback stands for the way from the learner's own weights through its average
-    columns=None, ax=None, wd:float=0.,    # as for `plot.plot_line`
-    **kwargs
+def plot_line(
+    self: Learner,
+    # two, as for `line`; a SWACallback stands for the way from the learner's own weights through
+    # its average
+    solutions,
+    columns=None,
+    ax=None,
+    wd: float = 0.0,  # as for `plot.plot_line`
+    **kwargs,
 ):
-    "Draw loss and metric on the straight line through two solutions; returns the array of axes. Raises what `line` raises."
+    """Draw loss and metric on the straight line through two solutions; returns the array of axes.
+    Raises what `line` raises.
+    """
     return plot.plot_line(line(self, _beside_own(self, solutions), **kwargs), columns, ax, wd)
 
 
 @patch
 @delegates(plane)
-def plot_plane(self:Learner,
-    solutions,    # three, as for `plane`; a SnapshotCallback or an Ensemble stands for its first, middle and last models, and all as the trajectory
-    column:str=None, ax=None, wd:float=0., top:float=None,    # as for `plot.plot_plane`
-    **kwargs
+def plot_plane(
+    self: Learner,
+    # three, as for `plane`; a SnapshotCallback or an Ensemble stands for its first, middle and last
+    # models, and all as the trajectory
+    solutions,
+    column: str = None,
+    ax=None,
+    wd: float = 0.0,
+    top: float = None,  # as for `plot.plot_plane`
+    **kwargs,
 ):
-    "Draw loss or metric in the plane through three solutions; returns the axes. Raises what `plane` raises."
+    """Draw loss or metric in the plane through three solutions; returns the axes. Raises what
+    `plane` raises.
+    """
     if isinstance(solutions, SnapshotCallback | Ensemble):
         path = named_solutions(solutions)
         names = list(path)
-        if len(path) > 3: kwargs = {'trajectory': path} | kwargs
-        if len(path) > 2: solutions = {name: path[name] for name in (names[0], names[len(names) // 2], names[-1])}
+        if len(path) > 3:
+            kwargs = {'trajectory': path} | kwargs
+        if len(path) > 2:
+            solutions = {name: path[name] for name in (names[0], names[len(names) // 2], names[-1])}
     return plot.plot_plane(plane(self, solutions, **kwargs), column, ax, wd, top)
 
 
@@ -178,17 +240,24 @@ def _beside_own(learn, solutions):
 
 
 class EpochScheduler(ParamScheduler):
-    "A `ParamScheduler` whose functions get `(epoch, step, n_steps)`, counted from 0, instead of the share of training done."
+    """A `ParamScheduler` whose functions get `(epoch, step, n_steps)`, counted from 0, instead of
+    the share of training done.
+    """
+
     by_epoch = True
+
     def before_batch(self):
-        for name, f in self.scheds.items(): self.opt.set_hyper(name, f(self.epoch, self.iter, self.n_iter))
+        for name, f in self.scheds.items():
+            self.opt.set_hyper(name, f(self.epoch, self.iter, self.n_iter))
 
 
 def _group_lrs(learn, name, lr):
     "`lr`, or the learner's own, and what it is for each parameter group."
-    if learn.opt is None: learn.create_opt()    # which may set `learn.lr`
+    if learn.opt is None:
+        learn.create_opt()  # which may set `learn.lr`
     lr = learn.lr if lr is None else lr
-    for x in ((lr.stop,) if lr.start is None else (lr.start, lr.stop)) if isinstance(lr, slice) else (lr,): _check_lr(name, x, lr)
+    for x in ((lr.stop,) if lr.start is None else (lr.start, lr.stop)) if isinstance(lr, slice) else (lr,):
+        _check_lr(name, x, lr)
     learn.opt.set_hyper('lr', lr)
     return lr, np.array([h['lr'] for h in learn.opt.hypers])
 
@@ -197,21 +266,28 @@ def _check_swa_lr(swa_lr):
     "`swa_lr` as a float or a pair of floats."
     is_pair = isinstance(swa_lr, tuple | list) and len(swa_lr) == 2
     pair = swa_lr if is_pair else (swa_lr,)
-    for x in pair: _check_lr('swa_lr', x, swa_lr, 'a number or a pair (hi, lo)')
-    if pair[0] < pair[-1]: raise ValueError(f'swa_lr must be a pair (hi, lo) with hi >= lo, not {swa_lr!r}')
+    for x in pair:
+        _check_lr('swa_lr', x, swa_lr, 'a number or a pair (hi, lo)')
+    if pair[0] < pair[-1]:
+        raise ValueError(f'swa_lr must be a pair (hi, lo) with hi >= lo, not {swa_lr!r}')
     return tuple(map(float, pair)) if is_pair else float(swa_lr)
 
 
 def _warn_if_above(swa_lr, lr):
     "Warn if averaging begins at a rate above `lr`: most likely an epoch was meant."
     highest = swa_lr[0] if isinstance(swa_lr, tuple) else swa_lr
-    if highest <= lr * (1 + 1e-9) or rank_distrib():    # rounding is no rise; once for all processes
+    if highest <= lr * (1 + 1e-9) or rank_distrib():  # rounding is no rise; once for all processes
         return
     given = f'({swa_lr[0]:g}, {swa_lr[1]:g})' if isinstance(swa_lr, tuple) else f'{swa_lr:g}'
-    warnings.warn(f'swa_lr={given} is above lr={lr:g}: swa_lr is the learning rate while averaging, to which the rate '
-                  'now rises; if it was meant as the first epoch to average, that is swa_start', stacklevel=3)
+    warnings.warn(
+        f'swa_lr={given} is above lr={lr:g}: swa_lr is the learning rate while averaging, to which the rate now rises; '
+        'if it was meant as the first epoch to average, that is swa_start',
+        stacklevel=3,
+    )
 
 
 def _check_lr(name, x, given, expected='a number or a slice'):
-    if isinstance(x, bool) or not isinstance(x, Real): raise TypeError(f'{name} must be {expected}, not {given!r}')
-    if not 0 < x < float('inf'): raise ValueError(f'{name} must be positive, not {given!r}')
+    if isinstance(x, bool) or not isinstance(x, Real):
+        raise TypeError(f'{name} must be {expected}, not {given!r}')
+    if not 0 < x < float('inf'):
+        raise ValueError(f'{name} must be positive, not {given!r}')

@@ -1,9 +1,11 @@
-"""Python objects as plain data that `torch.load(weights_only=True)` reads, and back. A file never names code that would
-be run or imported.
+"""Python objects as plain data that `torch.load(weights_only=True)` reads, and back. A file never
+names code that would be run or imported.
 
-What is no number, string, tensor, list or dict is a tuple of a tag and its content: tuples as well, since a tuple is a
-tag's sign, and sets, counters and the like, which not every supported version of torch reads by itself.
+What is no number, string, tensor, list or dict is a tuple of a tag and its content: tuples as well,
+since a tuple is a tag's sign, and sets, counters and the like, which not every supported version of
+torch reads by itself.
 """
+
 import ctypes
 import dataclasses
 import enum
@@ -17,8 +19,18 @@ import torch
 from fastcore.foundation import L
 from torch import nn
 
-__all__ = ['pack', 'unpack', 'Packer', 'Unpacker', 'is_record', 'record_fields', 'elements', 'put_elements',
-           'shared_memory', 'equal']
+__all__ = [
+    'pack',
+    'unpack',
+    'Packer',
+    'Unpacker',
+    'is_record',
+    'record_fields',
+    'elements',
+    'put_elements',
+    'shared_memory',
+    'equal',
+]
 
 
 def pack(o):
@@ -27,7 +39,9 @@ def pack(o):
 
 
 def unpack(o):
-    "What `pack` made plain; tensors are copies, so that nothing that is done to the result reaches `o`."
+    """What `pack` made plain; tensors are copies, so that nothing that is done to the result
+    reaches `o`.
+    """
     unpacker = Unpacker()
     res = unpacker(o)
     if unpacker.missing:
@@ -50,23 +64,24 @@ def class_name(cls) -> str:
 
 
 _PLAIN = (type(None), bool, int, float, str)
-_SEQUENCES = {'list': list, 'deque': deque, 'set': set}    # whose subclasses are packed, under these names
+_SEQUENCES = {'list': list, 'deque': deque, 'set': set}  # whose subclasses are packed, under these names
 
 
 class Packer:
-    """Turns objects into numbers, strings, tensors, lists and dicts as they are, all else into a tuple of a tag and its
-    content. Tensors become copies on the CPU, one for all that are the same.
+    """Turns objects into numbers, strings, tensors, lists and dicts as they are, all else into a
+    tuple of a tag and its content. Tensors become copies on the CPU, one for all that are the same.
 
     - `refused`: data pointers of tensors that are kept elsewhere.
     - `keep_devices`: tensors go back to the devices that they are on.
     - `lenient`: strings for what is not plain data.
-    - `holes`: a list; what is not plain data leaves a hole, which `Unpacker` fills with what it finds at that place,
-      and (path, object) is appended to it.
+    - `holes`: a list; what is not plain data leaves a hole, which `Unpacker` fills with what it
+      finds at that place, and (path, object) is appended to it.
     """
+
     def __init__(self, refused=(), keep_devices=False, lenient=False, holes=None):
-        self.copies = {}    # id -> tensor and its copy; the tensor is kept, so that its id stays taken
-        self.open = set()    # ids of the containers that are being packed
-        self.root = 'it'    # the name of what is packed
+        self.copies = {}  # id -> tensor and its copy; the tensor is kept, so that its id stays taken
+        self.open = set()  # ids of the containers that are being packed
+        self.root = 'it'  # the name of what is packed
         self.refused = refused
         self.keep_devices = keep_devices
         self.lenient = lenient
@@ -77,13 +92,13 @@ class Packer:
         if type(o) in _PLAIN:
             return o
         if id(o) in self.open:
-            return self._hole(o, what)    # a container that holds itself
+            return self._hole(o, what)  # a container that holds itself
         if not self.open:
             self.root = what
         self.open.add(id(o))
         try:
             return self._packed(o, what)
-        except TypeError:    # something in it that has no place of its own, such as a key
+        except TypeError:  # something in it that has no place of its own, such as a key
             if self.holes is None:
                 raise
             return self._hole(o, what)
@@ -150,8 +165,10 @@ class Packer:
             self.holes.append((what, o))
             return 'hole', class_name(type(o))
         place = what.removeprefix(self.root)
-        raise TypeError(f'{self.root} keeps a {type(o).__module__}.{type(o).__qualname__}{place and f" at {place}"}, '
-                        'which a checkpoint cannot hold')
+        raise TypeError(
+            f'{self.root} keeps a {type(o).__module__}.{type(o).__qualname__}{place and f" at {place}"}, which a '
+            'checkpoint cannot hold'
+        )
 
     def _values(self, values, what):
         return [self(v, f'{what}[{i}]') for i, v in enumerate(values)]
@@ -211,30 +228,33 @@ def _are_scalars(values) -> bool:
 
 
 def record_fields(o) -> dict:
-    "Name -> value of what an instance of a dataclass holds: its fields, and what was set beside them."
+    """Name -> value of what an instance of a dataclass holds: its fields, and what was set beside
+    them.
+    """
     fields = {f.name: getattr(o, f.name) for f in dataclasses.fields(o) if hasattr(o, f.name)}
     return {**fields, **getattr(o, '__dict__', {})}
 
 
-_MISSING = object()    # nothing stands at that place
+_MISSING = object()  # nothing stands at that place
 
 
 class Unpacker:
-    """Turns plain data back into objects, where it can into those that are there: containers get their old contents, so
-    that two that share one go on sharing it.
+    """Turns plain data back into objects, where it can into those that are there: containers get
+    their old contents, so that two that share one go on sharing it.
 
-    Objects of a user's class are never made by its constructor. Their values go into the object that is there, if that
-    is of the same class; dataclasses, named tuples and enums are made from a class that the program itself has loaded.
-    What is neither is noted in `missing`.
+    Objects of a user's class are never made by its constructor. Their values go into the object
+    that is there, if that is of the same class; dataclasses, named tuples and enums are made from a
+    class that the program itself has loaded. What is neither is noted in `missing`.
 
     - `protected`: storage pointers of tensors that must not be written to.
     - `classes`: name -> class, beside those that are loaded.
     """
+
     def __init__(self, protected=(), classes=None):
         self.protected = protected
         self.classes = dict(classes or {})
-        self.missing = []    # where something could not be made anew
-        self.written = {}    # id of an object that was there -> itself and the plain data that it got
+        self.missing = []  # where something could not be made anew
+        self.written = {}  # id of an object that was there -> itself and the plain data that it got
 
     def __call__(self, o, now=_MISSING, what='it'):
         "What `o` was; `now` is what stands in its place, `what` the name of that for a user."
@@ -255,7 +275,9 @@ class Unpacker:
     # what is there and can be written to
 
     def _usable(self, now, packed) -> bool:
-        "Can `now` take on `packed`? Not if it has got something else before: two that were one are two."
+        """Can `now` take on `packed`? Not if it has got something else before: two that were one
+        are two.
+        """
         if id(now) in self.written:
             return equal(self.written[id(now)][1], packed)
         self.written[id(now)] = now, packed
@@ -314,7 +336,7 @@ class Unpacker:
         return L(self(v, what=what))
 
     def _read_tuple(self, v, packed, now, what):
-        base = now if type(now) is tuple and len(now) == len(v) else [_MISSING]*len(v)
+        base = now if type(now) is tuple and len(now) == len(v) else [_MISSING] * len(v)
         values = tuple(self(x, b, f'{what}[{i}]') for i, (x, b) in enumerate(zip(v, base)))
         return now if base is now and all(x is b for x, b in zip(values, now)) else values
 
@@ -396,7 +418,7 @@ class Unpacker:
         cls = self._class(name, now, lambda c: issubclass(c, tuple) and hasattr(c, '_fields'))
         if cls is None:
             return self._read_hole('', packed, now, what)
-        base = now if type(now) is cls else [_MISSING]*len(values)
+        base = now if type(now) is cls else [_MISSING] * len(values)
         return tuple.__new__(cls, [self(x, b, what) for x, b in zip(values, base)])
 
     def _read_record(self, v, packed, now, what):
@@ -475,8 +497,8 @@ def put_elements(o, values: list):
 
 
 def shared_memory(o) -> memoryview | None:
-    """The memory of a number or array that processes share, as `multiprocessing.Value` makes one: how workers are told
-    the epoch.
+    """The memory of a number or array that processes share, as `multiprocessing.Value` makes one:
+    how workers are told the epoch.
     """
     if type(o).__module__ == 'multiprocessing.sharedctypes' and hasattr(o, 'get_obj'):
         o = o.get_obj()

@@ -1,4 +1,5 @@
 """What a loss takes a model's output for, and how several outputs become one. Plain PyTorch."""
+
 import math
 from functools import partial, reduce
 
@@ -8,28 +9,39 @@ from torch.nn import functional as F
 __all__ = ['Probabilities', 'as_probabilities', 'features', 'vote']
 
 _LOSSES = {
-    'softmax': {'CrossEntropyLoss', 'CrossEntropyLossFlat', 'FocalLoss', 'FocalLossFlat', 'LabelSmoothingCrossEntropy',
-                'cross_entropy'},
-    'sigmoid': {'BCEWithLogitsLoss', 'BCEWithLogitsLossFlat', 'MultiLabelSoftMarginLoss',
-                'binary_cross_entropy_with_logits'},
+    'softmax': {
+        'CrossEntropyLoss',
+        'CrossEntropyLossFlat',
+        'FocalLoss',
+        'FocalLossFlat',
+        'LabelSmoothingCrossEntropy',
+        'cross_entropy',
+    },
+    'sigmoid': {
+        'BCEWithLogitsLoss',
+        'BCEWithLogitsLossFlat',
+        'MultiLabelSoftMarginLoss',
+        'binary_cross_entropy_with_logits',
+    },
     'none': {'MSELoss', 'L1Loss', 'SmoothL1Loss', 'HuberLoss', 'mse_loss', 'l1_loss', 'smooth_l1_loss', 'huber_loss'},
 }
-_LITTLE = 1e-3    # below one vote of a hundred members, far above float32's resolution
-_LEAST = 1e-6    # of a probability whose log is taken
+_LITTLE = 1e-3  # below one vote of a hundred members, far above float32's resolution
+_LEAST = 1e-6  # of a probability whose log is taken
 
 
 class Probabilities:
-    """What a loss takes a model's output for, and means of that: probabilities of classes ('softmax'), of labels
-    ('sigmoid'), or values ('none').
+    """What a loss takes a model's output for, and means of that: probabilities of classes
+    ('softmax'), of labels ('sigmoid'), or values ('none').
 
-    Means are computed in log space, so that the log of a mean probability is exact however small it is.
-    Raises `ValueError` if `loss_func` does not tell and `kind` is not given.
+    Means are computed in log space, so that the log of a mean probability is exact however small it
+    is. Raises `ValueError` if `loss_func` does not tell and `kind` is not given.
     """
+
     def __init__(self, loss_func, kind: str | None = None):
         if kind not in (None, 'softmax', 'sigmoid', 'none'):
             raise ValueError(f"activation must be 'softmax', 'sigmoid' or 'none', not {kind!r}")
         self.kind = kind or _kind(loss_func)
-        self.axis = getattr(loss_func, 'axis', 1)    # fastai's losses say it, torch's have the classes there
+        self.axis = getattr(loss_func, 'axis', 1)  # fastai's losses say it, torch's have the classes there
 
     def of(self, output):
         "The probabilities (regression: values) that `output` stands for."
@@ -71,19 +83,23 @@ class Probabilities:
 
 def _kind(loss_func) -> str:
     f = loss_func.func if isinstance(loss_func, partial) else loss_func
-    inner = type(getattr(f, 'func', None)).__name__    # fastai's losses hold torch's
+    inner = type(getattr(f, 'func', None)).__name__  # fastai's losses hold torch's
     names = [*(c.__name__ for c in type(f).__mro__), inner, getattr(f, '__name__', '')]
     for kind, known in _LOSSES.items():
         if known & set(names):
             return kind
-    raise ValueError(f"the loss {names[-1] or names[0]} does not say what the model's output is: pass "
-                     "activation='softmax', 'sigmoid' or 'none'")
+    raise ValueError(
+        f"the loss {names[-1] or names[0]} does not say what the model's output is: pass activation='softmax', "
+        "'sigmoid' or 'none'"
+    )
 
 
 def vote(ps, mean, probabilities: Probabilities):
-    "Shares of the votes of `ps`, shape (members, ...), with as little of their `mean` as decides between equal ones."
+    """Shares of the votes of `ps`, shape (members, ...), with as little of their `mean` as decides
+    between equal ones.
+    """
     if probabilities.kind == 'sigmoid':
-        votes = (ps > .5).float().mean(0)
+        votes = (ps > 0.5).float().mean(0)
     else:
         axis = probabilities.axis % mean.ndim + 1
         votes = torch.zeros_like(ps).scatter_(axis, ps.argmax(axis, keepdim=True), 1).mean(0)

@@ -1,4 +1,5 @@
 """What the processes of one training have to tell each other. Plain PyTorch."""
+
 import io
 
 import torch
@@ -8,9 +9,10 @@ __all__ = ['Processes', 'Together', 'PassFailed']
 
 
 class Processes:
-    """The processes that train `learn` together within `learn.distrib_ctx()`; elsewhere this one alone. Each call is
-    made by all of them.
+    """The processes that train `learn` together within `learn.distrib_ctx()`; elsewhere this one
+    alone. Each call is made by all of them.
     """
+
     def __init__(self, learn):
         # fastai's, which may not be installed
         together = any(c.__name__ == 'DistributedTrainer' for cb in learn.cbs for c in type(cb).__mro__)
@@ -18,21 +20,28 @@ class Processes:
         self.size, self.rank = (distributed.get_world_size(), distributed.get_rank()) if together else (1, 0)
 
     def gather(self, o) -> list:
-        "`o` of each process, numbers, strings, tensors and what holds them, in the order of their ranks."
-        if self.size == 1: return [o]
+        """`o` of each process, numbers, strings, tensors and what holds them, in the order of their
+        ranks.
+        """
+        if self.size == 1:
+            return [o]
         res = [None] * self.size
         distributed.all_gather_object(res, _encoded(o))
         return list(map(_decoded, res))
 
     def first(self, f, *args):
         "What `f(*args)` gives in the first process, or the error it raises there, in all."
-        if self.size == 1: return f(*args)
+        if self.size == 1:
+            return f(*args)
         outcome = [None, None]
         if self.rank == 0:
-            try: outcome[0] = _encoded(f(*args))
-            except Exception as e: outcome[1] = e
+            try:
+                outcome[0] = _encoded(f(*args))
+            except Exception as e:
+                outcome[1] = e
         distributed.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None: raise outcome[1]
+        if outcome[1] is not None:
+            raise outcome[1]
         return _decoded(outcome[0])
 
 
@@ -41,18 +50,19 @@ class PassFailed(Exception):
 
 
 class Together:
-    """What `processes` do together, where an error in one must end it in all: each exchange is preceded by one of
-    errors, which the process that failed joins with `fail` instead of the next exchange. At the end all call `check`
-    once more.
+    """What `processes` do together, where an error in one must end it in all: each exchange is
+    preceded by one of errors, which the process that failed joins with `fail` instead of the next
+    exchange. At the end all call `check` once more.
 
-    The calls raise `PassFailed` with the first text of those that failed. (An interruption is not exchanged: it ends
-    the training of all.)
+    The calls raise `PassFailed` with the first text of those that failed. (An interruption is not
+    exchanged: it ends the training of all.)
     """
+
     def __init__(self, processes: Processes):
         self.processes = processes
         self.size = processes.size
         self.rank = processes.rank
-        self.is_over = False    # an error was exchanged: nobody waits any more
+        self.is_over = False  # an error was exchanged: nobody waits any more
 
     def fail(self, error: Exception):
         "This process failed with `error`; tell the others, unless they know."
@@ -87,4 +97,6 @@ def _encoded(o) -> bytes:
     torch.save(o, f := io.BytesIO())
     return f.getvalue()
 
-def _decoded(data): return torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
+
+def _decoded(data):
+    return torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)

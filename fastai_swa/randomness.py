@@ -1,4 +1,5 @@
 """Every random generator of a learner: found, read, put back, begun with a seed."""
+
 import random
 import warnings
 from contextlib import ExitStack, contextmanager
@@ -11,14 +12,24 @@ from fastcore.xtras import ReindexCollection
 
 from .holders import below, found_in, holder_kept, keeps_state, walk
 
-__all__ = ['sources', 'sources_in', 'get', 'put', 'seed', 'seed_all', 'randomness_kept', 'objects_kept',
-           'random_states', 'set_random_states_of']
+__all__ = [
+    'sources',
+    'sources_in',
+    'get',
+    'put',
+    'seed',
+    'seed_all',
+    'randomness_kept',
+    'objects_kept',
+    'random_states',
+    'set_random_states_of',
+]
 
 
 @singledispatch
 def get(source):
-    """The state of a random generator, or of an order that is shuffled in place; `None` for anything else, which has
-    none.
+    """The state of a random generator, or of an order that is shuffled in place; `None` for
+    anything else, which has none.
     """
     return None
 
@@ -39,9 +50,11 @@ def seed(source, n: int):
 def _(source: torch.Generator):
     return source.get_state()
 
+
 @put.register
 def _(source: torch.Generator, state):
     source.set_state(state)
+
 
 @seed.register
 def _(source: torch.Generator, n):
@@ -52,9 +65,11 @@ def _(source: torch.Generator, n):
 def _(source: random.Random):
     return source.getstate()
 
+
 @put.register
 def _(source: random.Random, state):
     source.setstate(state)
+
 
 @seed.register
 def _(source: random.Random, n):
@@ -65,9 +80,11 @@ def _(source: random.Random, n):
 def _(source: np.random.RandomState):
     return source.get_state()
 
+
 @put.register
 def _(source: np.random.RandomState, state):
     source.set_state(state)
+
 
 @seed.register
 def _(source: np.random.RandomState, n):
@@ -78,9 +95,11 @@ def _(source: np.random.RandomState, n):
 def _(source: np.random.BitGenerator):
     return source.state
 
+
 @put.register
 def _(source: np.random.BitGenerator, state):
     source.state = state
+
 
 @seed.register
 def _(source: np.random.BitGenerator, n):
@@ -91,9 +110,11 @@ def _(source: np.random.BitGenerator, n):
 def _(source: np.random.Generator):
     return get(source.bit_generator)
 
+
 @put.register
 def _(source: np.random.Generator, state):
     put(source.bit_generator, state)
+
 
 @seed.register
 def _(source: np.random.Generator, n):
@@ -104,9 +125,11 @@ def _(source: np.random.Generator, n):
 def _(source: ReindexCollection):
     return list(source.idxs)
 
+
 @put.register
 def _(source: ReindexCollection, state):
-    source.idxs[:] = state    # in place: a language model's loader shares it between its texts and their lengths
+    source.idxs[:] = state  # in place: a language model's loader shares it between its texts and their lengths
+
 
 @seed.register
 def _(source: ReindexCollection, n):
@@ -128,7 +151,9 @@ def sources_in(roots, but=()):
 
 
 def sources(learn):
-    "(path, source) for those in the loaders, callbacks without a `state_dict`, model and loss of `learn`."
+    """(path, source) for those in the loaders, callbacks without a `state_dict`, model and loss of
+    `learn`.
+    """
     return sources_in(*below(learn, keeps_state))
 
 
@@ -141,8 +166,8 @@ def seed_all(learn, n: int):
 
 
 def randomness_kept(learn, found=None):
-    """A context at whose end all random generators, of Python, NumPy, torch and each GPU, and those that `learn` holds,
-    stand where they stood.
+    """A context at whose end all random generators, of Python, NumPy, torch and each GPU, and those
+    that `learn` holds, stand where they stood.
 
     - `found`: what `found_in(learn)` gives.
     """
@@ -151,8 +176,8 @@ def randomness_kept(learn, found=None):
 
 @contextmanager
 def objects_kept(*objects):
-    """What the `objects`, loaders or data sets, and the objects in them count, and all random generators, stand at the
-    end of this context where they stood."""
+    """What the `objects`, loaders or data sets, and the objects in them count, and all random
+    generators, stand at the end of this context where they stood."""
     generators = [o for _, o in sources_in(list(enumerate(objects)))]
     with _kept(generators), ExitStack() as stack:
         for o in objects:
@@ -162,7 +187,9 @@ def objects_kept(*objects):
 
 @contextmanager
 def _kept(generators):
-    "The `generators`, and those of the libraries, stand at the end of this context where they stood."
+    """The `generators`, and those of the libraries, stand at the end of this context where they
+    stood.
+    """
     states = [(o, get(o)) for o in generators]
     with libraries_kept():
         try:
@@ -174,7 +201,9 @@ def _kept(generators):
 
 @contextmanager
 def libraries_kept():
-    "The random generators of Python, NumPy, torch and each GPU stand at the end of this context where they stood."
+    """The random generators of Python, NumPy, torch and each GPU stand at the end of this context
+    where they stood.
+    """
     states = get_random_states()
     try:
         yield
@@ -182,7 +211,7 @@ def libraries_kept():
         set_random_states(**states)
 
 
-_LIBRARIES = 'random_state', 'numpy_state', 'torch_state', 'torch_cuda_state'    # not the settings of cuDNN
+_LIBRARIES = 'random_state', 'numpy_state', 'torch_state', 'torch_cuda_state'  # not the settings of cuDNN
 
 
 def random_states(learn) -> dict:
@@ -192,11 +221,13 @@ def random_states(learn) -> dict:
 
 
 def set_random_states_of(learn, states: dict):
-    "Put what `random_states` gave back. A random generator that is not found any more is named in a warning."
+    """Put what `random_states` gave back. A random generator that is not found any more is named in
+    a warning.
+    """
     now = get_random_states()
     libraries = states['libraries']
     kept = dict(states['own'])
-    if len(libraries['torch_cuda_state']) != len(now['torch_cuda_state']):    # another machine
+    if len(libraries['torch_cuda_state']) != len(now['torch_cuda_state']):  # another machine
         libraries = {k: v for k, v in libraries.items() if k != 'torch_cuda_state'}
     set_random_states(**{**now, **libraries})
     for path, source in sources(learn):

@@ -1,4 +1,6 @@
-"""Have two data sets samples in common? What a model was trained on is known again by what data sets are made from."""
+"""Have two data sets samples in common? What a model was trained on is known again by what data
+sets are made from."""
+
 from numbers import Number
 from pathlib import Path
 
@@ -10,32 +12,35 @@ from .randomness import objects_kept
 
 __all__ = ['Samples', 'in_common']
 
-_N_LOOKED_AT = 8    # samples that are loaded to see whether equal numbers mean equal samples
-_N_ROWS = 1000    # of frames, likewise
-_N_VALUES = 64    # of a tensor, by which it is told from others
-_FEW = .01    # share of samples that data sets have in common by chance: images do occur twice
-_DISTINCT = .95    # share of different samples from which on equal ones are no chance
-_ALIKE = .9    # least correlation of a column with itself, normalised or encoded in another way
+_N_LOOKED_AT = 8  # samples that are loaded to see whether equal numbers mean equal samples
+_N_ROWS = 1000  # of frames, likewise
+_N_VALUES = 64  # of a tensor, by which it is told from others
+_FEW = 0.01  # share of samples that data sets have in common by chance: images do occur twice
+_DISTINCT = 0.95  # share of different samples from which on equal ones are no chance
+_ALIKE = 0.9  # least correlation of a column with itself, normalised or encoded in another way
 
 
 class Samples:
     """What the samples of a data set can be known by.
 
-    - Proofs: files and texts, the objects in a list, the memory of tensors and arrays, a place in a data set that
-      `Subset`s share.
-    - Labels: numbers, such as the items of `Datasets(range(n))`, and the index of a data frame. They mean the same
-      samples only where the source is the same, which is seen by looking at a few samples with equal labels.
-    - Contents: values of tensors that are held in memory, for copies such as `TensorDataset(x[train], y[train])`. They
-      count where the samples of both sets differ from each other, and where more than a hundredth is in common.
+    - Proofs: files and texts, the objects in a list, the memory of tensors and arrays, a place in a
+      data set that `Subset`s share.
+    - Labels: numbers, such as the items of `Datasets(range(n))`, and the index of a data frame.
+      They mean the same samples only where the source is the same, which is seen by looking at a
+      few samples with equal labels.
+    - Contents: values of tensors that are held in memory, for copies such as
+      `TensorDataset(x[train], y[train])`. They count where the samples of both sets differ from
+      each other, and where more than a hundredth is in common.
 
     A stream, and a set whose samples are made as they are read, are known as a whole only.
     """
+
     def __init__(self, data):
         self.data = data
-        self.base, self.places = _base(data)    # the set inside `Subset`s, and which of its samples these are
+        self.base, self.places = _base(data)  # the set inside `Subset`s, and which of its samples these are
         self.items = _items(self.base)
-        self.proofs = {}    # proof -> position
-        self.labels = {}    # label -> position
+        self.proofs = {}  # proof -> position
+        self.labels = {}  # label -> position
         self._contents = None
         if self.is_frame:
             labels = self.items.index[self.places].tolist()
@@ -65,9 +70,11 @@ class Samples:
 
     @property
     def contents(self) -> dict:
-        "Values of a sample -> its position; empty where samples are not in memory, or too many of them are equal."
+        """Values of a sample -> its position; empty where samples are not in memory, or too many of
+        them are equal.
+        """
         if self._contents is None:
-            are_numbers = bool(self.labels) and not self.is_frame    # then the samples are somewhere else
+            are_numbers = bool(self.labels) and not self.is_frame  # then the samples are somewhere else
             keys = [] if are_numbers else _row_keys(self.base, self.items, self.places)
             found = {key: i for i, key in enumerate(keys) if key is not None}
             self._contents = found if len(found) >= _DISTINCT * max(1, len(keys)) else {}
@@ -75,7 +82,9 @@ class Samples:
 
 
 def in_common(a: Samples, b: Samples) -> list[int]:
-    "The positions of those samples of `a` that are in `b`, too. Data sets and random generators stay as they were."
+    """The positions of those samples of `a` that are in `b`, too. Data sets and random generators
+    stay as they were.
+    """
     if a.base is b.base:
         places = set(b.places)
         return [i for i, place in enumerate(a.places) if place in places]
@@ -134,19 +143,21 @@ def _key(item):
 
 
 def _same_source(a, b, pairs) -> bool:
-    "Do equal labels stand for equal samples? `pairs`: positions in `a` and `b` of samples with equal labels."
+    """Do equal labels stand for equal samples? `pairs`: positions in `a` and `b` of samples with
+    equal labels.
+    """
     if a.is_frame and b.is_frame:
         pairs = pairs[:_N_ROWS]
         return _frames_agree(a.rows([i for i, _ in pairs]), b.rows([j for _, j in pairs]))
     if a.is_frame or b.is_frame:
         return False
-    looked_at = pairs[::max(1, len(pairs) // _N_LOOKED_AT)][:_N_LOOKED_AT]
+    looked_at = pairs[:: max(1, len(pairs) // _N_LOOKED_AT)][:_N_LOOKED_AT]
     try:
         with objects_kept(a.base, b.base):
             n_equal = sum(_equal(a.sample(i), b.sample(j)) for i, j in looked_at)
-    except Exception:    # samples that cannot be loaded are not known
+    except Exception:  # samples that cannot be loaded are not known
         return False
-    return 2 * n_equal >= len(looked_at)    # some may be augmented at random
+    return 2 * n_equal >= len(looked_at)  # some may be augmented at random
 
 
 def _equal(a, b) -> bool:
@@ -157,15 +168,16 @@ def _equal(a, b) -> bool:
         return a.shape == b.shape and bool((a.detach().cpu() == b.detach().cpu()).all())
     if isinstance(a, str | Number):
         return a == b
-    a, b = np.asarray(a), np.asarray(b)    # PIL's images as well
+    a, b = np.asarray(a), np.asarray(b)  # PIL's images as well
     return a.dtype != object and np.array_equal(a, b)
 
 
 def _frames_agree(a, b) -> bool:
-    """Are the rows of two frames the same, in their order? Each may be normalised and encoded by statistics of its own,
-    as fastai does it, so that a column need not equal the other, but go along with it."""
+    """Are the rows of two frames the same, in their order? Each may be normalised and encoded by
+    statistics of its own, as fastai does it, so that a column need not equal the other, but go
+    along with it."""
     names = [c for c in a.columns if c in b.columns]
-    n_told_apart = 0    # columns that could have differed
+    n_told_apart = 0  # columns that could have differed
     all_equal = bool(names)
     for name in names:
         u, v = a[name].reset_index(drop=True), b[name].reset_index(drop=True)
@@ -175,7 +187,7 @@ def _frames_agree(a, b) -> bool:
         all_equal = False
         try:
             u, v = u.astype(float), v.astype(float)
-        except (TypeError, ValueError):    # texts
+        except (TypeError, ValueError):  # texts
             return False
         both = np.isfinite(u) & np.isfinite(v)
         u, v = u[both], v[both]
@@ -193,9 +205,10 @@ def _row_keys(base, items, places) -> list:
     "Values of each sample, `None` where they are not in memory."
     if hasattr(items, 'iloc'):
         from pandas.util import hash_pandas_object
+
         try:
             return hash_pandas_object(items.iloc[list(places)], index=False).tolist()
-        except TypeError:    # what is in it cannot be hashed
+        except TypeError:  # what is in it cannot be hashed
             return []
     columns = _columns(base)
     if columns:

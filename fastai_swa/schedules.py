@@ -1,33 +1,40 @@
 """Learning-rate schedules as pure functions of the position in training. Plain Python."""
+
 import math
 
 __all__ = ['start_epoch', 'swa_lr_factor', 'snapshot_lr_factor', 'fge_lr_factor', 'fge_epochs']
 
 
 def start_epoch(swa_start, n_epoch: int) -> int:
-    """Index from 0 of the first epoch that is folded: `swa_start` itself, or, for a float, that share of `n_epoch` epochs.
+    """Index from 0 of the first epoch that is folded: `swa_start` itself, or, for a float, that
+    share of `n_epoch` epochs.
 
-    A share is rounded up to whole epochs (up to float error: 0.1 of 30 is 3) and always leaves the last epoch.
+    A share is rounded up to whole epochs (up to float error: 0.1 of 30 is 3) and always leaves the
+    last epoch.
     """
     return swa_start if isinstance(swa_start, int) else min(math.ceil(swa_start * n_epoch - 1e-9), n_epoch - 1)
 
 
 def swa_lr_factor(epoch: int, step: int, n_steps: int, swa_start: int, swa_lr, cycle_len: int = 1) -> float:
-    """The SWA papers' learning rate as a multiple of the initial one, at `step` of the `n_steps` of `epoch`, all counted from 0.
+    """The SWA papers' learning rate as a multiple of the initial one, at `step` of the `n_steps` of
+    `epoch`, all counted from 0.
 
-    `swa_lr` is in the same unit: a number `r` for the schedule of the paper's code, constant within an epoch, with
-    `t = epoch / (swa_start + 1)`:
+    `swa_lr` is in the same unit: a number `r` for the schedule of the paper's code, constant within
+    an epoch, with `t = epoch / (swa_start + 1)`:
 
     1. `t <= 0.5`: 1;
-    2. up to `t = 0.9`, or to epoch `swa_start` where that comes first: from 1 to `r` in a straight line;
+    2. up to `t = 0.9`, or to epoch `swa_start` where that comes first: from 1 to `r` in a straight
+       line;
     3. after that: `r`.
 
-    So all epochs from `swa_start` on have `r`. The paper's code alone would reach it only later where `swa_start < 9`.
-    With `swa_start` 1 the line would end where it begins: there is none, and epoch 0 has 1.
+    So all epochs from `swa_start` on have `r`. The paper's code alone would reach it only later
+    where `swa_start < 9`. With `swa_start` 1 the line would end where it begins: there is none, and
+    epoch 0 has 1.
 
-    A pair `(hi, lo)` goes to `hi` in the same way. From the cycle that ends with epoch `swa_start` on, each `cycle_len` epochs fall
-    from `hi` to `lo` in a straight line, a step at a time, reaching `lo` in the last step before each fold: step i of the c steps
-    of a cycle, from 1, has `(1 - i/c) hi + (i/c) lo` (Izmailov et al. 2018, equation 2; the paper counts epochs from 1).
+    A pair `(hi, lo)` goes to `hi` in the same way. From the cycle that ends with epoch `swa_start`
+    on, each `cycle_len` epochs fall from `hi` to `lo` in a straight line, a step at a time,
+    reaching `lo` in the last step before each fold: step i of the c steps of a cycle, from 1, has
+    `(1 - i/c) hi + (i/c) lo` (Izmailov et al. 2018, equation 2; the paper counts epochs from 1).
     """
     hi, lo = swa_lr if isinstance(swa_lr, tuple | list) else (swa_lr, None)
     if lo is not None and epoch > swa_start - cycle_len:
@@ -37,32 +44,36 @@ def swa_lr_factor(epoch: int, step: int, n_steps: int, swa_start: int, swa_lr, c
     if epoch >= swa_start:
         return hi
     t = epoch / (swa_start + 1)
-    end = min(.9, swa_start / (swa_start + 1))
-    if t <= .5:
-        return 1.
+    end = min(0.9, swa_start / (swa_start + 1))
+    if t <= 0.5:
+        return 1.0
     if t <= end:
-        return 1 - (1 - hi) * (t - .5) / (end - .5)
+        return 1 - (1 - hi) * (t - 0.5) / (end - 0.5)
     return hi
 
 
 def snapshot_lr_factor(step: int, n_steps: int, n_cycles: int) -> float:
-    """The learning rate of Snapshot Ensembles as a multiple of the initial one, at `step` of all `n_steps`, counted from 0.
+    """The learning rate of Snapshot Ensembles as a multiple of the initial one, at `step` of all
+    `n_steps`, counted from 0.
 
-    Each cycle of ceil(`n_steps` / `n_cycles`) steps starts at 1 and falls along half a cosine; with a remainder the last one is cut short.
-    Huang et al. 2017 (arXiv 1704.00109), which counts steps from 1.
+    Each cycle of ceil(`n_steps` / `n_cycles`) steps starts at 1 and falls along half a cosine; with
+    a remainder the last one is cut short. Huang et al. 2017 (arXiv 1704.00109), which counts steps
+    from 1.
     """
     length = math.ceil(n_steps / n_cycles)
     return (math.cos(math.pi * (step % length) / length) + 1) / 2
 
 
 def fge_lr_factor(epoch: int, step: int, n_steps: int, cycle_len: int, lr_min: float) -> float:
-    """The learning rate of fast geometric ensembling as a multiple of the greatest one, at `step` of the `n_steps` of `epoch`, counted from 0.
+    """The learning rate of fast geometric ensembling as a multiple of the greatest one, at `step`
+    of the `n_steps` of `epoch`, counted from 0.
 
-    Within each `cycle_len` epochs it falls from 1 to `lr_min` in a straight line and rises to 1 again; it is lowest in the middle of a cycle,
-    where the snapshot is taken. Garipov et al. 2018 (arXiv 1802.10026), section 4.
+    Within each `cycle_len` epochs it falls from 1 to `lr_min` in a straight line and rises to 1
+    again; it is lowest in the middle of a cycle, where the snapshot is taken. Garipov et al. 2018
+    (arXiv 1802.10026), section 4.
     """
     t = (epoch % cycle_len + step / n_steps) / cycle_len
-    return (1 - 2*t) + lr_min * 2*t if t < .5 else lr_min * (2 - 2*t) + (2*t - 1)
+    return (1 - 2 * t) + lr_min * 2 * t if t < 0.5 else lr_min * (2 - 2 * t) + (2 * t - 1)
 
 
 def fge_epochs(n_cycles: int, cycle_len: int) -> int:

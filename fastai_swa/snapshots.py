@@ -1,6 +1,7 @@
-"""Models kept along one fit: `SnapshotCallback` validates them together as they come, `average_checkpoints` makes one
-of them.
+"""Models kept along one fit: `SnapshotCallback` validates them together as they come,
+`average_checkpoints` makes one of them.
 """
+
 import secrets
 import warnings
 import weakref
@@ -29,63 +30,69 @@ from .weights import load_into, read_index, weights_of, write_index
 __all__ = ['SnapshotCallback', 'average_checkpoints']
 
 _VALIDATING = 'validating the growing ensemble'
-_owners = weakref.WeakValueDictionary()    # folder -> the callback that locked it last
+_owners = weakref.WeakValueDictionary()  # folder -> the callback that locked it last
 
 
 @dataclass
 class _Fit:
     "A fit under way."
-    probabilities: Probabilities    # of the learner's loss
-    processes: Processes    # that train together
-    id: str    # which fit the files in the folder are of
-    lock: Lock | None    # on the folder, in the first process
+
+    probabilities: Probabilities  # of the learner's loss
+    processes: Processes  # that train together
+    id: str  # which fit the files in the folder are of
+    lock: Lock | None  # on the folder, in the first process
     side: SideWork = field(default_factory=SideWork)
-    n_own: int = 0    # the learner's columns, before ours
-    columns: list = field(default_factory=list)    # ours; none without a Recorder
-    has_begun: bool = False    # is its first training epoch under way, or behind it?
-    is_resumed: bool = False    # does it go on from a checkpoint?
-    epoch: int = -1    # the epoch under way
-    is_due: bool = False    # was a snapshot taken in this epoch?
-    measures: list = field(default_factory=list)    # loss and metrics of this epoch's validation
-    n_batches: int = 0    # of this epoch's validation, seen so far
-    n_expected: int = -1    # and how many it has
-    has_sums: bool = True    # did the predictions of all these go into the sums?
-    has_values: bool = False    # did the measures take all of them?
-    is_given_up: bool = False    # the validations do not match: said, and no more columns
+    n_own: int = 0  # the learner's columns, before ours
+    columns: list = field(default_factory=list)  # ours; none without a Recorder
+    has_begun: bool = False  # is its first training epoch under way, or behind it?
+    is_resumed: bool = False  # does it go on from a checkpoint?
+    epoch: int = -1  # the epoch under way
+    is_due: bool = False  # was a snapshot taken in this epoch?
+    measures: list = field(default_factory=list)  # loss and metrics of this epoch's validation
+    n_batches: int = 0  # of this epoch's validation, seen so far
+    n_expected: int = -1  # and how many it has
+    has_sums: bool = True  # did the predictions of all these go into the sums?
+    has_values: bool = False  # did the measures take all of them?
+    is_given_up: bool = False  # the validations do not match: said, and no more columns
 
 
 class SnapshotCallback(FitCallback):
-    """Keep the weights at the end of epoch `first` and of every `cycle_len`-th after it, and validate their growing
-    ensemble.
+    """Keep the weights at the end of epoch `first` and of every `cycle_len`-th after it, and
+    validate their growing ensemble.
 
-    The columns `ens_valid_loss` and `ens_<metric>` are added to the learner's table, `nan` in epochs without a
-    snapshot. A snapshot is the model in training, so its predictions in the fit's own validation serve, and no pass is
-    added; loss and metrics get the log of the mean probability. Training is left exactly as it is. A later fit starts
-    anew, in a folder of its own.
+    The columns `ens_valid_loss` and `ens_<metric>` are added to the learner's table, `nan` in
+    epochs without a snapshot. A snapshot is the model in training, so its predictions in the fit's
+    own validation serve, and no pass is added; loss and metrics get the log of the mean
+    probability. Training is left exactly as it is. A later fit starts anew, in a folder of its own.
 
-    With `folder` each snapshot is written there as it comes, and the index that `Ensemble(folder, learn)` reads; else
-    they stay in the host's memory. The folder is locked from before the first step to the end of the fit, and nothing
-    in it is overwritten but what the same fit wrote before it was interrupted.
+    With `folder` each snapshot is written there as it comes, and the index that `Ensemble(folder,
+    learn)` reads; else they stay in the host's memory. The folder is locked from before the first
+    step to the end of the fit, and nothing in it is overwritten but what the same fit wrote before
+    it was interrupted.
 
-    What cannot be done does not end the training. A snapshot that cannot be kept, or an ensemble that cannot be
-    validated (outputs that are not one tensor, a metric that fails), is a warning, the columns are `nan`, and the end
-    of the fit says how often; `ensemble` raises for snapshots that were lost. Where a validation is skipped or cut at a
-    snapshot, or is of other samples, that is said, and the columns are `nan` from there on.
+    What cannot be done does not end the training. A snapshot that cannot be kept, or an ensemble
+    that cannot be validated (outputs that are not one tensor, a metric that fails), is a warning,
+    the columns are `nan`, and the end of the fit says how often; `ensemble` raises for snapshots
+    that were lost. Where a validation is skipped or cut at a snapshot, or is of other samples, that
+    is said, and the columns are `nan` from there on.
 
-    Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used; before the first step
-    `ValueError` for a folder with the models of another fit, or a file that would be overwritten, `files.InUse`, a
-    `RuntimeError`, if another run is writing there, and `OSError` if it cannot be written.
+    Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used; before the
+    first step `ValueError` for a folder with the models of another fit, or a file that would be
+    overwritten, `files.InUse`, a `RuntimeError`, if another run is writing there, and `OSError` if
+    it cannot be written.
     """
-    order = Recorder.order + 6    # after the columns of a SWACallback
+
+    order = Recorder.order + 6  # after the columns of a SWACallback
     remove_on_fetch = True
     # an export carries the settings, not the snapshots
     _stateattrs = '_fit', 'epochs', 'snapshots', '_sums', '_lost', '_id'
 
-    def __init__(self,
-        first:int,    # epoch of the first snapshot, from 0
-        cycle_len:int=1,    # epochs from one snapshot to the next
-        folder=None,    # for the files; None: in memory
-        activation:str=None,    # 'softmax', 'sigmoid' or 'none' (regression); default: what the loss says
+    def __init__(
+        self,
+        first: int,  # epoch of the first snapshot, from 0
+        cycle_len: int = 1,  # epochs from one snapshot to the next
+        folder=None,  # for the files; None: in memory
+        activation: str = None,  # 'softmax', 'sigmoid' or 'none' (regression); default: what the loss says
     ):
         self.first = check_count('first', first, least=0, optional=False)
         self.cycle_len = check_count('cycle_len', cycle_len, optional=False)
@@ -99,11 +106,11 @@ class SnapshotCallback(FitCallback):
         self._fit = None
 
     def _forget(self):
-        self.epochs = []    # after which a snapshot was kept
-        self.snapshots = []    # their state dicts, or paths
-        self._sums = []    # of each validation batch: sum over the snapshots, their number, fingerprint of its targets
-        self._lost = {}    # epoch whose snapshot could not be kept -> why
-        self._id = None    # of the fit that all this is of, which stands in its folder as well
+        self.epochs = []  # after which a snapshot was kept
+        self.snapshots = []  # their state dicts, or paths
+        self._sums = []  # of each validation batch: sum over the snapshots, their number, fingerprint of its targets
+        self._lost = {}  # epoch whose snapshot could not be kept -> why
+        self._id = None  # of the fit that all this is of, which stands in its folder as well
 
     def ensemble(self, learn) -> Ensemble:
         """The snapshots as an `Ensemble` on the data of `learn`.
@@ -116,11 +123,15 @@ class SnapshotCallback(FitCallback):
             kept = ', '.join(map(str, self.epochs)) or 'none'
             where = 'in the `snapshots` of the callback' if self.folder is None else f'in {self.folder}'
             why = next(iter(self._lost.values()))
-            raise RuntimeError(f'the snapshots of the epochs {epochs} could not be kept ({why}); '
-                               f'those of the epochs {kept} are {where}')
+            raise RuntimeError(
+                f'the snapshots of the epochs {epochs} could not be kept ({why}); those of the epochs {kept} are '
+                f'{where}'
+            )
         if not self.snapshots:
-            raise ValueError(f'no snapshot was taken: the first one is due at the end of epoch {self.first} (from 0), '
-                             'and the fit ended before')
+            raise ValueError(
+                f'no snapshot was taken: the first one is due at the end of epoch {self.first} (from 0), and the fit '
+                'ended before'
+            )
         res = Ensemble(self.snapshots, learn, activation=self.activation)
         res.epochs = list(self.epochs)
         return res
@@ -180,7 +191,7 @@ class SnapshotCallback(FitCallback):
         fit = self._fit
         if self.training or not self._is_validated() or not len(self.yb):
             return
-        fit.n_expected = self.learn.n_iter    # another callback's validation would change it
+        fit.n_expected = self.learn.n_iter  # another callback's validation would change it
         if fit.has_sums:
             with self._attempt('has_sums'):
                 self._add(fit.n_batches)
@@ -201,7 +212,7 @@ class SnapshotCallback(FitCallback):
                 with self._attempt('has_values'):
                     values = plain_values(fit.measures)
         elif self._is_validated():
-            self._sums = []    # some of them lack this snapshot
+            self._sums = []  # some of them lack this snapshot
         self._log(values)
 
     def after_cancel_epoch(self):
@@ -249,8 +260,9 @@ class SnapshotCallback(FitCallback):
             raise RuntimeError('the predictions of an earlier snapshot are missing')
         total, n_before, targets_before = self._sums[i] if i < len(self._sums) else (None, None, None)
         if n_before != n - 1 or not np.allclose(targets_before, targets, rtol=1e-9, atol=1e-9, equal_nan=True):
-            self._give_up('the validation set gives other samples than at the first snapshot, '
-                          'as one that is shuffled does')
+            self._give_up(
+                'the validation set gives other samples than at the first snapshot, as one that is shuffled does'
+            )
             return
         self._sums[i] = fit.probabilities.merged(total, terms), n, targets
 
@@ -270,8 +282,9 @@ class SnapshotCallback(FitCallback):
             learn.pred, learn.loss, learn.loss_grad = kept
 
     def _give_up(self, why: str):
-        warnings.warn(f'{why}: from there on the growing ensemble is not validated, and its columns are nan',
-                      stacklevel=2)
+        warnings.warn(
+            f'{why}: from there on the growing ensemble is not validated, and its columns are nan', stacklevel=2
+        )
         self._fit.is_given_up = True
 
     def _log(self, values):
@@ -287,28 +300,34 @@ class SnapshotCallback(FitCallback):
             raise ValueError(f'folder {self.folder} cannot be made: {e}') from None
         owner = _owners.get(self.folder)
         if owner not in (None, self) and not is_fitting(owner.learn, in_all_threads=True):
-            owner.clean_up()    # what an interruption has left
+            owner.clean_up()  # what an interruption has left
         try:
             self._fit.lock = _folder_lock(self.folder)
         except InUse:
-            raise InUse(f'another run is writing its snapshots to {self.folder}: wait for it, or give each run '
-                        'a folder of its own') from None
+            raise InUse(
+                f'another run is writing its snapshots to {self.folder}: wait for it, or give each run a folder of its '
+                'own'
+            ) from None
         _owners[self.folder] = self
 
     def _claim(self):
-        "Make sure that the folder is this fit's, and that no file of another one will be overwritten."
+        """Make sure that the folder is this fit's, and that no file of another one will be
+        overwritten.
+        """
         fit = self._fit
         index = _index_of(self.folder)
         if fit.is_resumed and index.get('fit') == fit.id:
             return
-        if index.get('files') != [] if index else (self.folder/'index.json').exists():
+        if index.get('files') != [] if index else (self.folder / 'index.json').exists():
             raise ValueError(f'folder {self.folder} holds the models of another fit: give another one, or remove it')
         n_due = len(range(self.first, self.learn.n_epoch, self.cycle_len))
         for i in range(len(self.snapshots), n_due):
             if self._file(i).exists():
-                raise ValueError(f'{self._file(i)} is there already, and this fit would overwrite it: give '
-                                 'another folder, or move it away')
-        self._write_index()    # from now on what is written there is known to be of this fit
+                raise ValueError(
+                    f'{self._file(i)} is there already, and this fit would overwrite it: give another folder, or move '
+                    'it away'
+                )
+        self._write_index()  # from now on what is written there is known to be of this fit
 
     def _keep(self):
         if self.folder is None:
@@ -332,7 +351,7 @@ class SnapshotCallback(FitCallback):
         write_index(self.folder, files, epochs=epochs, activation=self._fit.probabilities.kind, fit=self._fit.id)
 
     def _file(self, i: int) -> Path:
-        return self.folder/f'snapshot-{i + 1:02}.pth'
+        return self.folder / f'snapshot-{i + 1:02}.pth'
 
     # for checkpoints
 
@@ -342,7 +361,7 @@ class SnapshotCallback(FitCallback):
 
     def state_dict(self) -> dict:
         fit = self._fit
-        if fit is not None and not fit.has_begun and not fit.is_resumed:    # what is here is of an earlier fit
+        if fit is not None and not fit.has_begun and not fit.is_resumed:  # what is here is of an earlier fit
             return {'epochs': [], 'snapshots': [], 'sums': [], 'lost': [], 'fit': fit.id}
         return {
             'epochs': list(self.epochs),
@@ -353,15 +372,17 @@ class SnapshotCallback(FitCallback):
         }
 
     def load_state_dict(self, state: dict):
-        """Take over a `state_dict`. Raises `ValueError` if one of its files is missing, or the folder is another fit's
-        by now."""
+        """Take over a `state_dict`. Raises `ValueError` if one of its files is missing, or the
+        folder is another fit's by now."""
         missing = [s for s in state['snapshots'] if isinstance(s, str) and not Path(s).is_file()]
         if missing:
             raise ValueError(f'{missing[0]} is missing: this fit wrote it before it was interrupted')
         index = {} if self.folder is None else _index_of(self.folder)
         if index.get('fit', state['fit']) != state['fit']:
-            raise ValueError(f'folder {self.folder} holds the models of another fit by now, not those that this one '
-                             'wrote before it was interrupted')
+            raise ValueError(
+                f'folder {self.folder} holds the models of another fit by now, not those that this one wrote before it '
+                'was interrupted'
+            )
         self.epochs = list(state['epochs'])
         self.snapshots = list(state['snapshots'])
         self._sums = list(state['sums'])
@@ -377,7 +398,7 @@ def _folder_lock(folder: Path) -> Lock:
     try:
         return Lock(folder.with_name(f'{folder.name}.snapshots'))
     except OSError:
-        return Lock(folder/'index.json')
+        return Lock(folder / 'index.json')
 
 
 def _index_of(folder: Path) -> dict:
@@ -392,21 +413,24 @@ def _fingerprint(targets) -> list[float]:
     "Numbers that other targets, or the same in another order, do not have."
     res = []
     for y in targets:
-        if not isinstance(y, torch.Tensor): continue
+        if not isinstance(y, torch.Tensor):
+            continue
         y = np.nan_to_num(y.detach().float().cpu().numpy().ravel().astype(float))
         res += [float(y.sum()), float(y @ np.sin(np.arange(1, len(y) + 1)))]
     return res
 
 
 def average_checkpoints(paths, model, loader=None, **kwargs) -> nn.Module:
-    """The mean of the weights in the files `paths`, in a clean copy of `model`, with batch norm refreshed.
+    """The mean of the weights in the files `paths`, in a clean copy of `model`, with batch norm
+    refreshed.
 
-    - `model`: a learner with a model of their architecture, on whose training set batch norm is refreshed as a
-      `SWACallback` does it; or a module, with a `loader` of training batches and `kwargs` for `update_bn`, if it has
-      batch norm. Neither is changed.
+    - `model`: a learner with a model of their architecture, on whose training set batch norm is
+      refreshed as a `SWACallback` does it; or a module, with a `loader` of training batches and
+      `kwargs` for `update_bn`, if it has batch norm. Neither is changed.
 
-    Izmailov et al. 2018, Algorithm 1. Raises `ValueError` if `paths` is empty, if weights do not fit or a file is
-    damaged, or without the loader that is needed; `FileNotFoundError` for a missing file. They name it.
+    Izmailov et al. 2018, Algorithm 1. Raises `ValueError` if `paths` is empty, if weights do not
+    fit or a file is damaged, or without the loader that is needed; `FileNotFoundError` for a
+    missing file. They name it.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     if not paths:
@@ -428,8 +452,9 @@ def average_checkpoints(paths, model, loader=None, **kwargs) -> nn.Module:
     # where modes move weights, it was averaged in train mode
     set_modes(swa_model, dict(zip(swa_model.modules(), modes)))
     if learn is None and loader is None and tracked_bn(swa_model):
-        raise ValueError('loader is needed: the model has batch norm, whose statistics belong to other weights than '
-                         'the mean')
+        raise ValueError(
+            'loader is needed: the model has batch norm, whose statistics belong to other weights than the mean'
+        )
     if loader is not None:
         update_bn(loader, swa_model, **kwargs)
     return swa_model

@@ -1,5 +1,6 @@
-"""The whole state of a fit as plain data: taken from a learner between two epochs, put back into that or another one.
-"""
+"""The whole state of a fit as plain data: taken from a learner between two epochs, put back into
+that or another one."""
+
 import weakref
 from collections import defaultdict
 from functools import partial
@@ -13,35 +14,64 @@ from fastai.learner import Learner, Recorder
 from fastai.optimizer import Optimizer
 from fastcore.foundation import L
 
-from .holders import (CONTAINERS, LEARNED, MAX_BYTES, MAX_LEAVES, OF_PASS, attributes, below, can_hold, is_used_up,
-                      keeps_state, loaders, name_once, named_callbacks, nested, owned_modules, readable, set_attribute,
-                      walk)
+from .holders import (
+    CONTAINERS,
+    LEARNED,
+    MAX_BYTES,
+    MAX_LEAVES,
+    OF_PASS,
+    attributes,
+    below,
+    can_hold,
+    is_used_up,
+    keeps_state,
+    loaders,
+    name_once,
+    named_callbacks,
+    nested,
+    owned_modules,
+    readable,
+    set_attribute,
+    walk,
+)
 from .modules import in_train_mode, named_tensors, plain_name, unwrap, written_in_train_mode
 from .packing import Packer, Unpacker, class_name, equal, is_record, pack, unpack
 from .randomness import random_states, set_random_states_of
 
-__all__ = ['take', 'restore', 'plain_attributes', 'not_copied', 'named_callbacks', 'keeps_state', 'loaders',
-           'owned_modules', 'pack', 'unpack']
+__all__ = [
+    'take',
+    'restore',
+    'plain_attributes',
+    'not_copied',
+    'named_callbacks',
+    'keeps_state',
+    'loaders',
+    'owned_modules',
+    'pack',
+    'unpack',
+]
 
 
 def take(learn: Learner, unchanged: dict | None = None) -> dict:
-    """The state of `learn` before an epoch of a fit, as numbers, strings, tensors on the CPU, and lists, tuples and
-    dicts of these.
+    """The state of `learn` before an epoch of a fit, as numbers, strings, tensors on the CPU, and
+    lists, tuples and dicts of these.
 
-    It holds copies of the weights, buffers and gradients, the optimizer with its hyperparameters, the gradient scaler,
-    all random generators (of Python, NumPy, torch, each GPU, and those found in loaders, callbacks, model and loss),
-    the counters of the learner, what callbacks keep: their `state_dict()` if they have one, else what is plain data in
-    their attributes, but for tensors of the model; and, as far as it is small (`holders.MAX_LEAVES`), what is plain
-    data in samplers, data sets, transforms, losses, modules and the objects of callbacks. `torch.save` writes it and
+    It holds copies of the weights, buffers and gradients, the optimizer with its hyperparameters,
+    the gradient scaler, all random generators (of Python, NumPy, torch, each GPU, and those found
+    in loaders, callbacks, model and loss), the counters of the learner, what callbacks keep: their
+    `state_dict()` if they have one, else what is plain data in their attributes, but for tensors of
+    the model; and, as far as it is small (`holders.MAX_LEAVES`), what is plain data in samplers,
+    data sets, transforms, losses, modules and the objects of callbacks. `torch.save` writes it and
     `torch.load(weights_only=True)` reads it.
 
-    - `unchanged`: an earlier `plain_attributes(learn)`; attributes that still equal it are settings, and left out.
+    - `unchanged`: an earlier `plain_attributes(learn)`; attributes that still equal it are
+      settings, and left out.
 
-    What a callback or the data have exchanged since the last time and cannot be kept is named in one warning, as is
-    what can be gone through only once. Raises `TypeError`, naming it, if the optimizer keeps something that is not
-    plain data.
+    What a callback or the data have exchanged since the last time and cannot be kept is named in
+    one warning, as is what can be gone through only once. Raises `TypeError`, naming it, if the
+    optimizer keeps something that is not plain data.
     """
-    with in_train_mode(unwrap(learn.model)):    # where modes move weights, they are those that training has
+    with in_train_mode(unwrap(learn.model)):  # where modes move weights, they are those that training has
         return _taken(learn, unchanged or {})
 
 
@@ -73,15 +103,15 @@ def _taken(learn, unchanged) -> dict:
 
 
 def restore(learn: Learner, state: dict, unchanged: dict | None = None):
-    """Put a state of `take` into `learn`, which is before an epoch of a fit; what follows is bitwise what would have
-    followed there.
+    """Put a state of `take` into `learn`, which is before an epoch of a fit; what follows is
+    bitwise what would have followed there.
 
-    - `unchanged`: what `take` was given; attributes that the state does not have get these values again, should they
-      have moved on since.
+    - `unchanged`: what `take` was given; attributes that the state does not have get these values
+      again, should they have moved on since.
 
-    Raises `ValueError`, naming the tensors and before anything changes, if the model or the optimizer is another one.
-    Callbacks that the state knows nothing of stay as they are; a random generator, or an object with attributes, that
-    is not found any more is named in a warning.
+    Raises `ValueError`, naming the tensors and before anything changes, if the model or the
+    optimizer is another one. Callbacks that the state knows nothing of stay as they are; a random
+    generator, or an object with attributes, that is not found any more is named in a warning.
     """
     model, opt = unwrap(learn.model), learn.opt
     weights, params = unpack(state['model']), [p for group in opt.param_lists for p in group]
@@ -98,72 +128,96 @@ def _put(learn, state, weights, params, masters, unchanged):
     model, opt = unwrap(learn.model), learn.opt
     with torch.no_grad():
         _set_tensors(model, weights)
-        for m, tensors in zip(owned_modules(learn.loss_func), unpack(state['losses'])): _set_tensors(m, tensors)
-        for p, value in zip(masters, unpack(state['masters'])): p.copy_(value)
-        for p, value in zip(params, unpack(state['gradients'])): p.grad = _gradient(p, value)
-    if state['extra']: model.load_state_dict(unpack(state['extra']), strict=False)
-    for p, flag in zip(model.parameters(), state['requires_grad']): p.requires_grad_(flag)
+        for m, tensors in zip(owned_modules(learn.loss_func), unpack(state['losses'])):
+            _set_tensors(m, tensors)
+        for p, value in zip(masters, unpack(state['masters'])):
+            p.copy_(value)
+        for p, value in zip(params, unpack(state['gradients'])):
+            p.grad = _gradient(p, value)
+    if state['extra']:
+        model.load_state_dict(unpack(state['extra']), strict=False)
+    for p, flag in zip(model.parameters(), state['requires_grad']):
+        p.requires_grad_(flag)
     _load_optimizer(opt, unpack(state['optimizer']), params)
     opt.frozen_idx = state['frozen_idx']
     if state['scaler'] and getattr(learn, 'scaler', None) is not None:
         learn.scaler.load_state_dict(unpack(state['scaler']))
-    for k, v in state['learner'].items(): setattr(learn, k, unpack(v))
+    for k, v in state['learner'].items():
+        setattr(learn, k, unpack(v))
     for key, cb in named_callbacks(learn):
-        if keeps_state(cb) and key in state['states']: cb.load_state_dict(unpack(state['states'][key]))
-    for dl, knows in zip(loaders(learn), state.get('loaders', ())): _let_know(dl, knows)
+        if keeps_state(cb) and key in state['states']:
+            cb.load_state_dict(unpack(state['states'][key]))
+    for dl, knows in zip(loaders(learn), state.get('loaders', ())):
+        _let_know(dl, knows)
     _put_attributes(learn, {**state.get('held', {}), **state['callbacks']}, unchanged)
-    set_random_states_of(learn, unpack(state['random']))    # last: nothing after it may draw
+    set_random_states_of(learn, unpack(state['random']))  # last: nothing after it may draw
 
 
 _COUNTERS = 'train_iter pct_train smooth_loss final_record'.split()
-_SMOOTH = 'smooth_loss.'    # the state of an object that the Recorder holds
+_SMOOTH = 'smooth_loss.'  # the state of an object that the Recorder holds
 
 
 # models and optimizers
+
 
 def _tensors(module) -> dict:
     "Plain name -> parameter or buffer, those that the module's own state dict leaves out as well."
     return {**named_tensors(module.named_parameters), **named_tensors(module.named_buffers)}
 
+
 def _extra_state(module):
-    return {plain_name(k): v for k, v in module.state_dict().items()
-            if k.endswith('_extra_state') and not isinstance(v, torch.Tensor)}
+    return {
+        plain_name(k): v
+        for k, v in module.state_dict().items()
+        if k.endswith('_extra_state') and not isinstance(v, torch.Tensor)
+    }
 
 
 def check_tensors(model, tensors: dict):
-    "Raise `ValueError`, naming them, unless `model` has parameters of the names and shapes of those in `tensors`."
+    """Raise `ValueError`, naming them, unless `model` has parameters of the names and shapes of
+    those in `tensors`.
+    """
     own = named_tensors(model.named_parameters)
-    def kind(t): return f'{tuple(t.shape)} {str(t.dtype).removeprefix("torch.")}'
+
+    def kind(t):
+        return f'{tuple(t.shape)} {str(t.dtype).removeprefix("torch.")}'
+
     faults = []
     for name, p in own.items():
-        if name not in tensors: faults.append(f'{name!r} is not in the state')
-        elif kind(tensors[name]) != kind(p): faults.append(f'{name!r} is {kind(p)}, {kind(tensors[name])} in the state')
+        if name not in tensors:
+            faults.append(f'{name!r} is not in the state')
+        elif kind(tensors[name]) != kind(p):
+            faults.append(f'{name!r} is {kind(p)}, {kind(tensors[name])} in the state')
     buffers = named_tensors(model.named_buffers)
     for name in tensors.keys() - own.keys() - buffers.keys():
-        if not _module_of(model, name) or tensors[name].requires_grad: faults.append(f'{name!r} is in the state only')
+        if not _module_of(model, name) or tensors[name].requires_grad:
+            faults.append(f'{name!r} is in the state only')
     if faults:
         more = f'; and {len(faults) - 3} more' if len(faults) > 3 else ''
         raise ValueError(f'the model is another one: {"; ".join(faults[:3])}{more}')
 
 
 def _module_of(model, name):
-    try: return model.get_submodule(name.rpartition('.')[0])
-    except AttributeError: return None
+    try:
+        return model.get_submodule(name.rpartition('.')[0])
+    except AttributeError:
+        return None
 
 
 def _set_tensors(module, tensors):
     own = _tensors(module)
     for name, value in tensors.items():
         t = own.get(name)
-        if t is not None and t.shape == value.shape and t.dtype == value.dtype: t.copy_(value)
-        else:    # a buffer that came, or changed, since the module was made
+        if t is not None and t.shape == value.shape and t.dtype == value.dtype:
+            t.copy_(value)
+        else:  # a buffer that came, or changed, since the module was made
             device = next((p.device for p in module.parameters()), value.device)
             _module_of(module, name)._buffers[name.rpartition('.')[2]] = value.to(device)
 
 
 def _gradients(params) -> list:
-    """For each parameter its gradient, or whether it has one: between epochs they are zero, but where gradients
-    accumulate.
+    """For each parameter its gradient, or whether it has one: between epochs they are zero, but
+    where gradients accumulate.
     """
     grads = [None if p.grad is None or p.grad.is_sparse else p.grad.detach() for p in params]
     dense = [g for g in grads if g is not None]
@@ -173,13 +227,15 @@ def _gradients(params) -> list:
         accumulated = torch.stack([n.to(dense[0].device, torch.float32) for n in largest]).ne(0).any()
     return [False if g is None else g if accumulated else True for g in grads]
 
+
 def _gradient(p, value):
-    if isinstance(value, torch.Tensor): return value.to(p.device)
+    if isinstance(value, torch.Tensor):
+        return value.to(p.device)
     return torch.zeros_like(p) if value else None
 
 
 def _load_optimizer(opt, state, params):
-    own = opt.opt if hasattr(opt, 'slow_weights') else opt    # Lookahead's own weights beside the optimizer inside it
+    own = opt.opt if hasattr(opt, 'slow_weights') else opt  # Lookahead's own weights beside the optimizer inside it
     if isinstance(own, Optimizer):
         state['hypers'] = L(state['hypers'])
         for p, s in zip(params, state['state']):
@@ -189,25 +245,27 @@ def _load_optimizer(opt, state, params):
             state['slow_weights'] = L(L(w.to(p.device) for w, p in zip(ws, ps)) for ws, ps in pairs)
     opt.load_state_dict(state)
     # fastai leaves a plain dict, which knows no new parameter
-    if isinstance(own, Optimizer): own.state = defaultdict(dict, own.state)
+    if isinstance(own, Optimizer):
+        own.state = defaultdict(dict, own.state)
 
 
 # what callbacks, data, modules and losses keep
+
 
 def not_copied(learn) -> tuple:
     "What a copy of the model refers to instead of copying, should the model refer to it."
     return learn, learn.dls, *learn.cbs
 
 
-_KEPT = 'start_epoch',    # when the Recorder's clock started
+_KEPT = ('start_epoch',)  # when the Recorder's clock started
 # what a loader makes anew for each pass, and its random generator, whose state is kept with the others
 _OF_LOADERS = 'rng', *OF_PASS, *LEARNED
 
 
 def plain_attributes(learn) -> dict:
-    """Name -> attribute -> packed value of what is plain data in callbacks without a `state_dict`, under the names of
-    `named_callbacks`, and in loaders, samplers, data sets, transforms, losses, modules and the objects of callbacks,
-    under their paths.
+    """Name -> attribute -> packed value of what is plain data in callbacks without a `state_dict`,
+    under the names of `named_callbacks`, and in loaders, samplers, data sets, transforms, losses,
+    modules and the objects of callbacks, under their paths.
 
     What cannot be packed is left out, or leaves a hole in the container that it is in.
     """
@@ -219,20 +277,24 @@ def plain_attributes(learn) -> dict:
     holes = []
     for path, o in found:
         attrs = _packed_attributes(path, o, own, holes)
-        if attrs or isinstance(o, Callback): res[path] = attrs
+        if attrs or isinstance(o, Callback):
+            res[path] = attrs
     _name_unkept(learn, [(path, owner, v) for path, owner, v in holes if id(v) not in held])
     return res
 
 
 def _holders(learn):
-    "(path, object) for all whose attributes are kept; no callback with a state of its own, nor what it holds."
+    """(path, object) for all whose attributes are kept; no callback with a state of its own, nor
+    what it holds.
+    """
     for path, o in walk(*below(learn, keeps_state), _is_the_programs):
-        if path != 'dls' and type(o) is not L and not is_record(o): yield path, o
+        if path != 'dls' and type(o) is not L and not is_record(o):
+            yield path, o
 
 
 def _knows_batches(dl) -> bool:
-    """Has fastai's loader sent a sample through its transforms, to see what a batch is made of? It does so once, when
-    that is first asked.
+    """Has fastai's loader sent a sample through its transforms, to see what a batch is made of? It
+    does so once, when that is first asked.
     """
     # fastai's loader for several processes, which has a `world_size`, leaves that to the one inside
     is_asked = isinstance(dl, TfmdDL) and not hasattr(dl, 'world_size')
@@ -240,48 +302,66 @@ def _knows_batches(dl) -> bool:
 
 
 def _let_know(dl, knows):
-    "A loader that knows what a batch is made of does not draw or count for it again, one that does not, does."
-    if knows == _knows_batches(dl): return
-    if knows: dl._one_pass()
+    """A loader that knows what a batch is made of does not draw or count for it again, one that
+    does not, does.
+    """
+    if knows == _knows_batches(dl):
+        return
+    if knows:
+        dl._one_pass()
     else:
-        for name in vars(dl).keys() & set(LEARNED): delattr(dl, name)
+        for name in vars(dl).keys() & set(LEARNED):
+            delattr(dl, name)
 
 
 def _is_the_programs(path, o) -> bool:
-    "Functions of callbacks, as the logger of a table, and what the Recorder measures with are made anew."
-    if path.startswith('fastai.learner.Recorder.0.'): return True
+    """Functions of callbacks, as the logger of a table, and what the Recorder measures with are
+    made anew.
+    """
+    if path.startswith('fastai.learner.Recorder.0.'):
+        return True
     return isinstance(o, FunctionType | MethodType | partial) and path.split('.')[0] not in ('loaders', 'model', 'loss')
 
 
 def _packed_attributes(path, o, own, holes) -> dict:
-    "Attribute -> packed value for the object `o`; (path, owner, value) of what cannot be packed is added to `holes`."
+    """Attribute -> packed value for the object `o`; (path, owner, value) of what cannot be packed
+    is added to `holes`.
+    """
     missed, res = [], {}
     packer = Packer(refused=own, keep_devices=True, holes=missed)
     n_leaves, n_bytes = MAX_LEAVES, MAX_BYTES
     for k, v in attributes(o):
         k = str(k)
-        if k in _OF_LOADERS or isinstance(o, Callback) and k in ('learn', *_KEPT): continue
+        if k in _OF_LOADERS or isinstance(o, Callback) and k in ('learn', *_KEPT):
+            continue
         if _has_a_path(v):
             holes.append((f'{path}.{k}', o, v))
             continue
         if not isinstance(o, Callback) and isinstance(v, _SIZED):
-            if (size := nested(v, n_leaves, n_bytes)) is None: continue
+            if (size := nested(v, n_leaves, n_bytes)) is None:
+                continue
             n_leaves, n_bytes = n_leaves - size[2], n_bytes - size[3]
-        packer.lenient = isinstance(o, Recorder) and k in ('values', 'log')    # a metric may give anything
+        packer.lenient = isinstance(o, Recorder) and k in ('values', 'log')  # a metric may give anything
         packed = packer(v, f'{path}.{k}')
-        if not _is_hole(packed): res[k] = packed
-    if isinstance(o, Recorder): res[_SMOOTH] = pack((o.smooth_loss.count, o.smooth_loss.val))
+        if not _is_hole(packed):
+            res[k] = packed
+    if isinstance(o, Recorder):
+        res[_SMOOTH] = pack((o.smooth_loss.count, o.smooth_loss.val))
     holes.extend((where, o, v) for where, v in missed)
     return res
 
 
 _SIZED = (*CONTAINERS, torch.Tensor, np.ndarray, L)
 
+
 def _has_a_path(v) -> bool:
     "Is the value of an attribute walked by itself?"
     return can_hold(v) and type(v) is not L and not is_record(v)
 
-def _is_hole(packed) -> bool: return type(packed) is tuple and packed[0] == 'hole'
+
+def _is_hole(packed) -> bool:
+    return type(packed) is tuple and packed[0] == 'hole'
+
 
 def _is_plain(v) -> bool:
     "Can the value of an attribute be kept with it?"
@@ -294,8 +374,10 @@ def _without_unchanged(packed, unchanged, names) -> tuple[dict, dict]:
     for key, attrs in packed.items():
         same = unchanged.get(key, {})
         changed = {k: v for k, v in attrs.items() if not (k in same and equal(v, same[k]))}
-        if key in names: callbacks[key] = changed
-        elif changed: held[key] = changed
+        if key in names:
+            callbacks[key] = changed
+        elif changed:
+            held[key] = changed
     return callbacks, held
 
 
@@ -309,23 +391,34 @@ def _put_attributes(learn, state, unchanged):
         o = found.get(path)
         attrs = {**unchanged.get(path, {}), **state.get(path, {})}
         if o is None:
-            if path in state and attrs: name_once(learn, path, f'{readable(path)} is not there any more, or not yet: '
-                                                               'its state in the checkpoint is left out')
+            if path in state and attrs:
+                name_once(
+                    learn,
+                    path,
+                    f'{readable(path)} is not there any more, or not yet: its state in the checkpoint is left out',
+                )
             continue
         now = {str(k): v for k, v in attributes(o)}
         for k, v in attrs.items():
             # None before the fit, an object within it: as the autocast of a MixedPrecision
-            if k not in state.get(path, {}) and k in now and not _is_plain(now[k]): continue
-            if k == _SMOOTH: o.smooth_loss.count, o.smooth_loss.val = unpack(v)
+            if k not in state.get(path, {}) and k in now and not _is_plain(now[k]):
+                continue
+            if k == _SMOOTH:
+                o.smooth_loss.count, o.smooth_loss.val = unpack(v)
             elif not k.startswith(_SMOOTH):
                 value = unpacker(v, now[k], f'{path}.{k}') if k in now else unpacker(v, what=f'{path}.{k}')
                 try:
-                    if k not in now or value is not now[k]: set_attribute(o, k, value)
-                except TypeError: unpacker.missing.append(f'{path}.{k}')
+                    if k not in now or value is not now[k]:
+                        set_attribute(o, k, value)
+                except TypeError:
+                    unpacker.missing.append(f'{path}.{k}')
     for where in unpacker.missing:
-        name_once(learn, where, f'{readable(where)} cannot be put back from the checkpoint: there is nothing of its '
-                                'class in its place, and it is no dataclass, '
-                  'named tuple or enum of a module')
+        name_once(
+            learn,
+            where,
+            f'{readable(where)} cannot be put back from the checkpoint: there is nothing of its class in its place, '
+            'and it is no dataclass, named tuple or enum of a module',
+        )
 
 
 # learner -> path -> what identifies the object there that no checkpoint can hold
@@ -333,17 +426,21 @@ _holes = weakref.WeakKeyDictionary()
 
 
 def _name_unkept(learn, holes):
-    """Warn of what cannot be kept and has changed. (What stays the same belongs to the call: the next run makes it
-    anew.)
+    """Warn of what cannot be kept and has changed. (What stays the same belongs to the call: the
+    next run makes it anew.)
     """
     known = _holes.setdefault(learn, {})
     for path, owner, v in holes:
         sign = id(v), len(v) if isinstance(v, CONTAINERS) else None
         changed = known.setdefault(path, sign) != sign
-        if type(owner).__module__.split('.')[0] in _LIBRARIES or not (changed or is_used_up(v)): continue
-        name_once(learn, f'kept {path}', f'{readable(path)} is a {type(v).__qualname__}, which a checkpoint cannot '
-                                         'hold: a fit that is killed and goes on has '
-                  'the one that the new run makes')
+        if type(owner).__module__.split('.')[0] in _LIBRARIES or not (changed or is_used_up(v)):
+            continue
+        name_once(
+            learn,
+            f'kept {path}',
+            f'{readable(path)} is a {type(v).__qualname__}, which a checkpoint cannot hold: a fit that is killed and '
+            'goes on has the one that the new run makes',
+        )
 
 
 # their callbacks and objects know what they hold

@@ -1,4 +1,6 @@
-"""What was measured at points of weight space: one small object for each question, that saves as JSON or npz. Plain NumPy."""
+"""What was measured at points of weight space: one small object for each question, that saves as
+JSON or npz. Plain NumPy."""
+
 import json
 import os
 import zipfile
@@ -19,16 +21,19 @@ class Surface:
     """Loss and metrics at points of weight space.
 
     - `points`: their coordinates, shape (n, d), see the subclass.
-    - `values`: column -> float64 of shape (n,), nan where a point is not measured (yet). The columns are 'train_loss', 'train_<metric>',
-      'valid_loss', 'valid_<metric>' and 'norm', the Euclidean norm of the weights.
+    - `values`: column -> float64 of shape (n,), nan where a point is not measured (yet). The
+      columns are 'train_loss', 'train_<metric>', 'valid_loss', 'valid_<metric>' and 'norm', the
+      Euclidean norm of the weights.
     - `about`: what it is of, as plain data; in it 'solutions', by name.
 
-    `save` and `Surface.load` keep it as JSON, or as NumPy's npz. Raises `ValueError`, naming it, for a column that there is not and a file that
-    cannot be read.
+    `save` and `Surface.load` keep it as JSON, or as NumPy's npz. Raises `ValueError`, naming it,
+    for a column that there is not and a file that cannot be read.
     """
-    kinds = {}    # name in a file -> class
 
-    def __init_subclass__(cls, kinds=()): Surface.kinds |= dict.fromkeys(kinds, cls)
+    kinds = {}  # name in a file -> class
+
+    def __init_subclass__(cls, kinds=()):
+        Surface.kinds |= dict.fromkeys(kinds, cls)
 
     def __init__(self, about: dict, points, values: dict | None = None):
         self.about, self.points = about, np.asarray(points, float)
@@ -44,10 +49,13 @@ class Surface:
         "Of each point: whether it is."
         return ~np.isnan(self.values['norm'])
 
-    def column(self, name: str, wd: float = 0.) -> np.ndarray:
-        "Column `name`, shape (n,); `wd` adds `wd / 2 * norm**2`, as weight decay does to a loss. Raises `ValueError` if there is none of that name."
-        if name not in self.values: raise ValueError(f'column must be one of {", ".join(self.values)}, not {name!r}')
-        return self.values[name] + wd / 2 * self.values['norm']**2 if wd else self.values[name]
+    def column(self, name: str, wd: float = 0.0) -> np.ndarray:
+        """Column `name`, shape (n,); `wd` adds `wd / 2 * norm**2`, as weight decay does to a loss.
+        Raises `ValueError` if there is none of that name.
+        """
+        if name not in self.values:
+            raise ValueError(f'column must be one of {", ".join(self.values)}, not {name!r}')
+        return self.values[name] + wd / 2 * self.values['norm'] ** 2 if wd else self.values[name]
 
     def __repr__(self):
         n, done = len(self.points), int(self.is_measured.sum())
@@ -71,22 +79,26 @@ class Surface:
     @staticmethod
     def from_dict(content: dict) -> 'Surface':
         "Raises `ValueError` or `KeyError` for what `to_dict` has not made."
-        if content['format'] != _FORMAT: raise ValueError(f'format must be {_FORMAT!r}, not {content["format"]!r}')
+        if content['format'] != _FORMAT:
+            raise ValueError(f'format must be {_FORMAT!r}, not {content["format"]!r}')
         values = {k: np.array(v, float) for k, v in content['values'].items()} if 'values' in content else None
         return _made(content['about'], content['points'], values)
 
-    def _head(self): return {'format': _FORMAT, 'about': self.about, 'points': self.points.tolist()}
+    def _head(self):
+        return {'format': _FORMAT, 'about': self.about, 'points': self.points.tolist()}
 
     @staticmethod
     def load(path) -> 'Surface':
         """What `save` wrote to `path`, or the `file` of a measurement, finished or not.
 
-        Raises `ValueError` if it is damaged or something else, `FileNotFoundError` if it is not there.
+        Raises `ValueError` if it is damaged or something else, `FileNotFoundError` if it is not
+        there.
         """
         content = Path(path).read_bytes()
         try:
             if content[:2] == b'PK':
-                with np.load(path, allow_pickle=False) as z: arrays = {k: z[k] for k in z.files}
+                with np.load(path, allow_pickle=False) as z:
+                    arrays = {k: z[k] for k in z.files}
                 return _made(json.loads(str(arrays.pop('about'))), arrays.pop('points'), arrays)
             head, _, rows = content.partition(b'\n')
             surface = Surface.from_dict(json.loads(head))
@@ -98,55 +110,74 @@ class Surface:
 
 _FORMAT = 'fastai_swa surface 1'
 
-def _made(about, points, values=None): return Surface.kinds[about['kind']](about, points, values)
 
-def _plain(values): return [v if np.isfinite(v) else str(v) for v in np.asarray(values).tolist()]    # JSON knows neither nan nor infinity
+def _made(about, points, values=None):
+    return Surface.kinds[about['kind']](about, points, values)
+
+
+def _plain(values):
+    return [v if np.isfinite(v) else str(v) for v in np.asarray(values).tolist()]  # JSON knows neither nan nor infinity
 
 
 class Width(NamedTuple):
     "The distance from a solution at which a level is crossed, over the rays."
-    distance: float    # mean over the rays; nan unless all of them cross it
-    std: float    # sample standard deviation over the rays
-    relative: float    # both, in units of the norm of the solution's weights
+
+    distance: float  # mean over the rays; nan unless all of them cross it
+    std: float  # sample standard deviation over the rays
+    relative: float  # both, in units of the norm of the solution's weights
     relative_std: float
-    n_crossed: int    # rays that cross it
-    distances: np.ndarray    # of each ray; nan where it does not
+    n_crossed: int  # rays that cross it
+    distances: np.ndarray  # of each ray; nan where it does not
 
 
 class Rays(Surface, kinds=['rays']):
-    "Along rays from solutions, in the same directions from each. `points`: number of the solution, number of the ray (-1: the solution), distance."
+    """Along rays from solutions, in the same directions from each. `points`: number of the
+    solution, number of the ray (-1: the solution), distance.
+    """
 
     @property
-    def distances(self) -> np.ndarray: return np.array([0, *self.about['distances']])
+    def distances(self) -> np.ndarray:
+        return np.array([0, *self.about['distances']])
 
     @property
     def norms(self) -> dict[str, float]:
         "Of the solutions' weights."
         return self.about['solutions']
 
-    def profiles(self, column: str, wd: float = 0.) -> dict[str, np.ndarray]:
-        "Solution -> `column` on each ray at each of the `distances`, of which the first is 0: shape (rays, distances)."
+    def profiles(self, column: str, wd: float = 0.0) -> dict[str, np.ndarray]:
+        """Solution -> `column` on each ray at each of the `distances`, of which the first is 0:
+        shape (rays, distances).
+        """
         values = self.column(column, wd).reshape(len(self.names), -1)
         n_rays = self.about['n_rays']
-        return {name: np.concatenate([np.full((n_rays, 1), v[0]), v[1:].reshape(n_rays, -1)], 1) for name, v in zip(self.names, values)}
+        return {
+            name: np.concatenate([np.full((n_rays, 1), v[0]), v[1:].reshape(n_rays, -1)], 1)
+            for name, v in zip(self.names, values)
+        }
 
-    def widths(self, column: str, level: float, wd: float = 0.) -> dict[str, Width]:
-        "Solution -> how far from it `column` first comes to the other side of `level` (`geometry.crossing`)."
+    def widths(self, column: str, level: float, wd: float = 0.0) -> dict[str, Width]:
+        """Solution -> how far from it `column` first comes to the other side of `level`
+        (`geometry.crossing`).
+        """
         res = {}
         for name, profiles in self.profiles(column, wd).items():
             ds, norm = np.array([crossing(self.distances, ys, level) for ys in profiles]), self.norms[name] or np.nan
             mean, std = ds.mean(), ds.std(ddof=1) if len(ds) > 1 else np.nan
-            res[name] = Width(float(mean), float(std), float(mean / norm), float(std / norm), int((~np.isnan(ds)).sum()), ds)
+            res[name] = Width(
+                float(mean), float(std), float(mean / norm), float(std / norm), int((~np.isnan(ds)).sum()), ds
+            )
         return res
 
-    def _said(self): return f'{self.about["n_rays"]} rays from each of {", ".join(self.names)}, to distance {self.distances[-1]:.4g}'
+    def _said(self):
+        return f'{self.about["n_rays"]} rays from each of {", ".join(self.names)}, to distance {self.distances[-1]:.4g}'
 
 
 class Profile(Surface, kinds=['line', 'curve']):
     "Along a line or a curve from one solution (t = 0) to another (t = 1), and beyond. `points`: t."
 
     @property
-    def t(self) -> np.ndarray: return self.points[:, 0]
+    def t(self) -> np.ndarray:
+        return self.points[:, 0]
 
     @property
     def arc(self) -> np.ndarray:
@@ -160,21 +191,26 @@ class Profile(Surface, kinds=['line', 'curve']):
 
     def _between(self, column, wd):
         inside = (self.t >= 0) & (self.t <= 1)
-        if not inside.any(): raise ValueError('no point lies between the two solutions: take some t from 0 to 1')
+        if not inside.any():
+            raise ValueError('no point lies between the two solutions: take some t from 0 to 1')
         return self.arc[inside], self.column(column, wd)[inside]
 
-    def max(self, column: str, wd: float = 0.) -> float:
-        "The greatest value of `column` at the points between the solutions and at these: on a way that rises nowhere, an end's."
+    def max(self, column: str, wd: float = 0.0) -> float:
+        """The greatest value of `column` at the points between the solutions and at these: on a way
+        that rises nowhere, an end's.
+        """
         return float(self._between(column, wd)[1].max())
 
-    def min(self, column: str, wd: float = 0.) -> float:
+    def min(self, column: str, wd: float = 0.0) -> float:
         "The least one."
         return float(self._between(column, wd)[1].min())
 
-    def mean(self, column: str, wd: float = 0.) -> float:
-        "The mean of `column` over the length of the way, straight between the points (Garipov et al. 2018, equation 1)."
+    def mean(self, column: str, wd: float = 0.0) -> float:
+        """The mean of `column` over the length of the way, straight between the points (Garipov et
+        al. 2018, equation 1).
+        """
         arc, values = self._between(column, wd)
-        return mean_height(arc, values, 0., self.length)
+        return mean_height(arc, values, 0.0, self.length)
 
     def _said(self):
         how = {'line': 'Line', 'bezier': 'Bezier curve', 'chain': 'Polygonal chain'}[self.about.get('curve', 'line')]
@@ -182,46 +218,66 @@ class Profile(Surface, kinds=['line', 'curve']):
 
 
 class Plane(Surface, kinds=['plane']):
-    """On a grid in the plane through three solutions. `points`: x and y, in Euclidean distance in weight space from the first solution.
+    """On a grid in the plane through three solutions. `points`: x and y, in Euclidean distance in
+    weight space from the first solution.
 
-    - `solutions`: name -> (x, y) of the three; `marks`: name -> (x, y, distance from the plane) of others, projected onto it; `trajectory`: the
-      same of the points of a path, shape (n, 3).
+    - `solutions`: name -> (x, y) of the three; `marks`: name -> (x, y, distance from the plane) of
+      others, projected onto it; `trajectory`: the same of the points of a path, shape (n, 3).
     """
-    @property
-    def xs(self) -> np.ndarray: return np.array(self.about['xs'])
-    @property
-    def ys(self) -> np.ndarray: return np.array(self.about['ys'])
-    @property
-    def solutions(self) -> dict: return {k: tuple(v) for k, v in self.about['solutions'].items()}
-    @property
-    def marks(self) -> dict: return {k: tuple(v) for k, v in self.about['marks'].items()}
-    @property
-    def trajectory(self) -> np.ndarray: return np.array(self.about['trajectory']).reshape(-1, 3)
 
-    def grid(self, column: str, wd: float = 0.) -> np.ndarray:
+    @property
+    def xs(self) -> np.ndarray:
+        return np.array(self.about['xs'])
+
+    @property
+    def ys(self) -> np.ndarray:
+        return np.array(self.about['ys'])
+
+    @property
+    def solutions(self) -> dict:
+        return {k: tuple(v) for k, v in self.about['solutions'].items()}
+
+    @property
+    def marks(self) -> dict:
+        return {k: tuple(v) for k, v in self.about['marks'].items()}
+
+    @property
+    def trajectory(self) -> np.ndarray:
+        return np.array(self.about['trajectory']).reshape(-1, 3)
+
+    def grid(self, column: str, wd: float = 0.0) -> np.ndarray:
         "`column` over the grid, shape (len(ys), len(xs))."
         return self.column(column, wd).reshape(len(self.ys), len(self.xs))
 
-    def _said(self): return f'Plane through {", ".join(self.names)}, {len(self.xs)} x {len(self.ys)}'
+    def _said(self):
+        return f'Plane through {", ".join(self.names)}, {len(self.xs)} x {len(self.ys)}'
 
 
 # where points go as they are measured
 
+
 class MemoryRows:
     "Into the `surface`."
-    def __init__(self, surface: Surface): self.surface = surface
+
+    def __init__(self, surface: Surface):
+        self.surface = surface
 
     def add(self, i: int, row: dict):
-        for name, values in self.surface.values.items(): values[i] = row[name]
+        for name, values in self.surface.values.items():
+            values[i] = row[name]
 
-    def close(self): pass
+    def close(self):
+        pass
 
 
 class PointFile(MemoryRows):
-    """Into the `surface`, and a file that gets a line for each point as it is measured; what the file holds of it already is taken over.
+    """Into the `surface`, and a file that gets a line for each point as it is measured; what the
+    file holds of it already is taken over.
 
-    Raises `ValueError` if the file is damaged or of another measurement; `InUse` if another process writes it; `OSError`.
+    Raises `ValueError` if the file is damaged or of another measurement; `InUse` if another process
+    writes it; `OSError`.
     """
+
     def __init__(self, path, surface: Surface):
         super().__init__(surface)
         self.path = Path(path)
@@ -240,14 +296,20 @@ class PointFile(MemoryRows):
 
     def _take_over(self):
         head, _, rows = self.path.read_bytes().partition(b'\n')
-        if head[:2] == b'PK' or b'"values": {' in head: raise ValueError(f'{self.path} was written by save, and does not grow: give another file')
+        if head[:2] == b'PK' or b'"values": {' in head:
+            raise ValueError(f'{self.path} was written by save, and does not grow: give another file')
         there, new = Surface.load(self.path), self.surface.about
         old, spec = there.about['spec'], json.loads(json.dumps(new['spec']))
         if old != spec:
             k = next(k for k in {**old, **spec} if old.get(k) != spec.get(k))
-            raise ValueError(f'{self.path} is of another measurement, with {k}={old.get(k)!r}, not {spec.get(k)!r}: give another file, or remove it')
-        there.about |= {k: new[k] for k in ('marks', 'trajectory') if k in new}    # what is drawn in it may have changed since
-        whole = rows[:rows.rfind(b'\n') + 1]    # without a line that was not written to its end
+            raise ValueError(
+                f'{self.path} is of another measurement, with {k}={old.get(k)!r}, not {spec.get(k)!r}: give another '
+                'file, or remove it'
+            )
+        there.about |= {
+            k: new[k] for k in ('marks', 'trajectory') if k in new
+        }  # what is drawn in it may have changed since
+        whole = rows[: rows.rfind(b'\n') + 1]  # without a line that was not written to its end
         write_text(self.path, json.dumps(there._head()) + '\n' + whole.decode())
         self.surface = there
 
@@ -266,7 +328,7 @@ class PointFile(MemoryRows):
         end = os.fstat(self.handle.fileno()).st_size
         try:
             while line:
-                line = line[self.handle.write(line):]    # a disk with too little room takes a part, and then raises
+                line = line[self.handle.write(line) :]  # a disk with too little room takes a part, and then raises
             self.handle.flush()
         except OSError:
             with suppress(OSError):
@@ -282,7 +344,11 @@ class PointFile(MemoryRows):
 
 def _read_rows(surface, rows: bytes):
     columns = surface.about['columns']
-    for line in rows.split(b'\n')[:-1]:    # behind the last end of a line there is nothing, or what was not written to its end
+    for line in rows.split(b'\n')[
+        :-1
+    ]:  # behind the last end of a line there is nothing, or what was not written to its end
         i, *values = json.loads(line)
-        if len(values) != len(columns) or not 0 <= i < len(surface.points): raise ValueError
-        for name, v in zip(columns, values): surface.values[name][i] = float(v)
+        if len(values) != len(columns) or not 0 <= i < len(surface.points):
+            raise ValueError
+        for name, v in zip(columns, values):
+            surface.values[name][i] = float(v)

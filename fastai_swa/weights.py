@@ -1,4 +1,5 @@
 """Files of weights and the index of a folder of them; loading them into a module. Plain PyTorch."""
+
 import json
 import zipfile
 from pathlib import Path
@@ -15,13 +16,17 @@ _FORMAT = 'fastai_swa ensemble 1'
 
 
 def read_weights(file: Path) -> dict:
-    "The state dict in `file`, on the CPU; no code in it is run. Raises `FileNotFoundError` or `ValueError`, naming it."
+    """The state dict in `file`, on the CPU; no code in it is run. Raises `FileNotFoundError` or
+    `ValueError`, naming it.
+    """
     check_weights_file(file)
     try:
         weights = torch.load(file, map_location='cpu', weights_only=True)
     except Exception:
-        raise ValueError(f'{file} holds more than weights, such as an optimizer: save them with '
-                         'learn.save(name, with_opt=False), or torch.save(model.state_dict(), file)') from None
+        raise ValueError(
+            f'{file} holds more than weights, such as an optimizer: save them with learn.save(name, with_opt=False), '
+            'or torch.save(model.state_dict(), file)'
+        ) from None
     if isinstance(weights, dict):
         weights = weights.get('model', weights)
     if not isinstance(weights, dict):
@@ -35,8 +40,8 @@ def check_weights_file(file: Path):
         raise FileNotFoundError(f'{file} is missing')
     try:
         with zipfile.ZipFile(file) as z:
-            damaged = z.testzip()    # torch.load does not look at the checksums
-    except zipfile.BadZipFile:    # torch's format before 1.6, perhaps, which has none
+            damaged = z.testzip()  # torch.load does not look at the checksums
+    except zipfile.BadZipFile:  # torch's format before 1.6, perhaps, which has none
         try:
             damaged = not isinstance(torch.load(file, map_location='cpu', weights_only=True), dict)
         except Exception:
@@ -64,8 +69,8 @@ def _copied(value):
 
 
 def load_into(module: nn.Module, weights, name: str = '') -> nn.Module:
-    """`module` with the `weights`, a module, a state dict called `name`, or a path; where modes move weights, these are
-    the ones in train mode.
+    """`module` with the `weights`, a module, a state dict called `name`, or a path; where modes
+    move weights, these are the ones in train mode.
 
     Raises `FileNotFoundError` or `ValueError`, naming it, if they do not serve.
     """
@@ -81,14 +86,16 @@ def load_into(module: nn.Module, weights, name: str = '') -> nn.Module:
 
 
 def write_index(folder: Path, files: list[str], **content):
-    """What `folder` holds, in one step: the names of its `files` of weights in their order, and plain `content`. Raises
-    `OSError`."""
-    write_text(folder/'index.json', json.dumps({'format': _FORMAT, 'files': files, **content}, indent=1))
+    """What `folder` holds, in one step: the names of its `files` of weights in their order, and
+    plain `content`. Raises `OSError`."""
+    write_text(folder / 'index.json', json.dumps({'format': _FORMAT, 'files': files, **content}, indent=1))
 
 
 def read_index(folder: Path) -> dict:
-    "What `write_index` wrote. Raises `FileNotFoundError` or `ValueError`, naming it, if it is missing or damaged."
-    file = folder/'index.json'
+    """What `write_index` wrote. Raises `FileNotFoundError` or `ValueError`, naming it, if it is
+    missing or damaged.
+    """
+    file = folder / 'index.json'
     if not file.exists():
         raise FileNotFoundError(f'{folder} has no index.json: it is no folder of an ensemble')
     try:

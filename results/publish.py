@@ -1,9 +1,11 @@
-"""Puts the measured numbers of results/*/report.json into README, results and notebooks, between markers.
+"""Puts the measured numbers of results/*/report.json into README, results and notebooks, between
+markers.
 
     python results/publish.py           # write
     python results/publish.py --check   # exit with 1 if something would change
 
-A marker is a comment of HTML, which no reader sees, in front of the text that it stands for, and <!--/--> behind it.
+A marker is a comment of HTML, which no reader sees, in front of the text that it stands for, and
+<!--/--> behind it.
 
 Of a row: mean and standard deviation. Of a difference: mean, 95 % interval, number of seeds.
 
@@ -31,10 +33,12 @@ _UNITS = {'error': ' points', 'loss': '', 'distance': '', 'relative': '', 'great
 
 
 def published(text: str, folder: Path | None = None) -> str:
-    """`text`, of a file in `folder` (default: results), with the numbers between its markers as they are measured.
+    """`text`, of a file in `folder` (default: results), with the numbers between its markers as
+    they are measured.
 
     Raises `ValueError` for a marker that means nothing, or that has no end.
     """
+
     def replaced(m):
         if m['end'] is None:
             raise ValueError(f'the marker {m["what"]!r} has no <!--/--> behind its text')
@@ -53,7 +57,9 @@ def files() -> list[Path]:
 
 
 def put_into(file: Path) -> str:
-    "The content of `file` as it should be. In a notebook the text of its cells is looked through, its outputs are not."
+    """The content of `file` as it should be. In a notebook the text of its cells is looked through,
+    its outputs are not.
+    """
     content = file.read_text()
     if file.suffix != '.ipynb':
         return published(content, file.parent)

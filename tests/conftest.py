@@ -9,7 +9,7 @@ import torch
 from fastprogress import fastprogress
 
 matplotlib.use('agg')
-torch.set_num_threads(1)    # the networks are tiny: a second thread only waits
+torch.set_num_threads(1)  # the networks are tiny: a second thread only waits
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +24,7 @@ def quiet_progress(monkeypatch):
 def closed_figures():
     yield
     import matplotlib.pyplot as plt
+
     plt.close('all')
 
 
@@ -39,11 +40,13 @@ def ctrl_c():
 def more_ctrl_c(ctrl_c, monkeypatch):
     "Sends SIGINTs while a first one unwinds: whenever Python's random generator is put back."
     put_back, sent = random.setstate, []
+
     def setstate(state):
         if isinstance(sys.exc_info()[1], KeyboardInterrupt):
             sent.append(True)
             ctrl_c()
         put_back(state)
+
     monkeypatch.setattr(random, 'setstate', setstate)
     yield sent
     assert sent

@@ -1,4 +1,5 @@
 """Learners and probes that the tests share."""
+
 import random
 
 import numpy as np
@@ -17,56 +18,87 @@ from torch import nn
 def loaders(n=90, n_valid=40, n_in=6, n_out=3, bs=16, num_workers=0, seed=0, **kwargs):
     "A learnable classification problem; sizes leave a short last batch."
     g = torch.Generator().manual_seed(seed)
-    x = torch.randn(n + n_valid, n_in, generator=g)*2 + 1
+    x = torch.randn(n + n_valid, n_in, generator=g) * 2 + 1
     y = (x @ torch.randn(n_in, n_out, generator=g)).argmax(1)
     pairs = list(zip(x, y))
-    return DataLoaders(DataLoader(pairs[:n], bs=bs, shuffle=True, num_workers=num_workers, **kwargs),
-                       DataLoader(pairs[n:], bs=2*bs, num_workers=num_workers), device='cpu')
+    return DataLoaders(
+        DataLoader(pairs[:n], bs=bs, shuffle=True, num_workers=num_workers, **kwargs),
+        DataLoader(pairs[n:], bs=2 * bs, num_workers=num_workers),
+        device='cpu',
+    )
 
 
-def net(n_in=6, n_out=3, width=8, dropout=.2):
-    return nn.Sequential(nn.Linear(n_in, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(dropout),
-                         nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, n_out))
+def net(n_in=6, n_out=3, width=8, dropout=0.2):
+    return nn.Sequential(
+        nn.Linear(n_in, width),
+        nn.BatchNorm1d(width),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(width, width),
+        nn.BatchNorm1d(width),
+        nn.ReLU(),
+        nn.Linear(width, n_out),
+    )
 
 
-def learner(model=None, dls=None, seed=0, opt_func=SGD, lr=.1, metrics=accuracy, **kwargs):
+def learner(model=None, dls=None, seed=0, opt_func=SGD, lr=0.1, metrics=accuracy, **kwargs):
     "A learner whose weights, data order and dropout depend on `seed` alone."
     set_seed(seed, reproducible=True)
     model = net() if model is None else model() if not isinstance(model, nn.Module) else model
     dls = loaders() if dls is None else dls
     for dl in dls.loaders:
-        if isinstance(dl, DataLoader): dl.rng = random.Random(seed)
+        if isinstance(dl, DataLoader):
+            dl.rng = random.Random(seed)
     return Learner(dls, model, CrossEntropyLossFlat(), opt_func=opt_func, lr=lr, metrics=metrics, **kwargs)
 
 
 class Snapshots(Callback):
     "Clones of the parameters at the end of each epoch's training part, with the epoch."
+
     order = 1000
-    def __init__(self): self.weights, self.epochs = [], []
+
+    def __init__(self):
+        self.weights, self.epochs = [], []
+
     def after_train(self):
         self.weights.append([p.detach().clone() for p in self.model.parameters()])
         self.epochs.append(self.epoch)
 
 
 class At(Callback):
-    "Call `f(self)` at `event` of the epoch `epoch`, in batch `batch` where the event is one of a batch."
+    """Call `f(self)` at `event` of the epoch `epoch`, in batch `batch` where the event is one of a
+    batch.
+    """
+
     order = 70
+
     def __init__(self, event, epoch, f, batch=None, training=None):
         self.on, self.at, self.f, self.batch, self.only = event, epoch, f, batch, training
+
     def __call__(self, event_name):
-        if (event_name == self.on and self.learn.epoch == self.at and (self.batch is None or self.batch == self.learn.iter)
-                and self.only in (None, self.learn.training)): self.f(self)
+        if (
+            event_name == self.on
+            and self.learn.epoch == self.at
+            and (self.batch is None or self.batch == self.learn.iter)
+            and self.only in (None, self.learn.training)
+        ):
+            self.f(self)
 
 
 def raising(e):
-    def f(cb): raise e
+    def f(cb):
+        raise e
+
     return f
 
 
-def parameters(model): return [p.detach() for p in model.parameters()]
+def parameters(model):
+    return [p.detach() for p in model.parameters()]
+
 
 def assert_close(got, expected, tol=2e-6):
-    for a, b in zip(got, expected, strict=True): torch.testing.assert_close(a.double(), b.double(), rtol=tol, atol=tol)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=tol, atol=tol)
 
 
 def column(learn, name):
@@ -82,10 +114,20 @@ def fingerprint(learn):
         res |= {f'opt.{i}.{k}': v for k, v in learn.opt.state[p].items()}
     own = [n for n in learn.recorder.metric_names[1:] if not n.startswith('swa_') and n != 'time']
     res |= {f'column.{n}': column(learn, n) for n in own}
-    res |= {'losses': [float(x) for x in learn.recorder.losses], 'lrs': list(map(float, learn.recorder.lrs)), 'iters': list(learn.recorder.iters),
-            'hypers': [dict(h) for h in learn.opt.hypers], 'train_iter': learn.train_iter, 'pct_train': learn.pct_train, 'epoch': learn.epoch,
-            'modes': [m.training for m in learn.model.modules()], 'python': random.getstate(), 'torch': torch.get_rng_state(),
-            'loaders': [dl.rng.getstate() for dl in learn.dls.loaders], 'cbs': [type(cb).__name__ for cb in learn.cbs]}
+    res |= {
+        'losses': [float(x) for x in learn.recorder.losses],
+        'lrs': list(map(float, learn.recorder.lrs)),
+        'iters': list(learn.recorder.iters),
+        'hypers': [dict(h) for h in learn.opt.hypers],
+        'train_iter': learn.train_iter,
+        'pct_train': learn.pct_train,
+        'epoch': learn.epoch,
+        'modes': [m.training for m in learn.model.modules()],
+        'python': random.getstate(),
+        'torch': torch.get_rng_state(),
+        'loaders': [dl.rng.getstate() for dl in learn.dls.loaders],
+        'cbs': [type(cb).__name__ for cb in learn.cbs],
+    }
     kind, keys, *rest = np.random.get_state()
     return res | {'numpy': (kind, keys.tolist(), *rest)}
 

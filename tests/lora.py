@@ -1,20 +1,25 @@
-"""Layers and models whose modes move weights, written as the LoRA libraries write them: the update is merged into the weights in `eval()`."""
+"""Layers and models whose modes move weights, written as the LoRA libraries write them: the update
+is merged into the weights in `eval()`."""
+
 import torch
 from torch import nn
 
 
 class LowRank:
     "What the layers share: a frozen base weight and a trained update of rank 2."
+
     def add_update(self, n_out, n_in):
         self.weight.requires_grad_(False)
-        self.lora_A = nn.Parameter(torch.randn(2, n_in) / n_in**.5)
-        self.lora_B = nn.Parameter(torch.randn(n_out, 2) * .5)
+        self.lora_A = nn.Parameter(torch.randn(2, n_in) / n_in**0.5)
+        self.lora_B = nn.Parameter(torch.randn(n_out, 2) * 0.5)
 
-    def delta(self): return self.lora_B @ self.lora_A
+    def delta(self):
+        return self.lora_B @ self.lora_A
 
 
 class MergedLinear(LowRank, nn.Linear):
     "As in loralib: an attribute knows whether the update is merged."
+
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out)
         self.add_update(n_out, n_in)
@@ -37,6 +42,7 @@ class MergedLinear(LowRank, nn.Linear):
 
 class MergedEmbedding(LowRank, nn.Embedding):
     "Keyed by `training` itself, and exchanging the tensor instead of changing it."
+
     def __init__(self, n, n_out):
         super().__init__(n, n_out)
         self.add_update(n, n_out)
@@ -54,10 +60,11 @@ class MergedEmbedding(LowRank, nn.Embedding):
 
 class Plain(LowRank, nn.Linear):
     "Left to the model that holds it."
+
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out)
         self.add_update(n_out, n_in)
-        self.is_merged = [False]    # changed in place
+        self.is_merged = [False]  # changed in place
 
     def forward(self, x):
         out = super().forward(x)
@@ -66,9 +73,10 @@ class Plain(LowRank, nn.Linear):
 
 class MergedByRoot(nn.Module):
     "The model as a whole merges what its layers hold."
+
     def __init__(self, n_in=6, n_out=3):
         super().__init__()
-        self.body = nn.Sequential(Plain(n_in, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(.2))
+        self.body = nn.Sequential(Plain(n_in, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2))
         self.head = Plain(8, n_out)
 
     def train(self, mode: bool = True):
@@ -79,19 +87,21 @@ class MergedByRoot(nn.Module):
                 layer.is_merged[0] = not mode
         return self
 
-    def forward(self, x): return self.head(self.body(x))
+    def forward(self, x):
+        return self.head(self.body(x))
 
 
 def merged_layers(n_in=6, n_out=3):
-    return nn.Sequential(MergedLinear(n_in, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(.2), MergedLinear(8, n_out))
+    return nn.Sequential(MergedLinear(n_in, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), MergedLinear(8, n_out))
 
 
 class MergedMixed(nn.Module):
     "An embedding of the signs of the inputs beside a linear layer."
+
     def __init__(self, n_in=6, n_out=3):
         super().__init__()
         self.signs, self.lin, self.norm = MergedEmbedding(2, 4), MergedLinear(n_in, 8), nn.BatchNorm1d(8)
-        self.head = nn.Sequential(nn.Dropout(.1), MergedLinear(12, n_out))
+        self.head = nn.Sequential(nn.Dropout(0.1), MergedLinear(12, n_out))
 
     def forward(self, x):
         signs = self.signs((x > 0).long()).mean(1)

@@ -1,24 +1,36 @@
 import numpy as np
 import pytest
 import torch
-from fastai_swa.geometry import CURVES, Frame, arc_lengths, bezier, chain, crossing, direction, inner_products, mean_height, norm_at
+from fastai_swa.geometry import (
+    CURVES,
+    Frame,
+    arc_lengths,
+    bezier,
+    chain,
+    crossing,
+    direction,
+    inner_products,
+    mean_height,
+    norm_at,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 # directions
 
+
 @pytest.mark.parametrize('n', [2, 3, 40])
 def test_directions_are_uniform_on_the_sphere(n):
     vs = torch.stack([direction(n, 0, i) for i in range(2000)]).numpy()
     np.testing.assert_allclose(np.linalg.norm(vs, axis=1), 1, rtol=1e-12)
-    turned = vs @ np.linalg.qr(np.random.RandomState(0).randn(n, n))[0]    # no axis is special
-    for coordinates in (*vs.T[:3], *turned.T[:3]):    # its square is Beta(1/2, (n - 1)/2) distributed, its sign a coin
-        assert stats.kstest(coordinates**2, stats.beta(.5, (n - 1) / 2).cdf).pvalue > 1e-3
+    turned = vs @ np.linalg.qr(np.random.RandomState(0).randn(n, n))[0]  # no axis is special
+    for coordinates in (*vs.T[:3], *turned.T[:3]):  # its square is Beta(1/2, (n - 1)/2) distributed, its sign a coin
+        assert stats.kstest(coordinates**2, stats.beta(0.5, (n - 1) / 2).cdf).pvalue > 1e-3
         assert stats.binomtest(int((coordinates > 0).sum()), 2000).pvalue > 1e-3
-    assert np.abs(vs.T @ vs / 2000 - np.eye(n) / n).max() < 6 / n / 2000**.5
-    successive = (vs[1:] * vs[:-1]).sum(1)    # of two independent directions the same law holds
-    assert stats.kstest(successive**2, stats.beta(.5, (n - 1) / 2).cdf).pvalue > 1e-3
+    assert np.abs(vs.T @ vs / 2000 - np.eye(n) / n).max() < 6 / n / 2000**0.5
+    successive = (vs[1:] * vs[:-1]).sum(1)  # of two independent directions the same law holds
+    assert stats.kstest(successive**2, stats.beta(0.5, (n - 1) / 2).cdf).pvalue > 1e-3
 
 
 def test_a_direction_depends_on_seed_and_number_alone():
@@ -31,7 +43,9 @@ def test_a_direction_depends_on_seed_and_number_alone():
 
 # planes
 
-def three(n=50, seed=0, dtype=torch.float64): return list(torch.randn(3, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype))
+
+def three(n=50, seed=0, dtype=torch.float64):
+    return list(torch.randn(3, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype))
 
 
 def test_coordinates_in_the_plane_are_distances_in_weight_space():
@@ -39,7 +53,9 @@ def test_coordinates_in_the_plane_are_distances_in_weight_space():
     frame = Frame.through(ws)
     for i in range(3):
         for j in range(3):
-            assert np.linalg.norm(frame.corners[i] - frame.corners[j]) == pytest.approx(float((ws[i] - ws[j]).norm()), rel=1e-12)
+            assert np.linalg.norm(frame.corners[i] - frame.corners[j]) == pytest.approx(
+                float((ws[i] - ws[j]).norm()), rel=1e-12
+            )
         assert frame.project(ws[i]) == pytest.approx((*frame.corners[i], 0), abs=1e-12)
     assert frame.corners[0].tolist() == [0, 0] and frame.corners[1, 1] == 0 and frame.corners[2, 1] > 0
 
@@ -61,7 +77,9 @@ def test_a_point_off_the_plane_is_projected_and_its_distance_told():
     frame = Frame.through(ws)
     normal = torch.randn(50, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     normal -= (normal @ frame.u) * frame.u + (normal @ frame.v) * frame.v
-    assert frame.project(ws[0] + 2 * frame.u - frame.v + 3 * normal / normal.norm()) == pytest.approx((2, -1, 3), abs=1e-12)
+    assert frame.project(ws[0] + 2 * frame.u - frame.v + 3 * normal / normal.norm()) == pytest.approx(
+        (2, -1, 3), abs=1e-12
+    )
 
 
 def test_the_corners_themselves_have_exact_shares():
@@ -73,16 +91,25 @@ def test_the_corners_themselves_have_exact_shares():
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_equal_and_collinear_points_are_one_clear_sentence(dtype):
     a, b, c = three(1000, dtype=dtype)
-    for points, said in (((a, a, c), 'SGD and SWA are the same'), ((a, b, a), 'SGD and last are the same'), ((a, b, b), 'SWA and last are the same'),
-                         ((a, b, (a + b) / 2), 'lie on a line'), ((a, b, 3 * b - 2 * a), 'lie on a line'), ((a, a + (b - a) * 1e-3, b), 'lie on a line')):
-        with pytest.raises(ValueError, match=said): Frame.through(points, ('SGD', 'SWA', 'last'))
-    Frame.through((a, b, (a + b) / 2 + .01 * c))
+    for points, said in (
+        ((a, a, c), 'SGD and SWA are the same'),
+        ((a, b, a), 'SGD and last are the same'),
+        ((a, b, b), 'SWA and last are the same'),
+        ((a, b, (a + b) / 2), 'lie on a line'),
+        ((a, b, 3 * b - 2 * a), 'lie on a line'),
+        ((a, a + (b - a) * 1e-3, b), 'lie on a line'),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Frame.through(points, ('SGD', 'SWA', 'last'))
+    Frame.through((a, b, (a + b) / 2 + 0.01 * c))
 
 
 # curves
 
+
 def de_casteljau(points, t):
-    while len(points) > 1: points = [(1 - t) * p + t * q for p, q in zip(points, points[1:])]
+    while len(points) > 1:
+        points = [(1 - t) * p + t * q for p, q in zip(points, points[1:])]
     return points[0]
 
 
@@ -104,14 +131,14 @@ def test_a_chain_goes_straight_from_point_to_point_in_equal_shares_of_t(n, t):
 @pytest.mark.parametrize('kind', CURVES)
 @pytest.mark.parametrize('n', [2, 3, 5])
 def test_the_ends_of_a_curve_are_exactly_the_ends(kind, n):
-    assert CURVES[kind](0., n).tolist() == [1] + [0] * (n - 1) and CURVES[kind](1., n).tolist() == [0] * (n - 1) + [1]
+    assert CURVES[kind](0.0, n).tolist() == [1] + [0] * (n - 1) and CURVES[kind](1.0, n).tolist() == [0] * (n - 1) + [1]
 
 
 @pytest.mark.parametrize('kind', CURVES)
 @pytest.mark.parametrize('n', [2, 3, 4])
 def test_arc_lengths_are_those_of_a_polygon_of_a_hundred_thousand_sides(kind, n):
     points = np.random.RandomState(n).randn(n, 5)
-    ts = np.array([0, .2, .5, .77, 1])
+    ts = np.array([0, 0.2, 0.5, 0.77, 1])
     grid = np.unique([*np.linspace(0, 1, 100_001), *np.linspace(0, 1, n), *ts])
     drawn = np.array([CURVES[kind](t, n) for t in grid]) @ points
     lengths = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(drawn, axis=0), axis=1))])
@@ -122,15 +149,27 @@ def test_arc_lengths_are_those_of_a_polygon_of_a_hundred_thousand_sides(kind, n)
 def test_inner_products_and_norms_are_those_of_float64():
     ws = [w.float() for w in three(10_000)]
     products = inner_products(ws)
-    np.testing.assert_allclose(products, [[np.dot(a.double().numpy(), b.double().numpy()) for b in ws] for a in ws], rtol=1e-12)
-    shares = np.array([.2, -1, 3])
-    assert norm_at(shares, products) == pytest.approx(float(sum(w.double() * s for w, s in zip(ws, shares)).norm()), rel=1e-10)
+    np.testing.assert_allclose(
+        products, [[np.dot(a.double().numpy(), b.double().numpy()) for b in ws] for a in ws], rtol=1e-12
+    )
+    shares = np.array([0.2, -1, 3])
+    assert norm_at(shares, products) == pytest.approx(
+        float(sum(w.double() * s for w, s in zip(ws, shares)).norm()), rel=1e-10
+    )
 
 
 # profiles
 
-@pytest.mark.parametrize('f, level, radius', [(lambda r: r**2 / 2, 3, 6**.5), (lambda r: r**3, 20, 20**(1/3)), (lambda r: 1 - r, .45, .55),
-                                              (lambda r: r**3 + r, 10, 2.)])
+
+@pytest.mark.parametrize(
+    'f, level, radius',
+    [
+        (lambda r: r**2 / 2, 3, 6**0.5),
+        (lambda r: r**3, 20, 20 ** (1 / 3)),
+        (lambda r: 1 - r, 0.45, 0.55),
+        (lambda r: r**3 + r, 10, 2.0),
+    ],
+)
 @pytest.mark.parametrize('n', [4, 11, 30])
 def test_crossings_of_polynomials_up_to_the_third_degree_are_exact(f, level, radius, n):
     for end in (2.75, 3, 100):
@@ -140,36 +179,40 @@ def test_crossings_of_polynomials_up_to_the_third_degree_are_exact(f, level, rad
 
 def test_a_crossing_draws_nothing():
     state = np.random.get_state()[1].copy()
-    crossing(np.arange(6.), np.arange(6.)**2, 7)
+    crossing(np.arange(6.0), np.arange(6.0) ** 2, 7)
     assert np.array_equal(np.random.get_state()[1], state)
 
 
 def test_a_crossing_is_the_first_one_whichever_side_the_values_come_from():
-    xs = np.arange(8.)
-    assert 1 < crossing(xs, [0, 0, 1, 1, 0, 0, 1, 1], .5) < 2
-    assert 1 < crossing(xs, [1, 1, 0, 0, 1, 1, 0, 0], .5) < 2
-    assert crossing(xs, [.5, 1, 1, 1, 1, 1, 1, 1], .5) == 0 and crossing(xs, [0, 0, 0, .5, 1, 1, 1, 1], .5) == 3
-    assert crossing([0, 2], [0, 1], .25) == pytest.approx(.5) and np.isnan(crossing([0.], [0.], 1))
+    xs = np.arange(8.0)
+    assert 1 < crossing(xs, [0, 0, 1, 1, 0, 0, 1, 1], 0.5) < 2
+    assert 1 < crossing(xs, [1, 1, 0, 0, 1, 1, 0, 0], 0.5) < 2
+    assert crossing(xs, [0.5, 1, 1, 1, 1, 1, 1, 1], 0.5) == 0 and crossing(xs, [0, 0, 0, 0.5, 1, 1, 1, 1], 0.5) == 3
+    assert crossing([0, 2], [0, 1], 0.25) == pytest.approx(0.5) and np.isnan(crossing([0.0], [0.0], 1))
 
 
 def test_a_level_that_is_not_crossed_or_lies_behind_what_is_not_finite_has_no_crossing():
-    xs, nan, inf = np.arange(4.), float('nan'), float('inf')
-    for ys in ([0, 0, 0, 0], [0, nan, 1, 1], [0, 0, inf, inf], [nan, 0, 1, 1]): assert np.isnan(crossing(xs, ys, .5))
-    assert 1 < crossing(xs, [0, 0, 1, inf], .5) < 2    # what comes after does not matter
+    xs, nan, inf = np.arange(4.0), float('nan'), float('inf')
+    for ys in ([0, 0, 0, 0], [0, nan, 1, 1], [0, 0, inf, inf], [nan, 0, 1, 1]):
+        assert np.isnan(crossing(xs, ys, 0.5))
+    assert 1 < crossing(xs, [0, 0, 1, inf], 0.5) < 2  # what comes after does not matter
 
 
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=12))
 def test_a_crossing_lies_between_the_two_points_between_which_the_level_is_passed(ys):
     xs = np.arange(len(ys)) * 1.5
-    above = np.array(ys) > .5
+    above = np.array(ys) > 0.5
     changed = np.flatnonzero(above[1:] != above[:-1])
-    if .5 in ys: return
-    if len(changed) == 0: assert np.isnan(crossing(xs, ys, .5))
-    else: assert xs[changed[0]] - 1e-6 <= crossing(xs, ys, .5) <= xs[changed[0] + 1] + 1e-6
+    if 0.5 in ys:
+        return
+    if len(changed) == 0:
+        assert np.isnan(crossing(xs, ys, 0.5))
+    else:
+        assert xs[changed[0]] - 1e-6 <= crossing(xs, ys, 0.5) <= xs[changed[0] + 1] + 1e-6
 
 
 def test_the_mean_height_is_the_area_below_straight_lines_by_the_width():
-    xs, ys = np.array([0., 1, 3, 4]), np.array([0., 2, 2, 0])
+    xs, ys = np.array([0.0, 1, 3, 4]), np.array([0.0, 2, 2, 0])
     assert mean_height(xs, ys, 0, 4) == pytest.approx(6 / 4)
-    assert mean_height(xs, ys, .5, 3.5) == pytest.approx((.75 + 4 + .75) / 3)
+    assert mean_height(xs, ys, 0.5, 3.5) == pytest.approx((0.75 + 4 + 0.75) / 3)

@@ -9,7 +9,9 @@ from fastai_swa.interrupts import uninterrupted, unwound_whole
 
 @pytest.fixture(autouse=True)
 def default_sigint():
-    "Python's own handler, also where the suite was started with SIGINT ignored, as by `&` in a shell."
+    """Python's own handler, also where the suite was started with SIGINT ignored, as by `&` in a
+    shell.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -19,7 +21,7 @@ def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def work(seconds=.005):
+def work(seconds=0.005):
     "Many steps of Python, at any of which an interruption may come."
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
@@ -71,7 +73,7 @@ def test_two_interruptions_in_a_row_leave_nothing_half_put_back():
                 work()
                 done.append('not reached')
             finally:
-                interrupt()    # while the first one unwinds
+                interrupt()  # while the first one unwinds
                 work()
                 done.append('put back')
     assert done == ['put back']

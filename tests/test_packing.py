@@ -1,4 +1,5 @@
 """Objects as plain data, and back."""
+
 import enum
 import multiprocessing
 import sys
@@ -29,39 +30,92 @@ class Record:
 
 Point = namedtuple('Point', 'x y')
 
-leaves = (st.none() | st.booleans() | st.integers(-2**130, 2**130) | st.floats() | st.text(max_size=5) | st.binary(max_size=5)
-          | st.builds(lambda x: torch.tensor(x), st.floats(width=32)) | st.builds(lambda n: torch.arange(n).view(1, n), st.integers(0, 4))
-          | st.builds(np.float32, st.floats(width=32)) | st.builds(np.int64, st.integers(-9, 9)) | st.builds(lambda n: np.arange(n, dtype=np.uint8), st.integers(0, 3))
-          | st.just(Path('a/b')) | st.complex_numbers(allow_nan=False) | st.just(torch.bfloat16) | st.just(torch.device('cpu'))
-          | st.sampled_from(Phase) | st.builds(Record, st.integers(), st.lists(st.integers(), max_size=2)) | st.builds(Point, st.integers(), st.just(2)) | st.just(torch.Size([2, 3])) | st.just(range(1, 9, 2)) | st.builds(lambda s: deque(s, 3), st.lists(st.integers(), max_size=5))
-          | st.sets(st.integers()) | st.builds(Counter, st.text(max_size=4)) | st.builds(OrderedDict, st.just({'b': 1, 'a': (2,)})))
-values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=4) | st.lists(inner, max_size=4).map(tuple) | st.lists(inner, max_size=4).map(L)
-                      | st.dictionaries(st.text(max_size=3) | st.integers(-3, 3) | st.tuples(st.integers(-3, 3), st.booleans()), inner, max_size=3), max_leaves=12)
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**130), 2**130)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.binary(max_size=5)
+    | st.builds(lambda x: torch.tensor(x), st.floats(width=32))
+    | st.builds(lambda n: torch.arange(n).view(1, n), st.integers(0, 4))
+    | st.builds(np.float32, st.floats(width=32))
+    | st.builds(np.int64, st.integers(-9, 9))
+    | st.builds(lambda n: np.arange(n, dtype=np.uint8), st.integers(0, 3))
+    | st.just(Path('a/b'))
+    | st.complex_numbers(allow_nan=False)
+    | st.just(torch.bfloat16)
+    | st.just(torch.device('cpu'))
+    | st.sampled_from(Phase)
+    | st.builds(Record, st.integers(), st.lists(st.integers(), max_size=2))
+    | st.builds(Point, st.integers(), st.just(2))
+    | st.just(torch.Size([2, 3]))
+    | st.just(range(1, 9, 2))
+    | st.builds(lambda s: deque(s, 3), st.lists(st.integers(), max_size=5))
+    | st.sets(st.integers())
+    | st.builds(Counter, st.text(max_size=4))
+    | st.builds(OrderedDict, st.just({'b': 1, 'a': (2,)}))
+)
+values = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.lists(inner, max_size=4).map(tuple)
+        | st.lists(inner, max_size=4).map(L)
+        | st.dictionaries(
+            st.text(max_size=3) | st.integers(-3, 3) | st.tuples(st.integers(-3, 3), st.booleans()), inner, max_size=3
+        )
+    ),
+    max_leaves=12,
+)
 
 
 def same(a, b):
-    if isinstance(a, torch.Tensor): return type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(7), b.nan_to_num(7))
-    if isinstance(a, np.ndarray): return isinstance(b, np.ndarray) and a.dtype == b.dtype and a.tolist() == b.tolist()
-    if type(a) is not type(b): return False
-    if isinstance(a, dict): return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple | L): return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, torch.Tensor):
+        return (
+            type(a) is type(b)
+            and a.dtype == b.dtype
+            and a.shape == b.shape
+            and torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+        )
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and a.dtype == b.dtype and a.tolist() == b.tolist()
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple | L):
+        return len(a) == len(b) and all(map(same, a, b))
     return a == b or (a != a and b != b)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(values)
 def test_what_is_packed_written_and_unpacked_is_the_same_in_value_and_type(tmp_path_factory, value):
-    path = tmp_path_factory.getbasetemp()/'packed'
+    path = tmp_path_factory.getbasetemp() / 'packed'
     torch.save(pack(value), path)
     assert same(value, unpack(torch.load(path, weights_only=True)))
 
 
-@pytest.mark.parametrize('value', [object(), lambda: 0, nn.Linear(1, 1), {'a': [1, object()]}, {object(): 3}, np.array(['a']), torch.zeros(2, device='meta')])
+@pytest.mark.parametrize(
+    'value',
+    [
+        object(),
+        lambda: 0,
+        nn.Linear(1, 1),
+        {'a': [1, object()]},
+        {object(): 3},
+        np.array(['a']),
+        torch.zeros(2, device='meta'),
+    ],
+)
 def test_what_is_no_plain_data_is_refused(value):
-    with pytest.raises(TypeError, match='checkpoint'): pack(value)
+    with pytest.raises(TypeError, match='checkpoint'):
+        pack(value)
 
 
-def test_the_losses_of_all_steps_are_one_tensor(): assert len(pack([torch.tensor(float(i)) for i in range(1000)])) == 2
+def test_the_losses_of_all_steps_are_one_tensor():
+    assert len(pack([torch.tensor(float(i)) for i in range(1000)])) == 2
 
 
 def test_a_tied_tensor_is_written_once():
@@ -72,34 +126,57 @@ def test_a_tied_tensor_is_written_once():
 
 # into what is there
 
+
 def through(value, now):
-    "`value`, packed with holes and put into `now`; the result and the places that could not be filled."
+    """`value`, packed with holes and put into `now`; the result and the places that could not be
+    filled.
+    """
     unpacker = Unpacker()
     return unpacker(Packer(holes=[])(value, 'it'), now, 'it'), unpacker.missing
 
 
 def test_a_function_among_other_values_does_not_take_these_along():
-    def new(): pass
+    def new():
+        pass
+
     was = {'f': print, 'n': 3, 'inner': [1, {'g': print, 'm': (4, print)}]}
     now = {'f': new, 'n': 0, 'inner': [0, {'g': print, 'm': (0, print)}]}
     got, missing = through(was, now)
     assert got is now and got['n'] == 3 and got['inner'][0] == 1 and got['inner'][1]['m'] == (4, print)
-    assert got['f'] is new and missing == ["it['f']"]    # of another class than print: said
+    assert got['f'] is new and missing == ["it['f']"]  # of another class than print: said
 
 
 def test_what_cannot_be_filled_is_named():
     assert through([1, print, 2], [1])[1] == ['it[1]']
-    with pytest.raises(ValueError, match=r"cannot be made anew: it\[1\]"): unpack(Packer(holes=[])([1, print]))
+    with pytest.raises(ValueError, match=r"cannot be made anew: it\[1\]"):
+        unpack(Packer(holes=[])([1, print]))
 
 
 def test_containers_keep_their_identity_and_their_sharing():
     shared = {'epoch': 3}
     now_shared = {'epoch': 0}
-    now = {'sampler': now_shared, 'data': now_shared, 'list': [], 'deque': deque(maxlen=2), 'default': defaultdict(list)}
+    now = {
+        'sampler': now_shared,
+        'data': now_shared,
+        'list': [],
+        'deque': deque(maxlen=2),
+        'default': defaultdict(list),
+    }
     inner = now['list'], now['deque'], now['default']
-    got, _ = through({'sampler': shared, 'data': shared, 'list': [1, 2], 'deque': deque([1], 2), 'default': defaultdict(list, a=[1])}, now)
+    got, _ = through(
+        {
+            'sampler': shared,
+            'data': shared,
+            'list': [1, 2],
+            'deque': deque([1], 2),
+            'default': defaultdict(list, a=[1]),
+        },
+        now,
+    )
     assert got['sampler'] is got['data'] is now_shared and now_shared == {'epoch': 3}
-    assert all(a is b for a, b in zip(inner, (got['list'], got['deque'], got['default']))) and got['default'] == {'a': [1]}
+    assert all(a is b for a, b in zip(inner, (got['list'], got['deque'], got['default']))) and got['default'] == {
+        'a': [1]
+    }
     got['default']['b'].append(1)
 
 
@@ -113,7 +190,10 @@ def test_tensors_and_arrays_are_written_in_place_but_for_those_of_the_model():
     weight, mine, array = torch.zeros(3), torch.zeros(3), np.zeros(2)
     view = weight[:2]
     unpacker = Unpacker(protected={weight.untyped_storage().data_ptr()})
-    got = unpacker(pack({'mine': torch.ones(3), 'view': torch.ones(2), 'array': np.ones(2)}), {'mine': mine, 'view': view, 'array': array})
+    got = unpacker(
+        pack({'mine': torch.ones(3), 'view': torch.ones(2), 'array': np.ones(2)}),
+        {'mine': mine, 'view': view, 'array': array},
+    )
     assert got['mine'] is mine and mine.sum() == 3 and got['array'] is array and array.sum() == 2
     assert got['view'].sum() == 2 and weight.sum() == 0
 
@@ -122,10 +202,14 @@ def test_classes_of_a_function_are_found_in_what_is_there_and_no_code_of_a_file_
     @dataclass
     class Local:
         n: int
-        def __post_init__(self): assert self.n >= 0
+
+        def __post_init__(self):
+            assert self.n >= 0
+
     class Mode(enum.Enum):
         A = 1
         B = 2
+
     record = Local(0)
     got, missing = through({'r': Local(3), 'm': Mode.B}, {'r': record, 'm': Mode.A})
     assert got['r'] is record and record.n == 3 and got['m'] is Mode.B and not missing
@@ -133,19 +217,33 @@ def test_classes_of_a_function_are_found_in_what_is_there_and_no_code_of_a_file_
     before = set(sys.modules)
     unpacker = Unpacker()
     assert unpacker(('record', ['antigravity:Flight', {}])) is None and unpacker.missing and set(sys.modules) == before
-    assert unpacker(('record', ['subprocess:Popen', {'args': 'ls'}])) is None    # no dataclass
+    assert unpacker(('record', ['subprocess:Popen', {'args': 'ls'}])) is None  # no dataclass
 
 
 def test_subclasses_of_containers_get_their_contents_back_and_their_methods_are_not_called():
     class Log(list):
-        def append(self, v): raise AssertionError
-        def __iter__(self): raise AssertionError
+        def append(self, v):
+            raise AssertionError
+
+        def __iter__(self):
+            raise AssertionError
+
     class Table(dict):
-        def __setitem__(self, k, v): raise AssertionError
-        def items(self): raise AssertionError
+        def __setitem__(self, k, v):
+            raise AssertionError
+
+        def items(self):
+            raise AssertionError
+
     log, table = Log(), Table()
     got, missing = through({'log': Log([1, 2]), 'table': Table(a=1)}, {'log': log, 'table': table})
-    assert got['log'] is log and list.__len__(log) == 2 and got['table'] is table and dict.__len__(table) == 1 and not missing
+    assert (
+        got['log'] is log
+        and list.__len__(log) == 2
+        and got['table'] is table
+        and dict.__len__(table) == 1
+        and not missing
+    )
 
 
 def test_a_number_that_processes_share_is_written_where_it_is():
@@ -155,9 +253,25 @@ def test_a_number_that_processes_share_is_written_where_it_is():
 
 
 def test_files_of_the_first_format_are_read():
-    old = {'a': ('tuple', [1, ('on', ['cpu', torch.ones(2)])]), 'c': ('Counter', [['x', 2]]), 'd': ('deque', [[1, 2], 3]), 's': ('scalars', torch.arange(2.)),
-           'n': ('numbers', ('array', torch.arange(2))), 'l': ('L', [1]), 'f': ('frozenset', [1]), 'p': ('path', 'a/b'), 'z': ('size', [2, 3])}
+    old = {
+        'a': ('tuple', [1, ('on', ['cpu', torch.ones(2)])]),
+        'c': ('Counter', [['x', 2]]),
+        'd': ('deque', [[1, 2], 3]),
+        's': ('scalars', torch.arange(2.0)),
+        'n': ('numbers', ('array', torch.arange(2))),
+        'l': ('L', [1]),
+        'f': ('frozenset', [1]),
+        'p': ('path', 'a/b'),
+        'z': ('size', [2, 3]),
+    }
     got = unpack(old)
-    assert got['a'][0] == 1 and got['c'] == Counter('xx') and got['d'] == deque([1, 2], 3) and got['s'] == [0., 1.] and got['n'] == [0, 1]
+    assert (
+        got['a'][0] == 1
+        and got['c'] == Counter('xx')
+        and got['d'] == deque([1, 2], 3)
+        and got['s'] == [0.0, 1.0]
+        and got['n'] == [0, 1]
+    )
     assert got['l'] == L(1) and got['f'] == {1} and got['p'] == Path('a/b') and got['z'] == torch.Size([2, 3])
-    with pytest.raises(ValueError, match='unknown kind'): unpack(('eval', 'code'))
+    with pytest.raises(ValueError, match='unknown kind'):
+        unpack(('eval', 'code'))

@@ -1,18 +1,33 @@
 """What a loss takes an output for, and means of outputs."""
+
 import pytest
 import torch
-from fastai.losses import (BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat,
-                           MSELossFlat)
+from fastai.losses import (
+    BCEWithLogitsLossFlat,
+    CrossEntropyLossFlat,
+    FocalLossFlat,
+    LabelSmoothingCrossEntropyFlat,
+    MSELossFlat,
+)
 from fastai_swa.probabilities import Probabilities, features, vote
 from torch import nn
 from torch.nn import functional as F
 
 
-@pytest.mark.parametrize('loss, kind', [
-    (CrossEntropyLossFlat(), 'softmax'), (nn.CrossEntropyLoss(), 'softmax'), (F.cross_entropy, 'softmax'),
-    (FocalLossFlat(), 'softmax'), (LabelSmoothingCrossEntropyFlat(), 'softmax'),
-    (BCEWithLogitsLossFlat(), 'sigmoid'), (nn.BCEWithLogitsLoss(), 'sigmoid'),
-    (MSELossFlat(), 'none'), (nn.L1Loss(), 'none')])
+@pytest.mark.parametrize(
+    'loss, kind',
+    [
+        (CrossEntropyLossFlat(), 'softmax'),
+        (nn.CrossEntropyLoss(), 'softmax'),
+        (F.cross_entropy, 'softmax'),
+        (FocalLossFlat(), 'softmax'),
+        (LabelSmoothingCrossEntropyFlat(), 'softmax'),
+        (BCEWithLogitsLossFlat(), 'sigmoid'),
+        (nn.BCEWithLogitsLoss(), 'sigmoid'),
+        (MSELossFlat(), 'none'),
+        (nn.L1Loss(), 'none'),
+    ],
+)
 def test_the_loss_says_what_an_output_is(loss, kind):
     assert Probabilities(loss).kind == kind
 
@@ -44,14 +59,14 @@ def test_a_running_sum_is_the_mean_of_all_at_once():
 
 
 def test_a_vote_counts_members_and_leaves_none_impossible():
-    ps = torch.tensor([[[.9, .1, 0.]], [[.4, .6, 0.]], [[.7, .3, 0.]]])
+    ps = torch.tensor([[[0.9, 0.1, 0.0]], [[0.4, 0.6, 0.0]], [[0.7, 0.3, 0.0]]])
     p = vote(ps, ps.mean(0), Probabilities(nn.CrossEntropyLoss()))
-    torch.testing.assert_close(p, torch.tensor([[2 / 3, 1 / 3, 0.]]), rtol=0, atol=2e-3)
+    torch.testing.assert_close(p, torch.tensor([[2 / 3, 1 / 3, 0.0]]), rtol=0, atol=2e-3)
     assert (p > 0).all()
 
 
 def test_features_are_a_row_for_each_sample():
-    ps = torch.arange(24.).view(2, 4, 3)    # members, samples, classes
+    ps = torch.arange(24.0).view(2, 4, 3)  # members, samples, classes
     assert features(ps).shape == (4, 6)
     assert torch.equal(features(ps)[1], torch.cat([ps[0, 1], ps[1, 1]]))
     assert torch.equal(features(ps[..., 0]), ps[..., 0].T)

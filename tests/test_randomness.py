@@ -1,4 +1,5 @@
 """The random generators of a learner."""
+
 import random
 
 import numpy as np
@@ -11,10 +12,20 @@ from fastcore.xtras import ReindexCollection
 from .helpers import learner
 
 
-SOURCES = {'torch': torch.Generator, 'python': lambda: random.Random(3), 'numpy': lambda: np.random.default_rng(3), 'old numpy': lambda: np.random.RandomState(3),
-           'bits': lambda: np.random.PCG64(3)}
-DRAW = {'torch': lambda g: torch.rand(3, generator=g).tolist(), 'python': lambda g: g.random(), 'numpy': lambda g: g.random(), 'old numpy': lambda g: g.rand(),
-        'bits': lambda g: int(g.random_raw())}
+SOURCES = {
+    'torch': torch.Generator,
+    'python': lambda: random.Random(3),
+    'numpy': lambda: np.random.default_rng(3),
+    'old numpy': lambda: np.random.RandomState(3),
+    'bits': lambda: np.random.PCG64(3),
+}
+DRAW = {
+    'torch': lambda g: torch.rand(3, generator=g).tolist(),
+    'python': lambda g: g.random(),
+    'numpy': lambda g: g.random(),
+    'old numpy': lambda g: g.rand(),
+    'bits': lambda g: int(g.random_raw()),
+}
 
 
 @pytest.mark.parametrize('kind', SOURCES)
@@ -45,17 +56,25 @@ def test_an_order_that_is_shuffled_in_place_is_put_back_in_place():
 
 def test_what_is_no_generator_has_no_state():
     assert get(object()) is None
-    with pytest.raises(TypeError, match='object is no random generator'): put(object(), 1)
-    with pytest.raises(TypeError, match='object is no random generator'): seed(object(), 1)
+    with pytest.raises(TypeError, match='object is no random generator'):
+        put(object(), 1)
+    with pytest.raises(TypeError, match='object is no random generator'):
+        seed(object(), 1)
 
 
 def test_generators_are_found_wherever_a_loader_may_hold_them():
-    class Holder: pass
+    class Holder:
+        pass
+
     class Slots:
-        __slots__ = 'rng',
+        __slots__ = ('rng',)
+
     root, deep = Holder(), Holder()
     closed, default = random.Random(2), np.random.RandomState(3)
-    def inside(x, rng=default): return closed.random() + rng.rand()
+
+    def inside(x, rng=default):
+        return closed.random() + rng.rand()
+
     slots = Slots()
     slots.rng = random.Random(4)
     deep.tfms = [inside, {'a': (np.random.default_rng(1),)}, slots]
@@ -66,15 +85,32 @@ def test_generators_are_found_wherever_a_loader_may_hold_them():
 
 def test_all_generators_stand_where_they_stood_also_those_of_callbacks_with_a_state_of_their_own():
     class Stateful(Callback):
-        def __init__(self): self.rng = np.random.default_rng(1)
-        def state_dict(self): return {}
-        def load_state_dict(self, state): pass
+        def __init__(self):
+            self.rng = np.random.default_rng(1)
+
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            pass
+
     learn = learner(cbs=Stateful())
     learn.dls.train.own = torch.Generator().manual_seed(1)
     learn.model.rng = random.Random(2)
-    def drawn(): return [random.random(), np.random.rand(), torch.rand(1).item(), learn.dls.train.rng.random(), learn.stateful.rng.random(), learn.model.rng.random(),
-                         torch.rand(1, generator=learn.dls.train.own).item()]
-    with randomness_kept(learn): first = drawn()
+
+    def drawn():
+        return [
+            random.random(),
+            np.random.rand(),
+            torch.rand(1).item(),
+            learn.dls.train.rng.random(),
+            learn.stateful.rng.random(),
+            learn.model.rng.random(),
+            torch.rand(1, generator=learn.dls.train.own).item(),
+        ]
+
+    with randomness_kept(learn):
+        first = drawn()
     with pytest.raises(KeyError), randomness_kept(learn):
         assert drawn() == first
         raise KeyError
@@ -82,4 +118,4 @@ def test_all_generators_stand_where_they_stood_also_those_of_callbacks_with_a_st
     begun = drawn()
     seed_all(learn, 3)
     assert drawn() == begun and not set(begun) & set(first)
-    assert not any('Stateful' in path for path, _ in sources(learn))    # which are in the callback's own state
+    assert not any('Stateful' in path for path, _ in sources(learn))  # which are in the callback's own state

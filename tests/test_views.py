@@ -1,8 +1,9 @@
 """What is made inside a context keeps what the learner predicts with there, or is refused outside."""
+
 import copy
 from contextlib import contextmanager
 
-import fastai.vision.learner    # noqa: F401  (plot_top_losses of images)
+import fastai.vision.learner  # noqa: F401  (plot_top_losses of images)
 import numpy as np
 import pytest
 import torch
@@ -25,10 +26,10 @@ def data():
 def fitted(data):
     "A learner, and an average that predicts something else."
     torch.manual_seed(0)
-    learn, swa = Learner(data, digits_net(), CrossEntropyLossFlat(), lr=.05, metrics=accuracy), SWACallback(0)
+    learn, swa = Learner(data, digits_net(), CrossEntropyLossFlat(), lr=0.05, metrics=accuracy), SWACallback(0)
     with learn.no_bar(), learn.no_logging():
         learn.fit(3, cbs=swa)
-        learn.fit(1, .1)    # away from the average
+        learn.fit(1, 0.1)  # away from the average
     return learn, swa
 
 
@@ -43,6 +44,7 @@ def contexts(data, kind):
 
 class Own(Interpretation):
     "A user's, which does not call what it inherits."
+
     def __init__(self, learn, dl, losses, act=None):
         self.learn, self.dl, self.losses, self.act = learn, dl, losses, act
 
@@ -69,7 +71,7 @@ def test_an_interpretation_reads_the_same_inside_and_after_the_context(data, kin
             interp = cls.from_learner(learn)
             inside = read(interp)
         np.testing.assert_array_equal(read(interp), inside)
-        own = cls.from_learner(learn)    # one that is made outside is of the learner's own model
+        own = cls.from_learner(learn)  # one that is made outside is of the learner's own model
         assert not np.array_equal(read(own), inside)
         with context():
             np.testing.assert_array_equal(read(interp), inside)
@@ -108,13 +110,13 @@ def test_a_view_passes_for_the_learner_but_its_model_and_training_are_refused_ou
     view = interp.learn
     assert isinstance(view, Learner) and view.dls is learn.dls and 'inside active()' in repr(view)
     with pytest.raises(RuntimeError, match=r"'model' is the model's, which has other weights outside of active\(\)"):
-        view.model    # noqa: B018
+        view.model  # noqa: B018
     with pytest.raises(RuntimeError, match='fit inside active'):
         view.fit(1)
     with pytest.raises(TypeError, match='cannot be copied or pickled'):
         copy.deepcopy(interp)
     with pytest.raises(AttributeError):
-        view.no_such_name    # noqa: B018
+        view.no_such_name  # noqa: B018
     view.path = 'elsewhere'
     assert learn.path == 'elsewhere'
 
@@ -137,6 +139,7 @@ def test_after_the_members_have_changed_an_interpretation_is_refused(data):
 
 class Doubled:
     "A context of its own kind, entered in another one."
+
     def __init__(self, learn, name):
         self.learn, self.name, self.n_entered = learn, name, 0
 

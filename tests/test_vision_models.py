@@ -1,4 +1,5 @@
 """The papers' networks."""
+
 import math
 
 import pytest
@@ -21,7 +22,8 @@ from torch.nn import functional as F
     ],
 )
 def test_parameter_counts_are_the_published_ones(make, n):
-    with torch.device('meta'): model = make()
+    with torch.device('meta'):
+        model = make()
     assert sum(p.numel() for p in model.parameters()) == n
 
 
@@ -38,7 +40,8 @@ NETS = {
 def test_every_convolution_batch_norm_and_linear_layer_runs_once_in_a_forward_pass(name):
     model, ran = NETS[name](), []
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.Linear)]
-    for m in layers: m.register_forward_hook(lambda m, *_: ran.append(m))
+    for m in layers:
+        m.register_forward_hook(lambda m, *_: ran.append(m))
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     assert len(ran) == len(layers) and set(ran) == set(layers)
     assert all(p.grad is not None for p in model.parameters())
@@ -46,7 +49,8 @@ def test_every_convolution_batch_norm_and_linear_layer_runs_once_in_a_forward_pa
 
 @pytest.mark.parametrize('name', NETS)
 @pytest.mark.parametrize('n_out', [10, 100])
-def test_logits_have_a_row_an_image_and_a_column_a_class(name, n_out): assert NETS[name](n_out)(torch.randn(3, 3, 32, 32)).shape == (3, n_out)
+def test_logits_have_a_row_an_image_and_a_column_a_class(name, n_out):
+    assert NETS[name](n_out)(torch.randn(3, 3, 32, 32)).shape == (3, n_out)
 
 
 @pytest.mark.parametrize('name', ['vgg16', 'preresnet', 'small preresnet'])
@@ -54,8 +58,10 @@ def test_convolutions_start_as_the_recipe_says(name):
     torch.manual_seed(0)
     for m in NETS[name]().modules():
         if isinstance(m, nn.Conv2d):
-            std = math.sqrt(2/(m.kernel_size[0]*m.kernel_size[1]*m.out_channels))
-            assert m.weight.std().item() == pytest.approx(std, rel=6/math.sqrt(2*m.weight.numel())) and abs(m.weight.mean()) < 6*std/math.sqrt(m.weight.numel())
+            std = math.sqrt(2 / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels))
+            assert m.weight.std().item() == pytest.approx(std, rel=6 / math.sqrt(2 * m.weight.numel())) and abs(
+                m.weight.mean()
+            ) < 6 * std / math.sqrt(m.weight.numel())
             assert m.bias is None or not m.bias.any()
 
 
@@ -63,8 +69,8 @@ def test_a_wide_resnet_starts_as_pytorch_does_and_its_last_batch_norm_moves_fast
     torch.manual_seed(0)
     model = WideResNet(16, 2)
     conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
-    assert conv.weight.abs().max() <= 1/math.sqrt(27) and conv.bias.any()
-    assert [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)] == [.1]*12 + [.9]
+    assert conv.weight.abs().max() <= 1 / math.sqrt(27) and conv.bias.any()
+    assert [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)] == [0.1] * 12 + [0.9]
 
 
 def test_a_bottleneck_is_the_papers_formula():
@@ -78,10 +84,14 @@ def test_a_bottleneck_is_the_papers_formula():
 
 def test_vgg16s_layers_are_those_of_configuration_d():
     widths = [m.out_channels for m in VGG16().modules() if isinstance(m, nn.Conv2d)]
-    assert widths == [64]*2 + [128]*2 + [256]*3 + [512]*6 and sum(isinstance(m, nn.MaxPool2d) for m in VGG16().modules()) == 5
-    assert [m.p for m in VGG16().modules() if isinstance(m, nn.Dropout)] == [.5, .5]
+    assert (
+        widths == [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6
+        and sum(isinstance(m, nn.MaxPool2d) for m in VGG16().modules()) == 5
+    )
+    assert [m.p for m in VGG16().modules() if isinstance(m, nn.Dropout)] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize('make', [lambda: PreResNet(112), lambda: PreResNet(2), lambda: WideResNet(27)])
 def test_a_depth_that_does_not_exist_is_one_sentence(make):
-    with pytest.raises(ValueError, match='depth must be'): make()
+    with pytest.raises(ValueError, match='depth must be'):
+        make()

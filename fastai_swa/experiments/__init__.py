@@ -1,4 +1,5 @@
 """The papers' experiments: recipes, what runs them, what tabulates them."""
+
 from .recipes import RECIPES, Recipe
 from .record import Settings
 from .report import report

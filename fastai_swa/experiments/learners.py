@@ -1,5 +1,7 @@
 """A recipe's data, its learner, and what a seed sets for the whole process."""
-import hashlib, os
+
+import hashlib
+import os
 from contextlib import contextmanager
 from functools import cache
 from random import Random
@@ -29,7 +31,8 @@ def settings_restored():
     "What a seed sets for the whole process."
     cudnn, threads = torch.backends.cudnn, torch.get_num_threads()
     kept = cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
-    try: yield
+    try:
+        yield
     finally:
         cudnn.benchmark, cudnn.deterministic = kept[:2]
         torch.use_deterministic_algorithms(kept[2])
@@ -39,14 +42,19 @@ def settings_restored():
 def recipe_learner(recipe, seed, settings, data) -> Learner:
     "With the weights, the order and the augmentation of `seed`; `data`: of `recipe_data`."
     set_seed(seed)
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not settings.deterministic, settings.deterministic
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = (
+        not settings.deterministic,
+        settings.deterministic,
+    )
     torch.use_deterministic_algorithms(settings.deterministic)
-    if settings.deterministic: os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')    # or cuBLAS refuses
+    if settings.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # or cuBLAS refuses
     make = _image_learner if recipe.task is None else _task_learner
     learn = make(recipe, seed, settings, data)
     learn.remove_cbs([Recorder, ProgressCallback])
     learn.add_cb(EpochRecorder())
-    if settings.precision == 'bf16': learn.add_cb(BF16())
+    if settings.precision == 'bf16':
+        learn.add_cb(BF16())
     learn.create_opt()
     return learn
 
@@ -54,9 +62,18 @@ def recipe_learner(recipe, seed, settings, data) -> Learner:
 def _image_learner(recipe, seed, settings, dls):
     device = torch.device(settings.device)
     model = recipe.network(recipe.n_classes).to(device, memory_format=torch.channels_last)
-    if settings.compile: model = torch.compile(model, mode=settings.compile, dynamic=False)    # a graph for each size of batch
-    dls = tensor_loaders(*((ds.images, ds.labels) for ds in (dls.train_ds, dls.valid_ds)), dls.vocab, recipe.stats, bs=recipe.bs,
-                         padding=recipe.padding, seed=seed, chunk=16, device=device)
+    if settings.compile:
+        model = torch.compile(model, mode=settings.compile, dynamic=False)  # a graph for each size of batch
+    dls = tensor_loaders(
+        *((ds.images, ds.labels) for ds in (dls.train_ds, dls.valid_ds)),
+        dls.vocab,
+        recipe.stats,
+        bs=recipe.bs,
+        padding=recipe.padding,
+        seed=seed,
+        chunk=16,
+        device=device,
+    )
     dls.train.rng = Random(seed)
     opt_func = optimizer(recipe, fused=device.type == 'cuda' or None)
     return Learner(
@@ -79,10 +96,14 @@ def _task_learner(recipe, seed, settings, data):
 
 
 class BF16(MixedPrecision):
-    "fastai's `MixedPrecision('bf16')`, whose autocast is for a GPU alone, on the device of the learner."
+    """fastai's `MixedPrecision('bf16')`, whose autocast is for a GPU alone, on the device of the
+    learner.
+    """
+
     name = 'mixed_precision'
 
-    def __init__(self): super().__init__('bf16')
+    def __init__(self):
+        super().__init__('bf16')
 
     def before_fit(self):
         super().before_fit()
@@ -90,50 +111,70 @@ class BF16(MixedPrecision):
 
 
 def recipe_data(recipe, source, settings):
-    "(data for `recipe_learner`, what it is of: its kind, the numbers of training and test samples, a fingerprint)."
+    """(data for `recipe_learner`, what it is of: its kind, the numbers of training and test
+    samples, a fingerprint).
+    """
     n_train = settings.images or recipe.images
-    if recipe.task is not None: return _loaded_task(recipe.task, source, n_train, settings.test_images)
+    if recipe.task is not None:
+        return _loaded_task(recipe.task, source, n_train, settings.test_images)
     return _loaded(recipe.n_classes, source or recipe.source, n_train, settings.test_images)
 
-@cache
-def _loaded_task(task, source, n_train, n_test): return task.load(source, n_train, n_test)
 
-@cache    # the seeds of a process share the images
+@cache
+def _loaded_task(task, source, n_train, n_test):
+    return task.load(source, n_train, n_test)
+
+
+@cache  # the seeds of a process share the images
 def _loaded(n_classes, source, n_images, n_valid):
     dls = cifar(n_classes, source, n_images=n_images, n_valid=n_valid, device=torch.device('cpu'))
     return dls, {'kind': dls.kind, 'train': len(dls.train_ds), 'valid': len(dls.valid_ds), 'sha256': _fingerprint(dls)}
 
+
 def _fingerprint(dls) -> str:
     digest = hashlib.sha256()
     for ds in (dls.train_ds, dls.valid_ds):
-        for t in (ds.images, ds.labels): digest.update(t.contiguous().numpy())
+        for t in (ds.images, ds.labels):
+            digest.update(t.contiguous().numpy())
     return digest.hexdigest()[:16]
 
 
 class _EpochMean(Metric):
     "The mean of the training loss over an epoch's samples, summed on the device."
-    def __init__(self): self.reset()
-    def reset(self): self.val, self.count = 0., 0
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self.val, self.count = 0.0, 0
+
     def accumulate(self, learn):
         n = len(learn.yb[0])
         self.val, self.count = self.val + learn.loss.detach() * n, self.count + n
+
     @property
-    def value(self): return self.val / max(self.count, 1)
+    def value(self):
+        return self.val / max(self.count, 1)
 
 
 class EpochRecorder(Recorder):
     """A Recorder that reads nothing from the device in a step; fastai's reads the loss of each.
 
-    It keeps no losses of single steps, and `train_loss` is the mean over the samples of the epoch, not the smoothed loss at its end.
+    It keeps no losses of single steps, and `train_loss` is the mean over the samples of the epoch,
+    not the smoothed loss at its end.
     """
+
     name = 'recorder'
 
     def __init__(self):
         super().__init__(add_time=False)
         self.smooth_loss = _EpochMean()
 
-    def before_train(self): self.smooth_loss.reset()
+    def before_train(self):
+        self.smooth_loss.reset()
 
     def after_batch(self):
-        if self.training: self.smooth_loss.accumulate(self.learn)
-        else: super().after_batch()
+        if self.training:
+            self.smooth_loss.accumulate(self.learn)
+        else:
+            super().after_batch()

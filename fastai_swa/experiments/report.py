@@ -1,4 +1,5 @@
-"""What the seeds of a recipe have found: tables beside the published numbers, curves, and the same numbers as JSON."""
+"""What the seeds of a recipe have found: tables beside the published numbers, curves, and the same
+numbers as JSON."""
 
 from pathlib import Path
 
@@ -19,13 +20,14 @@ __all__ = ['report', 'compare', 'papers_table', 'is_of_budgets', 'load']
 
 
 def report(folder) -> str:
-    """The report on the seeds that `reproduce` has left in `folder`, as Markdown; also written there as report.md, with
-    its figures, and its numbers as report.json: 'rows', with mean, standard deviation and number of seeds of test error
-    (in per cent) and test loss, and 'differences' of pairs of rows, with mean, 95 % confidence interval and number of
-    seeds. Seeds whose run diverged do not count there.
+    """The report on the seeds that `reproduce` has left in `folder`, as Markdown; also written
+    there as report.md, with its figures, and its numbers as report.json: 'rows', with mean,
+    standard deviation and number of seeds of test error (in per cent) and test loss, and
+    'differences' of pairs of rows, with mean, 95 % confidence interval and number of seeds. Seeds
+    whose run diverged do not count there.
 
-    Only complete seeds count. Raises `ValueError` if `folder` has none, if its file is damaged, or if its seeds are of
-    different settings.
+    Only complete seeds count. Raises `ValueError` if `folder` has none, if its file is damaged, or
+    if its seeds are of different settings.
     """
     folder = Path(folder)
     if has_landscapes(folder):
@@ -53,7 +55,8 @@ def report(folder) -> str:
 
 
 def load(folder: Path) -> tuple[list[dict], list[dict]]:
-    """The records of the complete seeds in `folder`, and those of the others, in the order of the seeds.
+    """The records of the complete seeds in `folder`, and those of the others, in the order of the
+    seeds.
 
     Raises as `report` does.
     """
@@ -104,7 +107,9 @@ def _head(records, unfinished):
     said.append(f'{_hardware(records)}; {settings["precision"]}{compiled}; {_versions(records)}')
     plain, folding = (seconds_text(_seconds(records, folds)) for folds in (False, True))
     said.append(f'{plain} an epoch, {folding} where the average is validated (medians){_side_by_side(records)}')
-    said += [f'seed {r["seed"]}: the {run} run diverged, nothing of it is finite' for r in records for run in _diverged(r)]
+    said += [
+        f'seed {r["seed"]}: the {run} run diverged, nothing of it is finite' for r in records for run in _diverged(r)
+    ]
     if not recipe.ensembles:
         nothing = [name for name, x in values(records, 'error').items() if has_learned_nothing(x, first)]
         said += [f'**at chance, with nothing learned: {", ".join(nothing)}**'] if nothing else []
@@ -128,7 +133,8 @@ def _is_whole(record) -> bool:
 def has_learned_nothing(errors: np.ndarray, record: dict) -> bool:
     """Is the mean of `errors`, in per cent, within three standard errors of what guessing gets?
 
-    On images one of the classes at random; of a number to be predicted its mean. Of tables' classes it is not known.
+    On images one of the classes at random; of a number to be predicted its mean. Of tables' classes
+    it is not known.
     """
     recipe = RECIPES[record['recipe']]
     if recipe.metric == 'r2_score':
@@ -228,9 +234,9 @@ def _numbers(records, errors, losses) -> dict:
 
 
 def papers_table(folders) -> str:
-    """The SWA paper's Table 1 (Izmailov et al. 2018) of `folders`, a line each: test accuracy in per cent, what was
-    measured and, in brackets, what was published, as Markdown. What was not run at full length, or on other images,
-    has no brackets, and is said to be so.
+    """The SWA paper's Table 1 (Izmailov et al. 2018) of `folders`, a line each: test accuracy in
+    per cent, what was measured and, in brackets, what was published, as Markdown. What was not run
+    at full length, or on other images, has no brackets, and is said to be so.
 
     Raises `ValueError` as `report` does. All must be as `is_of_budgets` says.
     """
@@ -259,10 +265,11 @@ def _in_brackets(published):
 
 
 def compare(folder, other) -> str:
-    """The paired differences between two folders of `reproduce`, row by row, for the seeds that both have, as Markdown.
+    """The paired differences between two folders of `reproduce`, row by row, for the seeds that
+    both have, as Markdown.
 
-    Raises `ValueError` as `report` does, if their lengths differ, if they have no seed in common, or if they are of
-    another kind.
+    Raises `ValueError` as `report` does, if their lengths differ, if they have no seed in common,
+    or if they are of another kind.
     """
     if not all(map(is_of_budgets, (folder, other))):
         raise ValueError('only folders of SGD and SWA at several budgets are compared row by row')

@@ -1,4 +1,5 @@
-"""What the rows and curves of a report read off the records of the seeds: names, values, the pairs compared."""
+"""What the rows and curves of a report read off the records of the seeds: names, values, the pairs
+compared."""
 
 from functools import cache
 from typing import NamedTuple
@@ -10,7 +11,15 @@ from torch import nn
 from .recipes import RECIPES
 
 __all__ = [
-    'REFRESHED', 'Row', 'rows_of', 'values', 'pairs_of', 'error_of', 'run_lengths', 'curves', 'curves_of_lengths',
+    'REFRESHED',
+    'Row',
+    'rows_of',
+    'values',
+    'pairs_of',
+    'error_of',
+    'run_lengths',
+    'curves',
+    'curves_of_lengths',
 ]
 
 
@@ -89,7 +98,9 @@ def _epochs(record, run) -> list[dict]:
 
 
 def values(records: list[dict], name: str) -> dict[str, np.ndarray]:
-    "Row of the table -> `name` ('error', in per cent, or 'valid_loss') for each seed; nan where it has no value."
+    """Row of the table -> `name` ('error', in per cent, or 'valid_loss') for each seed; nan where
+    it has no value.
+    """
     metric = RECIPES[records[0]['recipe']].metric
     res = {}
     for label, row in rows_of(records[0]).items():
@@ -113,7 +124,8 @@ def error_of(metric: float) -> float:
 def pairs_of(record) -> list[tuple[str, str]]:
     """The rows of the table whose differences answer a question.
 
-    What is averaged is compared with ends whose batch norm is refreshed, too: else the gain may be that of the refresh.
+    What is averaged is compared with ends whose batch norm is refreshed, too: else the gain may be
+    that of the refresh.
     """
     recipe = RECIPES[record['recipe']]
     if recipe.lengths:
@@ -157,8 +169,8 @@ def _pairs_of_length(swa, plain, one_cycle):
 
 
 def curves(records: list[dict], name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Curve -> its epochs (counted from 1: after so many), and `name` ('error', in per cent, or 'valid_loss') at each
-    for each seed, shape (seeds, epochs)."""
+    """Curve -> its epochs (counted from 1: after so many), and `name` ('error', in per cent, or
+    'valid_loss') at each for each seed, shape (seeds, epochs)."""
     res, lengths, metric = {}, run_lengths(records[0]), RECIPES[records[0]['recipe']].metric
     wanted = {
         'SGD 1B': ('SGD 1B', ''),
@@ -178,7 +190,9 @@ def curves(records: list[dict], name: str) -> dict[str, tuple[np.ndarray, np.nda
 
 
 def curves_of_lengths(records: list[dict], name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    "Method -> the numbers of epochs trained, and `name` at the end of each for each seed, shape (seeds, lengths)."
+    """Method -> the numbers of epochs trained, and `name` at the end of each for each seed, shape
+    (seeds, lengths).
+    """
     found, lengths = values(records, name), sorted(set(run_lengths(records[0]).values()))
     plain = RECIPES[records[0]['recipe']].opt
     methods = {

@@ -1,5 +1,5 @@
-"""The files of a row: runs.jsonl, with a line for each seed that is complete and what was measured on all of them
-together; and the report on it."""
+"""The files of a row: runs.jsonl, with a line for each seed that is complete and what was measured
+on all of them together; and the report on it."""
 
 import json
 from contextlib import contextmanager
@@ -16,7 +16,8 @@ RUNS_FILE = 'runs.jsonl'
 
 
 def stored(folder: Path, kind: str) -> dict[int, dict]:
-    """Seed -> its record, for the records of a `kind` in the file of `folder`, in the order of the seeds.
+    """Seed -> its record, for the records of a `kind` in the file of `folder`, in the order of the
+    seeds.
 
     Raises `ValueError`, naming file and line, if it is damaged.
     """
@@ -28,10 +29,11 @@ def stored(folder: Path, kind: str) -> dict[int, dict]:
 
 
 def store(folder: Path, data: dict):
-    """Put `data` into the file of `folder`, in place of what is there of the same 'kind' and 'seed'.
+    """Put `data` into the file of `folder`, in place of what is there of the same 'kind' and
+    'seed'.
 
-    Several processes may do so at a time. Raises `ValueError` if the file is damaged, `OSError` if it cannot be
-    written.
+    Several processes may do so at a time. Raises `ValueError` if the file is damaged, `OSError` if
+    it cannot be written.
     """
     file = folder / RUNS_FILE
     with _locked(file):
@@ -41,7 +43,8 @@ def store(folder: Path, data: dict):
 
 
 def write_report(folder: Path, text: str, records: list[dict], numbers: dict):
-    """The report on `records`: `text` as report.md, the `numbers` in it, and what they are of, as report.json.
+    """The report on `records`: `text` as report.md, the `numbers` in it, and what they are of, as
+    report.json.
 
     Raises `OSError` if one cannot be written.
     """

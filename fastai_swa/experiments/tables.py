@@ -16,7 +16,9 @@ def table(rows: list[list[str]]) -> str:
 
 
 def mean_and_half(x: np.ndarray) -> tuple[float, float]:
-    "Mean of the sample `x`, and half the width of its 95 % confidence interval by Student's t; infinite for one value."
+    """Mean of the sample `x`, and half the width of its 95 % confidence interval by Student's t;
+    infinite for one value.
+    """
     if len(x) < 2:
         return float(x.mean()), float('inf')
     half = t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5
@@ -35,7 +37,9 @@ def spread(x: np.ndarray, digits: int) -> str:
 
 
 def _signed(x: np.ndarray, digits: int) -> list[str]:
-    "Two cells: the mean of a sample of differences, and its 95 % confidence interval, empty for one value."
+    """Two cells: the mean of a sample of differences, and its 95 % confidence interval, empty for
+    one value.
+    """
     found = _finite(x)
     if not len(found):
         return ['', '']
@@ -44,20 +48,27 @@ def _signed(x: np.ndarray, digits: int) -> list[str]:
     return [f'{mean:+.{digits}f}' + _of_all(found, x), interval]
 
 
-def _of_all(found, x): return '' if len(found) == len(x) else f' ({len(found)} of {len(x)})'
+def _of_all(found, x):
+    return '' if len(found) == len(x) else f' ({len(found)} of {len(x)})'
 
-def _finite(x): return x[np.isfinite(x)]
+
+def _finite(x):
+    return x[np.isfinite(x)]
 
 
 def summary(x: np.ndarray) -> dict:
-    "Mean, standard deviation (`None` for fewer than two values) and size of a sample, for report.json."
+    """Mean, standard deviation (`None` for fewer than two values) and size of a sample, for
+    report.json.
+    """
     found = _finite(x)
     mean = float(found.mean()) if len(found) else None
     return {'mean': mean, 'std': float(found.std(ddof=1)) if len(found) > 1 else None, 'n': len(found)}
 
 
 def difference_summary(x: np.ndarray) -> dict:
-    "Mean, 95 % confidence interval (`None` for fewer than two values) and size of a sample of paired differences."
+    """Mean, 95 % confidence interval (`None` for fewer than two values) and size of a sample of
+    paired differences.
+    """
     found = _finite(x)
     if len(found) < 2:
         return {'mean': float(found.mean()) if len(found) else None, 'low': None, 'high': None, 'n': len(found)}
@@ -66,7 +77,9 @@ def difference_summary(x: np.ndarray) -> dict:
 
 
 def differences(errors: dict, losses: dict, pairs) -> dict:
-    "Of each pair of rows 'a - b' -> the summaries of the paired differences of error and of loss, for report.json."
+    """Of each pair of rows 'a - b' -> the summaries of the paired differences of error and of loss,
+    for report.json.
+    """
     return {
         f'{a} - {b}': {
             'error': difference_summary(errors[a] - errors[b]),
@@ -83,8 +96,9 @@ def difference_rows(
     published: dict | None = None,
     losses: dict[str, np.ndarray] | None = None,
 ) -> list[list[str]]:
-    """Rows with the paired differences of `values` (for each seed) by name, of which less is better; if given, beside
-    the difference of what was `published` (name -> mean and something) and those of the `losses`."""
+    """Rows with the paired differences of `values` (for each seed) by name, of which less is
+    better; if given, beside the difference of what was `published` (name -> mean and something) and
+    those of the `losses`."""
     head = ['', 'difference', '95 % interval', 'better in']
     if published is not None:
         head.append('published')

@@ -1,4 +1,5 @@
-"""What recipes are trained on beside images: tables and sentences, as fastai's own learners take them."""
+"""What recipes are trained on beside images: tables and sentences, as fastai's own learners take
+them."""
 
 import hashlib
 import os
@@ -29,11 +30,12 @@ __all__ = ['Table', 'Sentences', 'ADULT', 'HOUSING', 'SST2']
 
 @dataclass(frozen=True)
 class Table:
-    """A table as CSV, for fastai's `TabularModel`: embeddings of the categories, batch norm, two hidden layers of 200
-    and 100.
+    """A table as CSV, for fastai's `TabularModel`: embeddings of the categories, batch norm, two
+    hidden layers of 200 and 100.
 
-    `train` and `test` are the names of the files in the folder given; without `test` every fifth row, in an order drawn
-    with seed 0, is tested on. A number to be predicted is standardised by the training rows.
+    `train` and `test` are the names of the files in the folder given; without `test` every fifth
+    row, in an order drawn with seed 0, is tested on. A number to be predicted is standardised by
+    the training rows.
     """
 
     train: str
@@ -49,13 +51,13 @@ class Table:
         return 'r2_score' if self.is_number else 'accuracy'
 
     def load(self, source, n_train: int | None = None, n_test: int | None = None):
-        """(data for `loaders`, what it is of). Raises `ValueError` if the folder `source` does not have the files or
-        the columns.
+        """(data for `loaders`, what it is of). Raises `ValueError` if the folder `source` does not
+        have the files or the columns.
         """
         train, test = _both(source, self.train, self.test, [*self.categories, *self.numbers, self.target])
         train, test = train[:n_train].copy(), test[:n_test].copy()
         for name in self.numbers:
-            if not train[name].isna().any():    # else fastai's FillMissing has seen in training what to do
+            if not train[name].isna().any():  # else fastai's FillMissing has seen in training what to do
                 test[name] = test[name].fillna(train[name].median())
         if self.is_number:
             mean, std = train[self.target].mean(), train[self.target].std()
@@ -83,7 +85,9 @@ class Table:
         return (MSELossFlat(), R2Score()) if self.is_number else (CrossEntropyLossFlat(), accuracy)
 
     def baseline(self, data, seed: int) -> dict:
-        "scikit-learn's gradient boosting on the same rows: its name, the metric and the loss on the test rows."
+        """scikit-learn's gradient boosting on the same rows: its name, the metric and the loss on
+        the test rows.
+        """
         _, train, test = data
         columns = [*self.categories, *self.numbers]
         kind = HistGradientBoostingRegressor if self.is_number else HistGradientBoostingClassifier
@@ -96,10 +100,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Sentences:
-    """Labelled sentences as CSV with the columns `sentence` and `label`, already split into words by blanks.
+    """Labelled sentences as CSV with the columns `sentence` and `label`, already split into words
+    by blanks.
 
-    For a small network: embeddings of 64, a convolution of three words with batch norm, the greatest value over the
-    positions, a linear layer.
+    For a small network: embeddings of 64, a convolution of three words with batch norm, the
+    greatest value over the positions, a linear layer.
     """
 
     train: str
@@ -109,8 +114,8 @@ class Sentences:
     length = 40  # words of a sentence that are read
 
     def load(self, source, n_train: int | None = None, n_test: int | None = None):
-        """(data for `loaders`, what it is of). Raises `ValueError` if the folder `source` does not have the files or
-        the columns.
+        """(data for `loaders`, what it is of). Raises `ValueError` if the folder `source` does not
+        have the files or the columns.
         """
         train, test = _both(source, self.train, self.test, ['sentence', 'label'])
         train, test = train[:n_train], test[:n_test]
@@ -139,8 +144,8 @@ class Sentences:
         return CrossEntropyLossFlat(), accuracy
 
     def baseline(self, data, seed: int) -> dict:
-        """scikit-learn's logistic regression on TF-IDF of words and pairs: its name, the metric and the loss on the
-        test sentences.
+        """scikit-learn's logistic regression on TF-IDF of words and pairs: its name, the metric and
+        the loss on the test sentences.
         """
         _, train, test = data
         tfidf = TfidfVectorizer(ngram_range=(1, 2), min_df=2, token_pattern=r'\S+')

@@ -1,4 +1,5 @@
 """Networks and data of the experiments."""
+
 from .data import CIFAR_STATS, IMAGENET_STATS, cifar, digits, image_folder
 from .models import VGG16, PreResNet, SmallPreResNet, WideResNet, digits_net
 
