@@ -22,9 +22,10 @@ from functools import partial
 import torch
 from fastai.learner import Recorder
 from fastai.optimizer import SGD
+from torch import nn
+
 from fastai_swa.experiments import RECIPES, Recipe, Settings
 from fastai_swa.experiments.learners import EpochRecorder, recipe_data, recipe_learner
-from torch import nn
 
 
 def tiny(n):

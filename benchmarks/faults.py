@@ -43,7 +43,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import fastai_swa
 import numpy as np
 import torch
 from fastai.callback.core import Callback
@@ -54,9 +53,11 @@ from fastai.learner import AvgMetric, Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD, Adam
 from fastai.torch_core import set_seed
-from fastai_swa import CheckpointCallback, SWACallback, files
 from torch import nn
 from writers import WRITERS
+
+import fastai_swa
+from fastai_swa import CheckpointCallback, SWACallback, files
 
 EPOCHS = 6
 

@@ -20,9 +20,10 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
+from torch import nn
+
 from fastai_swa import plane, update_bn
 from fastai_swa.vision import PreResNet, WideResNet, cifar
-from torch import nn
 
 
 def tiny(n):

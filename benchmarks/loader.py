@@ -20,6 +20,7 @@ from fastai.data.transforms import Normalize, get_image_files
 from fastai.vision.augment import FlipItem, PadMode, RandomCrop
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageDataLoaders
+
 from fastai_swa.vision import CIFAR_STATS, cifar
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 from fastai.basics import DataLoaders, Learner, accuracy
-from fastai.optimizer import Adam, SGD
+from fastai.optimizer import SGD, Adam
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.models import resnet50

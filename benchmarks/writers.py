@@ -19,12 +19,13 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
+from torch import nn
+
 from fastai_swa import Curve, Ensemble, SaveSWAModelCallback, SnapshotCallback, SWACallback, demo, files
 from fastai_swa.experiments import RECIPES, Settings, report
 from fastai_swa.experiments.record import Record, find_record
 from fastai_swa.experiments.store import store, stored
 from fastai_swa.surfaces import PointFile, Profile, Surface
-from torch import nn
 
 matplotlib.use('agg')
 RESULTS = Path(__file__).resolve().parents[1] / 'results'

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .checks import check_number
 from .interrupts import uninterrupted, unwound_whole
 from .modules import (
     MODULES_OWN,
@@ -51,9 +52,7 @@ def ema(decay: float, warmup: bool = False):
     soon, while the weights still improve fast. Raises `TypeError` or `ValueError` if `decay` is not
     a number in [0, 1).
     """
-    if isinstance(decay, bool) or not isinstance(decay, Real):
-        raise TypeError(f'decay must be a number in [0, 1), not {decay!r}')
-    if not 0 <= decay < 1:
+    if not 0 <= check_number('decay', decay) < 1:
         raise ValueError(f'decay must be in [0, 1), not {decay!r}')
     return partial(_warm_ema_weight if warmup else _ema_weight, decay)
 

@@ -10,7 +10,8 @@ from itertools import islice
 import torch
 from fastai.data.load import DataLoader
 from fastai.torch_core import apply
-from torch.utils.data import BatchSampler, DataLoader as TorchDataLoader
+from torch.utils.data import BatchSampler
+from torch.utils.data import DataLoader as TorchDataLoader
 
 from .holders import LEARNED
 from .randomness import objects_kept

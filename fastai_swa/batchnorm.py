@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from numbers import Integral
 from types import MethodType
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from .checks import check_count
 from .interrupts import uninterrupted, unwound_whole
 from .modules import Kept, has_own_modes, unwrap
 
@@ -50,7 +50,7 @@ def update_bn(loader, model: nn.Module, device=None, n_batches: int | None = Non
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f'model must be an nn.Module, not {type(model).__name__} (the loader comes first)')
-    n_batches = check_count('n_batches', n_batches)
+    n_batches = check_count('n_batches', n_batches, optional=True)
     model = unwrap(model)
     layers = tracked_bn(model)
     if not layers:
@@ -907,19 +907,6 @@ def _as_moments(x, taken: dict, layer):
 
 def _error(value, expected, var) -> float:
     return ((value - expected).abs() / (expected.abs() + var.sqrt()).clamp(min=1e-30)).max().item()
-
-
-def check_count(name: str, value, least: int = 1, optional: bool = True) -> int | None:
-    """`value` as an int of at least `least`, or `None`; else raises `TypeError` or `ValueError`,
-    naming the parameter.
-    """
-    if value is None and optional:
-        return None
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f'{name} must be an int{" or None" if optional else ""}, not {value!r}')
-    if value < least:
-        raise ValueError(f'{name} must be at least {least}, not {value}')
-    return int(value)
 
 
 def split_inputs(batch):

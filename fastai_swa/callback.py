@@ -16,7 +16,8 @@ from fastai.torch_core import join_path_file, rank_distrib
 from torch import nn
 
 from .averaging import WeightAverage, all_finite, check_match, check_swa_model, check_weight, equal, refuse_mismatch
-from .batchnorm import StatisticsWatch, check_count, outside_sentence, statistics_outside_buffers, tracked_bn, union
+from .batchnorm import StatisticsWatch, outside_sentence, statistics_outside_buffers, tracked_bn, union
+from .checks import check_count, check_known
 from .columns import complete_row, insert_columns, recorder_of
 from .files import save_weights
 from .fitting import FitCallback, SideWork, no_fit, passed_callbacks
@@ -114,11 +115,11 @@ class SWACallback(FitCallback):
     ):
         self.swa_start = _check_swa_start(swa_start)
         check_swa_model(swa_model)
-        self.cycle_len = check_count('cycle_len', cycle_len, optional=False)
-        self.swa_eval_freq = check_count('swa_eval_freq', swa_eval_freq, least=0, optional=False)
-        self.bn_batches = check_count('bn_batches', bn_batches)
+        self.cycle_len = check_count('cycle_len', cycle_len)
+        self.swa_eval_freq = check_count('swa_eval_freq', swa_eval_freq, least=0)
+        self.bn_batches = check_count('bn_batches', bn_batches, optional=True)
         check_weight(weight)
-        self.every = check_count('every', every)
+        self.every = check_count('every', every, optional=True)
         if self.every and self.cycle_len != 1:
             raise ValueError(
                 f'cycle_len={cycle_len} and every={every} exclude each other: one counts epochs, the other optimizer '
@@ -710,8 +711,7 @@ class SaveSWAModelCallback(FitCallback, SaveModelCallback):
         columns = [name for swa in averages if swa._fit for name in swa._fit.columns]
         if not columns:  # all stand aside, or there is no Recorder
             return
-        if self.monitor not in columns:
-            raise ValueError(f'monitor must be one of {", ".join(columns)}, not {self.monitor!r}')
+        check_known('monitor', self.monitor, columns)
         super().before_fit()
         self._swa = next(swa for swa in averages if swa._fit and self.monitor in swa._fit.columns)
         if self.fname is None:

@@ -13,7 +13,7 @@ from fastai.learner import Learner
 from fastcore.foundation import L
 from torch import nn
 
-from .batchnorm import check_count
+from .checks import check_count
 from .columns import recorder_of
 from .files import Lock, read, write
 from .fitting import FitCallback, is_fitting
@@ -68,7 +68,7 @@ class CheckpointCallback(FitCallback):
         self.file = Path(path).resolve()
         if self.file.is_dir():
             raise ValueError(f'path must be a file, and {self.file} is a folder')
-        self.every = check_count('every', every, optional=False)
+        self.every = check_count('every', every)
         if not isinstance(resume, bool):
             raise TypeError(f'resume must be True or False, not {resume!r}')
         self.resume = resume

@@ -3,7 +3,6 @@
 import copy
 import warnings
 from contextlib import contextmanager
-from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,9 @@ from fastcore.meta import delegates
 from torch import nn
 
 from .averaging import all_finite, lent
-from .batchnorm import check_count
 from .callback import SWACallback
 from .checkpoint import CheckpointCallback
+from .checks import check_choice, check_count, check_not_negative, check_positive
 from .columns import recorder_of
 from .files import read, write
 from .geometry import CURVES, arc_lengths, inner_products
@@ -52,9 +51,9 @@ class Curve:
     """
 
     def __init__(self, learn: Learner, solutions, n_bends: int = 1, kind: str = 'bezier'):
-        if kind not in CURVES:
-            raise ValueError(f'kind must be {" or ".join(map(repr, CURVES))}, not {kind!r}')
-        self.learn, self.kind, self.n_bends = learn, kind, check_count('n_bends', n_bends, optional=False)
+        self.learn = learn
+        self.kind = check_choice('kind', kind, CURVES)
+        self.n_bends = check_count('n_bends', n_bends)
         self._space, named = Space(learn), named_solutions(solutions, 2, 'a curve')
         self.names = list(named)
         (a, _), (b, _) = loaded = [self._space.load(o, name) for name, o in named.items()]
@@ -114,8 +113,9 @@ class Curve:
         `ValueError` for a model that no gradient reaches or that takes optimizer steps within the
         backward pass.
         """
-        n_epoch = check_count('n_epoch', n_epoch, optional=False)
-        lr, wd = _check_rate('lr', self.learn.lr if lr is None else lr), _check_rate('wd', wd, least=0)
+        n_epoch = check_count('n_epoch', n_epoch)
+        lr = check_positive('lr', self.learn.lr if lr is None else lr)
+        wd = check_not_negative('wd', wd)
         if any(isinstance(cb, SWACallback) for cb in L(cbs)):
             raise TypeError('cbs has a SWACallback, and a curve is no model that could be averaged')
         opt_func = opt_func or self.learn.opt_func
@@ -126,9 +126,7 @@ class Curve:
             [0.5, 0.4, 0.1], [SchedNo(lr, lr), SchedLin(lr, lr / 100), SchedNo(lr / 100, lr / 100)]
         )
         shows_progress = self._space.shows_progress
-        seed = np.random.SeedSequence(
-            [check_count('seed', seed, least=0, optional=False), self._n_fits]
-        ).generate_state(1)[0]
+        seed = np.random.SeedSequence([check_count('seed', seed, least=0), self._n_fits]).generate_state(1)[0]
         space, own = self._space, self.learn.model
         space.put(self._points[0], self._buffers)
         with (
@@ -386,11 +384,3 @@ def _check_backward(model):
             '(register_post_accumulate_grad_hook), as for optimizer steps within the backward pass: a curve cannot be '
             'trained through them, remove them first'
         )
-
-
-def _check_rate(name, x, least=None):
-    if isinstance(x, bool) or not isinstance(x, Real):
-        raise TypeError(f'{name} must be a number, not {x!r}')
-    if not (x > 0 or x == least) or x == float('inf'):
-        raise ValueError(f'{name} must {"be positive" if least is None else "not be negative"}, not {x!r}')
-    return float(x)

@@ -12,6 +12,7 @@ from fastcore.foundation import L, noop
 from torch import nn
 from torch.nn import functional as F
 
+from .checks import check_choice
 from .files import save_weights
 from .fitting import no_fit
 from .interrupts import uninterrupted, unwound_whole
@@ -110,8 +111,7 @@ class Ensemble:
 
     @combine.setter
     def combine(self, how):
-        if how not in ('mean', 'vote', 'stack'):
-            raise ValueError(f"combine must be 'mean', 'vote' or 'stack', not {how!r}")
+        check_choice('combine', how, ('mean', 'vote', 'stack'))
         if how == 'vote' and self.probabilities.kind == 'none':
             raise ValueError("combine='vote' needs classes, and this loss is one of regression")
         if how == 'stack' and self.stacking is None:

@@ -9,10 +9,10 @@ import torch
 from fastai.learner import Learner
 from fastcore.meta import delegates
 
-from .batchnorm import check_count
+from .checks import check_count, check_numbers
 from .geometry import Frame, direction
 from .surfaces import Plane, Profile, Rays
-from .weight_space import Space, check_ts, fingerprints, measured, named_solutions, numbers, weighted_sum
+from .weight_space import Space, check_ts, fingerprints, measured, named_solutions, weighted_sum
 
 __all__ = ['rays', 'line', 'plane']
 
@@ -45,7 +45,7 @@ def rays(
     Raises `ValueError`, `TypeError` or `FileNotFoundError`, naming it, for what cannot be
     used.
     """
-    n_rays, space = check_count('n_rays', n_rays, optional=False), Space(learn)
+    n_rays, space = check_count('n_rays', n_rays), Space(learn)
     named = named_solutions(solutions)
     loaded = [space.load(o, name) for name, o in named.items()]
     norms = [float(w.double().norm()) for w, _ in loaded]
@@ -131,8 +131,8 @@ def plane(
     solutions of which two are equal or that lie on a line.
     """
     space, named = Space(learn), named_solutions(solutions, 3, 'a plane')
-    counts = [check_count('n_points', n, least=2, optional=False) for n in _pair('n_points', n_points)]
-    margins = np.array([float(numbers('margin', m)[0]) for m in _pair('margin', margin)])
+    counts = [check_count('n_points', n, least=2) for n in _pair('n_points', n_points)]
+    margins = np.array([float(check_numbers('margin', m)[0]) for m in _pair('margin', margin)])
     if (margins < 0).any():
         raise ValueError(f'margin must be at least 0, not {margin!r}')
     loaded = [space.load(o, name) for name, o in named.items()]
@@ -172,7 +172,7 @@ def _check_distances(distances) -> list[float]:
     if isinstance(distances, Real) and not isinstance(distances, bool):
         ds = np.linspace(0, distances, 21)[1:]
     else:
-        ds = numbers('distances', distances)
+        ds = check_numbers('distances', distances)
     ds = np.unique(ds[ds != 0])  # at 0 it is measured anyway
     if not len(ds) or ds[0] < 0:
         raise ValueError(f'distances must be positive numbers, not {distances!r}')

@@ -1,7 +1,6 @@
 """`Learner` methods."""
 
 import warnings
-from numbers import Real
 
 import numpy as np
 from fastai.callback.schedule import ParamScheduler
@@ -12,8 +11,8 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 
 from . import plot
-from .batchnorm import check_count
 from .callback import SWACallback, is_learners_own
+from .checks import check_count, check_positive
 from .ensemble import Ensemble
 from .landscape import line, plane, rays
 from .schedules import fge_epochs, fge_lr_factor, snapshot_lr_factor, start_epoch, swa_lr_factor
@@ -68,7 +67,7 @@ def fit_swa(
 
     Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used.
     """
-    n_epoch = check_count('n_epoch', n_epoch, optional=False)
+    n_epoch = check_count('n_epoch', n_epoch)
     if swa_lr is not None:
         swa_lr = _check_swa_lr(swa_lr)
     swa = SWACallback(swa_start=swa_start, cycle_len=cycle_len, **swa_kwargs)
@@ -110,10 +109,8 @@ def fit_snapshots(
 
     Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used.
     """
-    n_cycles, cycle_len = (
-        check_count('n_cycles', n_cycles, optional=False),
-        check_count('cycle_len', cycle_len, optional=False),
-    )
+    n_cycles = check_count('n_cycles', n_cycles)
+    cycle_len = check_count('cycle_len', cycle_len)
     snapshots = SnapshotCallback(cycle_len - 1, cycle_len, folder, activation)
     lr, lrs = _group_lrs(self, 'lr', lr)
     n_epoch = n_cycles * cycle_len
@@ -148,17 +145,15 @@ def fit_fge(
 
     Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used.
     """
-    n_cycles, cycle_len = (
-        check_count('n_cycles', n_cycles, optional=False),
-        check_count('cycle_len', cycle_len, optional=False),
-    )
+    n_cycles = check_count('n_cycles', n_cycles)
+    cycle_len = check_count('cycle_len', cycle_len)
     if cycle_len % 2:
         raise ValueError(
             f'cycle_len must be an even number of epochs, with the snapshot in the middle, not {cycle_len}'
         )
     snapshots = SnapshotCallback(cycle_len // 2 - 1, cycle_len, folder, activation)
     if lr_min is not None:
-        _check_lr('lr_min', lr_min, lr_min, 'a number')
+        check_positive('lr_min', lr_min)
     lr, lrs = _group_lrs(self, 'lr_max', lr_max)
     factor = 0.01 if lr_min is None else lr_min / lrs[-1]
     if factor > 1:
@@ -256,8 +251,9 @@ def _group_lrs(learn, name, lr):
     if learn.opt is None:
         learn.create_opt()  # which may set `learn.lr`
     lr = learn.lr if lr is None else lr
-    for x in ((lr.stop,) if lr.start is None else (lr.start, lr.stop)) if isinstance(lr, slice) else (lr,):
-        _check_lr(name, x, lr)
+    ends = [lr.start, lr.stop] if isinstance(lr, slice) and lr.start is not None else [getattr(lr, 'stop', lr)]
+    for end in ends:
+        check_positive(name, end, 'a number or a slice')
     learn.opt.set_hyper('lr', lr)
     return lr, np.array([h['lr'] for h in learn.opt.hypers])
 
@@ -267,7 +263,7 @@ def _check_swa_lr(swa_lr):
     is_pair = isinstance(swa_lr, tuple | list) and len(swa_lr) == 2
     pair = swa_lr if is_pair else (swa_lr,)
     for x in pair:
-        _check_lr('swa_lr', x, swa_lr, 'a number or a pair (hi, lo)')
+        check_positive('swa_lr', x, 'a number or a pair (hi, lo)')
     if pair[0] < pair[-1]:
         raise ValueError(f'swa_lr must be a pair (hi, lo) with hi >= lo, not {swa_lr!r}')
     return tuple(map(float, pair)) if is_pair else float(swa_lr)
@@ -284,10 +280,3 @@ def _warn_if_above(swa_lr, lr):
         'if it was meant as the first epoch to average, that is swa_start',
         stacklevel=3,
     )
-
-
-def _check_lr(name, x, given, expected='a number or a slice'):
-    if isinstance(x, bool) or not isinstance(x, Real):
-        raise TypeError(f'{name} must be {expected}, not {given!r}')
-    if not 0 < x < float('inf'):
-        raise ValueError(f'{name} must be positive, not {given!r}')

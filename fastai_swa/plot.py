@@ -8,6 +8,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator
 from scipy.stats import t
 
+from .checks import check_share
 from .surfaces import Plane, Profile, Rays, Surface
 
 __all__ = [
@@ -219,8 +220,8 @@ def plot_width(rays: Rays, column: str | None = None, level: float | None = None
     _check_kind('plot_width', rays, Rays)
     column = column or _main_column(rays)
     scale, label = _scale_and_label(column, wd)
-    if level is not None and scale == 100 and not 0 <= level <= 1:
-        raise ValueError(f'level must be a share from 0 to 1, not {level!r}')
+    if level is not None and scale == 100:
+        check_share('level', level)
     ax = _axes(ax)
     widths = {} if level is None else rays.widths(column, level, wd)
     for (name, values), style in zip(rays.profiles(column, wd).items(), _styles(len(rays.names))):

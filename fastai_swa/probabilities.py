@@ -6,6 +6,8 @@ from functools import partial, reduce
 import torch
 from torch.nn import functional as F
 
+from .checks import check_choice
+
 __all__ = ['Probabilities', 'as_probabilities', 'features', 'vote']
 
 _LOSSES = {
@@ -38,8 +40,8 @@ class Probabilities:
     """
 
     def __init__(self, loss_func, kind: str | None = None):
-        if kind not in (None, 'softmax', 'sigmoid', 'none'):
-            raise ValueError(f"activation must be 'softmax', 'sigmoid' or 'none', not {kind!r}")
+        if kind is not None:
+            check_choice('activation', kind, ('softmax', 'sigmoid', 'none'))
         self.kind = kind or _kind(loss_func)
         self.axis = getattr(loss_func, 'axis', 1)  # fastai's losses say it, torch's have the classes there
 

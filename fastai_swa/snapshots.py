@@ -15,7 +15,8 @@ from fastai.learner import Learner, Recorder
 from torch import nn
 
 from .averaging import WeightAverage
-from .batchnorm import check_count, tracked_bn, update_bn
+from .batchnorm import tracked_bn, update_bn
+from .checks import check_count
 from .columns import complete_row, insert_columns, plain_values, recorder_of
 from .ensemble import Ensemble, one_tensor
 from .files import InUse, Lock, save_weights
@@ -94,8 +95,8 @@ class SnapshotCallback(FitCallback):
         folder=None,  # for the files; None: in memory
         activation: str = None,  # 'softmax', 'sigmoid' or 'none' (regression); default: what the loss says
     ):
-        self.first = check_count('first', first, least=0, optional=False)
-        self.cycle_len = check_count('cycle_len', cycle_len, optional=False)
+        self.first = check_count('first', first, least=0)
+        self.cycle_len = check_count('cycle_len', cycle_len)
         self.folder = None if folder is None else Path(folder).resolve()
         self.activation = activation
         self._init_state()

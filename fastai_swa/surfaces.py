@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .checks import check_known
 from .files import Lock, replacing, write_text
 from .geometry import crossing, mean_height
 from .interrupts import uninterrupted
@@ -53,8 +54,7 @@ class Surface:
         """Column `name`, shape (n,); `wd` adds `wd / 2 * norm**2`, as weight decay does to a loss.
         Raises `ValueError` if there is none of that name.
         """
-        if name not in self.values:
-            raise ValueError(f'column must be one of {", ".join(self.values)}, not {name!r}')
+        check_known('column', name, self.values)
         return self.values[name] + wd / 2 * self.values['norm'] ** 2 if wd else self.values[name]
 
     def __repr__(self):

@@ -16,8 +16,8 @@ from fastprogress.fastprogress import progress_bar
 from torch import nn
 
 from .averaging import WeightAverage, lent
-from .batchnorm import check_count
 from .callback import SWACallback
+from .checks import check_count, check_numbers
 from .ensemble import Ensemble
 from .interrupts import uninterrupted, unwound_whole
 from .modules import clean_copy, in_train_mode, modes_of, plain_name, set_modes, to_train_form, unwrap
@@ -36,7 +36,6 @@ __all__ = [
     'modes_put_back',
     'fingerprints',
     'check_ts',
-    'numbers',
 ]
 
 
@@ -211,7 +210,8 @@ def measured(
     learn, sets = space.learn, _check_sets(sets)
     if 'valid' in sets and len(loaders(learn)) < 2:
         raise ValueError("sets='valid' needs a validation set, and the learner has none: sets='train'")
-    bn_batches, train_batches = check_count('bn_batches', bn_batches), check_count('train_batches', train_batches)
+    bn_batches = check_count('bn_batches', bn_batches, optional=True)
+    train_batches = check_count('train_batches', train_batches, optional=True)
     columns = [f'{ds}_{name}' for ds in sets for name in _measures(learn)] + ['norm']
     spec = {
         'kind': about['kind'],
@@ -219,7 +219,7 @@ def measured(
         'columns': columns,
         'bn_batches': bn_batches,
         'train_batches': train_batches,
-        'seed': check_count('seed', seed, least=0, optional=False),
+        'seed': check_count('seed', seed, least=0),
         'data': [_size(dl) for dl in loaders(learn)[: 1 + ('valid' in sets)]],
     }
     surface = kind(about | {'columns': columns, 'spec': spec}, points)
@@ -326,22 +326,9 @@ def check_ts(ts, low=-float('inf'), high=float('inf')) -> list[float]:
     "Points of a line or curve, ascending; a number of them goes from `low` to `high`."
     if isinstance(ts, Integral) and not isinstance(ts, bool):
         return np.linspace(low, high, check_count('ts', ts, least=2)).round(12).tolist()
-    found = np.unique(numbers('ts', ts))
+    found = np.unique(check_numbers('ts', ts))
     if not len(found):
         raise ValueError('ts is empty: give points, of which 0 and 1 are the solutions')
     if found[0] < low or found[-1] > high:
         raise ValueError(f'ts must be from {low} to {high}, not {ts!r}')
     return found.tolist()
-
-
-def numbers(name: str, values) -> np.ndarray:
-    """`values` as float64. Raises `TypeError` or `ValueError`, naming the argument, for what are no
-    finite numbers.
-    """
-    try:
-        found = np.asarray(values, float).ravel()
-    except (TypeError, ValueError):
-        raise TypeError(f'{name} must be numbers, not {values!r}') from None
-    if not np.isfinite(found).all():
-        raise ValueError(f'{name} must be finite, not {values!r}')
-    return found

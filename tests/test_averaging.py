@@ -9,9 +9,10 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
+
 from fastai_swa import WeightAverage, ema, equal
 from fastai_swa.averaging import all_finite, lent
-from torch import nn
 
 from . import lora
 from .helpers import assert_close, net, parameters

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fastai_swa import update_bn
-from fastai_swa.batchnorm import StatisticsWatch, batch_moments, union, statistics, tracked_bn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+from fastai_swa import update_bn
+from fastai_swa.batchnorm import StatisticsWatch, batch_moments, statistics, tracked_bn, union
 
 from .helpers import net
 from .norms import (

@@ -19,14 +19,15 @@ from fastai.callback.core import (
     CancelTrainException,
     CancelValidException,
 )
-from fastai.callback.training import BnFreeze
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
+from fastai.callback.training import BnFreeze
 from fastai.learner import AvgMetric, Learner, Metric
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam
-from fastai_swa import SaveSWAModelCallback, SWACallback, ema, equal, update_bn
 from torch import nn
+
+from fastai_swa import SaveSWAModelCallback, SWACallback, ema, equal, update_bn
 
 from .helpers import (
     At,
@@ -1065,6 +1066,7 @@ class NoisyTransform:
 @pytest.mark.parametrize('where', ['dataset', 'item'])
 def test_training_is_untouched_by_generators_deep_in_fastais_transforms(transform, where):
     from fastai.data.core import Datasets
+
     from fastai_swa.vision.data import _Pick
 
     pairs = list(loaders().train.dataset)

@@ -1,8 +1,8 @@
 """`CheckpointCallback`: what is killed goes on bitwise; what cannot go on says why and loses
 nothing."""
 
-import zipfile
 import random
+import zipfile
 from collections import deque
 from functools import partial
 
@@ -19,8 +19,9 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam, OptimWrapper, ranger
 from fastai.torch_core import set_seed
-from fastai_swa import CheckpointCallback, SaveSWAModelCallback, SWACallback, ema
 from torch import nn
+
+from fastai_swa import CheckpointCallback, SaveSWAModelCallback, SWACallback, ema
 
 from .helpers import At, assert_same, fingerprint, learner, loaders, net, raising
 
@@ -1032,6 +1033,7 @@ def test_ctrl_c_in_a_fit_that_changes_its_own_settings_and_the_same_call_again_g
 
 def test_a_metric_that_gives_anything_and_a_callback_with_settings_of_its_own_are_no_hindrance(tmp_path):
     from fractions import Fraction
+
     from fastai.learner import Metric
 
     class Odd(Metric):

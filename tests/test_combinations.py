@@ -9,12 +9,12 @@ import sys
 import warnings
 from functools import partial
 
+import fastai.callback.channelslast  # noqa: F401  (to_channelslast)
+import fastai.distributed  # noqa: F401  (to_parallel)
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-import fastai.callback.channelslast  # noqa: F401  (to_channelslast)
-import fastai.distributed  # noqa: F401  (to_parallel)
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.hook import ActivationStats
@@ -31,9 +31,10 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import SGD, Adam, OptimWrapper
 from fastai.torch_core import params, set_seed
+from torch import nn
+
 from fastai_swa import SaveSWAModelCallback, SWACallback, ema, update_bn
 from fastai_swa.vision import digits, digits_net
-from torch import nn
 
 from .helpers import Snapshots, assert_close, column, learner, loaders, net, parameters
 from .norms import BatchRenorm, GhostBatchNorm, RunningBatchNorm

@@ -8,11 +8,12 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import SGD, Adam, OptimWrapper
-from fastai_swa import CheckpointCallback, Curve, SWACallback, line
-from fastai_swa.geometry import CURVES
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+from fastai_swa import CheckpointCallback, Curve, SWACallback, line
+from fastai_swa.geometry import CURVES
 
 from . import lora
 from .helpers import At, assert_same, learner, loaders, net, raising

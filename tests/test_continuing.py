@@ -4,8 +4,9 @@ import warnings
 
 import pytest
 import torch
-from fastai_swa import CheckpointCallback, SaveSWAModelCallback, SWACallback, ema
 from torch import nn
+
+from fastai_swa import CheckpointCallback, SaveSWAModelCallback, SWACallback, ema
 
 from .helpers import At, Snapshots, assert_close, assert_same, column, fingerprint, learner, net, parameters, raising
 from .reference import twins

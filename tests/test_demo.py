@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import nn
+
 from fastai_swa.__main__ import main
 from fastai_swa.demo import summary
 from fastai_swa.vision import digits, digits_net, image_folder
-from PIL import Image
-from torch import nn
 
 
 @pytest.fixture

@@ -13,10 +13,11 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.metrics import RocAuc, accuracy
 from fastai.optimizer import SGD
-from fastai_swa import CheckpointCallback, SaveSWAModelCallback, SWACallback
-from fastai_swa.batchnorm import batch_moments, tracked_bn
 from torch import distributed, nn
 from torch.nn import functional as F
+
+from fastai_swa import CheckpointCallback, SaveSWAModelCallback, SWACallback
+from fastai_swa.batchnorm import batch_moments, tracked_bn
 
 from .helpers import At, assert_close, column, fingerprint, learner, loaders, net, raising
 from .reference import twins

@@ -21,11 +21,12 @@ from fastai.metrics import accuracy, accuracy_multi, mse
 from fastai.tabular.core import Categorify, Normalize
 from fastai.tabular.data import TabularDataLoaders
 from fastai.tabular.learner import tabular_learner
+from torch import nn
+from torch.nn import functional as F
+
 from fastai_swa import Ensemble
 from fastai_swa.views import as_lent
 from fastai_swa.vision import digits, digits_net
-from torch import nn
-from torch.nn import functional as F
 
 from . import lora
 from .helpers import learner, loaders, net

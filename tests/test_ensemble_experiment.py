@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
 from fastai_swa.experiments import RECIPES, Settings, report, reproduce
 from fastai_swa.experiments.ensembles import size_curves
 from fastai_swa.experiments.run import run_seed

@@ -15,9 +15,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import fastai_swa
 import pytest
 import torch
+
+import fastai_swa
 from fastai_swa import files
 from fastai_swa.files import InUse, Lock, read, replacing, save_weights, write, write_text
 

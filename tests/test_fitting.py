@@ -7,6 +7,7 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.losses import CrossEntropyLossFlat
+
 from fastai_swa import CheckpointCallback, SWACallback
 from fastai_swa.fitting import FitCallback, SideWork
 

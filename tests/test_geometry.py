@@ -1,6 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
 from fastai_swa.geometry import (
     CURVES,
     Frame,
@@ -13,9 +17,6 @@ from fastai_swa.geometry import (
     mean_height,
     norm_at,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy import stats
 
 # directions
 

@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+
 from fastai_swa.interrupts import uninterrupted, unwound_whole
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastai_swa import CheckpointCallback, SWACallback, ema, rays
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+from fastai_swa import CheckpointCallback, SWACallback, ema, rays
 
 from .helpers import At, Snapshots, assert_close, assert_same, column, fingerprint, parameters, raising
 from .reference import twins

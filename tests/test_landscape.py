@@ -15,6 +15,12 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, Metric
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
+from fastcore.foundation import L
+from fastprogress import fastprogress
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader as TorchDataLoader
+
 from fastai_swa import (
     Curve,
     Ensemble,
@@ -28,11 +34,6 @@ from fastai_swa import (
     update_bn,
 )
 from fastai_swa.passes import refreshable
-from fastcore.foundation import L
-from fastprogress import fastprogress
-from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader as TorchDataLoader
 
 from . import lora
 from .helpers import At, assert_same, fingerprint, learner, loaders, net, raising

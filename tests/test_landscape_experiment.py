@@ -12,6 +12,7 @@ import pytest
 import torch
 from fastai.learner import Learner
 from fastai.metrics import error_rate
+
 from fastai_swa import Curve, Surface, line, plane, rays
 from fastai_swa.__main__ import main
 from fastai_swa.experiments import RECIPES, Settings, report, reproduce

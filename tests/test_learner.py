@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from fastai.callback.core import Callback
+
 from fastai_swa import SWACallback
 
 from .helpers import At, Snapshots, assert_close, column, learner, parameters

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from fastai.callback.core import Callback
 from fastai.learner import load_learner
-from fastai_swa import CheckpointCallback
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fastai_swa import CheckpointCallback
 
 from .helpers import At, assert_close, learner, loaders, parameters, raising
 from .reference import twins

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from fastai_swa.experiments.measures import calibration_error, disagreement, measures
 
 

@@ -14,6 +14,8 @@ from fastai.callback.hook import ActivationStats, Hook
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import get_language_model
 from fastai.vision.models.unet import DynamicUnet
+from torch import nn
+
 from fastai_swa.modules import (
     check_copyable,
     clean_copy,
@@ -26,7 +28,6 @@ from fastai_swa.modules import (
     unwrap,
     written_in_train_mode,
 )
-from torch import nn
 
 from . import lora
 from .helpers import learner, net

@@ -3,12 +3,13 @@ import inspect
 import re
 from pathlib import Path
 
-import fastai_swa
 import pytest
+
+import fastai_swa
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
-    {'interrupts', 'version'},
+    {'checks', 'interrupts', 'version'},
     {'modules', 'files', 'processes', 'packing'},
     {'averaging', 'batchnorm', 'schedules', 'geometry', 'probabilities', 'weights', 'holders'},
     {'vision', 'randomness', 'fitting', 'columns', 'surfaces', 'views'},
@@ -45,7 +46,9 @@ def test_each_floor_imports_only_from_floors_below_it(path):
                 assert floor(name) < floor(place(path)), f'{path.name} imports {name}'
 
 
-@pytest.mark.parametrize('name', ['interrupts', 'modules', 'files', 'processes', 'averaging', 'batchnorm', 'schedules'])
+@pytest.mark.parametrize(
+    'name', ['checks', 'interrupts', 'modules', 'files', 'processes', 'averaging', 'batchnorm', 'schedules']
+)
 def test_the_lowest_floors_are_plain_pytorch(name):
     for node in ast.walk(ast.parse((ROOT / 'fastai_swa' / f'{name}.py').read_text())):
         modules = (

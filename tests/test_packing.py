@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fastai_swa.packing import Packer, Unpacker, pack, unpack
 from fastcore.foundation import L
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+from fastai_swa.packing import Packer, Unpacker, pack, unpack
 
 
 class Phase(enum.Enum):

@@ -9,8 +9,8 @@ import itertools
 import multiprocessing
 import random
 import signal
-import time
 import sys
+import time
 import types
 import warnings
 import weakref
@@ -30,19 +30,18 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
-from fastai_swa import CheckpointCallback, Curve, SWACallback, line, rays
-from fastai_swa import holders
-from fastai_swa.batchnorm import tracked_bn
-from fastai_swa.holders import holders_kept, unrepeatable
-from fastai_swa.passes import _aside, buffers_kept, kept_batches, refresh_bn, untouched, validate_aside
 from fastcore.foundation import L
 from fasttransform import Transform
 from torch import nn
 from torch.nn import functional as F
 
+from fastai_swa import CheckpointCallback, Curve, SWACallback, holders, line, rays
+from fastai_swa.batchnorm import tracked_bn
+from fastai_swa.holders import holders_kept, unrepeatable
+from fastai_swa.passes import _aside, buffers_kept, kept_batches, refresh_bn, untouched, validate_aside
+
 from . import lora
 from .helpers import At, assert_same, fingerprint, learner, loaders, net, raising
-
 
 # data, modules, losses and callbacks that count, each with what it counts in
 

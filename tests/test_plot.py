@@ -1,6 +1,9 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
+from scipy import stats
+
 from fastai_swa import (
     SnapshotCallback,
     Surface,
@@ -14,8 +17,6 @@ from fastai_swa import (
 )
 from fastai_swa.plot import plot_sizes
 from fastai_swa.surfaces import Rays
-from matplotlib.colors import to_rgb
-from scipy import stats
 
 from .helpers import column, learner
 from .test_surfaces import a_path, a_plane, filled, some_rays

@@ -9,9 +9,10 @@ from fastai.losses import (
     LabelSmoothingCrossEntropyFlat,
     MSELossFlat,
 )
-from fastai_swa.probabilities import Probabilities, features, vote
 from torch import nn
 from torch.nn import functional as F
+
+from fastai_swa.probabilities import Probabilities, features, vote
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
-from fastai_swa.randomness import get, put, randomness_kept, seed, seed_all, sources, sources_in
 from fastcore.xtras import ReindexCollection
 
-from .helpers import learner
+from fastai_swa.randomness import get, put, randomness_kept, seed, seed_all, sources, sources_in
 
+from .helpers import learner
 
 SOURCES = {
     'torch': torch.Generator,

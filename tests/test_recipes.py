@@ -6,12 +6,13 @@ import pytest
 import torch
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai_swa import SWACallback
-from fastai_swa.experiments.recipes import RECIPES, Run, optimizer, parts, runs, scaled, sgd_lr, swa_lr
-from fastai_swa.vision import CIFAR_STATS, IMAGENET_STATS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+from fastai_swa import SWACallback
+from fastai_swa.experiments.recipes import RECIPES, Run, optimizer, parts, runs, scaled, sgd_lr, swa_lr
+from fastai_swa.vision import CIFAR_STATS, IMAGENET_STATS
 
 from .helpers import learner, loaders, net
 from .reference import twins

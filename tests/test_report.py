@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
+
 from fastai_swa import __main__
 from fastai_swa.experiments import RECIPES, report
 from fastai_swa.experiments.recipes import parts, runs, scaled
@@ -12,7 +14,6 @@ from fastai_swa.experiments.report import papers_table
 from fastai_swa.experiments.rows import curves, rows_of
 from fastai_swa.experiments.tables import difference_rows, mean_and_half
 from fastai_swa.plot import plot_lengths, plot_runs
-from scipy import stats
 
 NAME, SCALE = 'preresnet110-cifar10', 0.04  # budget 6, from epoch 5 on, 9 epochs
 RECIPE = scaled(RECIPES[NAME], SCALE)

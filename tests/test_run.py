@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-import fastai_swa.experiments.run as run_module
 import numpy as np
 import pytest
 import torch
@@ -23,15 +22,17 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
-from fastai_swa import __main__
-from fastai_swa.experiments import RECIPES, Recipe, Settings, reproduce
-from fastai_swa.experiments.record import Record, _Clock
-from fastai_swa.experiments.recipes import sgd_lr, swa_lr
-from fastai_swa.experiments.learners import EpochRecorder, TimeIsUp
-from fastai_swa.experiments.run import run_seed
-from fastai_swa.vision import IMAGENET_STATS, cifar
 from PIL import Image
 from torch import nn
+
+import fastai_swa.experiments.run as run_module
+from fastai_swa import __main__
+from fastai_swa.experiments import RECIPES, Recipe, Settings, reproduce
+from fastai_swa.experiments.learners import EpochRecorder, TimeIsUp
+from fastai_swa.experiments.recipes import sgd_lr, swa_lr
+from fastai_swa.experiments.record import Record, _Clock
+from fastai_swa.experiments.run import run_seed
+from fastai_swa.vision import IMAGENET_STATS, cifar
 
 from .helpers import learner, loaders, net
 from .reference import twins
@@ -951,8 +952,8 @@ def run_report(folder):
     [
         (['--device', 'cuda'], "device 'cuda' cannot be used: "),
         (['--device', 'foo'], "device 'foo' cannot be used: "),
-        (['--scale', 'inf'], 'scale must be a positive number, not inf'),
-        (['--scale', '-1'], 'scale must be a positive number, not -1.0'),
+        (['--scale', 'inf'], 'scale must be positive, not inf'),
+        (['--scale', '-1'], 'scale must be positive, not -1.0'),
         (['--until', '1.2.3s'], 'expected a time such as'),
     ],
 )

@@ -2,9 +2,10 @@ import math
 import random
 
 import pytest
-from fastai_swa.schedules import fge_epochs, fge_lr_factor, snapshot_lr_factor, start_epoch, swa_lr_factor
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fastai_swa.schedules import fge_epochs, fge_lr_factor, snapshot_lr_factor, start_epoch, swa_lr_factor
 
 from .reference import twins
 

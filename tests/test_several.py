@@ -7,8 +7,9 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.tracker import EarlyStoppingCallback
-from fastai_swa import CheckpointCallback, SaveSWAModelCallback, SWACallback, ema
 from torch import nn
+
+from fastai_swa import CheckpointCallback, SaveSWAModelCallback, SWACallback, ema
 
 from .helpers import At, column, learner, raising
 from .reference import twins

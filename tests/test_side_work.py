@@ -9,6 +9,7 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau
 from fastai.learner import AvgMetric
 from fastai.metrics import accuracy
+
 from fastai_swa import CheckpointCallback, SaveSWAModelCallback, SWACallback
 
 from .helpers import At, Snapshots, assert_close, assert_same, column, fingerprint, learner, net, parameters, raising

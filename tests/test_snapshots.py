@@ -24,13 +24,14 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, Recorder
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import RocAucBinary, accuracy, accuracy_multi, mse
+from torch import nn
+
 from fastai_swa import CheckpointCallback, Ensemble, SnapshotCallback, SWACallback, average_checkpoints, update_bn
 from fastai_swa import snapshots as snapshots_file
 from fastai_swa.files import InUse
 from fastai_swa.learner import EpochScheduler
 from fastai_swa.schedules import fge_lr_factor, snapshot_lr_factor
 from fastai_swa.vision import digits
-from torch import nn
 
 from . import lora
 from .helpers import At, assert_close, assert_same, column, fingerprint, learner, loaders, net, raising

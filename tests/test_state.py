@@ -3,9 +3,10 @@
 import pytest
 import torch
 from fastai.callback.core import Callback
+from torch import nn
+
 from fastai_swa import SWACallback
 from fastai_swa.state import restore, take
-from torch import nn
 
 from .helpers import At, assert_same, fingerprint, learner, net
 

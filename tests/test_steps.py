@@ -8,8 +8,9 @@ from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.callback.training import GradientAccumulation
-from fastai_swa import SWACallback, ema, equal
 from torch import nn
+
+from fastai_swa import SWACallback, ema, equal
 
 from .helpers import At, assert_close, assert_same, column, fingerprint, learner, net, parameters, raising
 from .reference import twins

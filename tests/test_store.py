@@ -5,9 +5,10 @@ import multiprocessing
 import struct
 
 import pytest
-from fastai_swa.experiments.store import shortest, store, stored
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fastai_swa.experiments.store import shortest, store, stored
 
 
 def line(seed, kind='training', **content):

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+
 from fastai_swa.files import InUse
 from fastai_swa.surfaces import Plane, PointFile, Profile, Rays, Surface
 

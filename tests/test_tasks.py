@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.metrics import r2_score
+
 from fastai_swa.experiments import RECIPES, Settings, report, reproduce
 from fastai_swa.experiments.learners import recipe_data, recipe_learner
 from fastai_swa.experiments.tasks import ADULT, HOUSING, SST2, Sentences, Table
-from sklearn.metrics import r2_score
 
 FLATS = Table('flats.csv', 'price', ('place',), ('rooms', 'age'), is_number=True)
 LOANS = Table('loans.csv', 'paid', ('place',), ('rooms',), 'later.csv')

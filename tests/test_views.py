@@ -12,9 +12,10 @@ from fastai.interpret import ClassificationInterpretation, Interpretation, Segme
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
+
 from fastai_swa import Ensemble, SWACallback
-from fastai_swa.vision import digits, digits_net
 from fastai_swa.views import as_lent, lending
+from fastai_swa.vision import digits, digits_net
 
 
 @pytest.fixture(scope='module')

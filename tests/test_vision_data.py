@@ -13,12 +13,13 @@ from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
-from fastai_swa import CheckpointCallback, SWACallback
-from fastai_swa.vision import CIFAR_STATS, IMAGENET_STATS, cifar
-from fastai_swa.vision.tensors import PadCropFlip, tensor_loaders
 from PIL import Image
 from torch import nn
 from torchvision.transforms import functional as TF
+
+from fastai_swa import CheckpointCallback, SWACallback
+from fastai_swa.vision import CIFAR_STATS, IMAGENET_STATS, cifar
+from fastai_swa.vision.tensors import PadCropFlip, tensor_loaders
 
 from .helpers import At, assert_same, fingerprint, raising
 

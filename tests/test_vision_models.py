@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from fastai_swa.vision import PreResNet, SmallPreResNet, VGG16, WideResNet
 from torch import nn
 from torch.nn import functional as F
+
+from fastai_swa.vision import VGG16, PreResNet, SmallPreResNet, WideResNet
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from fastcore.foundation import noop
 from ..averaging import ema
 from ..callback import SWACallback
 from ..checkpoint import CheckpointCallback
+from ..checks import check_known, check_positive
 from ..files import InUse, Lock
 from ..holders import named_callbacks
 from ..learner import EpochScheduler
@@ -66,6 +67,7 @@ def reproduce(
     settings that cannot be used, and a folder whose seeds were run with others; and what `cifar`
     raises.
     """
+    check_known('name', name, (*RECIPES, *LANDSCAPES))
     _check(settings)
     out, jobs, lines = Path(out or f'results/{name}'), min(jobs, seeds), _Lines(stream or sys.stdout)
     threads, recipe = threads or max(1, torch.get_num_threads() // jobs), None
@@ -74,7 +76,7 @@ def reproduce(
         kwargs['solutions'] = Path(solutions or out.parent / LANDSCAPES[name].base)
         for seed in range(seeds):
             check_solutions(LANDSCAPES[name], seed, kwargs['solutions'])
-    elif name in RECIPES:
+    else:
         if solutions is not None:
             raise ValueError(f'solutions are of width-, plane- and curve- only, and {name} trains its own')
         recipe = scaled(RECIPES[name], settings.scale)
@@ -83,8 +85,6 @@ def reproduce(
         for data in read_records(out).values():
             check_record(data, out, common)  # all of a folder are of one kind
         kwargs['jobs'] = jobs
-    else:
-        raise ValueError(f'name must be one of {", ".join((*RECIPES, *LANDSCAPES))}, not {name!r}')
     attempt = partial(_attempt, name, **kwargs)
     outcomes = (
         {seed: attempt(seed, show=lines.show) for seed in range(seeds)}
@@ -99,8 +99,7 @@ def reproduce(
 
 
 def _check(settings):
-    if not 0 < settings.scale < float('inf'):
-        raise ValueError(f'scale must be a positive number, not {settings.scale}')
+    check_positive('scale', settings.scale)
     try:
         torch.empty(1, device=settings.device)
     except (RuntimeError, AssertionError) as e:

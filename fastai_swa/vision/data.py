@@ -16,6 +16,7 @@ from fastai.vision.utils import verify_images
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from ..checks import check_choice, check_share
 from .tensors import tensor_loaders
 
 __all__ = ['cifar', 'digits', 'image_folder', 'IMAGENET_STATS', 'CIFAR_STATS']
@@ -47,8 +48,7 @@ def digits(
     bunch = load_digits()
     if not 1 <= n_train < len(bunch.target):
         raise ValueError(f'n_train must be between 1 and {len(bunch.target) - 1}, not {n_train}')
-    if not 0 <= label_noise <= 1:
-        raise ValueError(f'label_noise must be a share from 0 to 1, not {label_noise!r}')
+    check_share('label_noise', label_noise)
     images = TensorImageBW(torch.from_numpy(bunch.images[:, None] / 16).float())
     rng = np.random.RandomState(seed)
     order = rng.permutation(len(images)).tolist()
@@ -154,8 +154,7 @@ def cifar(
     files that are no images of 32x32 pixels, or too few of them, and `OSError` for a download that
     fails or is damaged; the sentence names what it is about.
     """
-    if n_classes not in (10, 100):
-        raise ValueError(f'n_classes must be 10 or 100, not {n_classes!r}')
+    check_choice('n_classes', n_classes, (10, 100))
     if source is None:
         source = os.environ.get(f'CIFAR{n_classes}_DIR') or _default_folder()
     kind = f'CIFAR-{n_classes}'

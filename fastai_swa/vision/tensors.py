@@ -9,6 +9,8 @@ from fastcore.foundation import L
 from fasttransform import Transform
 from torch.nn import functional as F
 
+from ..checks import check_choice
+
 __all__ = ['TensorImages', 'TensorDL', 'PadCropFlip', 'tensor_loaders']
 
 
@@ -83,8 +85,7 @@ class PadCropFlip(Transform):
     order, split_idx = 0, 0
 
     def __init__(self, pad: int = 4, mode: str = 'constant', seed: int = 0):
-        if mode not in ('constant', 'reflect'):
-            raise ValueError(f"mode must be 'constant' or 'reflect', not {mode!r}")
+        check_choice('mode', mode, ('constant', 'reflect'))
         super().__init__()
         self.pad, self.mode, self.generator = pad, mode, torch.Generator().manual_seed(seed)
 
