@@ -23,6 +23,7 @@ from .files import save_weights
 from .fitting import FitCallback, SideWork, no_fit, passed_callbacks
 from .holders import unrepeatable
 from .interrupts import uninterrupted
+from .journal import START
 from .modules import check_copyable, clean_copy, dropped_hooks, named_tensors, plain_data, plain_name, unwrap
 from .packing import pack, unpack
 from .passes import LOOP, check_engine, refresh_bn, same_output, validate_aside
@@ -437,7 +438,7 @@ class SWACallback(FitCallback):
             for name in ('swa_start', 'cycle_len', 'every', 'enabled', 'bn_batches', 'swa_eval_freq')
         }
         res['going on with an average'] = self._goes_on
-        res['the first averaged epoch'] = start_epoch(self.swa_start, self.n_epoch)
+        res[START] = start_epoch(self.swa_start, self.n_epoch)
         res['weight'] = [_weight_of(self.weight, n) for n in range(_N_WEIGHTS)]
         return res
 

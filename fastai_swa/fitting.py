@@ -3,6 +3,7 @@ what may not end it."""
 
 import sys
 import warnings
+import weakref
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
@@ -14,9 +15,10 @@ from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau
 from fastcore.foundation import L
 from torch import nn
 
+from .files import Lock
 from .interrupts import uninterrupted
 
-__all__ = ['FitCallback', 'SideWork', 'is_fitting', 'no_fit', 'passed_callbacks']
+__all__ = ['FitCallback', 'SideWork', 'is_fitting', 'locked_for', 'no_fit', 'passed_callbacks']
 
 _IN_A_BATCH = frozenset(_inner_loop)
 _AROUND_EPOCHS = 'before_fit', 'after_cancel_fit', 'after_fit'
@@ -173,6 +175,22 @@ def _referred(o) -> list:
     if isinstance(o, nn.Module):
         return [*vars(o).values(), *o.children()]
     return list(getattr(o, '__dict__', {}).values()) if callable(o) and not isinstance(o, type) else []
+
+
+_owners = weakref.WeakValueDictionary()  # path -> the callback that locked it last
+
+
+def locked_for(cb: FitCallback, path, lock=Lock):
+    """What `lock(path)` gives, for the fit of `cb`; what an interrupted fit of another callback has
+    left locked is given back before. Raises what `lock` raises.
+    """
+    owner = _owners.get(path)
+    is_left = owner not in (None, cb) and owner.learn is not None
+    if is_left and not is_fitting(owner.learn, in_all_threads=True):
+        owner.clean_up()
+    res = lock(path)
+    _owners[path] = cb
+    return res
 
 
 class SideWork:

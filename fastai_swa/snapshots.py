@@ -4,7 +4,6 @@
 
 import secrets
 import warnings
-import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from .checks import check_count
 from .columns import complete_row, insert_columns, plain_values, recorder_of
 from .ensemble import Ensemble, one_tensor
 from .files import InUse, Lock, save_weights
-from .fitting import FitCallback, SideWork, is_fitting
+from .fitting import FitCallback, SideWork, locked_for
 from .modules import clean_copy, set_modes
 from .passes import copied_measures, refresh_bn, refreshable
 from .probabilities import Probabilities
@@ -31,7 +30,6 @@ from .weights import load_into, read_index, weights_of, write_index
 __all__ = ['SnapshotCallback', 'average_checkpoints']
 
 _VALIDATING = 'validating the growing ensemble'
-_owners = weakref.WeakValueDictionary()  # folder -> the callback that locked it last
 
 
 @dataclass
@@ -299,17 +297,13 @@ class SnapshotCallback(FitCallback):
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise ValueError(f'folder {self.folder} cannot be made: {e}') from None
-        owner = _owners.get(self.folder)
-        if owner not in (None, self) and not is_fitting(owner.learn, in_all_threads=True):
-            owner.clean_up()  # what an interruption has left
         try:
-            self._fit.lock = _folder_lock(self.folder)
+            self._fit.lock = locked_for(self, self.folder, _folder_lock)
         except InUse:
             raise InUse(
                 f'another run is writing its snapshots to {self.folder}: wait for it, or give each run a folder of its '
                 'own'
             ) from None
-        _owners[self.folder] = self
 
     def _claim(self):
         """Make sure that the folder is this fit's, and that no file of another one will be

@@ -9,7 +9,7 @@ import fastai_swa
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
-    {'checks', 'interrupts', 'version'},
+    {'checks', 'interrupts', 'journal', 'version'},
     {'modules', 'files', 'processes', 'packing'},
     {'averaging', 'batchnorm', 'schedules', 'geometry', 'probabilities', 'weights', 'holders'},
     {'vision', 'randomness', 'fitting', 'columns', 'surfaces', 'views'},
