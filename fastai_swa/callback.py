@@ -4,51 +4,37 @@ only wire; the mathematics is below."""
 import keyword
 import warnings
 import weakref
-from collections import OrderedDict
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 
-from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
+from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import join_path_file, rank_distrib
 from torch import nn
 
-from .averaging import WeightAverage, all_finite, check_match, check_swa_model, check_weight, equal, refuse_mismatch
-from .batchnorm import StatisticsWatch, outside_sentence, statistics_outside_buffers, tracked_bn, union
+from .averaging import all_finite, check_swa_model, check_weight, equal
+from .batchnorm import StatisticsWatch, tracked_bn, union
 from .checks import check_count, check_known
 from .columns import complete_row, insert_columns, recorder_of
 from .files import save_weights
+from .fit_average import FitAverage, refuse_another_model, state_in_file, weights_with_points
 from .fitting import FitCallback, SideWork, no_fit, passed_callbacks
-from .holders import unrepeatable
 from .interrupts import uninterrupted
 from .journal import START
-from .modules import check_copyable, clean_copy, dropped_hooks, named_tensors, plain_data, plain_name, unwrap
+from .modules import unwrap
 from .packing import pack, unpack
-from .passes import LOOP, check_engine, refresh_bn, same_output, validate_aside
+from .passes import LOOP, check_engine, refresh_bn, validate_aside
+from .preflight import check_model, remarks_on_data, remarks_on_model, remarks_on_trackers, validated_epochs
 from .processes import Processes
 from .schedules import start_epoch
-from .state import not_copied
 from .views import lending
-from .weights import read_weights
 
 __all__ = ['SWACallback', 'SaveSWAModelCallback', 'check_name', 'is_learners_own']
 
 _COUNTS = 'start', 'n_folds', 'n_epochs', 'n_steps'  # of a fit, and of its state
 _N_WEIGHTS = 1001  # by the weights of so many points the function that gives them is known again
-
-
-@dataclass
-class _Average:
-    "An average, and what it is of."
-
-    running: WeightAverage
-    learner: weakref.ref  # of the learner whose weights were averaged
-    epochs: list = field(default_factory=list)  # with points in it, from 0
-    bn: list = field(default_factory=list)  # names of the layers whose statistics follow the weights
-    stale: bool = False  # whether these statistics are of other weights
-    structure: list = None  # of the model that `swa_model` is a copy of
 
 
 @dataclass
@@ -141,7 +127,7 @@ class SWACallback(FitCallback):
     # also what an unpickled callback starts with: an export carries the settings, not the average
     def _init_state(self):
         super()._init_state()
-        self._average = None  # the `_Average`
+        self._average = None  # the `FitAverage`
         self._given = None  # the user's own swa_model
         self._continued = None  # the average to go on with, until the first fold
         self._fit = None
@@ -257,7 +243,7 @@ class SWACallback(FitCallback):
         fit = self._fit
         if not fit.begun:
             fit.begun = True
-            self._check_ahead()
+            self._look_ahead()
         fit.n_batches = self.learn.train_iter
         if fit.epoch < fit.start:
             return
@@ -347,7 +333,7 @@ class SWACallback(FitCallback):
             self._average.stale = True
             fit.n_folds += 1
             return
-        average = self._average if fit.n_folds else self._new_average(model)  # complete before the old one goes
+        average = self._average if fit.n_folds else self._new_average()  # complete before the old one goes
         with uninterrupted():
             average.running.update(model)
             average.epochs.append(fit.epoch)
@@ -358,15 +344,10 @@ class SWACallback(FitCallback):
             fit.n_folds += 1
             fit.n_epochs += 1
 
-    def _new_average(self, model) -> _Average:
+    def _new_average(self) -> FitAverage:
         "An average without a point yet, or with those of the one that is gone on with."
-        swa_model = clean_copy(model, self._shared()) if self._given is None else self._given
-        average = _Average(WeightAverage(model, self.weight, swa_model), weakref.ref(self.learn))
-        average.structure = _structure(model)
-        if isinstance(self._continued, dict):
-            average.running.load_state_dict(unpack(self._continued['state']))
-            average.epochs = list(self._continued['epochs'])
-        return average
+        continued = self._continued if isinstance(self._continued, dict) else None
+        return FitAverage.begin(self.learn, self.weight, self._given, continued)
 
     def _end_epoch(self, alone=False):
         "The training part of an epoch is over."
@@ -397,24 +378,17 @@ class SWACallback(FitCallback):
                 average.bn = union(gather(fit.watch.moved()))
             elif not average.bn:  # no batch ran, and no epoch before tells
                 average.bn = list(tracked_bn(unwrap(self.learn.model)))
-            self._follow(average, unwrap(self.learn.model))
+            self._follow(average)
             average.stale = bool(average.bn)
 
-    def _follow(self, average, model):
-        """Let `swa_model` be of the model's present make: of modules, hooks and functions that
-        training may have exchanged.
-        """
+    def _follow(self, average):
+        "Let `swa_model` be of the model's present make."
+        model = unwrap(self.learn.model)
         average.running.settle(model)
-        structure = _structure(model)
-        if structure == average.structure or self._given is not None:
+        if self._given is not None or average.has_structure_of(model):
             return
         with self._fit.side.attempt(f'following a change of the model in {self._what}', 'it is still made as before'):
-            running = WeightAverage(model, self.weight, clean_copy(model, self._shared()))
-            running.load_state_dict(average.running.state_dict())
-            running.settle(model)
-            with uninterrupted():
-                average.running = running
-                average.structure = structure
+            average.copy_anew(self.learn, self.weight)
 
     def _take_back(self):
         "The average, and what is counted, is again what it was before the epoch under way."
@@ -451,12 +425,7 @@ class SWACallback(FitCallback):
             res['fit'] = {k: getattr(fit, k) for k in _COUNTS}
         if average is None:
             return res
-        swa_model = unwrap(average.running.swa_model)
-        buffers = {k: v for k, v in named_tensors(swa_model.named_buffers).items() if k not in swa_model.state_dict()}
-        modes = [m.training for m in swa_model.modules()]
-        attributes = [_packed_attributes(m) for m in swa_model.modules()]
-        state = average.running.state_dict() | {'buffers': buffers, 'training': modes, 'attributes': attributes}
-        return res | {'average': state, 'bn': list(average.bn), 'stale': average.stale}
+        return res | {'average': average.state_dict(), 'bn': list(average.bn), 'stale': average.stale}
 
     def load_state_dict(self, state: dict):
         """Take over a `state_dict`. Raises `ValueError` if its average is not one of the learner's
@@ -465,9 +434,9 @@ class SWACallback(FitCallback):
         if state['average'] is None:
             self._average = None
         else:
-            average = self._average or self._new_average(unwrap(self.learn.model))
+            average = self._average or self._new_average()
             with uninterrupted():
-                self._load_average(average.running, state['average'])
+                average.load_state_dict(state['average'])
                 average.learner = weakref.ref(self.learn)
                 average.epochs = list(state['epochs'])
                 average.bn = list(state['bn'])
@@ -479,21 +448,6 @@ class SWACallback(FitCallback):
                 self._continued = None
         if state.get('continued'):
             self._continued = state['continued']
-
-    def _load_average(self, running, state):
-        running.load_state_dict(state)
-        swa_model = unwrap(running.swa_model)
-        own = named_tensors(swa_model.named_buffers)
-        for name, value in state['buffers'].items():
-            if name in own:
-                own[name].data = value.to(own[name].device, copy=True)
-        for m, mode in zip(swa_model.modules(), state['training']):
-            m.training = mode
-        for m, attributes in zip(swa_model.modules(), state.get('attributes', ())):
-            vars(m).update({name: unpack(value) for name, value in attributes.items()})
-
-    def _shared(self):
-        return not_copied(self.learn)
 
     # validating the average
 
@@ -528,9 +482,6 @@ class SWACallback(FitCallback):
     def _what(self) -> str:
         "In sentences to users."
         return 'the average' if self._name == 'swa' else f'the average {self._name!r}'
-
-    def _grab(self, cls):
-        return [cb for cb in self.learn.cbs if isinstance(cb, cls)]
 
     def _existing(self, call) -> Learner:
         self.clean_up()
@@ -576,11 +527,14 @@ class SWACallback(FitCallback):
 
     # before the first step
 
+    def _is_namesake(self, cb) -> bool:
+        return isinstance(cb, SWACallback) and cb is not self and cb.enabled and cb._name == self._name
+
     def _must_stand_aside(self) -> bool:
         """Is another callback of this name passed to the fit, while this one is attached for good?
         Raises `ValueError` if both are the one or the other.
         """
-        namesakes = [cb for cb in self._grab(SWACallback) if cb is not self and cb.enabled and cb._name == self._name]
+        namesakes = [cb for cb in self.learn.cbs if self._is_namesake(cb)]
         if not namesakes:
             return False
         passed = passed_callbacks(self.learn)
@@ -599,79 +553,37 @@ class SWACallback(FitCallback):
             )
         return True
 
-    def _check_copy(self):
-        """Does a copy of the model compute what the model computes? It leaves out hooks that know
-        the learner or are of a callback, and something in the model may know its parts by their
-        identity."""
-        model, shared = self.learn.model, self._shared()
-        if Processes(self.learn).size > 1 or same_output(self.learn, clean_copy(model, shared)):
-            return
-        hooked = dropped_hooks(model, shared)
-        why = 'something in it knows its parts by their identity'
-        if hooked:
-            where = f'module {hooked[0]!r}' if hooked[0] else 'the model'
-            of_what = 'which a copy cannot have because it is of a callback or knows the learner'
-            why = f'a hook of {where}, {of_what}, changes it'
-        raise ValueError(
-            f'a copy of the model computes something else than the model: {why}; swa_model would not be what its '
-            'columns say. Make a hook a function of its own, or pass a swa_model'
-        )
-
-    def _check_statistics(self):
-        "Running statistics that are no buffers cannot be refreshed."
-        outside = statistics_outside_buffers(unwrap(self.learn.model))
-        if outside:
-            self._say('outside', outside_sentence(outside))
-
-    def _check_data(self):
-        "Data that can be gone through only once are there for training."
-        for i, what in enumerate(('its batch norm cannot be refreshed', 'it cannot be validated')):
-            used_up = unrepeatable(self.learn, i)
-            if used_up and (i or tracked_bn(unwrap(self.learn.model))):
-                self._say(
-                    what,
-                    f'{used_up[0]} can be gone through only once, and {self._what} gets nothing of it: {what}; make it '
-                    'anew in `__iter__`, or hold it in an attribute of its own',
-                )
-
-    def _check_ahead(self):
+    def _look_ahead(self):
         "Say before a long fit what would only show later in it."
-        fit = self._fit
-        check_engine(self.learn)
-        if self._given is None:
-            check_copyable(self.learn.model, self._shared())
-            self._check_copy()
+        fit, learn = self._fit, self.learn
+        check_engine(learn)
+        check_model(learn, self._given)
+        self._open_continued()
+        remarks = remarks_on_model(learn) | remarks_on_data(learn, self._what)
+        if fit.start < self.n_epoch:
+            validated = validated_epochs(fit.start, self.n_epoch, self.cycle_len, self.swa_eval_freq)
+            remarks |= remarks_on_trackers(learn, fit.columns, validated, self.swa_start)
         else:
-            check_match(self.learn.model, self._given)
-        self._check_statistics()
-        self._check_data()
-        if self._continued is not None and not isinstance(self._continued, dict):
-            # now: the callback may begin another average in this fit, the file be written again
-            state, epochs = _state_to_continue(self._continued, unwrap(self.learn.model))
-            self._continued = {'state': pack(state), 'epochs': epochs}
-        if fit.start >= self.n_epoch:
-            self._say('nothing', self._nothing_folded())
+            remarks['nothing'] = self._nothing_folded()
+        for kind, sentence in remarks.items():
+            self._say(kind, sentence)
+
+    def _open_continued(self):
+        """Read the average to go on with now: its callback may begin another one in this fit, its
+        file be written again.
+        """
+        continued = self._continued
+        if continued is None or isinstance(continued, dict):
             return
-        folds = range(fit.start, self.n_epoch, self.cycle_len)
-        validated = sorted({*(folds[:: self.swa_eval_freq] if self.swa_eval_freq else ()), self.n_epoch - 1})
-        first = validated[0]
-        pause = max(b - a - 1 for a, b in zip([-1, *validated], validated))
-        for tracker, acts in ((EarlyStoppingCallback, 'stops this fit'), (ReduceLROnPlateau, 'cuts the learning rate')):
-            for cb in self._grab(tracker):
-                if cb.monitor in fit.columns and cb.patience <= pause:
-                    self._say(
-                        acts,
-                        f'{type(cb).__name__}(monitor={cb.monitor!r}, patience={cb.patience}) {acts} for want of '
-                        f'values: the average is validated first in epoch {first} (swa_start={self.swa_start}), and '
-                        f'there can be {pause} epochs without; use a patience above {pause}',
-                    )
-        for cb in self._grab(SaveModelCallback):
-            if cb.monitor in fit.columns and not isinstance(cb, SaveSWAModelCallback):
-                self._say(
-                    'saves',
-                    f'SaveModelCallback(monitor={cb.monitor!r}) saves the weights in training, not the average; use '
-                    'SaveSWAModelCallback',
-                )
+        if isinstance(continued, SWACallback):
+            continued.clean_up()
+            if not continued.n_averaged:
+                raise ValueError('average is a SWACallback that has averaged nothing: there is nothing to go on with')
+            state, epochs = continued._average.running.state_dict(), continued.averaged_epochs
+        else:
+            state, epochs = state_in_file(continued)
+        refuse_another_model(state, self.learn.model)
+        self._continued = {'state': pack(state), 'epochs': epochs}
 
 
 class SaveSWAModelCallback(FitCallback, SaveModelCallback):
@@ -733,7 +645,9 @@ class SaveSWAModelCallback(FitCallback, SaveModelCallback):
             file = join_path_file(name, self.learn.path / self.learn.model_dir, ext='.pth')
             self._swa.refresh()
             if not rank_distrib():
-                save_weights(file, _weights_with_points(self._swa))
+                save_weights(
+                    file, weights_with_points(self._swa.swa_model, self._swa.n_averaged, self._swa.averaged_epochs)
+                )
             self.last_saved_path = file
             return
         self._failed = True
@@ -741,16 +655,6 @@ class SaveSWAModelCallback(FitCallback, SaveModelCallback):
     def after_fit(self):
         if self.at_end:
             self._save(self.fname)
-
-
-def _structure(model) -> list:
-    """What a copy of `model` has from the time that it was made: the classes of its modules, their
-    hooks, and forwards of their own."""
-    res = []
-    for name, m in model.named_modules():
-        hooks = [id(hook) for hooks in (m._forward_pre_hooks, m._forward_hooks) for hook in hooks.values()]
-        res.append((name, type(m), hooks, id(vars(m).get('forward'))))
-    return res
 
 
 def _of_one(o) -> list:
@@ -787,56 +691,6 @@ def _check_average(average):
     if not Path(average).is_file():
         raise FileNotFoundError(f'average={str(average)!r} is no file')
     return Path(average)
-
-
-def _state_to_continue(average, model=None) -> tuple[dict, list]:
-    """The state of an earlier average, and the epochs it is of. Raises `ValueError` if there is
-    none, or if it is not one of `model`.
-    """
-    if isinstance(average, SWACallback):
-        average.clean_up()
-        if not average.n_averaged:
-            raise ValueError('average is a SWACallback that has averaged nothing: there is nothing to go on with')
-        state = average._average.running.state_dict()
-        epochs = average.averaged_epochs
-    else:
-        weights = read_weights(average)
-        points = getattr(weights, '_metadata', {}).get('', {}).get(_POINTS)
-        if points is None:
-            raise ValueError(
-                f'{average} does not say of how many points it is the average: it was not written by '
-                'SaveSWAModelCallback'
-            )
-        state = {'swa_model': weights, 'n_averaged': points['n_averaged'], 'master': {}}
-        epochs = points['epochs']
-    if model is not None:
-        own = {plain_name(k): v for k, v in model.state_dict().items()}
-        refuse_mismatch('average', state['swa_model'], own)
-    return state, list(epochs)
-
-
-# where a file of weights says what they are the average of: in what torch keeps beside them for each module
-_POINTS = 'fastai_swa'
-
-
-def _weights_with_points(swa) -> dict:
-    weights = unwrap(swa.swa_model).state_dict()
-    if '' not in getattr(weights, '_metadata', {}):  # of a model that makes its own
-        weights = OrderedDict(weights)
-        weights._metadata = OrderedDict({'': {}})
-    weights._metadata[''][_POINTS] = {'n_averaged': swa.n_averaged, 'epochs': swa.averaged_epochs}
-    return weights
-
-
-def _packed_attributes(module) -> dict:
-    "What `module` has in plain attributes, but for what no file can hold."
-    res = {}
-    for name, value in plain_data(module).items():
-        with suppress(TypeError, ValueError):
-            packed = pack(value)
-            unpack(packed)  # what is made anew from an object that is there is left out
-            res[name] = packed
-    return res
 
 
 def _weight_of(weight, n_averaged: int):

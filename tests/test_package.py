@@ -16,7 +16,7 @@ FLOORS = [
     {'state', 'samples'},
     {'batches'},
     {'passes'},
-    {'ensemble'},
+    {'ensemble', 'fit_average', 'preflight'},
     {'callback', 'checkpoint', 'snapshots'},
     {'weight_space'},
     {'landscape'},

@@ -1,0 +1,149 @@
+"""The average of a fit: the running average itself, what it is of, and how it is written down and read again.
+
+A `SWACallback` holds one; `average=` goes on with one.
+"""
+
+import weakref
+from collections import OrderedDict
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastai.learner import Learner
+from torch import nn
+
+from .averaging import WeightAverage, refuse_mismatch
+from .interrupts import uninterrupted
+from .modules import clean_copy, named_tensors, plain_data, plain_name, unwrap
+from .packing import pack, unpack
+from .state import not_copied
+from .weights import read_weights
+
+__all__ = ['FitAverage', 'state_in_file', 'refuse_another_model', 'weights_with_points']
+
+
+@dataclass
+class FitAverage:
+    "A running average, and what it is of."
+
+    running: WeightAverage
+    learner: weakref.ref  # of the learner whose weights were averaged
+    structure: list  # of the model that `swa_model` is a copy of
+    epochs: list = field(default_factory=list)  # with points in it, from 0
+    bn: list = field(default_factory=list)  # names of the layers whose statistics follow the weights
+    stale: bool = False  # whether these statistics are of other weights
+
+    @classmethod
+    def begin(cls, learn: Learner, weight, swa_model: nn.Module | None, continued: dict | None) -> 'FitAverage':
+        """An average without a point yet, or with those of the one that is gone on with.
+
+        - `swa_model`: what to average into; `None`: a clean copy of the learner's model.
+        - `continued`: packed 'state' and 'epochs' of an earlier average.
+        """
+        model = unwrap(learn.model)
+        if swa_model is None:
+            swa_model = clean_copy(model, not_copied(learn))
+        res = cls(WeightAverage(model, weight, swa_model), weakref.ref(learn), _structure(model))
+        if continued is not None:
+            res.running.load_state_dict(unpack(continued['state']))
+            res.epochs = list(continued['epochs'])
+        return res
+
+    def has_structure_of(self, model: nn.Module) -> bool:
+        """Is `model` still made as when `swa_model` was copied from it? Training may exchange
+        modules, hooks and functions.
+        """
+        return _structure(model) == self.structure
+
+    def copy_anew(self, learn: Learner, weight):
+        "Let `swa_model` be a copy of the learner's model as that is made now, with the same average."
+        model = unwrap(learn.model)
+        running = WeightAverage(model, weight, clean_copy(model, not_copied(learn)))
+        running.load_state_dict(self.running.state_dict())
+        running.settle(model)
+        structure = _structure(model)
+        with uninterrupted():
+            self.running = running
+            self.structure = structure
+
+    # for checkpoints
+
+    def state_dict(self) -> dict:
+        "The running average with all that its module holds, as plain data; tensors are live."
+        swa_model = unwrap(self.running.swa_model)
+        in_state_dict = swa_model.state_dict()
+        buffers = named_tensors(swa_model.named_buffers)
+        return self.running.state_dict() | {
+            'buffers': {name: b for name, b in buffers.items() if name not in in_state_dict},
+            'training': [m.training for m in swa_model.modules()],
+            'attributes': [_packed_attributes(m) for m in swa_model.modules()],
+        }
+
+    def load_state_dict(self, state: dict):
+        "Take over a `state_dict`. Raises `ValueError` if it is not one of this model."
+        self.running.load_state_dict(state)
+        swa_model = unwrap(self.running.swa_model)
+        own = named_tensors(swa_model.named_buffers)
+        for name, value in state['buffers'].items():
+            if name in own:
+                own[name].data = value.to(own[name].device, copy=True)
+        for m, mode in zip(swa_model.modules(), state['training']):
+            m.training = mode
+        for m, attributes in zip(swa_model.modules(), state.get('attributes', ())):
+            vars(m).update({name: unpack(value) for name, value in attributes.items()})
+
+
+def _structure(model) -> list:
+    """What a copy of `model` has from the time that it was made: the classes of its modules, their
+    hooks, and forwards of their own."""
+    res = []
+    for name, m in model.named_modules():
+        hooks = [*m._forward_pre_hooks.values(), *m._forward_hooks.values()]
+        res.append((name, type(m), [id(hook) for hook in hooks], id(vars(m).get('forward'))))
+    return res
+
+
+def _packed_attributes(module) -> dict:
+    "What `module` has in plain attributes, but for what no file can hold."
+    res = {}
+    for name, value in plain_data(module).items():
+        with suppress(TypeError, ValueError):
+            packed = pack(value)
+            unpack(packed)  # what is made anew from an object that is there is left out
+            res[name] = packed
+    return res
+
+
+# files of weights that say what they are the average of, in what torch keeps beside them for each module
+
+_POINTS = 'fastai_swa'
+
+
+def weights_with_points(swa_model: nn.Module, n_averaged: int, epochs: list) -> dict:
+    "The weights of `swa_model`, with the number of their points and the epochs these are of."
+    weights = unwrap(swa_model).state_dict()
+    if '' not in getattr(weights, '_metadata', {}):  # of a model that makes its own
+        weights = OrderedDict(weights)
+        weights._metadata = OrderedDict({'': {}})
+    weights._metadata[''][_POINTS] = {'n_averaged': n_averaged, 'epochs': epochs}
+    return weights
+
+
+def state_in_file(path: Path) -> tuple[dict, list]:
+    """State of the running average in a file of `weights_with_points`, and the epochs it is of.
+    Raises `ValueError` if it is another file.
+    """
+    weights = read_weights(path)
+    points = getattr(weights, '_metadata', {}).get('', {}).get(_POINTS)
+    if points is None:
+        raise ValueError(
+            f'{path} does not say of how many points it is the average: it was not written by SaveSWAModelCallback'
+        )
+    state = {'swa_model': weights, 'n_averaged': points['n_averaged'], 'master': {}}
+    return state, list(points['epochs'])
+
+
+def refuse_another_model(state: dict, model: nn.Module):
+    "Raise `ValueError` if the `state` of a running average is not one of `model`."
+    own = {plain_name(k): v for k, v in unwrap(model).state_dict().items()}
+    refuse_mismatch('average', state['swa_model'], own)
