@@ -1,5 +1,8 @@
-"""`SWACallback`: the running average of a fit, validated beside the model in training. Callbacks
-only wire; the mathematics is below."""
+"""`SWACallback`: the running average of a fit, validated beside the model in training.
+
+It only wires: the mathematics is in `averaging`, the passes in `passes`, what is said before the first step in
+`preflight`.
+"""
 
 import keyword
 import warnings
@@ -280,9 +283,10 @@ class SWACallback(FitCallback):
         fit = self._fit
         if not fit.trained or recorder_of(self.learn) is None:
             return
-        due = fit.folded and self.swa_eval_freq and (fit.n_epochs - 1) % self.swa_eval_freq == 0
-        due = fit.n_folds and (due or fit.epoch == self.n_epoch - 1)
-        self._log(self._evaluate() if due else [])
+        is_last = fit.epoch == self.n_epoch - 1
+        is_turn = fit.folded and self.swa_eval_freq and (fit.n_epochs - 1) % self.swa_eval_freq == 0
+        is_due = fit.n_folds and (is_turn or is_last)
+        self._log(self._evaluate() if is_due else [])
 
     def after_cancel_epoch(self):
         self._end_epoch()
@@ -645,9 +649,8 @@ class SaveSWAModelCallback(FitCallback, SaveModelCallback):
             file = join_path_file(name, self.learn.path / self.learn.model_dir, ext='.pth')
             self._swa.refresh()
             if not rank_distrib():
-                save_weights(
-                    file, weights_with_points(self._swa.swa_model, self._swa.n_averaged, self._swa.averaged_epochs)
-                )
+                swa = self._swa
+                save_weights(file, weights_with_points(swa.swa_model, swa.n_averaged, swa.averaged_epochs))
             self.last_saved_path = file
             return
         self._failed = True

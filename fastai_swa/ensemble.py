@@ -6,23 +6,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.callback.core import Callback, CancelBatchException
 from fastai.learner import Learner
 from fastcore.foundation import L, noop
 from torch import nn
 from torch.nn import functional as F
 
 from .checks import check_choice
-from .files import save_weights
 from .fitting import no_fit
 from .interrupts import uninterrupted, unwound_whole
+from .members import Combination, EachMember, Members
 from .modules import Kept, clean_copy, has_own_modes, unwrap
 from .passes import autocast_left
-from .probabilities import Probabilities, as_probabilities, features, vote
-from .samples import Samples, in_common
+from .probabilities import Probabilities, features
+from .samples import Overlaps, length
 from .state import not_copied
 from .views import lending
-from .weights import check_weights_file, load_into, read_index, weights_of, write_index
+from .weights import check_weights_file, load_into, read_index, replace_files, weights_of
 
 __all__ = ['Ensemble']
 
@@ -66,7 +65,7 @@ class Ensemble:
         self.epochs = []  # after which the members were kept, where that is known
         self.stacking = None  # the weights that `stack` found
         self._stacked_on = None  # the data set that it was fitted on
-        self._samples = {}  # id of a data set -> its Samples
+        self._overlaps = Overlaps()
         trained_on = None
         if isinstance(members, Ensemble):
             other, members = members, members.members
@@ -229,31 +228,13 @@ class Ensemble:
         """How many samples of `dl` are in some of the `training_sets`, `None` being the learner's,
         and in how many of these sets some are."""
         own = _training_set(self.learn)
-        found, n_sets = set(), 0
-        for data in training_sets:
-            common = self._common(dl, own if data is None else data)
-            found.update(common)
-            n_sets += bool(common)
-        return len(found), n_sets
-
-    def _common(self, dl, data) -> list[int]:
-        scored = getattr(dl, 'dataset', None)
-        if scored is None or data is None:
-            return []
-        return in_common(self._samples_of(scored, keep=False), self._samples_of(data))
-
-    def _samples_of(self, data, keep=True) -> Samples:
-        known = self._samples.get(id(data))
-        if known is not None and known.data is data and len(known) == _length(data):
-            return known
-        samples = Samples(data)
-        if keep:  # which also keeps the id
-            self._samples[id(data)] = samples
-        return samples
+        sets = [own if data is None else data for data in training_sets]
+        return self._overlaps.count(getattr(dl, 'dataset', None), sets)
 
     def _check_scored(self, dl):
         "Warn if a score on the samples of `dl` flatters."
-        n = _length(getattr(dl, 'dataset', None))
+        scored = getattr(dl, 'dataset', None)
+        n = length(scored)
         if n == 1:  # a prediction
             return
         n_found, n_members = self._in_training_sets(dl, self._trained_on)
@@ -263,7 +244,7 @@ class Ensemble:
                 'ensemble scores there flatters it',
                 stacklevel=2,
             )
-        n_found = len(self._common(dl, self._stacked_on)) if self.combine == 'stack' else 0
+        n_found, _ = self._overlaps.count(scored, [self._stacked_on] if self.combine == 'stack' else [])
         if n_found:
             warnings.warn(
                 f'stack() was fitted on {n_found} of the {n} samples: what the ensemble scores there flatters it',
@@ -284,26 +265,14 @@ class Ensemble:
         folder = Path(folder)
         # all are read before any is written: they may be of that folder
         weights = [weights_of(_source(m)) for m in self.members]
-        folder.mkdir(parents=True, exist_ok=True)
-        old = read_index(folder)['files'] if (folder / 'index.json').exists() else []
-        mark = '-b' if 'member-01.pth' in old else ''  # by turns, so that the index's own are never written over
-        files = [f'member-{i + 1:02}{mark}.pth' for i in range(len(weights))]
-        try:
-            for file, w in zip(files, weights):
-                save_weights(folder / file, w)
-            write_index(
-                folder,
-                files,
-                epochs=self.epochs,
-                combine=self.combine,
-                stacking=self.stacking,
-                activation=self.probabilities.kind,
-            )
-        finally:
-            is_written = (folder / 'index.json').exists() and read_index(folder)['files'] == files
-            for file in old if is_written else files:
-                if Path(file).name == file:  # of this folder
-                    (folder / file).unlink(missing_ok=True)
+        old, files = replace_files(
+            folder,
+            weights,
+            epochs=self.epochs,
+            combine=self.combine,
+            stacking=self.stacking,
+            activation=self.probabilities.kind,
+        )
         gone = {(folder / file).resolve() for file in old}
         for i, member in enumerate(self.members):  # one that was read from there is now where its copy is
             if isinstance(member, str | Path) and Path(member).resolve() in gone:
@@ -336,7 +305,7 @@ class Ensemble:
         """
         learn = self.learn
         modules = [self._module(i) for i in (range(len(self)) if which is None else which)]
-        members = _Members(modules, _Combination(self.probabilities, combine or self.combine, self.stacking))
+        members = Members(modules, Combination(self.probabilities, combine or self.combine, self.stacking))
 
         def check(dl, ds_idx):
             if warns:
@@ -355,7 +324,7 @@ class Ensemble:
         contexts = (
             _modes_kept(modules),
             autocast_left(),
-            learn.added_cbs(_EachMember(members)),
+            learn.added_cbs(EachMember(members)),
             no_fit(learn, reason, also=('save', 'export', 'load', 'create_opt')),
             _attributes(learn, model=members, get_preds=get_preds, validate=validate),
         )
@@ -400,164 +369,6 @@ def _modes_kept(members: list):
             kept.put_back()
 
 
-class _Members(nn.Module):
-    """In the place of a learner's model: one member at a time, as `_EachMember` says it; what they
-    give combined, where the learner's loop does not run."""
-
-    def __init__(self, members, combination):
-        super().__init__()
-        self.members, self.combination = nn.ModuleList(members), combination
-        self.at = None  # the member that it is
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:  # what callbacks ask the model for, such as its configuration
-            return getattr(super().__getattr__('members')[self.at or 0], name)
-
-    def train(self, mode: bool = True):
-        self.training = mode
-        for m in self.members:
-            m.train() if mode else m.eval()  # each by its own, as if it were alone
-        return self
-
-    def reset(self):
-        for m in self.members:
-            if hasattr(m, 'reset'):
-                m.reset()
-
-    def forward(self, *args, **kwargs):
-        if self.at is not None:
-            return _in_own_precision(self.members[self.at], args, kwargs)
-        return self.combination([one_tensor(_in_own_precision(m, args, kwargs), m) for m in self.members])
-
-
-class _EachMember(Callback):
-    """For each batch lets the learner's loop run once for each of `members`, up to the end of
-    `after_pred`, and combines what is `learn.pred` then.
-
-    The last one's run is the batch's own, which goes on with the combination. So each output takes
-    the way of the learner's own model, through its mixed precision and what else its callbacks do
-    to predictions; `before_batch` and what follows the predictions come once.
-    """
-
-    order = float('inf')  # after all that prepares a batch, and all that changes a prediction
-
-    def __init__(self, members):
-        self.members = members
-        self._outputs = []  # of the batch under way
-        self._is_last = True  # is the run under way the batch's own?
-
-    def __call__(self, event_name):  # fastai's would put the errors of members into other words
-        if event_name not in ('before_batch', 'after_pred', 'after_loss', 'after_cancel_batch', 'after_batch'):
-            return
-        if unwrap(self.learn.model) is self.members:  # else within another ensemble's prediction
-            getattr(self, event_name)()
-
-    def before_batch(self):
-        n = len(self.members.members)
-        self._outputs = []
-        self._is_last = False
-        try:
-            for i in range(n - 1):
-                self.members.at = i
-                self._run()
-        finally:
-            self._is_last = True
-            self.members.at = None
-        self.members.at = n - 1
-
-    def _run(self):
-        try:
-            self.learn._do_one_batch()
-        except (_NextMember, CancelBatchException):  # the latter: a callback that wants no loss
-            self._gather()
-
-    def _gather(self):
-        self._outputs.append(one_tensor(self.learn.pred, self.members.members[self.members.at]))
-
-    def after_pred(self):
-        if not self._is_last:
-            raise _NextMember
-        self._combine()
-
-    def after_loss(self):
-        "A callback may have put a loss of its own in the place, which is the last member's."
-        learn = self.learn
-        if len(self.members.members) > 1 and len(learn.yb):
-            learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
-            learn.loss = learn.loss_grad.clone()
-
-    def after_cancel_batch(self):
-        if self.members.at is not None:  # cancelled after the prediction, before it came here
-            self._combine()
-
-    def after_batch(self):
-        self.members.at = None
-
-    def _combine(self):
-        if len(self._outputs) < len(self.members.members):
-            self._gather()
-            self.learn.pred = self.members.combination(self._outputs)
-
-
-class _NextMember(Exception):
-    "The prediction of one member is there."
-
-
-class _Combination:
-    "Makes of several outputs one such that the activation makes the combined probabilities of it."
-
-    def __init__(self, probabilities: Probabilities, combine: str, stacking: dict | None):
-        self.probabilities, self.combine, self.stacking = probabilities, combine, stacking
-
-    def __call__(self, outputs: list):
-        for i, o in enumerate(outputs):
-            if o.shape != outputs[0].shape:
-                raise ValueError(
-                    f'member {i} predicts {tuple(o.shape)}, member 0 {tuple(outputs[0].shape)}: they cannot be combined'
-                )
-        if len(outputs) == 1 and self.combine != 'stack':
-            return outputs[0]
-        probabilities = self.probabilities
-        mean = probabilities.mean(outputs)
-        if self.combine == 'mean':
-            return mean
-        ps = torch.stack([probabilities.of(o) for o in outputs])
-        if self.combine == 'vote':
-            return probabilities.log(vote(ps, probabilities.of(mean), probabilities))
-        weights = torch.tensor(self.stacking['weights'], dtype=torch.float32, device=mean.device)
-        bias = torch.tensor(self.stacking['bias'], dtype=torch.float32, device=mean.device)
-        scores = (features(ps).float() @ weights.T + bias).view_as(mean)
-        return scores if probabilities.kind == 'none' else probabilities.log(as_probabilities(scores, probabilities))
-
-
-def one_tensor(output, model) -> torch.Tensor:
-    "An output in float32 at least. Raises `TypeError` for what is not one tensor."
-    if not isinstance(output, torch.Tensor):
-        raise TypeError(
-            f'members must give one tensor, and {type(model).__name__} gives a {type(output).__name__}: let a callback '
-            'of the learner take it apart, as in `def after_pred(self): self.learn.pred = self.pred[0]`'
-        )
-    return output.to(torch.promote_types(output.dtype, torch.float32))
-
-
-def _in_own_precision(member, args, kwargs):
-    "What `member` gives for inputs in the precision of its own weights."
-    dtype = next((p.dtype for p in member.parameters() if p.is_floating_point()), torch.float32)
-    return member(*_cast(args, dtype), **_cast(kwargs, dtype))
-
-
-def _cast(o, dtype):
-    if isinstance(o, torch.Tensor):
-        return o.to(dtype) if o.is_floating_point() else o
-    if type(o) in (tuple, list):
-        return type(o)(_cast(x, dtype) for x in o)
-    if type(o) is dict:
-        return {k: _cast(v, dtype) for k, v in o.items()}
-    return o
-
-
 def _stacking_targets(preds, targets, kind):
     "Targets of shape (n, outputs) for predictions of shape (members, n, ...)."
     if not isinstance(targets, torch.Tensor):
@@ -581,10 +392,6 @@ def _source(member):
 
 def _training_set(member):
     return getattr(getattr(member, 'dls', None), 'train_ds', None) if isinstance(member, Learner) else None
-
-
-def _length(data) -> int | None:
-    return len(data) if hasattr(data, '__len__') else None
 
 
 def _marks(source):

@@ -10,7 +10,7 @@ from torch.utils.data import Subset
 
 from .randomness import objects_kept
 
-__all__ = ['Samples', 'in_common']
+__all__ = ['Samples', 'Overlaps', 'in_common', 'length']
 
 _N_LOOKED_AT = 8  # samples that are loaded to see whether equal numbers mean equal samples
 _N_ROWS = 1000  # of frames, likewise
@@ -96,6 +96,41 @@ def in_common(a: Samples, b: Samples) -> list[int]:
         return sorted(i for i, _ in pairs)
     equal = [i for key, i in a.contents.items() if key in b.contents]
     return sorted(equal) if len(equal) > _FEW * len(a) else []
+
+
+class Overlaps:
+    "Which samples of a data set are in others; what is known of these is kept."
+
+    def __init__(self):
+        self._known = {}  # id of a data set -> its Samples, which keep the data set and so its id
+
+    def count(self, scored, sets) -> tuple[int, int]:
+        """How many samples of the data set `scored` are in some of the data `sets`, and in how many
+        of these some are; of what is `None` nothing is known.
+        """
+        found, n_sets = set(), 0
+        if scored is None:
+            return 0, 0
+        for data in sets:
+            if data is None:
+                continue
+            common = in_common(self._samples(scored, keep=False), self._samples(data, keep=True))
+            found.update(common)
+            n_sets += bool(common)
+        return len(found), n_sets
+
+    def _samples(self, data, keep) -> Samples:
+        known = self._known.get(id(data))
+        if known is not None and known.data is data and len(known) == length(data):
+            return known
+        samples = Samples(data)
+        if keep:
+            self._known[id(data)] = samples
+        return samples
+
+
+def length(data) -> int | None:
+    return len(data) if hasattr(data, '__len__') else None
 
 
 def _base(data):

@@ -17,9 +17,10 @@ from .averaging import WeightAverage
 from .batchnorm import tracked_bn, update_bn
 from .checks import check_count
 from .columns import complete_row, insert_columns, plain_values, recorder_of
-from .ensemble import Ensemble, one_tensor
+from .ensemble import Ensemble
 from .files import InUse, Lock, save_weights
 from .fitting import FitCallback, SideWork, locked_for
+from .members import one_tensor
 from .modules import clean_copy, set_modes
 from .passes import copied_measures, refresh_bn, refreshable
 from .probabilities import Probabilities

@@ -7,10 +7,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .files import write_text
+from .files import save_weights, write_text
 from .modules import in_train_mode, plain_name, unwrap, written_in_train_mode
 
-__all__ = ['check_weights_file', 'load_into', 'read_index', 'weights_of', 'write_index']
+__all__ = [
+    'check_weights_file',
+    'load_into',
+    'read_index',
+    'read_weights',
+    'replace_files',
+    'weights_of',
+    'write_index',
+]
 
 _FORMAT = 'fastai_swa ensemble 1'
 
@@ -105,3 +113,27 @@ def read_index(folder: Path) -> dict:
     if not isinstance(index, dict) or index.get('format') != _FORMAT:
         raise ValueError(f'{file} is damaged, or it is no index of an ensemble')
     return index
+
+
+def replace_files(folder: Path, weights: list[dict], **content) -> tuple[list[str], list[str]]:
+    """Write `weights`, a file each, and their index with `content` into `folder`; what another index
+    named there goes. Returns the names of the files that were there, and of those that are.
+
+    The index comes last, in one step, and the files get other names than those it named until then:
+    whatever happens, the folder holds what it held, or all that is new. Raises `OSError` if
+    something cannot be written, `ValueError` if there is an index of something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    old = read_index(folder)['files'] if (folder / 'index.json').exists() else []
+    mark = '-b' if 'member-01.pth' in old else ''  # by turns
+    files = [f'member-{i + 1:02}{mark}.pth' for i in range(len(weights))]
+    try:
+        for file, w in zip(files, weights):
+            save_weights(folder / file, w)
+        write_index(folder, files, **content)
+    finally:
+        is_written = (folder / 'index.json').exists() and read_index(folder)['files'] == files
+        for file in old if is_written else files:
+            if Path(file).name == file:  # of this folder
+                (folder / file).unlink(missing_ok=True)
+    return old, files

@@ -957,13 +957,13 @@ def test_ctrl_c_at_any_line_of_the_way_in_and_out_leaves_the_learner_as_it_was()
 
 
 def test_a_save_over_an_ensemble_that_fails_leaves_the_old_one_whole(tmp_path, monkeypatch):
-    from fastai_swa import ensemble
+    from fastai_swa import weights as files
 
     learn = learner()
     old, new = ([net() for _ in range(3)] for _ in range(2))
     Ensemble(old, learn).save(tmp_path)
     before = sorted(p.name for p in tmp_path.iterdir())
-    save, calls = ensemble.save_weights, []
+    save, calls = files.save_weights, []
 
     def full(file, weights):
         calls.append(file)
@@ -971,7 +971,7 @@ def test_a_save_over_an_ensemble_that_fails_leaves_the_old_one_whole(tmp_path, m
             raise OSError(28, 'No space left on device')
         save(file, weights)
 
-    monkeypatch.setattr(ensemble, 'save_weights', full)
+    monkeypatch.setattr(files, 'save_weights', full)
     with pytest.raises(OSError, match='No space left'):
         Ensemble(new, learn).save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
