@@ -32,7 +32,7 @@ def main(argv=None):
     p.add_argument('--lr', type=float, default=0.1, help='initial learning rate')
     p.add_argument('--swa-lr', type=float, help='learning rate while averaging (default: half of --lr)')
     p.add_argument(
-        '--swa-start', type=_int_or_float, default=0.5, help='first epoch folded, from 0, or a share of the epochs'
+        '--swa-start', type=_int_or_float, default=0.5, help='first epoch averaged, from 0, or a share of the epochs'
     )
     p.add_argument('--bs', type=_positive, help='batch size (default: 32 on digits, 64 on images)')
     p.add_argument(

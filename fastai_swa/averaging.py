@@ -153,7 +153,7 @@ class WeightAverage:
 
     @property
     def swa_model(self) -> nn.Module:
-        "The module that holds the average of all points folded."
+        "The module that holds the average of all points."
         self.settle()
         return self._swa_model
 
@@ -169,7 +169,7 @@ class WeightAverage:
         return self._exchange is not None and self._exchange.is_out
 
     def update(self, model: nn.Module):
-        """Fold the weights of `model` into the average. Nothing is read back from the device.
+        """Take the weights of `model` into the average. Nothing is read back from the device.
 
         Raises `ValueError` before anything changes if the parameters of `model` no longer match the
         average's, naming them, or if `weight` gives something outside [0, 1]; `RuntimeError` while
@@ -217,7 +217,7 @@ class WeightAverage:
         """Merge the open block of points into the average, so that the module that is `swa_model`
         holds the average of all.
 
-        - `model`: the model folded last, as it was then. All its plain attributes are taken over;
+        - `model`: the model averaged last, as it was then. All its plain attributes are taken over;
           `update` passes over those of PyTorch's own layers with parameters, which are settings
           that no training changes.
         """
@@ -262,7 +262,7 @@ class WeightAverage:
         return self._linked
 
     def release(self):
-        """Forget the model folded last and the memory for blocks, so that the average alone does
+        """Forget the model averaged last and the memory for blocks, so that the average alone does
         not keep them; the next `update` links again."""
         self.settle()
         self._linked = None

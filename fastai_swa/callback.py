@@ -71,13 +71,13 @@ class SWACallback(FitCallback):
 
     Training itself is left exactly as it is. The columns `swa_valid_loss` and `swa_<metric>` are
     added to the learner's table, `nan` in epochs that did not validate the average. A later fit
-    starts a new average at its first fold; until then the old one stays. With `every=k` it is the
-    weights after each k-th optimizer step that are folded, and `averaged_epochs` are the epochs
+    starts a new average at its first averaged epoch; until then the old one stays. With `every=k` it is the
+    weights after each k-th optimizer step that are averaged, and `averaged_epochs` are the epochs
     with such steps. Several averages are kept in one fit by callbacks of different `name`s, which
     is then also what their columns begin with. Izmailov et al. 2018, "Averaging Weights Leads to
     Wider Optima and Better Generalization", Algorithm 1.
 
-    What the averaging does beside the training and cannot do (a pass, a validation, a fold) is a
+    What the averaging does beside the training and cannot do (to average, a pass, a validation) is a
     warning and leaves `nan`; training goes on. Raises `TypeError` or `ValueError`, naming the
     argument, for one that cannot be used, at the latest before the first step.
     """
@@ -89,14 +89,14 @@ class SWACallback(FitCallback):
 
     def __init__(
         self,
-        swa_start=0.75,  # int: index from 0 of the first epoch folded. float in [0, 1): that share of the fit
+        swa_start=0.75,  # int: index from 0 of the first epoch averaged. float in [0, 1): that share of the fit
         swa_model: nn.Module = None,  # module to average into; default: a clean copy of the learner's model
-        cycle_len: int = 1,  # fold at the end of epoch `swa_start` and of every `cycle_len`-th after it
-        # validate the average at its 1st, (1+f)th, (1+2f)th ... fold and in the last epoch; 0: last only
+        cycle_len: int = 1,  # average the weights of epoch `swa_start` and of every `cycle_len`-th after it
+        # validate the average with its 1st, (1+f)th, (1+2f)th ... point and in the last epoch; 0: last only
         swa_eval_freq: int = 1,
         bn_batches: int = None,  # training batches used to refresh batch norm; None: the whole training set
         weight=equal,  # function from `n_averaged` to the weight of the new point: `equal`, `ema(decay)` or another
-        # fold every so many optimizer steps, from the start of epoch `swa_start` on, instead of at the ends of epochs
+        # average after every so many optimizer steps, from epoch `swa_start` on, instead of at the ends of epochs
         every: int = None,
         # `learn.<name>`, and what the columns begin with; several averages in one fit have different ones
         name: str = 'swa',
@@ -151,7 +151,7 @@ class SWACallback(FitCallback):
     @property
     def swa_model(self) -> nn.Module | None:
         """The module that holds the average, with plain state-dict keys; `None` (or the one passed)
-        before the first fold.
+        before the first averaged epoch.
         """
         return self._given if self._average is None else self._average.running.swa_model
 
@@ -162,7 +162,7 @@ class SWACallback(FitCallback):
 
     @property
     def averaged_epochs(self) -> list[int]:
-        """The epochs folded, counted from 0; where an earlier average was gone on with, those of
+        """The epochs averaged, counted from 0; where an earlier average was gone on with, those of
         its fit come first.
         """
         return [] if self._average is None else list(self._average.epochs)
@@ -200,7 +200,7 @@ class SWACallback(FitCallback):
         self._average.running.copy_to(learn.model)
 
     def refresh(self):
-        """Refresh the batch-norm statistics of `swa_model` now, if the weights folded last have not
+        """Refresh the batch-norm statistics of `swa_model` now, if the weights averaged last have not
         had that yet.
         """
         learn = self._existing('refresh')
@@ -211,7 +211,7 @@ class SWACallback(FitCallback):
     def __repr__(self):
         if self._average is None:
             start = f'epoch {self.swa_start}' if isinstance(self.swa_start, int) else f'{self.swa_start:g} of the fit'
-            return f'SWACallback: nothing averaged yet; folds from {start} on'
+            return f'SWACallback: nothing averaged yet; averages from {start} on'
         epochs = _ranges(self._average.epochs)
         unit, of = ('step', f'epochs {epochs}') if self.every else ('epoch', epochs)
         plural = '' if self.n_averaged == 1 else 's'
@@ -321,7 +321,7 @@ class SWACallback(FitCallback):
     def _fold(self, if_finite=False):
         "Fold the model in training; if that fails, the average is as it was."
         fit, model = self._fit, unwrap(self.learn.model)
-        with fit.side.attempt(f'folding the weights into {self._what}', 'they are left out of it'):
+        with fit.side.attempt(f'taking the weights into {self._what}', 'they are left out of it'):
             if if_finite and not all_finite(model.parameters()):
                 self._say_infinite()
                 return
@@ -525,7 +525,7 @@ class SWACallback(FitCallback):
                 f'{fit.start} on and averages nothing'
             )
         return (
-            f'swa_start={self.swa_start} was not reached: epoch {fit.start} (from 0) would be the first one folded, so '
+            f'swa_start={self.swa_start} was not reached: epoch {fit.start} (from 0) would be the first one averaged, so '
             f'this fit of {self.n_epoch} epochs averages nothing'
         )
 

@@ -26,7 +26,7 @@ __all__ = [
 
 def plot_swa(recorder: Recorder, axs=None):
     """Loss and each metric of the last fit over its epochs, for the model in training and for its
-    average; folded epochs marked.
+    average; averaged epochs marked.
 
     - `recorder`: a learner's `Recorder`, or the learner.
     - `axs`: one axes for the loss and one for each metric; made if `None`.
@@ -67,7 +67,7 @@ def plot_swa(recorder: Recorder, axs=None):
                 color='0.25',
                 ms=5,
                 transform=ax.get_xaxis_transform(),
-                label='folded into the average' if i == 0 else None,
+                label='averaged' if i == 0 else None,
             )
         ax.set(xlabel='epoch', ylabel=title.replace('_', ' '))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))

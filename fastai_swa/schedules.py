@@ -6,7 +6,7 @@ __all__ = ['start_epoch', 'swa_lr_factor', 'snapshot_lr_factor', 'fge_lr_factor'
 
 
 def start_epoch(swa_start, n_epoch: int) -> int:
-    """Index from 0 of the first epoch that is folded: `swa_start` itself, or, for a float, that
+    """Index from 0 of the first epoch that is averaged: `swa_start` itself, or, for a float, that
     share of `n_epoch` epochs.
 
     A share is rounded up to whole epochs (up to float error: 0.1 of 30 is 3) and always leaves the
@@ -33,7 +33,7 @@ def swa_lr_factor(epoch: int, step: int, n_steps: int, swa_start: int, swa_lr, c
 
     A pair `(hi, lo)` goes to `hi` in the same way. From the cycle that ends with epoch `swa_start`
     on, each `cycle_len` epochs fall from `hi` to `lo` in a straight line, a step at a time,
-    reaching `lo` in the last step before each fold: step i of the c steps of a cycle, from 1, has
+    reaching `lo` in the last step before each averaged point: step i of the c steps of a cycle, from 1, has
     `(1 - i/c) hi + (i/c) lo` (Izmailov et al. 2018, equation 2; the paper counts epochs from 1).
     """
     hi, lo = swa_lr if isinstance(swa_lr, tuple | list) else (swa_lr, None)

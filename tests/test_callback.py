@@ -807,7 +807,7 @@ def test_the_callback_remembers_its_learner_weakly():
 
 def test_repr_says_what_was_averaged_and_what_to_call():
     swa = SWACallback(swa_start=1)
-    assert repr(swa) == 'SWACallback: nothing averaged yet; folds from epoch 1 on'
+    assert repr(swa) == 'SWACallback: nothing averaged yet; averages from epoch 1 on'
     learner().fit(4, cbs=swa)
     assert (
         repr(swa)

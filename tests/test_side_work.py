@@ -96,7 +96,7 @@ def test_a_fold_that_fails_leaves_the_average_as_before_and_the_row_nan():
         return 1 / (n + 1)
 
     snaps, swa = Snapshots(), SWACallback(0, weight=weight)
-    with pytest.warns(UserWarning, match='folding the weights into the average failed.*no weight'):
+    with pytest.warns(UserWarning, match='taking the weights into the average failed.*no weight'):
         learn = trained(snaps, swa)
     assert swa.averaged_epochs == [0, 1] and swa.n_averaged == 2
     assert_close(parameters(swa.swa_model), twins.mean(snaps.weights[:2]))
@@ -114,7 +114,7 @@ def test_a_model_that_cannot_be_copied_at_the_first_fold_does_not_end_the_fit():
         cb.learn.model.handle = open('/dev/null')  # noqa: SIM115
 
     swa = SWACallback(2)
-    with pytest.warns(UserWarning, match='folding the weights'):
+    with pytest.warns(UserWarning, match='taking the weights'):
         trained(swa, At('before_train', 1, uncopyable))
     assert swa.n_averaged == 0
 

@@ -65,7 +65,7 @@ class Recipe:
     budget: int
     lr: float
     swa_lr: float
-    swa_start: int  # index from 0 of the first epoch folded
+    swa_start: int  # index from 0 of the first epoch averaged
     wd: float
     stats: tuple = CIFAR_STATS  # mean and standard deviation that the images are normalised by
     padding: str | None = 'constant'  # or 'reflect'; None: no augmentation
@@ -104,7 +104,7 @@ def sgd_lr(recipe: Recipe, epoch: int, n_epoch: int) -> float:
 
 
 def swa_lr(recipe: Recipe, epoch: int) -> float:
-    """The SWA run's learning rate in `epoch`: the same curve over the epochs before the first fold,
+    """The SWA run's learning rate in `epoch`: the same curve over the epochs before the first averaged one,
     down to `recipe.swa_lr`; or that all along.
     """
     if recipe.fixed_lr:
@@ -143,13 +143,13 @@ class Beside:
 class Run:
     """One fit of a recipe.
 
-    An SGD run folds its last epoch alone: this "average" of one point is its end with the batch
+    An SGD run averages its last epoch alone: this "average" of one point is its end with the batch
     norm refreshed, a control.
     """
 
     name: str
     lrs: tuple  # the learning rate of each epoch: a number, or something to be called with step and number of steps
-    swa_start: int  # the first epoch folded, from 0
+    swa_start: int  # the first epoch averaged, from 0
     snapshots: tuple[int, int] | None = None  # the first epoch of a snapshot, and the epochs from one to the next
     beside: tuple[Beside, ...] = ()
     swa_eval_freq: int = 1
