@@ -525,8 +525,8 @@ class SWACallback(FitCallback):
                 f'{fit.start} on and averages nothing'
             )
         return (
-            f'swa_start={self.swa_start} was not reached: epoch {fit.start} (from 0) would be the first one averaged, so '
-            f'this fit of {self.n_epoch} epochs averages nothing'
+            f'swa_start={self.swa_start} was not reached: epoch {fit.start} (from 0) would be the first one averaged, '
+            f'so this fit of {self.n_epoch} epochs averages nothing'
         )
 
     # before the first step
