@@ -1,5 +1,4 @@
-"""A model as a point of weight space, the solutions that lie there, and loss and metrics at any
-points, by the learner's own loop."""
+"""A model as a point of weight space, and the solutions that lie there."""
 
 import hashlib
 import warnings
@@ -12,26 +11,23 @@ import numpy as np
 import torch
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
-from fastprogress.fastprogress import progress_bar
 from torch import nn
 
-from .averaging import WeightAverage, lent
-from .callback import SWACallback
-from .checks import check_count, check_numbers
-from .ensemble import Ensemble
-from .interrupts import uninterrupted, unwound_whole
-from .modules import clean_copy, in_train_mode, modes_of, plain_name, set_modes, to_train_form, unwrap
-from .passes import PassCancelled, kept_batches, refresh_bn, refreshable, untouched, validate_aside
-from .processes import Processes
-from .snapshots import SnapshotCallback
-from .state import loaders, not_copied
-from .surfaces import MemoryRows, PointFile
-from .weights import load_into
+from ..averaging import WeightAverage
+from ..callback import SWACallback
+from ..checks import check_count, check_numbers
+from ..ensemble import Ensemble
+from ..interrupts import uninterrupted
+from ..modules import clean_copy, in_train_mode, modes_of, plain_name, set_modes, to_train_form, unwrap
+from ..passes import refreshable
+from ..processes import Processes
+from ..snapshots import SnapshotCallback
+from ..state import not_copied
+from ..weights import load_into
 
 __all__ = [
     'Space',
     'named_solutions',
-    'measured',
     'weighted_sum',
     'modes_put_back',
     'fingerprints',
@@ -184,75 +180,6 @@ def weighted_sum(vectors, shares) -> torch.Tensor:
     return res
 
 
-def measured(
-    space,
-    kind,
-    about,
-    points,
-    at,
-    sets=('train', 'valid'),  # on which data: 'train', 'valid' or both
-    bn_batches: int = None,  # training batches used to refresh batch norm at each point; None: the whole training set
-    train_batches: int = None,  # training batches that the 'train' columns are of; None: the whole training set
-    # of all that is drawn: directions, and order and augmentation of training samples, which are
-    # the same at each point
-    seed: int = 0,
-    file=None,  # gets a line for each point as it is measured; the same call goes on with a file that is not complete
-    progress=None,  # called with the numbers of points done and of all before each, instead of a progress bar
-):
-    """A surface of class `kind`, with loss and metrics at each of the `points`. `at(i)` gives
-    weights and buffers of point i.
-
-    At each point batch norm is refreshed as a `SWACallback` does it, and the learner's own loop
-    validates, with all its callbacks that do not record, show or steer training. Batches are drawn
-    once and kept, if they are not more than a GiB. The learner is afterwards as it was, also after
-    an error or Ctrl-C: weights, statistics, modes, optimizer, callbacks and all random generators.
-    """
-    learn, sets = space.learn, _check_sets(sets)
-    if 'valid' in sets and len(loaders(learn)) < 2:
-        raise ValueError("sets='valid' needs a validation set, and the learner has none: sets='train'")
-    bn_batches = check_count('bn_batches', bn_batches, optional=True)
-    train_batches = check_count('train_batches', train_batches, optional=True)
-    columns = [f'{ds}_{name}' for ds in sets for name in _measures(learn)] + ['norm']
-    spec = {
-        'kind': about['kind'],
-        **about['spec'],
-        'columns': columns,
-        'bn_batches': bn_batches,
-        'train_batches': train_batches,
-        'seed': check_count('seed', seed, least=0),
-        'data': [_size(dl) for dl in loaders(learn)[: 1 + ('valid' in sets)]],
-    }
-    surface = kind(about | {'columns': columns, 'spec': spec}, points)
-    rows = MemoryRows(surface) if file is None else PointFile(file, surface)
-    try:
-        todo, remarks = np.flatnonzero(~rows.surface.is_measured).tolist(), {}
-        bar = progress_bar(todo) if space.shows_progress and progress is None else todo
-        names = refreshable(learn)  # asked while the learner is as it stands
-        # each pass puts the generators back, so that all begin the same
-        with unwound_whole(), untouched(learn, seed), in_train_mode(learn.model):
-            batches = _Batches(learn, names, sets, bn_batches, train_batches) if todo else None
-            for done, i in enumerate(bar, len(points) - len(todo)):
-                if progress is not None:
-                    progress(done, len(points))
-                weights, buffers = at(i)
-                space.put(weights, buffers)
-                with lent(space.scratch, learn.model), modes_put_back(learn.model):
-                    # here, so that what it merges is merged once: passes put attributes back, not weights
-                    learn.model.eval()
-                    row = _measure(learn, names, batches, remarks)
-                rows.add(i, row | {'norm': _norm(weights)})
-    except PassCancelled:
-        raise RuntimeError(
-            'a callback of the learner cancels validations or batch-norm passes: remove it first'
-        ) from None
-    finally:
-        rows.close()
-    for what, sentence in remarks.items():
-        if what != 'infinite':  # far from the solutions that is no surprise, and the loss shows it
-            warnings.warn(sentence)
-    return rows.surface
-
-
 @contextmanager
 def modes_put_back(model):
     """At the end of this context `model` is put in the modes it had at its start, by its modules'
@@ -267,59 +194,9 @@ def modes_put_back(model):
             set_modes(model, modes)
 
 
-class _Batches:
-    "What is run through the model at each point: for batch norm, and for each of the `sets`."
-
-    def __init__(self, learn, names, sets, bn_batches, train_batches):
-        wanted = [bn_batches] * bool(names) + [train_batches] * ('train' in sets)
-        training = {n: kept_batches(learn, n) for n in dict.fromkeys(wanted)}  # for both the same, if as many
-        self.bn = training.get(bn_batches)
-        self.sets = {ds: training[train_batches] if ds == 'train' else kept_batches(learn, train=False) for ds in sets}
-
-
-def _measure(learn, names, batches, remarks) -> dict:
-    if names:
-        remarks |= refresh_bn(learn, names, None, in_fit=False, dl=batches.bn).remarks
-    row = {}
-    for ds, dl in batches.sets.items():
-        values = validate_aside(learn, dl, in_fit=False)
-        row |= {f'{ds}_{name}': _number(v) for name, v in zip(_measures(learn), values)}
-    return row
-
-
-def _measures(learn) -> list[str]:
-    "'loss' and the names of the metrics, numbered where two have the same."
-    names = ['loss', *(m.name for m in learn.metrics)]
-    return [name if names.index(name) == i else f'{name}_{names[: i + 1].count(name)}' for i, name in enumerate(names)]
-
-
-def _norm(weights):
-    return float(torch.linalg.vector_norm(weights, dtype=None if weights.device.type == 'mps' else torch.float64))
-
-
-def _number(v):
-    try:
-        return float(v)
-    except (TypeError, ValueError):
-        return float('nan')  # a metric may give anything
-
-
-def _size(dl):
-    "Samples, if that is known, and batch size."
-    n = getattr(dl, 'n', None) or (len(dl.dataset) if hasattr(getattr(dl, 'dataset', None), '__len__') else None)
-    return [n, getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)]
-
-
 def fingerprints(vectors: dict) -> list:
     "Pairs of a name and a fingerprint, in their order."
     return [[name, hashlib.sha256(w.numpy().data).hexdigest()[:16]] for name, w in vectors.items()]
-
-
-def _check_sets(sets):
-    sets = (sets,) if isinstance(sets, str) else tuple(sets)
-    if sets not in (('train',), ('valid',), ('train', 'valid'), ('valid', 'train')):
-        raise ValueError(f"sets must be 'train', 'valid' or both, not {sets!r}")
-    return sets
 
 
 def check_ts(ts, low=-float('inf'), high=float('inf')) -> list[float]:

@@ -16,19 +16,19 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import nn
 
-from .averaging import all_finite, lent
-from .callback import SWACallback
-from .checkpoint import CheckpointCallback
-from .checks import check_choice, check_count, check_not_negative, check_positive
-from .columns import recorder_of
-from .files import read, write
+from ..averaging import all_finite, lent
+from ..callback import SWACallback
+from ..checkpoint import CheckpointCallback
+from ..checks import check_choice, check_count, check_not_negative, check_positive
+from ..columns import recorder_of
+from ..files import read, write
+from ..interrupts import uninterrupted, unwound_whole
+from ..modules import in_train_mode, named_tensors, plain_name, unwrap
+from ..passes import concerns_training, untouched
 from .geometry import CURVES, arc_lengths, inner_products
-from .interrupts import uninterrupted, unwound_whole
-from .landscape import line
-from .modules import in_train_mode, named_tensors, plain_name, unwrap
-from .passes import concerns_training, untouched
+from .measure import line, measured
+from .space import Space, check_ts, fingerprints, modes_put_back, named_solutions, weighted_sum
 from .surfaces import Profile
-from .weight_space import Space, check_ts, fingerprints, measured, modes_put_back, named_solutions, weighted_sum
 
 __all__ = ['Curve']
 
