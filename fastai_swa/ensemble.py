@@ -20,6 +20,7 @@ from .modules import Kept, clean_copy, has_own_modes, unwrap
 from .passes import autocast_left
 from .probabilities import Probabilities, as_probabilities, features, vote
 from .samples import Samples, in_common
+from .solutions import by_epoch, gathered, source_of
 from .state import not_copied
 from .views import lending
 from .weights import check_weights_file, load_into, read_index, weights_of, write_index
@@ -32,7 +33,9 @@ class Ensemble:
 
     - `members`: a list of learners, modules, state dicts and paths to these (what
       `learn.save(with_opt=False)` or `torch.save` wrote), of one architecture or several; the
-      folder that `fit_snapshots`, `fit_fge` or `save` wrote; or another `Ensemble`.
+      folder that `fit_snapshots`, `fit_fge` or `save` wrote; or another `Ensemble`. Also what has
+      `solutions()`, such as a `SWACallback` for its `swa_model` as it is; such and folders may be
+      in the list, too, which may be a dict.
     - `learn`: the learner whose data, loss and metrics serve; default: the first learner among the
       members. State dicts are of its architecture, unless `archs` gives a module for each member.
       Its callbacks see the output of each member as they see its own model's: where one takes an
@@ -83,8 +86,8 @@ class Ensemble:
             members = [folder / file for file in index['files']]
             if not members:
                 raise ValueError(f'{folder} has no models yet: the fit that writes there has not come to one')
-        elif isinstance(members, str | Path | nn.Module | Learner | dict):
-            members = [members]
+        else:
+            members = gathered(members).values()
         self.members = list(members)
         if not self.members:
             raise ValueError('members is empty: an ensemble needs one model at least')
@@ -134,6 +137,12 @@ class Ensemble:
         res._trained_on = pick(self._trained_on)
         res.epochs = pick(self.epochs) if len(self.epochs) == len(self) else []
         return res
+
+    def solutions(self) -> dict:
+        """Name -> member, called by the epoch after which it was kept, where that is known, else by its
+        file or number: so `rays`, `Curve`, `average_checkpoints` and other ensembles take this one.
+        """
+        return by_epoch(self.members, self.epochs)
 
     def __repr__(self):
         epochs = f', of the epochs {", ".join(map(str, self.epochs))}' if self.epochs else ''
@@ -283,7 +292,7 @@ class Ensemble:
         """
         folder = Path(folder)
         # all are read before any is written: they may be of that folder
-        weights = [weights_of(_source(m)) for m in self.members]
+        weights = [weights_of(source_of(m)) for m in self.members]
         folder.mkdir(parents=True, exist_ok=True)
         old = read_index(folder)['files'] if (folder / 'index.json').exists() else []
         mark = '-b' if 'member-01.pth' in old else ''  # by turns, so that the index's own are never written over
@@ -319,7 +328,7 @@ class Ensemble:
     # members
 
     def _module(self, i) -> nn.Module:
-        source = _source(self.members[i])
+        source = source_of(self.members[i])
         if isinstance(source, nn.Module):
             return unwrap(source)
         module = clean_copy(self.learn.model if self.archs[i] is None else self.archs[i], not_copied(self.learn))
@@ -327,7 +336,7 @@ class Ensemble:
 
     def _version(self):
         "What changes when the ensemble would predict with something else. (Not what is in files.)"
-        return [_marks(_source(m)) for m in self.members], self.combine, repr(self.stacking)
+        return [_marks(source_of(m)) for m in self.members], self.combine, repr(self.stacking)
 
     @contextmanager
     def _in_learner(self, which=None, combine: str | None = None, warns: bool = True):
@@ -572,11 +581,6 @@ def _stacking_targets(preds, targets, kind):
             f'shape {tuple(targets.shape)}'
         )
     return F.one_hot(classes.long(), preds.shape[-1])
-
-
-def _source(member):
-    "What a member's weights are in: a module, a state dict or a path."
-    return member.model if isinstance(member, Learner) else member
 
 
 def _training_set(member):

@@ -14,9 +14,9 @@ from .callback import SWACallback, is_learners_own
 from .checks import check_count, check_positive
 from .ensemble import Ensemble
 from .landscape import figures, line, plane, rays
-from .landscape.space import named_solutions
 from .schedules import fge_epochs, fge_lr_factor, snapshot_lr_factor, start_epoch, swa_lr_factor
 from .snapshots import SnapshotCallback
+from .solutions import has_solutions, named_solutions
 
 __all__ = ['EpochScheduler']
 
@@ -219,7 +219,7 @@ def plot_plane(
     """Draw loss or metric in the plane through three solutions; returns the axes. Raises what
     `plane` raises.
     """
-    if isinstance(solutions, SnapshotCallback | Ensemble):
+    if has_solutions(solutions):
         path = named_solutions(solutions)
         names = list(path)
         if len(path) > 3:

@@ -10,9 +10,20 @@ from torch import nn
 from .files import write_text
 from .modules import in_train_mode, plain_name, unwrap, written_in_train_mode
 
-__all__ = ['check_weights_file', 'load_into', 'read_index', 'weights_of', 'write_index']
+__all__ = ['NoSolution', 'check_weights_file', 'load_into', 'read_index', 'weights_of', 'write_index']
 
 _FORMAT = 'fastai_swa ensemble 1'
+
+
+class NoSolution(ValueError):
+    "There are no weights yet: who lacks them, and what is lacking, as in 'average', 'has averaged nothing yet'."
+
+    def __init__(self, who, lack: str):
+        super().__init__(who, lack)
+        self.lack = lack
+
+    def __str__(self):
+        return ' '.join(map(str, self.args))
 
 
 def read_weights(file: Path) -> dict:

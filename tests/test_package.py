@@ -12,7 +12,8 @@ PACKAGE = ROOT / 'fastai_swa'
 FLOORS = [
     {'checks', 'interrupts', 'version'},
     {'modules', 'files', 'processes', 'packing'},
-    {'averaging', 'batchnorm', 'schedules', 'probabilities', 'weights', 'holders'},
+    {'schedules', 'probabilities', 'weights', 'holders'},
+    {'averaging', 'batchnorm', 'solutions'},
     {'vision', 'randomness', 'fitting', 'columns', 'views', 'plot'},
     {'state', 'samples'},
     {'batches'},
@@ -85,7 +86,7 @@ def test_the_package_imports_itself_by_relative_imports_alone(path):
 
 
 @pytest.mark.parametrize(
-    'name', ['checks', 'interrupts', 'modules', 'files', 'processes', 'averaging', 'batchnorm', 'schedules']
+    'name', ['checks', 'interrupts', 'modules', 'files', 'processes', 'weights', 'averaging', 'batchnorm', 'schedules']
 )
 def test_the_lowest_floors_are_plain_pytorch(name):
     for node in ast.walk(ast.parse((ROOT / 'fastai_swa' / f'{name}.py').read_text())):

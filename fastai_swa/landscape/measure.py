@@ -16,9 +16,10 @@ from ..checks import check_count, check_numbers
 from ..interrupts import unwound_whole
 from ..modules import in_train_mode
 from ..passes import PassCancelled, kept_batches, refresh_bn, refreshable, untouched, validate_aside
+from ..solutions import named_solutions
 from ..state import loaders
 from .geometry import Frame, direction
-from .space import Space, check_ts, fingerprints, modes_put_back, named_solutions, weighted_sum
+from .space import Space, check_ts, fingerprints, modes_put_back, weighted_sum
 from .surfaces import MemoryRows, Plane, PointFile, Profile, Rays
 
 __all__ = ['rays', 'line', 'plane', 'measured']
@@ -96,7 +97,7 @@ def measured(
 @delegates(measured)
 def rays(
     learn: Learner,  # gives model, data, loss and metrics
-    solutions,  # from which the rays start, see `named_solutions`
+    solutions,  # from which the rays start, see `solutions.gathered`
     # at which to measure: numbers, or the greatest, to which there are 20; default: twice the norm
     # of the first one's weights
     distances=None,
@@ -109,8 +110,9 @@ def rays(
     Izmailov et al. 2018 (arXiv 1803.05407), section 4.1 and Fig. 4. Distances are Euclidean, in the
     space of all parameters. `Rays.widths` says where a metric crosses a level. A solution is a
     state dict, a module, a learner, a path to what `learn.save(with_opt=False)` or `torch.save`
-    wrote, or a `SWACallback`, for its average; several are a list, a dict whose keys name them, an
-    `Ensemble` or a `SnapshotCallback`.
+    wrote; several are a list or a dict whose keys name them. What has `solutions()` stands for
+    these, in a list or a dict, too: a `SWACallback` or `WeightAverage` for its average, an
+    `Ensemble`, a `SnapshotCallback`; so does the folder of an ensemble.
 
     - `sets`: 'train', 'valid' or both; `bn_batches`, `train_batches`: training batches that batch
       norm is refreshed on, and that the 'train' columns are of (default: all); `seed`: of the

@@ -1,11 +1,9 @@
-"""A model as a point of weight space, and the solutions that lie there."""
+"""A model as a point of weight space: its weights as one vector, and a vector as its weights."""
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from numbers import Integral
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,21 +11,17 @@ from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from torch import nn
 
-from ..averaging import WeightAverage
-from ..callback import SWACallback
 from ..checks import check_count, check_numbers
-from ..ensemble import Ensemble
 from ..interrupts import uninterrupted
 from ..modules import clean_copy, in_train_mode, modes_of, plain_name, set_modes, to_train_form, unwrap
 from ..passes import refreshable
 from ..processes import Processes
-from ..snapshots import SnapshotCallback
+from ..solutions import source_of
 from ..state import not_copied
 from ..weights import load_into
 
 __all__ = [
     'Space',
-    'named_solutions',
     'weighted_sum',
     'modes_put_back',
     'fingerprints',
@@ -76,7 +70,7 @@ class Space:
         """Weights, on the CPU, and buffers of a `solution`. Raises as `weights.load_into` does, and
         `ValueError` for weights that are not finite.
         """
-        source = solution.model if isinstance(solution, Learner) else solution
+        source = source_of(solution)
         if isinstance(source, nn.Module):
             with in_train_mode(source):
                 load_into(self.scratch, unwrap(source).state_dict(), name)
@@ -120,56 +114,6 @@ class Space:
             k: v.detach().to('cpu', copy=True) if isinstance(v, torch.Tensor) else v
             for k, v in self.scratch.state_dict().items()
         }
-
-
-def named_solutions(solutions, n: int | None = None, what: str = '') -> dict:
-    """Name -> state dict, module, learner or path of `solutions`: one, a list, a dict that names
-    them, an `Ensemble` or a `SnapshotCallback`.
-
-    Raises `ValueError` unless there are `n` of them, for `what`, and `TypeError` for what is none.
-    """
-    if isinstance(solutions, Ensemble | SnapshotCallback):
-        members = solutions.members if isinstance(solutions, Ensemble) else solutions.snapshots
-        if not members:
-            raise ValueError('the SnapshotCallback has kept nothing yet')
-        solutions = (
-            {f'epoch {e}': m for e, m in zip(solutions.epochs, members)}
-            if len(solutions.epochs) == len(members)
-            else members
-        )
-    is_state_dict = isinstance(solutions, Mapping) and any(isinstance(v, torch.Tensor) for v in solutions.values())
-    if isinstance(solutions, Mapping) and not is_state_dict:
-        named = {str(name): o for name, o in solutions.items()}
-    else:
-        several = (
-            list(solutions)
-            if isinstance(solutions, Iterable) and not isinstance(solutions, Mapping | nn.Module | str)
-            else [solutions]
-        )
-        named = {_name(o, i + 1): o for i, o in enumerate(several)}
-        if len(named) < len(several):
-            named = {f'solution {i + 1}': o for i, o in enumerate(several)}  # files of one name
-    if not named:
-        raise ValueError('solutions is empty: one is needed at least')
-    if n is not None and len(named) != n:
-        raise ValueError(f'solutions must be {n} for {what}, not {len(named)}')
-    return {name: _weights_of(o, name) for name, o in named.items()}
-
-
-def _name(solution, number):
-    if isinstance(solution, str | Path):
-        return Path(solution).stem
-    return 'average' if isinstance(solution, SWACallback | WeightAverage) else f'solution {number}'
-
-
-def _weights_of(o, name):
-    if isinstance(o, SWACallback | WeightAverage):
-        if not o.n_averaged:
-            raise ValueError(f'{name} has averaged nothing yet')
-        return o.swa_model
-    if isinstance(o, Learner | nn.Module | Mapping | str | Path):
-        return o
-    raise TypeError(f'{name} must be a state dict, a module, a learner, a path or a SWACallback, not {repr(o)[:60]}')
 
 
 def weighted_sum(vectors, shares) -> torch.Tensor:
