@@ -25,7 +25,7 @@ from fastai_swa import Curve, Ensemble, SaveSWAModelCallback, SnapshotCallback, 
 from fastai_swa.experiments import RECIPES, Settings, report
 from fastai_swa.experiments.record import Record, find_record
 from fastai_swa.experiments.store import store, stored
-from fastai_swa.surfaces import PointFile, Profile, Surface
+from fastai_swa.landscape.surfaces import PointFile, Profile, Surface
 
 matplotlib.use('agg')
 RESULTS = Path(__file__).resolve().parents[1] / 'results'

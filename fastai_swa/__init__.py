@@ -5,12 +5,21 @@ from .averaging import WeightAverage, ema, equal
 from .batchnorm import update_bn
 from .callback import SaveSWAModelCallback, SWACallback
 from .checkpoint import CheckpointCallback
-from .connectivity import Curve
 from .ensemble import Ensemble
-from .landscape import line, plane, rays
-from .plot import plot_line, plot_paths, plot_plane, plot_planes, plot_swa, plot_width
+from .landscape import (
+    Curve,
+    Surface,
+    line,
+    plane,
+    plot_line,
+    plot_paths,
+    plot_plane,
+    plot_planes,
+    plot_width,
+    rays,
+)
+from .plot import plot_swa
 from .snapshots import SnapshotCallback, average_checkpoints
-from .surfaces import Surface
 from .version import __version__  # noqa: F401
 
 __all__ = [

@@ -34,6 +34,7 @@ from .modules import (
     unwrap,
     written_in_train_mode,
 )
+from .weights import NoSolution
 
 __all__ = ['WeightAverage', 'equal', 'ema', 'lent', 'all_finite', 'check_match']
 
@@ -162,6 +163,14 @@ class WeightAverage:
         "Name -> float32 average for each parameter in low precision."
         self.settle()
         return self._master
+
+    def solutions(self) -> dict[str, nn.Module]:
+        """The average, called 'average': so `rays`, `Curve`, `Ensemble` and `average_checkpoints` take
+        the object itself. Raises `ValueError` if nothing is averaged yet.
+        """
+        if not self.n_averaged:
+            raise NoSolution('average', 'has averaged nothing yet')
+        return {'average': self.swa_model}
 
     @property
     def is_lent(self) -> bool:

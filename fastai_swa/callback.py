@@ -33,6 +33,7 @@ from .preflight import check_model, remarks_on_data, remarks_on_model, remarks_o
 from .processes import Processes
 from .schedules import start_epoch
 from .views import lending
+from .weights import NoSolution
 
 __all__ = ['SWACallback', 'SaveSWAModelCallback', 'check_name', 'is_learners_own']
 
@@ -166,6 +167,18 @@ class SWACallback(FitCallback):
         its fit come first.
         """
         return [] if self._average is None else list(self._average.epochs)
+
+    def solutions(self) -> dict[str, nn.Module]:
+        """The average, called 'average': so `rays`, `Curve`, `Ensemble` and `average_checkpoints` take
+        the callback itself.
+
+        No pass is made. Where the fit ended without a validation of the average, its batch norm is
+        of other weights: `refresh` first, for an `Ensemble`; the others refresh it by themselves.
+        Raises `ValueError` if nothing is averaged yet.
+        """
+        if self._average is None:
+            raise NoSolution('average', 'has averaged nothing yet')
+        return self._average.running.solutions()
 
     @contextmanager
     def averaged(self):

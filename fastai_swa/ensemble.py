@@ -2,6 +2,7 @@
 
 import warnings
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from .modules import Kept, clean_copy, has_own_modes, unwrap
 from .passes import autocast_left
 from .probabilities import Probabilities, features
 from .samples import Overlaps, length
+from .solutions import by_epoch, gathered, source_of
 from .state import not_copied
 from .views import lending
 from .weights import check_weights_file, load_into, read_index, replace_files, weights_of
@@ -26,12 +28,29 @@ from .weights import check_weights_file, load_into, read_index, replace_files, w
 __all__ = ['Ensemble']
 
 
+@dataclass
+class _Described:
+    "What an ensemble is made of, as far as what it is made from says it."
+
+    members: list
+    learn: Learner | None = None
+    archs: list | None = None  # a module for each member, or `None` where it is of the learner's architecture
+    combine: str | None = None
+    activation: str | None = None
+    epochs: list = field(default_factory=list)  # after which the members were kept, where that is known
+    stacking: dict | None = None  # the weights that `stack` found
+    stacked_on: object = None  # the data set that it was fitted on
+    trained_on: list | None = None  # the training set of each member, `None` where it is not known
+
+
 class Ensemble:
     """Several trained models that predict as one, with a learner's own methods.
 
     - `members`: a list of learners, modules, state dicts and paths to these (what
       `learn.save(with_opt=False)` or `torch.save` wrote), of one architecture or several; the
-      folder that `fit_snapshots`, `fit_fge` or `save` wrote; or another `Ensemble`.
+      folder that `fit_snapshots`, `fit_fge` or `save` wrote; or another `Ensemble`. Also what has
+      `solutions()`, such as a `SWACallback` for its `swa_model` as it is; such and folders may be
+      in the list, too, which may be a dict.
     - `learn`: the learner whose data, loss and metrics serve; default: the first learner among the
       members. State dicts are of its architecture, unless `archs` gives a module for each member.
       Its callbacks see the output of each member as they see its own model's: where one takes an
@@ -62,47 +81,19 @@ class Ensemble:
         activation: str | None = None,
         archs=None,
     ):
-        self.epochs = []  # after which the members were kept, where that is known
-        self.stacking = None  # the weights that `stack` found
-        self._stacked_on = None  # the data set that it was fitted on
-        self._overlaps = Overlaps()
-        trained_on = None
-        if isinstance(members, Ensemble):
-            other, members = members, members.members
-            learn, archs = learn or other.learn, archs or other.archs
-            combine, activation = combine or other.combine, activation or other.probabilities.kind
-            self.epochs = other.epochs
-            self.stacking = other.stacking
-            self._stacked_on = other._stacked_on
-            trained_on = other._trained_on
-        elif isinstance(members, str | Path) and Path(members).is_dir():
-            folder, index = Path(members), read_index(Path(members))
-            combine, activation = combine or index.get('combine'), activation or index.get('activation')
-            self.epochs, self.stacking = index.get('epochs', []), index.get('stacking')
-            members = [folder / file for file in index['files']]
-            if not members:
-                raise ValueError(f'{folder} has no models yet: the fit that writes there has not come to one')
-        elif isinstance(members, str | Path | nn.Module | Learner | dict):
-            members = [members]
-        self.members = list(members)
-        if not self.members:
-            raise ValueError('members is empty: an ensemble needs one model at least')
-        learners = [m for m in self.members if isinstance(m, Learner)]
-        if learn is None and not learners:
-            raise ValueError('learn is needed for its data, its loss and its metrics: no member is a Learner')
-        self.learn = learn or learners[0]
-        self.archs = list(archs) if archs else [None] * len(self.members)
+        given = _described(members)
+        self.members = _checked(given.members)
+        self.learn = learn or given.learn or _first_learner(self.members)
+        self.archs = list(archs or given.archs or [None] * len(self.members))
         if len(self.archs) != len(self.members):
             raise ValueError(f'archs has {len(self.archs)} modules for {len(self.members)} members')
-        for m in self.members:
-            if isinstance(m, str | Path):
-                check_weights_file(Path(m))
-            elif not isinstance(m, Learner | nn.Module | dict):
-                raise TypeError(f'members must be learners, modules, state dicts or paths, not {m!r}')
-        self.probabilities = Probabilities(self.learn.loss_func, activation)
-        self.combine = combine or 'mean'
-        # the training set of each member, `None` where it is not known
-        self._trained_on = trained_on or [_training_set(m) for m in self.members]
+        self.epochs = given.epochs
+        self.stacking = given.stacking
+        self.probabilities = Probabilities(self.learn.loss_func, activation or given.activation)
+        self.combine = combine or given.combine or 'mean'
+        self._stacked_on = given.stacked_on
+        self._trained_on = given.trained_on or [_training_set(m) for m in self.members]
+        self._overlaps = Overlaps()
 
     @property
     def combine(self) -> str:
@@ -133,6 +124,12 @@ class Ensemble:
         res._trained_on = pick(self._trained_on)
         res.epochs = pick(self.epochs) if len(self.epochs) == len(self) else []
         return res
+
+    def solutions(self) -> dict:
+        """Name -> member, called by the epoch after which it was kept, where that is known, else by its
+        file or number: so `rays`, `Curve`, `average_checkpoints` and other ensembles take this one.
+        """
+        return by_epoch(self.members, self.epochs)
 
     def __repr__(self):
         epochs = f', of the epochs {", ".join(map(str, self.epochs))}' if self.epochs else ''
@@ -264,7 +261,7 @@ class Ensemble:
         """
         folder = Path(folder)
         # all are read before any is written: they may be of that folder
-        weights = [weights_of(_source(m)) for m in self.members]
+        weights = [weights_of(source_of(m)) for m in self.members]
         old, files = replace_files(
             folder,
             weights,
@@ -288,7 +285,7 @@ class Ensemble:
     # members
 
     def _module(self, i) -> nn.Module:
-        source = _source(self.members[i])
+        source = source_of(self.members[i])
         if isinstance(source, nn.Module):
             return unwrap(source)
         module = clean_copy(self.learn.model if self.archs[i] is None else self.archs[i], not_copied(self.learn))
@@ -296,7 +293,7 @@ class Ensemble:
 
     def _version(self):
         "What changes when the ensemble would predict with something else. (Not what is in files.)"
-        return [_marks(_source(m)) for m in self.members], self.combine, repr(self.stacking)
+        return [_marks(source_of(m)) for m in self.members], self.combine, repr(self.stacking)
 
     @contextmanager
     def _in_learner(self, which=None, combine: str | None = None, warns: bool = True):
@@ -369,6 +366,52 @@ def _modes_kept(members: list):
             kept.put_back()
 
 
+def _described(given) -> _Described:
+    "What `given` says: an ensemble, the folder of one, or what has or is solutions."
+    if isinstance(given, Ensemble):
+        return _Described(
+            given.members,
+            given.learn,
+            given.archs,
+            given.combine,
+            given.probabilities.kind,
+            given.epochs,
+            given.stacking,
+            given._stacked_on,
+            given._trained_on,
+        )
+    members = list(gathered(given).values())
+    if isinstance(given, str | Path) and Path(given).is_dir():
+        index = read_index(Path(given))
+        return _Described(
+            members,
+            combine=index.get('combine'),
+            activation=index.get('activation'),
+            epochs=index.get('epochs', []),
+            stacking=index.get('stacking'),
+        )
+    return _Described(members)
+
+
+def _checked(members) -> list:
+    "The `members`. Raises `TypeError` or `ValueError`, naming it, for one that cannot be used."
+    if not members:
+        raise ValueError('members is empty: an ensemble needs one model at least')
+    for m in members:
+        if isinstance(m, str | Path):
+            check_weights_file(Path(m))
+        elif not isinstance(m, Learner | nn.Module | dict):
+            raise TypeError(f'members must be learners, modules, state dicts or paths, not {m!r}')
+    return list(members)
+
+
+def _first_learner(members) -> Learner:
+    for m in members:
+        if isinstance(m, Learner):
+            return m
+    raise ValueError('learn is needed for its data, its loss and its metrics: no member is a Learner')
+
+
 def _stacking_targets(preds, targets, kind):
     "Targets of shape (n, outputs) for predictions of shape (members, n, ...)."
     if not isinstance(targets, torch.Tensor):
@@ -383,11 +426,6 @@ def _stacking_targets(preds, targets, kind):
             f'shape {tuple(targets.shape)}'
         )
     return F.one_hot(classes.long(), preds.shape[-1])
-
-
-def _source(member):
-    "What a member's weights are in: a module, a state dict or a path."
-    return member.model if isinstance(member, Learner) else member
 
 
 def _training_set(member):

@@ -10,14 +10,13 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 
-from . import plot
 from .callback import SWACallback, is_learners_own
 from .checks import check_count, check_positive
 from .ensemble import Ensemble
-from .landscape import line, plane, rays
+from .landscape import figures, line, plane, rays
 from .schedules import fge_epochs, fge_lr_factor, snapshot_lr_factor, start_epoch, swa_lr_factor
 from .snapshots import SnapshotCallback
-from .weight_space import named_solutions
+from .solutions import has_solutions, named_solutions
 
 __all__ = ['EpochScheduler']
 
@@ -174,16 +173,16 @@ def plot_width(
     column: str = None,
     level: float = None,
     ax=None,
-    wd: float = 0.0,  # as for `plot.plot_width`
+    wd: float = 0.0,  # as for `figures.plot_width`
     **kwargs,
 ):
     """Draw how loss or metric rise with the distance from `solutions`, on random rays; returns the
     axes.
 
-    `rays(learn, solutions)` gives the numbers, `plot.plot_width` draws them; this does both. With
+    `rays(learn, solutions)` gives the numbers, `figures.plot_width` draws them; this does both. With
     `file` it can be interrupted and the numbers stay. Raises what `rays` raises.
     """
-    return plot.plot_width(rays(self, _beside_own(self, solutions), **kwargs), column, level, ax, wd)
+    return figures.plot_width(rays(self, _beside_own(self, solutions), **kwargs), column, level, ax, wd)
 
 
 @patch
@@ -195,13 +194,13 @@ def plot_line(
     solutions,
     columns=None,
     ax=None,
-    wd: float = 0.0,  # as for `plot.plot_line`
+    wd: float = 0.0,  # as for `figures.plot_line`
     **kwargs,
 ):
     """Draw loss and metric on the straight line through two solutions; returns the array of axes.
     Raises what `line` raises.
     """
-    return plot.plot_line(line(self, _beside_own(self, solutions), **kwargs), columns, ax, wd)
+    return figures.plot_line(line(self, _beside_own(self, solutions), **kwargs), columns, ax, wd)
 
 
 @patch
@@ -214,20 +213,20 @@ def plot_plane(
     column: str = None,
     ax=None,
     wd: float = 0.0,
-    top: float = None,  # as for `plot.plot_plane`
+    top: float = None,  # as for `figures.plot_plane`
     **kwargs,
 ):
     """Draw loss or metric in the plane through three solutions; returns the axes. Raises what
     `plane` raises.
     """
-    if isinstance(solutions, SnapshotCallback | Ensemble):
+    if has_solutions(solutions):
         path = named_solutions(solutions)
         names = list(path)
         if len(path) > 3:
             kwargs = {'trajectory': path} | kwargs
         if len(path) > 2:
             solutions = {name: path[name] for name in (names[0], names[len(names) // 2], names[-1])}
-    return plot.plot_plane(plane(self, solutions, **kwargs), column, ax, wd, top)
+    return figures.plot_plane(plane(self, solutions, **kwargs), column, ax, wd, top)
 
 
 def _beside_own(learn, solutions):

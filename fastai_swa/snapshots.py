@@ -25,8 +25,9 @@ from .modules import clean_copy, set_modes
 from .passes import copied_measures, refresh_bn, refreshable
 from .probabilities import Probabilities
 from .processes import Processes
+from .solutions import by_epoch, check_solution, gathered, source_of
 from .state import not_copied
-from .weights import load_into, read_index, weights_of, write_index
+from .weights import NoSolution, load_into, read_index, weights_of, write_index
 
 __all__ = ['SnapshotCallback', 'average_checkpoints']
 
@@ -135,6 +136,15 @@ class SnapshotCallback(FitCallback):
         res = Ensemble(self.snapshots, learn, activation=self.activation)
         res.epochs = list(self.epochs)
         return res
+
+    def solutions(self) -> dict:
+        """'epoch 3' -> state dict or path, of each snapshot that could be kept: so `rays`, `Curve`,
+        `Ensemble` and `average_checkpoints` take the callback itself. Raises `ValueError` if there is
+        none yet.
+        """
+        if not self.snapshots:
+            raise NoSolution('the SnapshotCallback', 'has kept nothing yet')
+        return by_epoch(self.snapshots, self.epochs)
 
     # the events of a fit
 
@@ -420,25 +430,29 @@ def average_checkpoints(paths, model, loader=None, **kwargs) -> nn.Module:
     """The mean of the weights in the files `paths`, in a clean copy of `model`, with batch norm
     refreshed.
 
+    - `paths`: the files; or what else `rays` takes as solutions, such as state dicts, learners, a
+      `SnapshotCallback`, an `Ensemble` or its folder.
     - `model`: a learner with a model of their architecture, on whose training set batch norm is
       refreshed as a `SWACallback` does it; or a module, with a `loader` of training batches and
       `kwargs` for `update_bn`, if it has batch norm. Neither is changed.
 
     Izmailov et al. 2018, Algorithm 1. Raises `ValueError` if `paths` is empty, if weights do not
     fit or a file is damaged, or without the loader that is needed; `FileNotFoundError` for a
-    missing file. They name it.
+    missing file; `TypeError` for what has no weights. They name it.
     """
-    paths = [paths] if isinstance(paths, str | Path) else list(paths)
-    if not paths:
+    found = gathered(paths)
+    if not found:
         raise ValueError('paths is empty: there is nothing to average')
+    for name, solution in found.items():
+        check_solution(name, solution)
     learn = model if isinstance(model, Learner) else None
     if learn is not None:
         model = learn.model
     current = clean_copy(model, () if learn is None else not_copied(learn))
     modes = [m.training for m in current.modules()]
     average = WeightAverage(current)
-    for path in paths:
-        average.update(load_into(current, path))
+    for name, solution in found.items():
+        average.update(load_into(current, source_of(solution), name))
     swa_model = average.swa_model
     if learn is not None and loader is None:
         names = refreshable(learn)

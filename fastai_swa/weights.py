@@ -11,6 +11,7 @@ from .files import save_weights, write_text
 from .modules import in_train_mode, plain_name, unwrap, written_in_train_mode
 
 __all__ = [
+    'NoSolution',
     'check_weights_file',
     'load_into',
     'read_index',
@@ -21,6 +22,17 @@ __all__ = [
 ]
 
 _FORMAT = 'fastai_swa ensemble 1'
+
+
+class NoSolution(ValueError):
+    "There are no weights yet: who lacks them, and what is lacking, as in 'average', 'has averaged nothing yet'."
+
+    def __init__(self, who, lack: str):
+        super().__init__(who, lack)
+        self.lack = lack
+
+    def __str__(self):
+        return ' '.join(map(str, self.args))
 
 
 def read_weights(file: Path) -> dict:

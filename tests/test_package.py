@@ -8,47 +8,86 @@ import pytest
 import fastai_swa
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / 'fastai_swa'
 FLOORS = [
     {'checks', 'interrupts', 'journal', 'version'},
     {'modules', 'files', 'processes', 'packing'},
-    {'averaging', 'batchnorm', 'schedules', 'geometry', 'probabilities', 'weights', 'holders'},
-    {'vision', 'randomness', 'fitting', 'columns', 'surfaces', 'views'},
+    {'schedules', 'probabilities', 'weights', 'holders'},
+    {'averaging', 'batchnorm', 'solutions'},
+    {'vision', 'randomness', 'fitting', 'columns', 'views', 'plot'},
     {'state', 'samples'},
     {'batches'},
     {'passes'},
     {'fit_average', 'members', 'preflight'},
     {'ensemble'},
     {'callback', 'checkpoint', 'snapshots'},
-    {'weight_space'},
     {'landscape'},
-    {'connectivity', 'plot'},
     {'learner'},
     {'experiments'},
     {'demo'},
     {'__main__', '__init__'},
 ]
-SOURCES = sorted((ROOT / 'fastai_swa').rglob('*.py'))
+# within a folder, which is one place above
+FLOORS_WITHIN = {
+    'landscape': [{'geometry', 'space'}, {'surfaces'}, {'measure', 'figures'}, {'curve'}, {'__init__'}],
+}
+SOURCES = sorted(PACKAGE.rglob('*.py'))
 
 
-def floor(name):
-    return next(i for i, names in enumerate(FLOORS) if name in names)
+def floor(name, floors=FLOORS):
+    return next(i for i, names in enumerate(floors) if name in names)
 
 
-def place(path):
-    return path.relative_to(ROOT / 'fastai_swa').parts[0].removesuffix('.py')
+def place(path) -> tuple:
+    "Of a file of the package: its name, or its folder and its name."
+    return path.relative_to(PACKAGE).with_suffix('').parts
 
 
-@pytest.mark.parametrize('path', SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_each_floor_imports_only_from_floors_below_it(path):
+def imported_places(path) -> list[tuple]:
+    "The places that `path` imports from, relative as all imports within the package are."
+    folder = place(path)[:-1]
+    places = []
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 1 and path.parent.name == 'fastai_swa':
-            names = [node.module.split('.')[0]] if node.module else [a.name for a in node.names]
-            for name in names:
-                assert floor(name) < floor(place(path)), f'{path.name} imports {name}'
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = folder[: len(folder) + 1 - node.level]
+            names = [node.module] if node.module else [a.name for a in node.names]
+            places += [(*base, *name.split('.')) for name in names]
+    return places
+
+
+each_source = pytest.mark.parametrize('path', SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+@each_source
+def test_each_floor_imports_only_from_floors_below_it(path):
+    own = place(path)[0]
+    for name, *_ in imported_places(path):
+        is_within_its_folder = name == own and path.parent != PACKAGE
+        assert is_within_its_folder or floor(name) < floor(own), f'{path.name} imports {name}'
+
+
+@pytest.mark.parametrize('folder', FLOORS_WITHIN)
+def test_each_floor_within_a_folder_imports_only_from_floors_below_it(folder):
+    floors = FLOORS_WITHIN[folder]
+    paths = sorted((PACKAGE / folder).glob('*.py'))
+    assert {path.stem for path in paths} == set.union(*floors)
+    for path in paths:
+        for other, *rest in imported_places(path):
+            if other == folder:
+                assert floor(rest[0], floors) < floor(path.stem, floors), f'{path.name} imports {rest[0]}'
+
+
+@each_source
+def test_the_package_imports_itself_by_relative_imports_alone(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module]
+        assert not [name for name in names if name.split('.')[0] == 'fastai_swa']
 
 
 @pytest.mark.parametrize(
-    'name', ['checks', 'interrupts', 'modules', 'files', 'processes', 'averaging', 'batchnorm', 'schedules']
+    'name', ['checks', 'interrupts', 'modules', 'files', 'processes', 'weights', 'averaging', 'batchnorm', 'schedules']
 )
 def test_the_lowest_floors_are_plain_pytorch(name):
     for node in ast.walk(ast.parse((ROOT / 'fastai_swa' / f'{name}.py').read_text())):

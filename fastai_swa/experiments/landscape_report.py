@@ -7,8 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ..files import replacing
-from ..plot import plot_line, plot_paths, plot_planes, plot_width
-from ..surfaces import Surface
+from ..landscape.figures import plot_line, plot_paths, plot_planes, plot_width
+from ..landscape.surfaces import Surface
 from .landscapes import images_text, read_notes
 from .recipes import LANDSCAPES, RECIPES
 from .record import duration

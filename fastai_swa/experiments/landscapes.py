@@ -13,11 +13,9 @@ from fastai.metrics import error_rate
 from fastcore.foundation import L, noop
 
 from ..checkpoint import CheckpointCallback
-from ..connectivity import Curve
 from ..files import Lock, write_text
-from ..landscape import line, plane, rays
-from ..surfaces import Surface
-from ..weight_space import Space
+from ..landscape import Curve, Surface, line, plane, rays
+from ..landscape.space import Space
 from ..weights import read_index
 from .learners import TimeIsUp, recipe_data, recipe_learner, settings_restored
 from .recipes import RECIPES

@@ -13,11 +13,20 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from fastai_swa import CheckpointCallback, Curve, SWACallback, line
-from fastai_swa.geometry import CURVES
+from fastai_swa.landscape.geometry import CURVES
 
 from . import lora
 from .helpers import At, assert_same, learner, loaders, net, raising
-from .test_landscape import Counting, by_hand, each_merging, everything, merging_beside_twin, mixed, rows, unshuffled
+from .test_landscape_measure import (
+    Counting,
+    by_hand,
+    each_merging,
+    everything,
+    merging_beside_twin,
+    mixed,
+    rows,
+    unshuffled,
+)
 
 
 def solution(seed, n_epoch=4, model=net, dls=None, **kwargs):
@@ -217,7 +226,7 @@ def test_the_gradients_are_right_whatever_the_forward_pass_refers_to_and_wheneve
 def test_the_points_are_drawn_uniformly_and_anew_for_each_batch(monkeypatch):
     a, b, ts = solution(0, 1), solution(1, 1), []
     monkeypatch.setattr(
-        'fastai_swa.connectivity.CURVES', {'bezier': lambda t, n: ts.append(t) or CURVES['bezier'](t, n)}
+        'fastai_swa.landscape.curve.CURVES', {'bezier': lambda t, n: ts.append(t) or CURVES['bezier'](t, n)}
     )
     Curve(quiet(a), [a, b]).fit(60, 0.01)
     assert len(ts) == len(set(ts)) == 60 * 6
@@ -398,7 +407,7 @@ class TwoInputs(nn.Module):
 
 
 def test_any_model_is_trained_along_a_curve():
-    from .test_landscape import Tied
+    from .test_landscape_measure import Tied
 
     for make in (
         Recurrent,

@@ -86,7 +86,7 @@ def test_rays_from_the_minimum_of_a_round_bowl_cross_a_level_at_its_radius(loss,
 
 
 def test_along_each_ray_the_loss_is_that_of_the_point_at_the_distance_in_its_direction():
-    from fastai_swa.geometry import direction
+    from fastai_swa.landscape.geometry import direction
 
     start = torch.tensor([1.0, -2, 0, 0.5, 3], dtype=torch.float64)
     found = rays(surface_learner(STRETCHED), weights(*start), distances=[0.5, 2], n_rays=6, seed=3)
@@ -245,7 +245,7 @@ def test_at_each_point_batch_norm_is_that_of_a_separate_update_bn(bn_batches):
         np.testing.assert_allclose(row, by_hand(learn, mixed(shares, states), bn_batches), rtol=2e-5, atol=1e-6)
     on_rays = rays(learn, states[0], distances=[0.7], n_rays=2, bn_batches=bn_batches)
     np.testing.assert_allclose(rows(on_rays)[0], by_hand(learn, states[0], bn_batches), rtol=2e-5, atol=1e-6)
-    from fastai_swa.geometry import direction
+    from fastai_swa.landscape.geometry import direction
 
     names = [k for k, _ in learn.model.named_parameters()]
     for i in range(2):
@@ -338,16 +338,16 @@ def test_statistics_that_are_recomputed_may_differ_between_the_solutions_without
 
 
 def test_what_a_pass_remarks_is_said_once_for_all_points_but_that_statistics_far_away_are_not_finite(monkeypatch):
-    from fastai_swa import weight_space
+    from fastai_swa.landscape import measure
 
-    refresh_bn = weight_space.refresh_bn
+    refresh_bn = measure.refresh_bn
 
     def remarking(*args, **kwargs):
         moments = refresh_bn(*args, **kwargs)
         moments.remarks |= {'this': 'this was remarked', 'infinite': 'not finite'}
         return moments
 
-    monkeypatch.setattr(weight_space, 'refresh_bn', remarking)
+    monkeypatch.setattr(measure, 'refresh_bn', remarking)
     with pytest.warns(UserWarning) as caught:
         line(trained(), OTHERS, ts=5, sets='valid')
     assert [str(w.message) for w in caught] == ['this was remarked']
@@ -986,7 +986,7 @@ def test_generators_that_loaders_own_begin_with_the_seed(tmp_path):
 
 def test_there_is_a_bar_over_the_points_and_none_where_the_learner_shows_none(monkeypatch):
     shown = []
-    monkeypatch.setattr('fastai_swa.weight_space.progress_bar', lambda todo: shown.append(len(todo)) or todo)
+    monkeypatch.setattr('fastai_swa.landscape.measure.progress_bar', lambda todo: shown.append(len(todo)) or todo)
     drawn = []
     monkeypatch.setattr(fastprogress.ProgressBar, '__init__', lambda self, *args, **kwargs: drawn.append(args))
     learn = learner()
@@ -1137,7 +1137,7 @@ def test_arguments_that_all_measurements_share_are_in_their_signatures():
 def test_several_processes_are_refused(monkeypatch):
     from types import SimpleNamespace
 
-    monkeypatch.setattr('fastai_swa.weight_space.Processes', lambda learn: SimpleNamespace(size=2))
+    monkeypatch.setattr('fastai_swa.landscape.space.Processes', lambda learn: SimpleNamespace(size=2))
     learn = learner()
     with pytest.raises(
         RuntimeError, match='the loss surface is measured in one process: call it outside of distrib_ctx'

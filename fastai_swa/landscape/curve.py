@@ -16,19 +16,19 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import nn
 
-from .averaging import all_finite, lent
-from .callback import SWACallback
-from .checkpoint import CheckpointCallback
-from .checks import check_choice, check_count, check_not_negative, check_positive
-from .columns import recorder_of
-from .files import read, write
+from ..averaging import all_finite, lent
+from ..checks import check_choice, check_count, check_not_negative, check_positive
+from ..columns import recorder_of
+from ..files import read, write
+from ..fitting import FitCallback
+from ..interrupts import uninterrupted, unwound_whole
+from ..modules import in_train_mode, named_tensors, plain_name, unwrap
+from ..passes import concerns_training, untouched
+from ..solutions import named_solutions
 from .geometry import CURVES, arc_lengths, inner_products
-from .interrupts import uninterrupted, unwound_whole
-from .landscape import line
-from .modules import in_train_mode, named_tensors, plain_name, unwrap
-from .passes import concerns_training, untouched
+from .measure import line, measured
+from .space import Space, check_ts, fingerprints, modes_put_back, weighted_sum
 from .surfaces import Profile
-from .weight_space import Space, check_ts, fingerprints, measured, modes_put_back, named_solutions, weighted_sum
 
 __all__ = ['Curve']
 
@@ -116,7 +116,7 @@ class Curve:
         n_epoch = check_count('n_epoch', n_epoch)
         lr = check_positive('lr', self.learn.lr if lr is None else lr)
         wd = check_not_negative('wd', wd)
-        if any(isinstance(cb, SWACallback) for cb in L(cbs)):
+        if any(hasattr(type(cb), 'swa_model') for cb in L(cbs)):  # it averages
             raise TypeError('cbs has a SWACallback, and a curve is no model that could be averaged')
         opt_func = opt_func or self.learn.opt_func
         if isinstance(opt_func, OptimWrapper):
@@ -352,7 +352,7 @@ class _CurveLearner(Learner):
     """
 
     def __init__(self, learn, model, opt_func, lr, shows_progress):
-        left = *defaults.callbacks, CheckpointCallback  # the learner's files are of its own fits
+        left = *defaults.callbacks, FitCallback  # the learner's averages and files are of its own fits
         own = [copy.copy(cb) for cb in learn.cbs if not isinstance(cb, left) and not concerns_training(cb)]
         super().__init__(
             learn.dls,

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fastai_swa.geometry import (
+from fastai_swa.landscape.geometry import (
     CURVES,
     Frame,
     arc_lengths,

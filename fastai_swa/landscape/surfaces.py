@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .checks import check_known
-from .files import Lock, replacing, write_text
+from ..checks import check_known
+from ..files import Lock, replacing, write_text
+from ..interrupts import uninterrupted
 from .geometry import crossing, mean_height
-from .interrupts import uninterrupted
 
 __all__ = ['Surface', 'Rays', 'Profile', 'Plane', 'Width', 'MemoryRows', 'PointFile']
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastai_swa.files import InUse
-from fastai_swa.surfaces import Plane, PointFile, Profile, Rays, Surface
+from fastai_swa.landscape.surfaces import Plane, PointFile, Profile, Rays, Surface
 
 COLUMNS = ['train_loss', 'valid_loss', 'valid_error_rate', 'norm']
 
