@@ -18,6 +18,23 @@ def main(argv=None):
     start = time()
     parser = argparse.ArgumentParser(prog='python -m fastai_swa', description='Weight averaging for fastai.')
     commands = parser.add_subparsers(dest='command', required=True)
+    _add_demo(commands)
+    _add_reproduce(commands)
+    _add_report(commands)
+    args = vars(parser.parse_args(argv))
+    matplotlib.use('agg')
+    name = args.pop('command')
+    p = commands.choices[name]
+    run = {'demo': _demo, 'reproduce': _reproduce, 'report': _report}[name]
+    try:
+        p.exit(run(args, start))
+    except (ValueError, OSError) as e:
+        p.error(' '.join(str(e).split()))
+    except KeyboardInterrupt:
+        p.exit(130, 'interrupted\n')
+
+
+def _add_demo(commands):
     p = commands.add_parser(
         'demo',
         help='SWA, SGD and one-cycle side by side, on digits or on your images',
@@ -43,6 +60,9 @@ def main(argv=None):
         '--label-noise', type=float, default=0.2, help="share of the digits' training labels that is drawn at random"
     )
     p.add_argument('--out', default='swa-demo', help='name of the files written, without an ending')
+
+
+def _add_reproduce(commands):
     p = commands.add_parser(
         'reproduce',
         help="train one of the papers' recipes, seed by seed; the same command goes on with an interrupted one",
@@ -94,21 +114,15 @@ def main(argv=None):
         help='use only GPU kernels that always give the same: slower, and an interrupted run ends bitwise as the whole '
         'one',
     )
+
+
+def _add_report(commands):
     p = commands.add_parser(
         'report',
         help="tables and figures of what reproduce has found; of several folders also the paper's own table, of two "
         'the differences',
     )
     p.add_argument('folders', nargs='+', metavar='FOLDER', help='what reproduce was given as --out')
-    args = vars(parser.parse_args(argv))
-    matplotlib.use('agg')
-    p = commands.choices[args.pop('command')]
-    try:
-        p.exit({'demo': _demo, 'reproduce': _reproduce, 'report': _report}[p.prog.split()[-1]](args, start))
-    except (ValueError, OSError) as e:
-        p.error(' '.join(str(e).split()))
-    except KeyboardInterrupt:
-        p.exit(130, 'interrupted\n')
 
 
 # each imports fastai, which takes seconds
@@ -145,7 +159,7 @@ def _reproduce(args, start):
     )
     for sentence in dict.fromkeys(missing.values()):
         seeds = [str(seed) for seed, s in missing.items() if s == sentence]
-        print(f'seed{"s" * (len(seeds) > 1)} {", ".join(seeds)}: {sentence}', file=sys.stderr)
+        print(f'{"seed" if len(seeds) == 1 else "seeds"} {", ".join(seeds)}: {sentence}', file=sys.stderr)
     return int(any(s != STOPPED for s in missing.values()))
 
 

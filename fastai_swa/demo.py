@@ -2,7 +2,9 @@
 on a folder of images."""
 
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -12,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torchvision
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import error_rate
@@ -64,66 +67,25 @@ def demo(
     average, one-cycle at its end. Raises what `image_folder` and `fit_swa` raise, and `ValueError`
     for an `arch` that torchvision does not have.
     """
-    if data is None:
-        dls, seeds = digits(n_train=500, bs=bs or 32, label_noise=label_noise), seeds or 5
-        noise = f', {100 * label_noise:g} % of the training labels drawn at random' if label_noise else ''
-        what = f'scikit-learn digits{noise}, small batch-norm network'
-    else:
-        if arch not in torchvision.models.list_models(torchvision.models):
-            raise ValueError(f"arch must be one of torchvision's classifiers, such as resnet18, not {arch!r}")
-        dls, seeds, what = image_folder(data, size=size, bs=bs or 64), seeds or 1, f'{Path(data).name}, {arch}'
-    n_train, n_valid = len(dls.train_ds), len(dls.valid_ds)
-    print(f'{what}: {n_train} training and {n_valid} validation images, {epochs} epochs, {seeds} seed(s)')
-
-    def new_learner(seed):
-        set_seed(seed, reproducible=True)
-        dls.train.rng = Random(seed)  # the loader's own: it orders the images
-        settings = dict(opt_func=_SGD, lr=lr, wd=5e-4, wd_bn_bias=True, metrics=error_rate)
-        if data is None:
-            return Learner(dls, digits_net(), CrossEntropyLossFlat(), **settings)
-        network = getattr(torchvision.models, arch)
-        learn = vision_learner(dls, network, pretrained=pretrained, loss_func=CrossEntropyLossFlat(), **settings)
-        learn.unfreeze()
-        return learn
-
-    def fit_swa(learn):
-        return learn.fit_swa(epochs, lr=lr, swa_lr=lr / 2 if swa_lr is None else swa_lr, swa_start=swa_start)
-
-    def fit_sgd(learn):
-        def schedule(epoch, step, n_steps):
-            return lr * swa_lr_factor(epoch, step, n_steps, epochs - 1, 0.01)
-
-        learn.fit(epochs, lr, cbs=EpochScheduler({'lr': schedule}))
-
-    def fit_one_cycle(learn):
-        learn.fit_one_cycle(epochs, lr)
-
-    def trained(name, fit, seed):
-        "Column of the table -> its value in each epoch; and what the fit returns."
-        learn = new_learner(seed)
-        if seed == 0:
-            print(f'\n{name}, seed 0:')
-        with _progress(shown=seed == 0):
-            returned = fit(learn)
-        return _columns(learn), returned
+    task = _digits(bs, label_noise) if data is None else _images(data, arch, size, bs, pretrained)
+    seeds = seeds or task.seeds
+    n_train, n_valid = len(task.dls.train_ds), len(task.dls.valid_ds)
+    print(f'{task.what}: {n_train} training and {n_valid} validation images, {epochs} epochs, {seeds} seed(s)')
+    fits = {
+        'SWA': lambda learn: learn.fit_swa(epochs, lr, lr / 2 if swa_lr is None else swa_lr, swa_start),
+        'SGD': lambda learn: _fit_sgd(learn, epochs, lr),
+        'one-cycle': lambda learn: learn.fit_one_cycle(epochs, lr),
+    }
 
     errors, start = [], perf_counter()
     for seed in range(seeds):
-        swa, callback = trained('SWA', fit_swa, seed)
+        runs, returned = _train(task, fits, lr, seed)
         if seed == 0:
-            average = callback
-            print(f'\n{average}')
-        sgd, _ = trained('SGD', fit_sgd, seed)
-        one_cycle, _ = trained('one-cycle', fit_one_cycle, seed)
-        if seed == 0:
-            first = {'SWA': swa, 'SGD': sgd, 'one-cycle': one_cycle}
-            print()
-        ends = sgd['error_rate'], swa['error_rate'], swa['swa_error_rate'], one_cycle['error_rate']
-        errors.append([100 * column[-1] for column in ends])
+            first, average = runs, returned['SWA']
+        errors.append(_ends(runs))
         of_sgd, _, of_average, of_one_cycle = errors[-1]
-        seconds = f'{perf_counter() - start:.0f} s'
         said = f'{of_sgd:.2f} % with SGD, {of_one_cycle:.2f} % with one-cycle, {of_average:.2f} % with SWA'
-        print(f'seed {seed}: error {said}  ({seconds})')
+        print(f'seed {seed}: error {said}  ({perf_counter() - start:.0f} s)')
     errors = np.array(errors)
     print('\n' + summary(errors, average.n_averaged))
     if data is not None:
@@ -135,6 +97,74 @@ def demo(
     return errors
 
 
+@dataclass
+class _Task:
+    "What the demo trains on."
+
+    dls: DataLoaders
+    what: str  # in words
+    seeds: int  # so many where nothing else is said
+    learner: Callable  # makes one, of the settings that all have
+
+
+def _digits(bs, label_noise) -> _Task:
+    dls = digits(n_train=500, bs=bs or 32, label_noise=label_noise)
+    noise = f', {100 * label_noise:g} % of the training labels drawn at random' if label_noise else ''
+    what = f'scikit-learn digits{noise}, small batch-norm network'
+    return _Task(dls, what, 5, lambda **settings: Learner(dls, digits_net(), **settings))
+
+
+def _images(folder, arch, size, bs, pretrained) -> _Task:
+    if arch not in torchvision.models.list_models(torchvision.models):
+        raise ValueError(f"arch must be one of torchvision's classifiers, such as resnet18, not {arch!r}")
+    dls = image_folder(folder, size=size, bs=bs or 64)
+
+    def learner(**settings):
+        learn = vision_learner(dls, getattr(torchvision.models, arch), pretrained=pretrained, **settings)
+        learn.unfreeze()
+        return learn
+
+    return _Task(dls, f'{Path(folder).name}, {arch}', 1, learner)
+
+
+def _fit_sgd(learn, epochs, lr):
+    "The papers' control, down to a hundredth of `lr`."
+
+    def schedule(epoch, step, n_steps):
+        return lr * swa_lr_factor(epoch, step, n_steps, epochs - 1, 0.01)
+
+    learn.fit(epochs, lr, cbs=EpochScheduler({'lr': schedule}))
+
+
+def _train(task, fits, lr, seed) -> tuple[dict, dict]:
+    """All `fits` from the start that `seed` gives: name -> column of the table -> its value in each
+    epoch; name -> what the fit returns. Those of the first seed are shown.
+    """
+    runs, returned = {}, {}
+    for name, fit in fits.items():
+        set_seed(seed, reproducible=True)
+        task.dls.train.rng = Random(seed)  # the loader's own: it orders the images
+        settings = dict(opt_func=_SGD, lr=lr, wd=5e-4, wd_bn_bias=True, metrics=error_rate)
+        learn = task.learner(loss_func=CrossEntropyLossFlat(), **settings)
+        if seed == 0:
+            print(f'\n{name}, seed 0:')
+        with _progress(shown=seed == 0):
+            returned[name] = fit(learn)
+        runs[name] = _columns(learn)
+        if seed == 0 and name == 'SWA':
+            print(f'\n{returned[name]}')
+    if seed == 0:
+        print()
+    return runs, returned
+
+
+def _ends(runs) -> list:
+    "Errors at the end, in %, in the order that `demo` returns them."
+    sgd, swa, one_cycle = runs['SGD'], runs['SWA'], runs['one-cycle']
+    columns = sgd['error_rate'], swa['error_rate'], swa['swa_error_rate'], one_cycle['error_rate']
+    return [100 * column[-1] for column in columns]
+
+
 def summary(errors: np.ndarray, n_averaged: int) -> str:
     """What `errors`, in % and of shape (seeds, 4) as `demo` returns them, show: means, standard
     deviations, paired differences.
@@ -142,17 +172,19 @@ def summary(errors: np.ndarray, n_averaged: int) -> str:
     n = len(errors)
 
     def stats(x):
-        return f'{x.mean():5.2f}' + (f' +- {x.std(ddof=1):.2f}' if n > 1 else '')
+        spread = f' +- {x.std(ddof=1):.2f}' if n > 1 else ''
+        return f'{x.mean():5.2f}{spread}'
 
     sgd, single, average, one_cycle = errors.T
-    said = f'SWA run, the average of {n_averaged} epoch{"s" * (n_averaged > 1)}'
+    said = 'SWA run, the average of ' + ('1 epoch' if n_averaged == 1 else f'{n_averaged} epochs')
     rows = {
         'SGD, at its end': sgd,
         'one-cycle, at its end': one_cycle,
         'SWA run, its last single weights': single,
         said: average,
     }
-    lines = [f'validation error, %{"":16}{"mean +- std of " + str(n) + " seeds" if n > 1 else "one seed"}']
+    of_what = f'mean +- std of {n} seeds' if n > 1 else 'one seed'
+    lines = [f'{"validation error, %":<34}{of_what}']
     lines += [f'{name:<34}{stats(column)}' for name, column in rows.items()]
     return '\n'.join([*lines, _compared(sgd - average, 'SGD'), _compared(one_cycle - average, 'one-cycle')])
 
@@ -162,9 +194,10 @@ def _compared(gain, other):
     if len(gain) == 1:
         return f'SWA {_verb(gain[0], other)}; one seed cannot tell that from chance'
     mean, half = mean_and_half(gain)
+    chance = '; that may be chance' if half >= abs(mean) else ''
     return (
         f'SWA {_verb(mean, other)} (seed by seed; 95 % confidence interval {mean - half:.2f} to {mean + half:.2f}; '
-        f'better in {(gain > 0).sum()} of {len(gain)})' + ('; that may be chance' if half >= abs(mean) else '')
+        f'better in {(gain > 0).sum()} of {len(gain)}){chance}'
     )
 
 
@@ -185,12 +218,11 @@ def _columns(learn) -> dict:
 @contextmanager
 def _progress(shown):
     "fastai's table without bars where the output is not a terminal; nothing at all unless `shown`."
-    bar, old = (
-        fastprogress.ConsoleProgressBar,
-        (fastprogress.NO_BAR, fastprogress.WRITER_FN, fastprogress.ConsoleProgressBar.fill),
-    )
+    bar = fastprogress.ConsoleProgressBar
+    old = fastprogress.NO_BAR, fastprogress.WRITER_FN, bar.fill
     if not shown or not sys.stdout.isatty():
-        fastprogress.NO_BAR, bar.fill = True, ''  # a bar prints its first mark even so
+        fastprogress.NO_BAR = True
+        bar.fill = ''  # a bar prints its first mark even so
     if not shown:
         fastprogress.WRITER_FN = lambda *args, **kwargs: None
     try:
@@ -199,45 +231,52 @@ def _progress(shown):
         fastprogress.NO_BAR, fastprogress.WRITER_FN, bar.fill = old
 
 
+_CURVES = {  # label -> run, prefix of its columns, style
+    'SGD': ('SGD', '', dict(color='0.4', ls='--')),
+    'one-cycle': ('one-cycle', '', dict(color='C2', ls='-.')),
+    'SWA run, single weights': ('SWA', '', dict(color='C0', lw=1, marker='.')),
+    'SWA run, average': ('SWA', 'swa_', dict(color='C3', lw=2.5, marker='o', ms=4)),
+}
+
+
 def _draw(first: dict, errors, path):
     "The runs of the first seed, epoch by epoch, and the ends of all seeds."
-    n = 2 + (len(errors) > 1)
+    n = 3 if len(errors) > 1 else 2
     fig, axs = plt.subplots(1, n, figsize=(5.2 * n, 4.4), layout='constrained')
-    curves = {
-        'SGD': ('SGD', '', dict(color='0.4', ls='--')),
-        'one-cycle': ('one-cycle', '', dict(color='C2', ls='-.')),
-        'SWA run, single weights': ('SWA', '', dict(color='C0', lw=1, marker='.')),
-        'SWA run, average': ('SWA', 'swa_', dict(color='C3', lw=2.5, marker='o', ms=4)),
-    }
-    for ax, column, scale, label in zip(
-        axs, ('error_rate', 'valid_loss'), (100, 1), ('validation error, %', 'validation loss')
-    ):
-        for name, (run, prefix, style) in curves.items():
-            values = scale * np.array(first[run][prefix + column])
-            ax.plot(np.arange(1, len(values) + 1), values, label=name, **style)
-        shown = [scale * np.array(first[run][prefix + column]) for run, prefix, _ in curves.values()]
-        late = np.concatenate([values[len(values) // 2 :] for values in shown])  # the start would hide the end
-        late = late[np.isfinite(late)]
-        if len(late):  # else all have diverged
-            margin = np.ptp(late) + 1e-9
-            ax.set_ylim(late.min() - 0.1 * margin, late.max() + 0.25 * margin)
-        ax.set(xlabel='epochs', ylabel=label, title='seed 0')
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.grid(alpha=0.25)
+    _draw_curves(axs[0], first, 'error_rate', 100, 'validation error, %')
+    _draw_curves(axs[1], first, 'valid_loss', 1, 'validation loss')
     fig.legend(*axs[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False)
     if n == 3:
-        ax, shown = axs[2], errors[:, [0, 3, 2]]
-        for row in shown:
-            ax.plot(range(3), row, color='0.6', lw=1, marker='o', ms=4)
-        ax.plot(range(3), shown.mean(0), color='black', lw=3, marker='s')
-        ax.set(
-            xticks=range(3),
-            xticklabels=['SGD', 'one-cycle', 'SWA'],
-            xlim=(-0.4, 2.4),
-            ylabel='validation error, %',
-            title=f'the ends of {len(errors)} seeds, their mean in black',
-        )
-        ax.grid(alpha=0.25)
+        _draw_ends(axs[2], errors)
     with replacing(path) as f:
         fig.savefig(f, format='png', dpi=120)
     plt.close(fig)
+
+
+def _draw_curves(ax, first, column, scale, label):
+    late = []
+    for name, (run, prefix, style) in _CURVES.items():
+        values = scale * np.array(first[run][prefix + column])
+        ax.plot(np.arange(1, len(values) + 1), values, label=name, **style)
+        late += [v for v in values[len(values) // 2 :] if np.isfinite(v)]  # the start would hide the end
+    if late:  # else all have diverged
+        margin = np.ptp(late) + 1e-9
+        ax.set_ylim(min(late) - 0.1 * margin, max(late) + 0.25 * margin)
+    ax.set(xlabel='epochs', ylabel=label, title='seed 0')
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(alpha=0.25)
+
+
+def _draw_ends(ax, errors):
+    shown = errors[:, [0, 3, 2]]
+    for row in shown:
+        ax.plot(range(3), row, color='0.6', lw=1, marker='o', ms=4)
+    ax.plot(range(3), shown.mean(0), color='black', lw=3, marker='s')
+    ax.set(
+        xticks=range(3),
+        xticklabels=['SGD', 'one-cycle', 'SWA'],
+        xlim=(-0.4, 2.4),
+        ylabel='validation error, %',
+        title=f'the ends of {len(errors)} seeds, their mean in black',
+    )
+    ax.grid(alpha=0.25)
