@@ -380,19 +380,22 @@ class _Link:
         self.integers = _group([(d, p) for d, p in pairs.values() if not _is_inexact(p)])
         self.movers = [m for m in model.modules() if has_own_modes(m)]
         self.swa_movers = [m for m in swa_model.modules() if has_own_modes(m)]
-        self.attributes = [_Attributes(vars(m), vars(s)) for m, s in paired_modules(model, swa_model)]
-        self.changing = [
-            a for a, m in zip(self.attributes, (m for m, _ in paired_modules(model, swa_model))) if not _is_constant(m)
-        ]
+        self.attributes, self.changing = [], []
+        for m, s in paired_modules(model, swa_model):
+            attributes = _Attributes(vars(m), vars(s))
+            self.attributes.append(attributes)
+            if not _is_constant(m):
+                self.changing.append(attributes)
         # what `holds` compares
         self.slots = _slots(model) + _slots(swa_model)
         self.snapshot = [dict(d) for d in self.slots]
         single = [(d, k, t) for d in self.slots for k, t in d.items() if isinstance(t, torch.Tensor) and t.numel() <= 1]
         # those that a comparison of dicts takes for equal where their values are
         self.single = list(zip(*single)) or ((), (), ())
-        self.resizable = [
-            b for m in model.modules() if not isinstance(m, _NormBase) for b in m._buffers.values() if b is not None
-        ]
+        self.resizable = []
+        for m in model.modules():
+            if not isinstance(m, _NormBase):
+                self.resizable += [b for b in m._buffers.values() if b is not None]
         self.kinds = list(map(_kind, self.resizable))
         self.low_ptrs = self._low_ptrs()
 
@@ -598,7 +601,9 @@ def _is_constant(module) -> bool:
     return type(module).__module__.startswith('torch.nn.modules.') and bool(module._parameters)
 
 
-_dtype, _device, _numel = attrgetter('dtype'), torch.Tensor.get_device, torch.Tensor.numel
+_dtype = attrgetter('dtype')
+_device = torch.Tensor.get_device
+_numel = torch.Tensor.numel
 
 
 def _kind(t):
@@ -624,22 +629,20 @@ def is_low(t):
 
 def _some(names, limit=3):
     names = sorted(names)
-    return ', '.join(map(repr, names[:limit])) + (f' and {len(names) - limit} more' if len(names) > limit else '')
+    more = f' and {len(names) - limit} more' if len(names) > limit else ''
+    return ', '.join(map(repr, names[:limit])) + more
 
 
 def refuse_mismatch(what, src, dst):
     """Raise a `ValueError` that names how `src` and `dst`, both name -> tensor, differ in names or
     shapes.
     """
-    faults = [
-        f'{_some(names)} {fault}'
-        for names, fault in (
-            (dst.keys() - src.keys(), 'missing'),
-            (src.keys() - dst.keys(), 'not in the average'),
-            ({k for k in src.keys() & dst.keys() if _shape(src[k]) != _shape(dst[k])}, 'of another shape'),
-        )
-        if names
-    ]
+    wrong = {
+        'missing': dst.keys() - src.keys(),
+        'not in the average': src.keys() - dst.keys(),
+        'of another shape': {k for k in src.keys() & dst.keys() if _shape(src[k]) != _shape(dst[k])},
+    }
+    faults = [f'{_some(names)} {fault}' for fault, names in wrong.items() if names]
     if faults:
         raise ValueError(f'{what} does not match the average: ' + '; '.join(faults))
 
@@ -648,7 +651,8 @@ def _pair_params(model, swa_model):
     """Name -> (average's, model's) parameter, each once; raises `ValueError` if the two do not
     match.
     """
-    src, dst = named_tensors(model.named_parameters), named_tensors(swa_model.named_parameters)
+    src = named_tensors(model.named_parameters)
+    dst = named_tensors(swa_model.named_parameters)
     refuse_mismatch('the model', src, dst)
     first = {}
     for name, p in src.items():
@@ -684,7 +688,8 @@ def _pair_buffers(model, swa_model):
     """(average's, model's) buffers; those that came, went, or changed shape since the copy follow
     the model.
     """
-    src, dst = named_tensors(model.named_buffers), named_tensors(swa_model.named_buffers)
+    src = named_tensors(model.named_buffers)
+    dst = named_tensors(swa_model.named_buffers)
     for name in src.keys() | dst.keys():
         p, d = src.get(name), dst.get(name)
         if p is not None and d is not None and _kind(p) == _kind(d):
@@ -774,7 +779,8 @@ class _Exchange:
     def __init__(self, source, model):
         self.source, self.model = unwrap(source), unwrap(model)
         self.is_out = False  # does the model hold the source's tensors?
-        own, other = named_tensors(self.model.named_parameters), named_tensors(self.source.named_parameters)
+        own = named_tensors(self.model.named_parameters)
+        other = named_tensors(self.source.named_parameters)
         refuse_mismatch('the model', own, other)
         self.buffers = named_tensors(self.source.named_buffers)
         self.slots = [

@@ -138,7 +138,10 @@ class KeptBatches:
     """
 
     def __init__(self, make):
-        self.make, self.dl, self.batches, n_bytes = make, make(), [], 0
+        self.make = make
+        self.dl = make()
+        self.batches = []  # `None`: drawn anew for each pass
+        n_bytes = 0
         for batch in self.dl:
             size = _n_bytes(batch)
             n_bytes += math.inf if size is None else size

@@ -624,7 +624,10 @@ class _Share:
         if not other.n:
             return
         if not self.n:
-            self.kind, self.forms, self.n, self.tensors = other.kind, other.forms, other.n, other.tensors
+            self.kind = other.kind
+            self.forms = other.forms
+            self.n = other.n
+            self.tensors = other.tensors
         elif self.kind == other.kind == 'moments':
             self.n, *self.tensors = _merge(self.n, *self.tensors, other.n, *other.tensors)
         elif self.kind == other.kind:
@@ -663,7 +666,8 @@ class _Pool:
     def add(self, ns, means, variances):
         "Pool one batch: `ns` values a channel, their means and unbiased variances, for each layer."
         dtype = _wide(means[0])  # one rounding a batch adds up in float32
-        mean, var = torch.cat(means).to(dtype), torch.cat(variances).to(dtype)
+        mean = torch.cat(means).to(dtype)
+        var = torch.cat(variances).to(dtype)
         if self.bias[0] != ns:  # but for the last batch, the same
             self.bias = ns, self._per_channel([(n - 1) / n for n in ns], mean)
         var *= self.bias[1]
@@ -830,7 +834,8 @@ class _OwnWay:
         """The output of the layer with the buffers `state`, and the buffers after it; the layer is
         left as it is.
         """
-        attributes, buffers = dict(vars(self.layer)), dict(self.layer._buffers)
+        attributes = dict(vars(self.layer))
+        buffers = dict(self.layer._buffers)
         try:
             self.layer._buffers.update({k: b.clone() for k, b in state.items()})
             self.layer.training = training

@@ -596,7 +596,8 @@ class SWACallback(FitCallback):
             continued.clean_up()
             if not continued.n_averaged:
                 raise ValueError('average is a SWACallback that has averaged nothing: there is nothing to go on with')
-            state, epochs = continued._average.running.state_dict(), continued.averaged_epochs
+            state = continued._average.running.state_dict()
+            epochs = continued.averaged_epochs
         else:
             state, epochs = state_in_file(continued)
         refuse_another_model(state, self.learn.model)

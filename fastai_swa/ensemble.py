@@ -126,8 +126,9 @@ class Ensemble:
         return res
 
     def solutions(self) -> dict:
-        """Name -> member, called by the epoch after which it was kept, where that is known, else by its
-        file or number: so `rays`, `Curve`, `average_checkpoints` and other ensembles take this one.
+        """Name -> member, called by the epoch after which it was kept, where that is known, else by
+        its file or number: so `rays`, `Curve`, `average_checkpoints` and other ensembles take this
+        one.
         """
         return by_epoch(self.members, self.epochs)
 
@@ -186,13 +187,14 @@ class Ensemble:
 
     # stacking
 
-    def stack(self, dl=None, ds_idx: int = 1, alphas=tuple(np.logspace(-3, 4, 15)), cbs=None):
+    def stack(self, ds_idx: int = 1, dl=None, alphas=tuple(np.logspace(-3, 4, 15)), cbs=None):
         """Find weights for the members' probabilities by ridge regression on one-hot targets, and
         combine by them from now on.
 
-        `dl`, or data set `ds_idx` of the learner: samples that no member was trained on. The
-        penalty is the one of `alphas` with the least error in leave-one-out cross-validation. What
-        the ensemble then scores on the same samples flatters it: judge it on others.
+        `dl`, or data set `ds_idx` of the learner: samples that no member was trained on (the
+        arguments may also come in the order `dl`, `ds_idx`). The penalty is the one of `alphas`
+        with the least error in leave-one-out cross-validation. What the ensemble then scores on the
+        same samples flatters it: judge it on others.
 
         Raises `ValueError` if there are samples of the learner's training set among them, or of a
         member's, where all members are right and no weight can be learned. (What a file or a module
@@ -202,7 +204,10 @@ class Ensemble:
         """
         from sklearn.linear_model import RidgeCV  # comes with fastai; slow to import
 
-        dl = self.learn.dls[ds_idx] if dl is None else dl
+        if not isinstance(ds_idx, int):  # the former order
+            ds_idx, dl = 1 if dl is None else dl, ds_idx
+        if dl is None:
+            dl = self.learn.dls[ds_idx]
         if self._in_training_sets(dl, [*self._trained_on, None])[0]:
             raise ValueError(
                 'stack needs data that no member was trained on, and these are the training set of one: hold samples '

@@ -16,7 +16,8 @@ class Members(nn.Module):
 
     def __init__(self, members, combination):
         super().__init__()
-        self.members, self.combination = nn.ModuleList(members), combination
+        self.members = nn.ModuleList(members)
+        self.combination = combination
         self.at = None  # the member that it is
 
     def __getattr__(self, name):
@@ -119,7 +120,9 @@ class Combination:
     "Makes of several outputs one such that the activation makes the combined probabilities of it."
 
     def __init__(self, probabilities: Probabilities, combine: str, stacking: dict | None):
-        self.probabilities, self.combine, self.stacking = probabilities, combine, stacking
+        self.probabilities = probabilities
+        self.combine = combine
+        self.stacking = stacking
 
     def __call__(self, outputs: list):
         for i, o in enumerate(outputs):

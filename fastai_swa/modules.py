@@ -376,7 +376,9 @@ class _Functions:
             return None
         cells = tuple(self.cells.setdefault(id(cell), types.CellType()) for cell in o.__closure__ or ())
         new = types.FunctionType(o.__code__, o.__globals__, o.__name__, None, cells)
-        new.__qualname__, new.__module__, new.__doc__ = o.__qualname__, o.__module__, o.__doc__
+        new.__qualname__ = o.__qualname__
+        new.__module__ = o.__module__
+        new.__doc__ = o.__doc__
         return new
 
     def fill(self):
@@ -420,7 +422,8 @@ class _Functions:
         elif _original(o) is not None:
             new.__closure__[0].cell_contents = copied(_original(o))
         else:
-            new.__defaults__, new.__kwdefaults__ = copied(o.__defaults__), copied(o.__kwdefaults__)
+            new.__defaults__ = copied(o.__defaults__)
+            new.__kwdefaults__ = copied(o.__kwdefaults__)
             vars(new).update(copied(vars(o)))
             for cell, own in zip(new.__closure__ or (), o.__closure__ or ()):
                 if own != types.CellType():  # an empty one has no contents

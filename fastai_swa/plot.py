@@ -92,12 +92,12 @@ def plot_runs(curves: dict, ax=None, ylabel: str = ''):
     for i, (name, (epochs, values)) in enumerate(curves.items()):
         if len(epochs) == 0:
             continue
-        style = {'lw': 1, 'ms': 4, 'marker': '.' * (len(epochs) < 2)} | _RUNS.get(name, dict(color='C4'))
+        marker = '.' if len(epochs) < 2 else ''  # of one point there is no line
+        style = {'lw': 1, 'ms': 4, 'marker': marker} | _RUNS.get(name, dict(color='C4'))
         ax.plot(epochs, values.mean(0), label=name, **style)
         every = max(1, last // 6)
-        is_shown = (epochs == epochs[-1]) | (
-            (last - epochs + i * every // 5) % every == 0
-        )  # not all at the same epochs
+        is_turn = (last - epochs + i * every // 5) % every == 0  # not all at the same epochs
+        is_shown = (epochs == epochs[-1]) | is_turn
         _intervals(ax, epochs, values, style, np.flatnonzero(is_shown))
     late = np.concatenate([values[:, epochs > last / 2].mean(0) for epochs, values in curves.values()])
     late = late[np.isfinite(late)]
@@ -194,10 +194,8 @@ def _legend_below(ax):
 
 def _styles(n):
     "Told apart without colour, too."
-    colours, strokes = (
-        ('C0', 'C3', 'C2', '0.3', 'C4', 'C1', 'C5'),
-        ('-', '--', '-.', ':', (0, (5, 1, 1, 1)), (0, (1, 1))),
-    )
+    colours = 'C0', 'C3', 'C2', '0.3', 'C4', 'C1', 'C5'
+    strokes = '-', '--', '-.', ':', (0, (5, 1, 1, 1)), (0, (1, 1))
     return [dict(color=colours[i % len(colours)], ls=strokes[i % len(strokes)]) for i in range(n)]
 
 

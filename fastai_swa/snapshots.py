@@ -350,7 +350,8 @@ class SnapshotCallback(FitCallback):
         return str(file)
 
     def _write_index(self, new: Path | None = None):
-        files, epochs = [Path(s).name for s in self.snapshots], list(self.epochs)
+        files = [Path(s).name for s in self.snapshots]
+        epochs = list(self.epochs)
         if new is not None:
             files.append(new.name)
             epochs.append(self._fit.epoch)
