@@ -13,8 +13,8 @@ from fastai.torch_core import apply
 from torch.utils.data import BatchSampler
 from torch.utils.data import DataLoader as TorchDataLoader
 
-from .holders import LEARNED
 from .randomness import objects_kept
+from .walk import LEARNED
 
 __all__ = ['fresh_loader', 'training_loader', 'share', 'FirstBatches', 'KeptBatches']
 

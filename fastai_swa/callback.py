@@ -21,8 +21,8 @@ from .checks import check_count, check_known
 from .columns import complete_row, insert_columns, recorder_of
 from .files import save_weights
 from .fitting import FitCallback, SideWork, no_fit, passed_callbacks
-from .holders import unrepeatable
 from .interrupts import uninterrupted
+from .keeping import unrepeatable
 from .modules import check_copyable, clean_copy, dropped_hooks, named_tensors, plain_data, plain_name, unwrap
 from .packing import pack, unpack
 from .passes import LOOP, check_engine, refresh_bn, same_output, validate_aside

@@ -6,12 +6,10 @@ since a tuple is a tag's sign, and sets, counters and the like, which not every 
 torch reads by itself.
 """
 
-import ctypes
 import dataclasses
 import enum
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +17,13 @@ import torch
 from fastcore.foundation import L
 from torch import nn
 
+from .contents import elements, is_record, put_elements, record_fields, shared_memory
+
 __all__ = [
     'pack',
     'unpack',
     'Packer',
     'Unpacker',
-    'is_record',
-    'record_fields',
-    'elements',
-    'put_elements',
-    'shared_memory',
     'equal',
 ]
 
@@ -47,16 +42,6 @@ def unpack(o):
     if unpacker.missing:
         raise ValueError(f'the data hold what cannot be made anew: {unpacker.missing[0]}')
     return res
-
-
-def is_record(o) -> bool:
-    "Is `o` an instance of a dataclass that is data, and nothing of PyTorch's?"
-    return _is_record_class(type(o))
-
-
-@lru_cache(5000)
-def _is_record_class(cls) -> bool:
-    return dataclasses.is_dataclass(cls) and not issubclass(cls, nn.Module | torch.utils.data.Dataset)
 
 
 def class_name(cls) -> str:
@@ -225,14 +210,6 @@ def _are_numbers(values) -> bool:
 def _are_scalars(values) -> bool:
     are = all(isinstance(v, torch.Tensor) and v.dim() == 0 and not v.is_meta for v in values)
     return are and len({(v.dtype, v.device) for v in values}) == 1
-
-
-def record_fields(o) -> dict:
-    """Name -> value of what an instance of a dataclass holds: its fields, and what was set beside
-    them.
-    """
-    fields = {f.name: getattr(o, f.name) for f in dataclasses.fields(o) if hasattr(o, f.name)}
-    return {**fields, **getattr(o, '__dict__', {})}
 
 
 _MISSING = object()  # nothing stands at that place
@@ -465,44 +442,6 @@ def _loaded_class(name):
     for part in qualname.split('.'):
         o = vars(o).get(part) if isinstance(o, type) or o is not None and hasattr(o, '__dict__') else None
     return o if isinstance(o, type) else None
-
-
-# containers; the methods of Python's own classes are called, since those of a subclass may do anything
-
-_BASES = OrderedDict, dict, list, deque, set, bytearray
-
-
-def _base(o):
-    return next(cls for cls in _BASES if isinstance(o, cls))
-
-
-def elements(o) -> list:
-    "What a container holds; the pairs of a dict."
-    base = _base(o)
-    return list(base.items(o) if issubclass(base, dict) else base.__iter__(o))
-
-
-def put_elements(o, values: list):
-    "Let a container hold `values`, and nothing else; gives the container."
-    base = _base(o)
-    base.clear(o)
-    if issubclass(base, dict):
-        for k, v in values:
-            base.__setitem__(o, k, v)
-    elif base is set:
-        set.update(o, values)
-    else:
-        base.extend(o, values)
-    return o
-
-
-def shared_memory(o) -> memoryview | None:
-    """The memory of a number or array that processes share, as `multiprocessing.Value` makes one:
-    how workers are told the epoch.
-    """
-    if type(o).__module__ == 'multiprocessing.sharedctypes' and hasattr(o, 'get_obj'):
-        o = o.get_obj()
-    return memoryview(o).cast('B') if isinstance(o, ctypes._SimpleCData | ctypes.Array) else None
 
 
 def equal(a, b) -> bool:

@@ -26,11 +26,12 @@ from .batches import FirstBatches, KeptBatches, fresh_loader, share, training_lo
 from .batchnorm import Moments, batch_moments, tracked_bn
 from .columns import plain_values
 from .fitting import is_fitting, no_fit  # noqa: F401
-from .holders import found_in, holders_kept, is_own, owned_modules, unrepeatable
 from .interrupts import uninterrupted, unwound_whole
+from .keeping import holders_kept, unrepeatable
 from .modules import has_own_modes, in_train_mode, modes_of, set_modes, unwrap
 from .processes import PassFailed, Processes, Together
 from .randomness import randomness_kept, seed_all
+from .walk import found_in, is_own, owned_modules
 
 __all__ = [
     'PassCancelled',

@@ -10,7 +10,8 @@ import torch
 from fastai.torch_core import get_random_states, set_random_states, set_seed
 from fastcore.xtras import ReindexCollection
 
-from .holders import below, found_in, holder_kept, keeps_state, walk
+from .keeping import holder_kept
+from .walk import below, found_in, keeps_state, walk
 
 __all__ = [
     'sources',

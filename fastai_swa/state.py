@@ -14,29 +14,24 @@ from fastai.learner import Learner, Recorder
 from fastai.optimizer import Optimizer
 from fastcore.foundation import L
 
-from .holders import (
-    CONTAINERS,
+from .contents import CONTAINERS, MAX_BYTES, MAX_LEAVES, attributes, is_record, nested, set_attribute
+from .modules import in_train_mode, named_tensors, plain_name, unwrap, written_in_train_mode
+from .packing import Packer, Unpacker, class_name, equal, pack, unpack
+from .randomness import random_states, set_random_states_of
+from .replay import is_used_up
+from .walk import (
     LEARNED,
-    MAX_BYTES,
-    MAX_LEAVES,
     OF_PASS,
-    attributes,
     below,
     can_hold,
-    is_used_up,
     keeps_state,
     loaders,
     name_once,
     named_callbacks,
-    nested,
     owned_modules,
     readable,
-    set_attribute,
     walk,
 )
-from .modules import in_train_mode, named_tensors, plain_name, unwrap, written_in_train_mode
-from .packing import Packer, Unpacker, class_name, equal, is_record, pack, unpack
-from .randomness import random_states, set_random_states_of
 
 __all__ = [
     'take',

@@ -10,9 +10,11 @@ import fastai_swa
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {'checks', 'interrupts', 'version'},
-    {'modules', 'files', 'processes', 'packing'},
-    {'averaging', 'batchnorm', 'schedules', 'geometry', 'probabilities', 'weights', 'holders'},
-    {'vision', 'randomness', 'fitting', 'columns', 'surfaces', 'views'},
+    {'modules', 'files', 'processes', 'contents'},
+    {'averaging', 'batchnorm', 'schedules', 'geometry', 'probabilities', 'weights', 'packing', 'replay'},
+    {'vision', 'fitting', 'columns', 'surfaces', 'views', 'walk'},
+    {'keeping'},
+    {'randomness'},
     {'state', 'samples'},
     {'batches'},
     {'passes'},

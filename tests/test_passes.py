@@ -35,9 +35,10 @@ from fasttransform import Transform
 from torch import nn
 from torch.nn import functional as F
 
-from fastai_swa import CheckpointCallback, Curve, SWACallback, holders, line, rays
+from fastai_swa import CheckpointCallback, Curve, SWACallback, line, rays
 from fastai_swa.batchnorm import tracked_bn
-from fastai_swa.holders import holders_kept, unrepeatable
+from fastai_swa.contents import nested
+from fastai_swa.keeping import holders_kept, unrepeatable
 from fastai_swa.passes import _aside, buffers_kept, kept_batches, refresh_bn, untouched, validate_aside
 
 from . import lora
@@ -565,9 +566,9 @@ def test_what_is_too_large_is_left_and_named_once():
 
 def test_up_to_the_limit_of_leaves_and_bytes_containers_are_kept():
     ok, deep, many = [0] * 10_000, [[i] for i in range(10_000)], [[0] * 101 for _ in range(100)]
-    assert holders.nested(ok)[2] == 10_000 and holders.nested(deep)[2] == 10_000 and holders.nested(many) is None
-    assert holders.nested([0] * 10_001) is None and holders.nested({'a': [0] * 5_000, 'b': (0,) * 5_001}) is None
-    assert holders.nested([torch.zeros(250_000)])[3] == 10**6 and holders.nested([torch.zeros(250_001)]) is None
+    assert nested(ok)[2] == 10_000 and nested(deep)[2] == 10_000 and nested(many) is None
+    assert nested([0] * 10_001) is None and nested({'a': [0] * 5_000, 'b': (0,) * 5_001}) is None
+    assert nested([torch.zeros(250_000)])[3] == 10**6 and nested([torch.zeros(250_001)]) is None
 
 
 def test_a_data_set_of_a_million_items_costs_nothing():
@@ -795,7 +796,9 @@ def test_two_ctrl_c_in_a_row_leave_nothing_muted_hooked_or_moved():
         sent.append(1)
         raise KeyboardInterrupt
 
-    files = [f'fastai_swa/{name}.py' for name in ('passes', 'holders', 'randomness', 'batches')]
+    files = [
+        f'fastai_swa/{name}.py' for name in ('passes', 'contents', 'replay', 'walk', 'keeping', 'randomness', 'batches')
+    ]
 
     def interrupted_at(n, f):
         lines = itertools.count(1)
