@@ -13,7 +13,7 @@ from fastai.torch_core import apply
 from torch.utils.data import BatchSampler
 from torch.utils.data import DataLoader as TorchDataLoader
 
-from .randomness import objects_kept
+from .aside import objects_kept
 from .walk import LEARNED
 
 __all__ = ['fresh_loader', 'training_loader', 'share', 'FirstBatches', 'KeptBatches']

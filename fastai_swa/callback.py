@@ -15,6 +15,7 @@ from fastai.learner import Learner, Recorder
 from fastai.torch_core import join_path_file, rank_distrib
 from torch import nn
 
+from .aside import LOOP
 from .averaging import WeightAverage, all_finite, check_match, check_swa_model, check_weight, equal, refuse_mismatch
 from .batchnorm import StatisticsWatch, outside_sentence, statistics_outside_buffers, tracked_bn, union
 from .checks import check_count, check_known
@@ -25,7 +26,7 @@ from .interrupts import uninterrupted
 from .keeping import unrepeatable
 from .modules import check_copyable, clean_copy, dropped_hooks, named_tensors, plain_data, plain_name, unwrap
 from .packing import pack, unpack
-from .passes import LOOP, check_engine, refresh_bn, same_output, validate_aside
+from .passes import check_engine, refresh_bn, same_output, validate_aside
 from .processes import Processes
 from .schedules import start_epoch
 from .state import not_copied

@@ -16,6 +16,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import nn
 
+from .aside import concerns_training, untouched
 from .averaging import all_finite, lent
 from .callback import SWACallback
 from .checkpoint import CheckpointCallback
@@ -26,7 +27,6 @@ from .geometry import CURVES, arc_lengths, inner_products
 from .interrupts import uninterrupted, unwound_whole
 from .landscape import line
 from .modules import in_train_mode, named_tensors, plain_name, unwrap
-from .passes import concerns_training, untouched
 from .surfaces import Profile
 from .weight_space import Space, check_ts, fingerprints, measured, modes_put_back, named_solutions, weighted_sum
 

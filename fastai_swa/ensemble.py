@@ -12,12 +12,12 @@ from fastcore.foundation import L, noop
 from torch import nn
 from torch.nn import functional as F
 
+from .aside import autocast_left
 from .checks import check_choice
 from .files import save_weights
 from .fitting import no_fit
 from .interrupts import uninterrupted, unwound_whole
 from .modules import Kept, clean_copy, has_own_modes, unwrap
-from .passes import autocast_left
 from .probabilities import Probabilities, as_probabilities, features, vote
 from .samples import Samples, in_common
 from .state import not_copied

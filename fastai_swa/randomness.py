@@ -2,7 +2,7 @@
 
 import random
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import singledispatch
 
 import numpy as np
@@ -10,7 +10,6 @@ import torch
 from fastai.torch_core import get_random_states, set_random_states, set_seed
 from fastcore.xtras import ReindexCollection
 
-from .keeping import holder_kept
 from .walk import below, found_in, keeps_state, walk
 
 __all__ = [
@@ -21,7 +20,7 @@ __all__ = [
     'seed',
     'seed_all',
     'randomness_kept',
-    'objects_kept',
+    'generators_kept',
     'random_states',
     'set_random_states_of',
 ]
@@ -172,22 +171,11 @@ def randomness_kept(learn, found=None):
 
     - `found`: what `found_in(learn)` gives.
     """
-    return _kept([o for _, o in found or found_in(learn) if is_source(o)])
+    return generators_kept([o for _, o in found or found_in(learn) if is_source(o)])
 
 
 @contextmanager
-def objects_kept(*objects):
-    """What the `objects`, loaders or data sets, and the objects in them count, and all random
-    generators, stand at the end of this context where they stood."""
-    generators = [o for _, o in sources_in(list(enumerate(objects)))]
-    with _kept(generators), ExitStack() as stack:
-        for o in objects:
-            stack.enter_context(holder_kept(o))
-        yield
-
-
-@contextmanager
-def _kept(generators):
+def generators_kept(generators):
     """The `generators`, and those of the libraries, stand at the end of this context where they
     stood.
     """

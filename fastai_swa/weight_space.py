@@ -15,13 +15,14 @@ from fastai.learner import Learner
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 
+from .aside import untouched
 from .averaging import WeightAverage, lent
 from .callback import SWACallback
 from .checks import check_count, check_numbers
 from .ensemble import Ensemble
 from .interrupts import uninterrupted, unwound_whole
 from .modules import clean_copy, in_train_mode, modes_of, plain_name, set_modes, to_train_form, unwrap
-from .passes import PassCancelled, kept_batches, refresh_bn, refreshable, untouched, validate_aside
+from .passes import PassCancelled, kept_batches, refresh_bn, refreshable, validate_aside
 from .processes import Processes
 from .snapshots import SnapshotCallback
 from .state import loaders, not_copied

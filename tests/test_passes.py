@@ -36,10 +36,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastai_swa import CheckpointCallback, Curve, SWACallback, line, rays
+from fastai_swa.aside import aside, buffers_kept, untouched
 from fastai_swa.batchnorm import tracked_bn
 from fastai_swa.contents import nested
 from fastai_swa.keeping import holders_kept, unrepeatable
-from fastai_swa.passes import _aside, buffers_kept, kept_batches, refresh_bn, untouched, validate_aside
+from fastai_swa.passes import kept_batches, refresh_bn, validate_aside
 
 from . import lora
 from .helpers import At, assert_same, fingerprint, learner, loaders, net, raising
@@ -664,7 +665,7 @@ def test_a_generator_of_the_data_gives_again_what_a_pass_took():
     learn = make()
     learn.dls.loaders[0] = DataLoader(numbers(), bs=16, n=48)
     first = learn.dls.train.dataset
-    with _aside(learn):
+    with aside(learn):
         pass
     assert learn.dls.train.dataset is first  # nothing was taken from it
     kept_batches(learn, 2)
@@ -797,7 +798,8 @@ def test_two_ctrl_c_in_a_row_leave_nothing_muted_hooked_or_moved():
         raise KeyboardInterrupt
 
     files = [
-        f'fastai_swa/{name}.py' for name in ('passes', 'contents', 'replay', 'walk', 'keeping', 'randomness', 'batches')
+        f'fastai_swa/{name}.py'
+        for name in ('passes', 'aside', 'contents', 'replay', 'walk', 'keeping', 'randomness', 'batches')
     ]
 
     def interrupted_at(n, f):

@@ -16,13 +16,13 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastcore.foundation import noop
 
+from ..aside import autocast_left
 from ..averaging import ema
 from ..callback import SWACallback
 from ..checkpoint import CheckpointCallback
 from ..checks import check_known, check_positive
 from ..files import InUse, Lock
 from ..learner import EpochScheduler
-from ..passes import autocast_left
 from ..snapshots import SnapshotCallback
 from ..state import restore
 from ..walk import named_callbacks
