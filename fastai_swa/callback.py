@@ -29,8 +29,8 @@ from .packing import pack, unpack
 from .passes import check_engine, refresh_bn, same_output, validate_aside
 from .processes import Processes
 from .schedules import start_epoch
-from .state import not_copied
 from .views import lending
+from .walk import not_copied
 from .weights import read_weights
 
 __all__ = ['SWACallback', 'SaveSWAModelCallback', 'check_name', 'is_learners_own']

@@ -20,8 +20,8 @@ from .interrupts import uninterrupted, unwound_whole
 from .modules import Kept, clean_copy, has_own_modes, unwrap
 from .probabilities import Probabilities, as_probabilities, features, vote
 from .samples import Samples, in_common
-from .state import not_copied
 from .views import lending
+from .walk import not_copied
 from .weights import check_weights_file, load_into, read_index, weights_of, write_index
 
 __all__ = ['Ensemble']

@@ -25,7 +25,7 @@ from .modules import clean_copy, set_modes
 from .passes import copied_measures, refresh_bn, refreshable
 from .probabilities import Probabilities
 from .processes import Processes
-from .state import not_copied
+from .walk import not_copied
 from .weights import load_into, read_index, weights_of, write_index
 
 __all__ = ['SnapshotCallback', 'average_checkpoints']

@@ -32,6 +32,7 @@ __all__ = [
     'keeps_state',
     'is_own',
     'owned_modules',
+    'not_copied',
     'below',
     'found_in',
     'LEARNED',
@@ -76,6 +77,11 @@ def owned_modules(owner) -> list:
     "`owner` if it is a module, else those that it holds as attributes, as fastai's losses do."
     held = [unwrap(owner)] if isinstance(owner, nn.Module) else getattr(owner, '__dict__', {}).values()
     return [m for m in held if isinstance(m, nn.Module)]
+
+
+def not_copied(learn) -> tuple:
+    "What a copy of the model refers to instead of copying, should the model refer to it."
+    return learn, learn.dls, *learn.cbs
 
 
 def roots(learn, callbacks) -> list:

@@ -25,8 +25,8 @@ from .modules import clean_copy, in_train_mode, modes_of, plain_name, set_modes,
 from .passes import PassCancelled, kept_batches, refresh_bn, refreshable, validate_aside
 from .processes import Processes
 from .snapshots import SnapshotCallback
-from .state import loaders, not_copied
 from .surfaces import MemoryRows, PointFile
+from .walk import loaders, not_copied
 from .weights import load_into
 
 __all__ = [
