@@ -14,7 +14,7 @@ from fastai.callback.training import ShortEpochCallback
 from fastcore.foundation import L
 
 from .interrupts import uninterrupted, unwound_whole
-from .keeping import holder_kept, holders_kept
+from .keeping import holder_kept, holders_kept, put_tensor
 from .modules import has_own_modes, modes_of, set_modes, unwrap
 from .randomness import generators_kept, randomness_kept, seed_all, sources_in
 from .walk import found_in, is_own, owned_modules
@@ -242,12 +242,8 @@ def buffers_kept(module, but=(), recurse=True):
             if now.keys() != old.keys() or any(now[k] is not t for k, t in old.items()):
                 now.clear()
                 now.update(old)
-        with torch.no_grad():
-            for t, data, old in kept:
-                if t.data_ptr() != data.data_ptr() or t.shape != data.shape or t.dtype != data.dtype:
-                    t.data = data
-                if t.device.type != 'cpu' or not torch.equal(t, old):
-                    t.copy_(old)
+        for t, data, old in kept:
+            put_tensor(t, data, old)
 
 
 # attributes and autocast

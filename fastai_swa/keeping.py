@@ -47,7 +47,15 @@ def holders_kept(learn, found=None):
 
     - `found`: what `found_in(learn)` gives.
     """
-    notes = _note_all(learn, found)
+    model = unwrap(learn.model)
+    pointers = {t.data_ptr() for t in itertools.chain(model.parameters(), model.buffers())}
+    notes = _Notes({*model.modules(), *pointers} - {0})
+    for path, o in found_in(learn) if found is None else found:
+        if path.startswith('fastai.learner.Recorder.0.'):  # metrics: a pass measures with copies
+            continue
+        if path.startswith('loaders.'):
+            notes.add_streams(o)
+        notes.add(path, o)
     try:
         yield
     finally:
@@ -69,28 +77,6 @@ def holders_kept(learn, found=None):
             )
 
 
-def _note_all(learn, found=None):
-    model = unwrap(learn.model)
-    protected = {*model.modules(), *(t.data_ptr() for t in itertools.chain(model.parameters(), model.buffers()))} - {0}
-    notes = _Notes(protected)
-    metrics = 'fastai.learner.Recorder.0.'  # a pass measures with copies
-    for path, o in found_in(learn) if found is None else found:
-        if path.startswith(metrics):
-            continue
-        if path.startswith('loaders.'):
-            notes.add_streams(o)
-        _note(notes, path, o)
-    return notes
-
-
-def _note(notes, path, o):
-    if isinstance(o, CellType):
-        notes.slots.append((o, CellType.cell_contents, o.cell_contents if o != CellType() else UNSET))
-        notes._add_contents(path, attributes(o))
-    elif not isinstance(o, torch.Generator):
-        notes.add(path, o)
-
-
 @contextmanager
 def holder_kept(o):
     """What the object `o`, a loader for instance, and the objects in it hold is put back at the end
@@ -99,7 +85,7 @@ def holder_kept(o):
     notes = _Notes()
     for path, holder in list(walk([('it', o)])):
         notes.add_streams(holder)
-        _note(notes, path, holder)
+        notes.add(path, holder)
     try:
         yield
     finally:
@@ -110,22 +96,35 @@ def holder_kept(o):
 
 
 class _Notes:
-    "What some objects hold now."
+    """What some objects hold now.
+
+    - `protected`: modules whose parameters and buffers, and data pointers of tensors, that are not
+      to be put back.
+    """
 
     def __init__(self, protected=()):
-        self.protected = protected  # data pointers of tensors that are not to be put back
-        self.spaces = []  # a dict that is a namespace, its contents
-        self.slots = []  # object, descriptor, value
-        self.containers = []  # container, its contents
-        self.tensors = []  # tensor, an alias that keeps its storage and shape, a copy
-        self.grads = []  # tensor, its gradient
-        self.arrays = []  # array, a copy
-        self.files = []  # file, position
-        self.shared = []  # memory that processes share, its bytes
-        # object, name of an attribute of it, the iterator there, the `Replay` that stands there meanwhile
-        self.streams = []
+        self.protected = protected
+        self.notes = []  # a function that puts one thing back, and its arguments
+        self.files = []  # the same of positions in files
+        self.streams = []  # object, name of an attribute of it, the `Replay` that stands there meanwhile
         self.large = []  # path, object, its length: too large to be kept
-        self.seen = set()
+        self.seen = set()  # ids of the values that are noted
+
+    def note(self, put, *args):
+        self.notes.append((put, args))
+
+    def put_back(self) -> list:
+        "Let all hold again what they held. Gives the paths of large ones that have another length."
+        # an iterator may read from a file, and gives again what it has read
+        files = [] if self.streams else self.files
+        streams = [(_put_stream, args) for args in self.streams]  # last: the attributes that they stand in are put back
+        faults = []
+        for put, args in (*self.notes, *files, *streams):
+            try:
+                put(*args)
+            except Exception as e:  # the others are put back all the same
+                faults.append(f'a {type(args[0]).__name__} ({e})')
+        return faults + [path for path, o, length in self.large if _length(o) != length]
 
     def add_streams(self, o):
         """Let iterators that `o` holds go through a `Replay`, so that what a pass takes from them
@@ -143,49 +142,51 @@ class _Notes:
 
     def add(self, path, o):
         "Note what the object `o` holds."
+        if isinstance(o, torch.Generator):
+            return  # its state is kept with the other random generators
+        if isinstance(o, CellType):
+            self.note(_put_slot, o, CellType.cell_contents, o.cell_contents if o != CellType() else UNSET)
+            self._add_values(path, attributes(o))
+            return
         own = namespace(o)
-        self.spaces.append((own, dict(own)))
+        self.note(_put_space, own, dict(own))
         if isinstance(o, nn.Module):
             self._add_module(path, o)
-            values = [(k, v) for k, v in own.items() if k not in MODULES_OWN]
         elif isinstance(o, Recorder):
-            self._add_flat(own)  # one loss a step, none of which changes
-            return
+            self._add_recorder(own)
         else:
-            slots = list(slot_values(o))
-            self.slots += [(o, d, v) for d, v in slots]
-            values = attributes(o) if not slots else [*own.items(), *((d.__name__, v) for d, v in slots)]
-        self._add_contents(path, values)
+            for descriptor, v in slot_values(o):
+                self.note(_put_slot, o, descriptor, v)
+            self._add_values(path, attributes(o))
 
     def _add_module(self, path, m):
         own = vars(m)
         left = ('_parameters', '_buffers') if m in self.protected else ()  # whose tensors are the pass's matter
         for k in MODULES_DICTS:
             if k not in left and isinstance(d := own.get(k), dict):
-                self.spaces.append((d, dict(d) if d else _EMPTY))
+                self.note(_put_space, d, dict(d) if d else _EMPTY)
         if not left:
-            self._add_contents(path, [*m._parameters.items(), *m._buffers.items()], each=True)
+            for item in (*m._parameters.items(), *m._buffers.items()):
+                self._add_values(path, [item])  # the limits are for each of them
+        self._add_values(path, [(k, v) for k, v in own.items() if k not in MODULES_OWN])
 
-    def _add_flat(self, own):
+    def _add_recorder(self, own):
+        "A Recorder has one loss a step, none of which changes."
         for v in own.values():
             held = v if isinstance(v, CONTAINERS) else namespace(v).get('items')  # an L
             if isinstance(held, list | dict):
-                self.containers.append((held, elements(held)))
+                self.note(_put_container, held, elements(held))
 
-    def _add_contents(self, path, values, each=False):
-        """Note the containers, arrays and tensors among `values`, those of one object, or where the
-        limits are for `each`, of several.
-        """
+    def _add_values(self, path, values):
+        "Note the containers, arrays, tensors and files among `values`, (name, value) of one object."
         n_leaves, n_bytes = MAX_LEAVES, MAX_BYTES
         for name, v in values:
             if not _can_be_noted(type(v)) or type(v) is tuple and set(map(type, v)) <= ATOMS:
                 continue
-            if each:
-                n_leaves, n_bytes = MAX_LEAVES, MAX_BYTES
             if isinstance(v, io.IOBase):
                 self._add_file(v)
             if (memory := shared_memory(v)) is not None:
-                self.shared.append((memory, bytes(memory)))
+                self.note(_put_memory, memory, bytes(memory))
             if not isinstance(v, (*CONTAINERS, torch.Tensor, np.ndarray)) or id(v) in self.seen:
                 continue
             if isinstance(v, torch.Tensor) and v.data_ptr() in self.protected:
@@ -207,49 +208,26 @@ class _Notes:
         if isinstance(o, tuple):
             return
         if isinstance(o, CONTAINERS):
-            self.containers.append((o, elements(o)))
+            self.note(_put_container, o, elements(o))
         else:
-            self.spaces.append((namespace(o), dict(namespace(o))))
+            self.note(_put_space, namespace(o), dict(namespace(o)))
 
     def _add_array(self, o):
         if isinstance(o, np.ndarray):
             if o.flags.writeable:
-                self.arrays.append((o, o.copy()))
+                self.note(_put_array, o, o.copy())
             return
         if o.layout is not torch.strided or o.is_meta or o.is_inference():
             return
         if isinstance(o, nn.parameter.UninitializedTensorMixin) or o.data_ptr() in self.protected:
             return
-        self.tensors.append((o, o.data, o.detach().clone()))
+        self.note(put_tensor, o, o.data, o.detach().clone())
         if o.is_leaf and o.requires_grad:
-            self.grads.append((o, o.grad, None if o.grad is None else o.grad.clone()))
+            self.note(_put_grad, o, o.grad, None if o.grad is None else o.grad.clone())
 
     def _add_file(self, f):
         with suppress(OSError, ValueError):  # a pipe, or closed
-            self.files.append((f, f.tell()))
-
-    def put_back(self):
-        "Let all hold again what they held. Gives the paths of large ones that have another length."
-        faults = []
-        files = [] if self.streams else self.files  # an iterator may read from one, and gives again what it has read
-        noted = [
-            (_put_space, self.spaces),
-            (_put_slot, self.slots),
-            (_put_container, self.containers),
-            (_put_array, self.arrays),
-            (put_tensor, self.tensors),
-            (_put_grad, self.grads),
-            (_put_file, files),
-            (_put_memory, self.shared),
-            (_put_stream, self.streams),
-        ]
-        for put, notes in noted:
-            for note in notes:
-                try:
-                    put(*note)
-                except Exception as e:  # the others are put back all the same
-                    faults.append(f'a {type(note[0]).__name__} ({e})')
-        return faults + [path for path, o, length in self.large if _length(o) != length]
+            self.files.append((_put_file, (f, f.tell())))
 
 
 _EMPTY = {}
