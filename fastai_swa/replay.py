@@ -11,6 +11,7 @@ from types import GeneratorType
 
 import numpy as np
 import torch
+from fastcore.basics import GetAttr
 from torch.utils import data
 
 from .contents import is_foreign, namespace
@@ -18,10 +19,12 @@ from .contents import is_foreign, namespace
 __all__ = ['Replay', 'is_replayable', 'is_used_up']
 
 
-class Replay:
+class Replay(GetAttr):
     """Stands for an iterator `inner`: what is taken from it between `begin` and `rewind` is given
     once more after that.
     """
+
+    _default = 'inner'  # whose attributes it has
 
     def __init__(self, inner):
         self.inner = inner
@@ -52,11 +55,6 @@ class Replay:
         if self.taken:
             self.taken[-1].append(value)
         return value
-
-    def __getattr__(self, name):
-        if name == 'inner':  # not there yet, as while it is unpickled
-            raise AttributeError(name)
-        return getattr(self.inner, name)
 
 
 def _drawn() -> tuple:

@@ -7,6 +7,7 @@ import gc
 import io
 import itertools
 import multiprocessing
+import pickle
 import random
 import signal
 import sys
@@ -37,10 +38,12 @@ from torch.nn import functional as F
 
 from fastai_swa import CheckpointCallback, Curve, SWACallback, line, rays
 from fastai_swa.aside import aside, buffers_kept, untouched
+from fastai_swa.batches import FirstBatches, KeptBatches
 from fastai_swa.batchnorm import tracked_bn
 from fastai_swa.contents import nested
 from fastai_swa.keeping import holders_kept, unrepeatable
 from fastai_swa.passes import kept_batches, refresh_bn, validate_aside
+from fastai_swa.replay import Replay
 
 from . import lora
 from .helpers import At, assert_same, fingerprint, learner, loaders, net, raising
@@ -653,6 +656,19 @@ def test_attributes_that_came_go_and_those_that_went_come():
         and not learn.model[0]._forward_hooks
         and learn.keeps.tensor.tolist() == [0, 0]
     )
+
+
+# what stands for a loader, or for an iterator
+
+
+def test_what_stands_for_another_is_copied_and_pickled_and_has_its_attributes():
+    dl = loaders().train
+    for o in (FirstBatches(dl, 2), KeptBatches(lambda: dl), Replay(Sampler())):
+        for other in (copy.copy(o), copy.deepcopy(o)):
+            assert type(other) is type(o) and not hasattr(other, 'nothing')
+            assert (other.epoch == 0) if isinstance(o, Replay) else (len(other) == len(o) and other.bs == dl.bs)
+    first = pickle.loads(pickle.dumps(FirstBatches(PAIRS, 3)))
+    assert len(first) == 3 and first.count(0) == 0
 
 
 # what is used up
