@@ -16,8 +16,8 @@ from fastcore.foundation import L
 from .interrupts import uninterrupted, unwound_whole
 from .keeping import holder_kept, holders_kept, put_tensor
 from .modules import has_own_modes, modes_of, set_modes, unwrap
-from .randomness import generators_kept, randomness_kept, seed_all, sources_in
-from .walk import found_in, is_own, owned_modules
+from .randomness import generators_kept, randomness_kept, seed_all
+from .walk import found_in, is_own, owned_modules, walk
 
 __all__ = [
     'aside',
@@ -63,8 +63,8 @@ def untouched(learn, seed: int):
 def objects_kept(*objects):
     """What the `objects`, loaders or data sets, and the objects in them count, and all random
     generators, stand at the end of this context where they stood."""
-    generators = [o for _, o in sources_in(list(enumerate(objects)))]
-    with generators_kept(generators), ExitStack() as stack:
+    inner = [o for _, o in walk(enumerate(objects))]
+    with generators_kept(inner), ExitStack() as stack:
         for o in objects:
             stack.enter_context(holder_kept(o))
         yield
