@@ -43,7 +43,7 @@ class PassCancelled(Exception):
     "A callback cancelled a pass; it must not cancel the fit that the pass stands aside from."
 
 
-# the passes
+# validation
 
 
 def validate_aside(learn, dl=None, in_fit: bool = True) -> list:
@@ -70,122 +70,21 @@ def validate_aside(learn, dl=None, in_fit: bool = True) -> list:
         return plain_values(collector.measured)
 
 
-def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None) -> Moments:
-    """Refresh the batch-norm layers `names` of `learn.model` on the training set, or `n_batches` of
-    it, each sample once; or on `dl`. Other buffers are afterwards what they were.
-
-    Outside a fit the events around a validation are sent as well: they set mixed precision and the
-    like up and tear them down. Of several processes each takes a share of the samples, or
-    `n_batches` of its own. Raises `PassCancelled` if a callback cancels the pass, `ValueError` if
-    the training set can be gone through only once, and `PassFailed` if it failed in another
-    process; like any error that leaves the statistics as they were.
+def copied_measures(metrics) -> list:
+    """Loss and `metrics` as objects of one's own, reset: the Recorder's keep the values of the
+    model in training.
     """
-    if dl is None:
-        _check_repeatable(learn, 0)
-    model = unwrap(learn.model)
-    layers = {name: m for name, m in model.named_modules() if name in set(names)}
-    refreshed = [t for m in layers.values() for t in m._buffers.values()]
-    with (
-        aside(learn, buffers_kept(model, but=refreshed)),
-        _events_around(learn, in_fit),
-        _together(learn) as processes,
-    ):
-        model = unwrap(learn.model)  # data-parallel replicas would each keep statistics of their own
-        if dl is None and processes.size > 1:
-            dl = share(learn.dls.train, processes, n_batches)
-        elif dl is None:
-            dl = training_loader(learn, n_batches)
-        with (
-            batch_moments(model, layers, processes.gather if processes.size > 1 else None) as moments,
-            _replaced(learn, 'model', model),
-            _gan_put_back(learn),
-            learn.added_cbs(_EndBatch(moments)),
-        ):
-            _run(learn, dl)
-    return moments
+    res = [AvgLoss(), *map(_copy_metric, metrics)]
+    for m in res:
+        m.reset()
+    return res
 
 
-def same_output(learn, other) -> bool:
-    """Does `other`, a copy of `learn.model`, make the same of a validation batch as that does now,
-    both in eval mode? Nothing of the learner is changed. `True` also where that cannot be told: the
-    model cannot be called like that, or differs by itself from one time to the next."""
-    own = unwrap(learn.model)
+def _copy_metric(metric):
     try:
-        with in_train_mode(own), aside(learn), torch.no_grad():
-            learn._split(learn._set_device(KeptBatches(lambda: FirstBatches(fresh_loader(learn.dls[1]), 1)).batches[0]))
-            outputs = []
-            for model in (own, other, own):
-                with randomness_kept(learn), holders_kept(learn), buffers_kept(own):
-                    outputs.append(model.eval()(*learn.xb))
+        return copy.deepcopy(metric)
     except Exception:
-        return True
-    return _are_close(outputs[0], outputs[1]) or not _are_close(outputs[0], outputs[2])
-
-
-def _are_close(a, b) -> bool:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(_are_close, a, b))
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_are_close(v, b[k]) for k, v in a.items())
-    return True  # nothing that could be compared
-
-
-def kept_batches(learn, n_batches: int | None = None, train: bool = True) -> KeptBatches:
-    """Of the training set, each sample once, or `n_batches` of it; or of the validation set: for
-    several passes over the same.
-    """
-    _check_repeatable(learn, 0 if train else 1)
-    make = partial(training_loader, learn, n_batches) if train else partial(fresh_loader, learn.dls[1])
-    with aside(learn):
-        return KeptBatches(make)
-
-
-def _check_repeatable(learn, i):
-    "Raise `ValueError` if a pass through the `i`-th loader would use up what training needs."
-    used_up = unrepeatable(learn, i)
-    if used_up:
-        raise ValueError(
-            f'{used_up[0]} can be gone through only once, and a pass aside from training would take from it what '
-            'training needs: make it anew in `__iter__`, or hold it in an attribute of its own'
-        )
-
-
-def _events_around(learn, in_fit):
-    return nullcontext() if in_fit or is_fitting(learn, '_do_fit') else learn.validation_context()
-
-
-def _run(learn, dl):
-    try:
-        learn._do_epoch_validate(dl=dl)
-    except (CancelFitException, CancelEpochException, CancelTrainException):
-        raise PassCancelled('a callback cancelled it') from None
-
-
-@contextmanager
-def _together(learn):
-    """The processes that make a pass together. An error in one of them ends the pass in all: each
-    waits for the others at its end.
-    """
-    together = Together(Processes(learn))
-    try:
-        yield together
-    except Exception as e:
-        together.fail(e)
-        raise
-    together.check()
-
-
-def _without_collectives(model, processes):
-    """Within DistributedDataParallel each forward pass waits for the other processes, which may
-    have failed; so the buffers are exchanged once.
-    """
-    if processes.size == 1:
-        return model
-    model = unwrap(model)
-    processes.broadcast(model.buffers())
-    return model
+        return copy.copy(metric)  # what `reset` sets anew is its own even so
 
 
 class _Collector(Callback):
@@ -226,21 +125,53 @@ class _Collector(Callback):
         raise PassCancelled('a callback cancelled it')
 
 
-def copied_measures(metrics) -> list:
-    """Loss and `metrics` as objects of one's own, reset: the Recorder's keep the values of the
-    model in training.
+def _without_collectives(model, processes):
+    """Within DistributedDataParallel each forward pass waits for the other processes, which may
+    have failed; so the buffers are exchanged once.
     """
-    res = [AvgLoss(), *map(_copy_metric, metrics)]
-    for m in res:
-        m.reset()
-    return res
+    if processes.size == 1:
+        return model
+    model = unwrap(model)
+    processes.broadcast(model.buffers())
+    return model
 
 
-def _copy_metric(metric):
-    try:
-        return copy.deepcopy(metric)
-    except Exception:
-        return copy.copy(metric)  # what `reset` sets anew is its own even so
+# batch norm
+
+
+def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None) -> Moments:
+    """Refresh the batch-norm layers `names` of `learn.model` on the training set, or `n_batches` of
+    it, each sample once; or on `dl`. Other buffers are afterwards what they were.
+
+    Outside a fit the events around a validation are sent as well: they set mixed precision and the
+    like up and tear them down. Of several processes each takes a share of the samples, or
+    `n_batches` of its own. Raises `PassCancelled` if a callback cancels the pass, `ValueError` if
+    the training set can be gone through only once, and `PassFailed` if it failed in another
+    process; like any error that leaves the statistics as they were.
+    """
+    if dl is None:
+        _check_repeatable(learn, 0)
+    model = unwrap(learn.model)
+    layers = {name: m for name, m in model.named_modules() if name in set(names)}
+    refreshed = [t for m in layers.values() for t in m._buffers.values()]
+    with (
+        aside(learn, buffers_kept(model, but=refreshed)),
+        _events_around(learn, in_fit),
+        _together(learn) as processes,
+    ):
+        model = unwrap(learn.model)  # data-parallel replicas would each keep statistics of their own
+        if dl is None and processes.size > 1:
+            dl = share(learn.dls.train, processes, n_batches)
+        elif dl is None:
+            dl = training_loader(learn, n_batches)
+        with (
+            batch_moments(model, layers, processes.gather if processes.size > 1 else None) as moments,
+            _replaced(learn, 'model', model),
+            _gan_put_back(learn),
+            learn.added_cbs(_EndBatch(moments)),
+        ):
+            _run(learn, dl)
+    return moments
 
 
 class _EndBatch(Callback):
@@ -275,6 +206,102 @@ def _gan_put_back(learn):
             trainer.switch(gen_mode=mode)
 
 
+def refreshable(learn) -> list[str]:
+    """Names of the batch-norm layers of `learn.model` whose statistics follow the weights, where no
+    training tells.
+
+    They are `tracked_bn`'s, but for those that a `BnFreeze` of the learner keeps from moving.
+    """
+    layers = tracked_bn(unwrap(learn.model))
+    if any(isinstance(cb, BnFreeze) for cb in learn.cbs):
+        layers = {name: m for name, m in layers.items() if not _is_frozen_by_callback(m)}
+    return list(layers)
+
+
+def _is_frozen_by_callback(layer) -> bool:
+    "As fastai's `set_bn_eval` decides; a layer without parameters, at which that fails, is none."
+    first = next(layer.parameters(), None)
+    return isinstance(layer, bn_types) and first is not None and not first.requires_grad
+
+
+# batches for several passes, and a comparison
+
+
+def kept_batches(learn, n_batches: int | None = None, train: bool = True) -> KeptBatches:
+    """Of the training set, each sample once, or `n_batches` of it; or of the validation set: for
+    several passes over the same.
+    """
+    _check_repeatable(learn, 0 if train else 1)
+    make = partial(training_loader, learn, n_batches) if train else partial(fresh_loader, learn.dls[1])
+    with aside(learn):
+        return KeptBatches(make)
+
+
+def same_output(learn, other) -> bool:
+    """Does `other`, a copy of `learn.model`, make the same of a validation batch as that does now,
+    both in eval mode? Nothing of the learner is changed. `True` also where that cannot be told: the
+    model cannot be called like that, or differs by itself from one time to the next."""
+    own = unwrap(learn.model)
+    try:
+        with in_train_mode(own), aside(learn), torch.no_grad():
+            learn._split(learn._set_device(KeptBatches(lambda: FirstBatches(fresh_loader(learn.dls[1]), 1)).batches[0]))
+            outputs = []
+            for model in (own, other, own):
+                with randomness_kept(learn), holders_kept(learn), buffers_kept(own):
+                    outputs.append(model.eval()(*learn.xb))
+    except Exception:
+        return True
+    return _are_close(outputs[0], outputs[1]) or not _are_close(outputs[0], outputs[2])
+
+
+def _are_close(a, b) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_are_close, a, b))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_are_close(v, b[k]) for k, v in a.items())
+    return True  # nothing that could be compared
+
+
+# what passes share
+
+
+def _check_repeatable(learn, i):
+    "Raise `ValueError` if a pass through the `i`-th loader would use up what training needs."
+    used_up = unrepeatable(learn, i)
+    if used_up:
+        raise ValueError(
+            f'{used_up[0]} can be gone through only once, and a pass aside from training would take from it what '
+            'training needs: make it anew in `__iter__`, or hold it in an attribute of its own'
+        )
+
+
+def _events_around(learn, in_fit):
+    return nullcontext() if in_fit or is_fitting(learn, '_do_fit') else learn.validation_context()
+
+
+@contextmanager
+def _together(learn):
+    """The processes that make a pass together. An error in one of them ends the pass in all: each
+    waits for the others at its end.
+    """
+    together = Together(Processes(learn))
+    try:
+        yield together
+    except Exception as e:
+        together.fail(e)
+        raise
+    together.check()
+
+
+def _run(learn, dl):
+    try:
+        learn._do_epoch_validate(dl=dl)
+    except (CancelFitException, CancelEpochException, CancelTrainException):
+        raise PassCancelled('a callback cancelled it') from None
+
+
 @contextmanager
 def _replaced(o, name, value):
     old = getattr(o, name)
@@ -282,6 +309,9 @@ def _replaced(o, name, value):
         yield setattr(o, name, value)
     finally:
         setattr(o, name, old)
+
+
+# where there can be none
 
 
 def check_engine(learn):
@@ -304,21 +334,3 @@ def check_engine(learn):
         raise NotImplementedError(
             f'SWACallback knows several processes with DistributedDataParallel only, not {type(learn.model).__name__}'
         )
-
-
-def refreshable(learn) -> list[str]:
-    """Names of the batch-norm layers of `learn.model` whose statistics follow the weights, where no
-    training tells.
-
-    They are `tracked_bn`'s, but for those that a `BnFreeze` of the learner keeps from moving.
-    """
-    layers = tracked_bn(unwrap(learn.model))
-    if any(isinstance(cb, BnFreeze) for cb in learn.cbs):
-        layers = {name: m for name, m in layers.items() if not _is_frozen_by_callback(m)}
-    return list(layers)
-
-
-def _is_frozen_by_callback(layer) -> bool:
-    "As fastai's `set_bn_eval` decides; a layer without parameters, at which that fails, is none."
-    first = next(layer.parameters(), None)
-    return isinstance(layer, bn_types) and first is not None and not first.requires_grad
