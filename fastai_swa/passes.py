@@ -1,7 +1,8 @@
 """Passes through a learner's own loop, aside from its training: to validate other weights, to
 refresh batch norm.
 
-Nothing that a pass changes may be seen by training: `aside.py` has what is put back, and why.
+A pass is the learner's validation loop with a callback that collects. Nothing that it changes may
+be seen by training: `aside.py` has what is put back, and why.
 """
 
 import copy
@@ -43,6 +44,13 @@ class PassCancelled(Exception):
     "A callback cancelled a pass; it must not cancel the fit that the pass stands aside from."
 
 
+class _PassCallback(Callback):
+    "Takes part in one pass."
+
+    def after_cancel_validate(self):
+        raise PassCancelled('a callback cancelled it')
+
+
 # validation
 
 
@@ -59,13 +67,13 @@ def validate_aside(learn, dl=None, in_fit: bool = True) -> list:
     through only once, and `PassFailed` if it failed in another process.
     """
     if dl is None:
-        _check_repeatable(learn, 1)
+        _check_repeatable(learn, _VALIDATION)
     with aside(learn, buffers_kept(learn.model)), _events_around(learn, in_fit), _together(learn) as processes:
         if dl is None:
             dl = fresh_loader(learn.dls[1], processes=processes)
         collector = _Collector(learn.metrics, processes)
         model = _without_collectives(learn.model, processes)
-        with _replaced(learn, 'model', model), learn.added_cbs(collector):
+        with _with_model(learn, model), learn.added_cbs(collector):
             _run(learn, dl)
         return plain_values(collector.measured)
 
@@ -87,7 +95,7 @@ def _copy_metric(metric):
         return copy.copy(metric)  # what `reset` sets anew is its own even so
 
 
-class _Collector(Callback):
+class _Collector(_PassCallback):
     """Loss and metrics of a validation.
 
     Several processes first exchange their predictions, without the samples that fill up the last
@@ -98,7 +106,8 @@ class _Collector(Callback):
     order = Recorder.order
 
     def __init__(self, metrics, processes):
-        self.measured, self.processes = copied_measures(metrics), processes
+        self.measured = copied_measures(metrics)
+        self.processes = processes
 
     def after_batch(self):
         if not len(self.yb):
@@ -120,9 +129,6 @@ class _Collector(Callback):
         finally:
             vars(learn).update(own)
             del vars(learn)['to_detach']
-
-    def after_cancel_validate(self):
-        raise PassCancelled('a callback cancelled it')
 
 
 def _without_collectives(model, processes):
@@ -150,7 +156,7 @@ def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None) -> Mo
     process; like any error that leaves the statistics as they were.
     """
     if dl is None:
-        _check_repeatable(learn, 0)
+        _check_repeatable(learn, _TRAINING)
     model = unwrap(learn.model)
     layers = {name: m for name, m in model.named_modules() if name in set(names)}
     refreshed = [t for m in layers.values() for t in m._buffers.values()]
@@ -166,7 +172,7 @@ def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None) -> Mo
             dl = training_loader(learn, n_batches)
         with (
             batch_moments(model, layers, processes.gather if processes.size > 1 else None) as moments,
-            _replaced(learn, 'model', model),
+            _with_model(learn, model),
             _gan_put_back(learn),
             learn.added_cbs(_EndBatch(moments)),
         ):
@@ -174,7 +180,7 @@ def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None) -> Mo
     return moments
 
 
-class _EndBatch(Callback):
+class _EndBatch(_PassCallback):
     "Tells `moments` where batches end."
 
     def __init__(self, moments):
@@ -189,9 +195,6 @@ class _EndBatch(Callback):
 
     def after_batch(self):
         self.moments.end_batch()
-
-    def after_cancel_validate(self):
-        raise PassCancelled('a callback cancelled it')
 
 
 @contextmanager
@@ -231,7 +234,7 @@ def kept_batches(learn, n_batches: int | None = None, train: bool = True) -> Kep
     """Of the training set, each sample once, or `n_batches` of it; or of the validation set: for
     several passes over the same.
     """
-    _check_repeatable(learn, 0 if train else 1)
+    _check_repeatable(learn, _TRAINING if train else _VALIDATION)
     make = partial(training_loader, learn, n_batches) if train else partial(fresh_loader, learn.dls[1])
     with aside(learn):
         return KeptBatches(make)
@@ -244,7 +247,9 @@ def same_output(learn, other) -> bool:
     own = unwrap(learn.model)
     try:
         with in_train_mode(own), aside(learn), torch.no_grad():
-            learn._split(learn._set_device(KeptBatches(lambda: FirstBatches(fresh_loader(learn.dls[1]), 1)).batches[0]))
+            first = FirstBatches(fresh_loader(learn.dls[1]), 1)
+            batch = KeptBatches(lambda: first).batches[0]
+            learn._split(learn._set_device(batch))
             outputs = []
             for model in (own, other, own):
                 with randomness_kept(learn), holders_kept(learn), buffers_kept(own):
@@ -267,9 +272,12 @@ def _are_close(a, b) -> bool:
 # what passes share
 
 
-def _check_repeatable(learn, i):
-    "Raise `ValueError` if a pass through the `i`-th loader would use up what training needs."
-    used_up = unrepeatable(learn, i)
+_TRAINING, _VALIDATION = 0, 1  # the loaders' numbers
+
+
+def _check_repeatable(learn, which):
+    "Raise `ValueError` if a pass through that loader would use up what training needs."
+    used_up = unrepeatable(learn, which)
     if used_up:
         raise ValueError(
             f'{used_up[0]} can be gone through only once, and a pass aside from training would take from it what '
@@ -278,6 +286,7 @@ def _check_repeatable(learn, i):
 
 
 def _events_around(learn, in_fit):
+    "The events that fastai sends around a validation, unless those of a fit stand around the pass already."
     return nullcontext() if in_fit or is_fitting(learn, '_do_fit') else learn.validation_context()
 
 
@@ -296,6 +305,7 @@ def _together(learn):
 
 
 def _run(learn, dl):
+    "The learner's own validation loop over `dl`; the callbacks added to it collect what is wanted."
     try:
         learn._do_epoch_validate(dl=dl)
     except (CancelFitException, CancelEpochException, CancelTrainException):
@@ -303,12 +313,14 @@ def _run(learn, dl):
 
 
 @contextmanager
-def _replaced(o, name, value):
-    old = getattr(o, name)
+def _with_model(learn, model):
+    "Within this context `model` stands in the place of the learner's."
+    own = learn.model
     try:
-        yield setattr(o, name, value)
+        learn.model = model
+        yield
     finally:
-        setattr(o, name, old)
+        learn.model = own
 
 
 # where there can be none
