@@ -99,12 +99,15 @@ def callbacks_kept(learn):
     """The learner has its own callbacks, and its own model: a pass adds callbacks that collect, and
     an interruption may keep fastai from removing them.
     """
-    cbs, items, model = learn.cbs, list(learn.cbs), learn.model
+    cbs = learn.cbs
+    items = list(cbs)
+    model = learn.model
     own = {name: cb for name, cb in vars(learn).items() if isinstance(cb, Callback)}
     try:
         yield
     finally:
-        learn.cbs, learn.model = cbs, model
+        learn.cbs = cbs
+        learn.model = model
         cbs[:] = items
         added = [k for k, v in vars(learn).items() if isinstance(v, Callback) and k not in own]
         for name in added:

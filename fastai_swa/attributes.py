@@ -56,9 +56,11 @@ def _packed_attributes(path, o, own, holes) -> dict:
             holes.append((f'{path}.{k}', o, v))
             continue
         if not isinstance(o, Callback) and isinstance(v, _SIZED):
-            if (size := nested(v, n_leaves, n_bytes)) is None:
+            size = nested(v, n_leaves, n_bytes)
+            if size is None:
                 continue
-            n_leaves, n_bytes = n_leaves - size[2], n_bytes - size[3]
+            n_leaves -= size.n_leaves
+            n_bytes -= size.n_bytes
         packer.lenient = isinstance(o, Recorder) and k in ('values', 'log')  # a metric may give anything
         packed = packer(v, f'{path}.{k}')
         if not _is_hole(packed):

@@ -9,6 +9,7 @@ import sys
 from collections import OrderedDict, deque
 from functools import lru_cache, partial
 from types import CellType, FunctionType, MemberDescriptorType, MethodType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +58,7 @@ def elements(o) -> list:
 
 
 def values_of(o):
+    "The same of a tuple, too."
     return tuple.__iter__(o) if isinstance(o, tuple) else elements(o)
 
 
@@ -125,10 +127,11 @@ def _slots(cls) -> tuple:
     return tuple(d for d in members if d.__name__ not in ('__dict__', '__weakref__'))
 
 
-UNSET = object()
+UNSET = object()  # the value of a slot that has none
 
 
 def slot_values(o):
+    "(descriptor, value) for each slot."
     for d in _slots(type(o)):
         try:
             yield d, d.__get__(o)
@@ -145,6 +148,7 @@ _FOREIGN = sys.stdlib_module_names - {'collections', 'types', 'argparse'} | set(
 
 @lru_cache(1000)
 def is_foreign(cls) -> bool:
+    "Is it a class of a library whose objects are left alone?"
     return cls.__module__.split('.')[0] in _FOREIGN or issubclass(cls, data.dataloader._BaseDataLoaderIter)
 
 
@@ -194,21 +198,32 @@ def set_attribute(o, name, value):
 
 # what is small enough to be kept
 
-MAX_LEAVES = 10_000  # of the containers, arrays and tensors that one object holds, for them to be kept
-
+# of the containers, arrays and tensors that one object holds, for them to be kept
+MAX_LEAVES = 10_000
 MAX_BYTES = 1_000_000
 
+# what holds nothing
 ATOMS = {type(None), bool, int, float, complex, str, bytes, range, torch.Size, torch.dtype, torch.device}
 
 _NESTED = (*CONTAINERS, torch.Tensor, np.ndarray, L)
 
 
-def nested(o, max_leaves=MAX_LEAVES, max_bytes=MAX_BYTES):
-    """The containers, the arrays and tensors in the container `o`, itself among them, the number of
-    leaves and that of bytes; `None` if they are more than that. It is found out level by level, so
-    that a large container costs nothing.
+class Nested(NamedTuple):
+    containers: list  # with records and fastcore's L, whose contents are in their attributes
+    arrays: list  # and tensors
+    n_leaves: int  # arrays, tensors, and values that hold nothing
+    n_bytes: int  # of the arrays and tensors
+
+
+def nested(o, max_leaves=MAX_LEAVES, max_bytes=MAX_BYTES) -> Nested | None:
+    """What is in the container, array or tensor `o`, itself among it; `None` if it is more than that.
+    It is found out level by level, so that a large container costs nothing.
     """
-    containers, arrays, seen, n_leaves, n_bytes = [], [], set(), 0, 0
+    containers = []
+    arrays = []
+    n_leaves = 0
+    n_bytes = 0
+    seen = set()
     level = [o]
     while level:
         inner = []
@@ -232,10 +247,11 @@ def nested(o, max_leaves=MAX_LEAVES, max_bytes=MAX_BYTES):
         n_leaves += len(values) - len(level)
         if n_leaves > max_leaves:
             return None
-    return containers, arrays, n_leaves, n_bytes
+    return Nested(containers, arrays, n_leaves, n_bytes)
 
 
 def _inside(o):
+    "What a container holds; the values of a dict."
     if isinstance(o, dict):
         return dict.values(o)
     return values_of(o) if isinstance(o, CONTAINERS) else namespace(o).values()

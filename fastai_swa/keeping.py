@@ -196,12 +196,11 @@ class _Notes:
             if found is None:
                 self.large.append((f'{path}.{name}', v, _length(v)))
                 continue
-            containers, arrays, leaves, size = found
-            n_leaves -= leaves
-            n_bytes -= size
-            for o in containers:
+            n_leaves -= found.n_leaves
+            n_bytes -= found.n_bytes
+            for o in found.containers:
                 self._add_container(o)
-            for o in arrays:
+            for o in found.arrays:
                 self._add_array(o)
 
     def _add_container(self, o):

@@ -64,6 +64,7 @@ def _drawn() -> tuple:
 
 
 def is_replayable(v) -> bool:
+    "Can a `Replay` stand for it, or does one already?"
     return isinstance(v, Replay) or is_used_up(v) and not isinstance(v, io.IOBase | data.dataloader._BaseDataLoaderIter)
 
 

@@ -84,7 +84,7 @@ def not_copied(learn) -> tuple:
     return learn, learn.dls, *learn.cbs
 
 
-def roots(learn, callbacks) -> list:
+def _roots(learn, callbacks) -> list:
     """(path, object): where what `learn` holds begins; `callbacks`: the named ones that belong to
     it.
 
@@ -100,7 +100,7 @@ def below(learn, is_left) -> tuple[list, list]:
     and what only they hold.
     """
     callbacks = [(name, cb) for name, cb in named_callbacks(learn) if not is_left(cb)]
-    return roots(learn, callbacks), [learn, *filter(is_left, learn.cbs)]
+    return _roots(learn, callbacks), [learn, *filter(is_left, learn.cbs)]
 
 
 def found_in(learn) -> list:
@@ -116,6 +116,7 @@ LEARNED = '_n_inp', '_types'  # what fastai's finds out once about its batches, 
 
 
 def is_of_pass(o, name) -> bool:
+    "Is that attribute of `o` a loader's, and made anew for each pass?"
     return name in OF_PASS and isinstance(o, DataLoader | data.DataLoader)
 
 
@@ -157,9 +158,11 @@ MAX_OBJECTS = 100
 
 
 def entries(o):
+    "(name, value) for what a container holds."
     return elements(o) if isinstance(o, dict) else enumerate(values_of(o))
 
 
+# what is the program's, has a state that is kept otherwise, or a path of its own
 _STOPS = (
     type,
     ModuleType,
