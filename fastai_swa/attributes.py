@@ -30,8 +30,9 @@ def plain_attributes(learn) -> dict:
     params = [p for group in learn.opt.param_lists for p in group]
     grads = [p.grad for p in params if p.grad is not None]
     own = {t.data_ptr() for t in (*_tensors(learn), *params, *grads)} - {0}
-    res, found = {}, list(_holders(learn))
+    found = list(_holders(learn))
     held = {id(o) for _, o in found}
+    res = {}
     holes = []
     for path, o in found:
         attrs = _packed_attributes(path, o, own, holes)
@@ -45,12 +46,14 @@ def _packed_attributes(path, o, own, holes) -> dict:
     """Attribute -> packed value for the object `o`; (path, owner, value) of what cannot be packed
     is added to `holes`.
     """
-    missed, res = [], {}
+    res = {}
+    missed = []
     packer = Packer(refused=own, keep_devices=True, holes=missed)
-    n_leaves, n_bytes = MAX_LEAVES, MAX_BYTES
+    n_leaves = MAX_LEAVES
+    n_bytes = MAX_BYTES
     for k, v in attributes(o):
         k = str(k)
-        if k in _OF_LOADERS or isinstance(o, Callback) and k in ('learn', *_KEPT):
+        if k in _OF_LOADERS or isinstance(o, Callback) and k in _OF_CALLBACKS:
             continue
         if _has_a_path(v):
             holes.append((f'{path}.{k}', o, v))
@@ -71,7 +74,8 @@ def _packed_attributes(path, o, own, holes) -> dict:
     return res
 
 
-_KEPT = ('start_epoch',)  # when the Recorder's clock started
+# the learner, and when the Recorder's clock started
+_OF_CALLBACKS = 'learn', 'start_epoch'
 
 # what a loader makes anew for each pass, and its random generator, whose state is kept with the others
 _OF_LOADERS = 'rng', *OF_PASS, *LEARNED
@@ -133,35 +137,23 @@ def without_unchanged(packed, unchanged, names) -> tuple[dict, dict]:
 
 
 def put_attributes(learn, state, unchanged):
-    "Put packed attributes back into the objects that have the same paths."
+    """Put packed attributes back into the objects that have the same paths. Objects and values that
+    are not there any more are named in warnings.
+    """
     found = dict(_holders(learn))
     storages = {t.untyped_storage().data_ptr() for t in _tensors(learn)}
     unpacker = Unpacker(storages, {class_name(type(o)): type(o) for o in found.values()})
     for path in {**unchanged, **state}:
-        o = found.get(path)
-        attrs = {**unchanged.get(path, {}), **state.get(path, {})}
-        if o is None:
-            if path in state and attrs:
-                name_once(
-                    learn,
-                    path,
-                    f'{readable(path)} is not there any more, or not yet: its state in the checkpoint is left out',
-                )
-            continue
-        now = {str(k): v for k, v in attributes(o)}
-        for k, v in attrs.items():
-            # None before the fit, an object within it: as the autocast of a MixedPrecision
-            if k not in state.get(path, {}) and k in now and not _is_plain(now[k]):
-                continue
-            if k == _SMOOTH:
-                o.smooth_loss.count, o.smooth_loss.val = unpack(v)
-            elif not k.startswith(_SMOOTH):
-                value = unpacker(v, now[k], f'{path}.{k}') if k in now else unpacker(v, what=f'{path}.{k}')
-                try:
-                    if k not in now or value is not now[k]:
-                        set_attribute(o, k, value)
-                except TypeError:
-                    unpacker.missing.append(f'{path}.{k}')
+        saved = state.get(path, {})
+        attrs = {**unchanged.get(path, {}), **saved}
+        if path in found:
+            _put_into(found[path], path, attrs, saved, unpacker)
+        elif path in state and attrs:
+            name_once(
+                learn,
+                path,
+                f'{readable(path)} is not there any more, or not yet: its state in the checkpoint is left out',
+            )
     for where in unpacker.missing:
         name_once(
             learn,
@@ -169,6 +161,33 @@ def put_attributes(learn, state, unchanged):
             f'{readable(where)} cannot be put back from the checkpoint: there is nothing of its class in its place, '
             'and it is no dataclass, named tuple or enum of a module',
         )
+
+
+def _put_into(o, path, attrs, saved, unpacker):
+    "Put `attrs` into the object `o`; those not in `saved` are what they were when the fit began."
+    now = {str(k): v for k, v in attributes(o)}
+    for k, packed in attrs.items():
+        # None before the fit, an object within it: as the autocast of a MixedPrecision
+        if k not in saved and k in now and not _is_plain(now[k]):
+            continue
+        if k == _SMOOTH:
+            o.smooth_loss.count, o.smooth_loss.val = unpack(packed)
+        elif not k.startswith(_SMOOTH):
+            _put_value(o, k, packed, now, path, unpacker)
+
+
+def _put_value(o, k, packed, now, path, unpacker):
+    where = f'{path}.{k}'
+    if k not in now:
+        value = unpacker(packed, what=where)
+    else:
+        value = unpacker(packed, now[k], where)
+        if value is now[k]:
+            return
+    try:
+        set_attribute(o, k, value)
+    except TypeError:
+        unpacker.missing.append(where)
 
 
 def _name_unkept(learn, holes):

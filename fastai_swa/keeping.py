@@ -179,7 +179,8 @@ class _Notes:
 
     def _add_values(self, path, values):
         "Note the containers, arrays, tensors and files among `values`, (name, value) of one object."
-        n_leaves, n_bytes = MAX_LEAVES, MAX_BYTES
+        n_leaves = MAX_LEAVES
+        n_bytes = MAX_BYTES
         for name, v in values:
             if not _can_be_noted(type(v)) or type(v) is tuple and set(map(type, v)) <= ATOMS:
                 continue

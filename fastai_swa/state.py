@@ -43,7 +43,8 @@ def take(learn: Learner, unchanged: dict | None = None) -> dict:
 
 def _taken(learn, unchanged) -> dict:
     pack = Packer()
-    model, opt = unwrap(learn.model), learn.opt
+    model = unwrap(learn.model)
+    opt = learn.opt
     own = {id(p) for p in model.parameters()}
     params = [p for group in opt.param_lists for p in group]
     names = [name for name, _ in named_callbacks(learn)]
@@ -79,8 +80,10 @@ def restore(learn: Learner, state: dict, unchanged: dict | None = None):
     optimizer is another one. Callbacks that the state knows nothing of stay as they are; a random
     generator, or an object with attributes, that is not found any more is named in a warning.
     """
-    model, opt = unwrap(learn.model), learn.opt
-    weights, params = unpack(state['model']), [p for group in opt.param_lists for p in group]
+    model = unwrap(learn.model)
+    opt = learn.opt
+    weights = unpack(state['model'])
+    params = [p for group in opt.param_lists for p in group]
     check_tensors(model, weights)
     own = {id(p) for p in model.parameters()}
     masters = [p for p in params if id(p) not in own]
@@ -91,7 +94,8 @@ def restore(learn: Learner, state: dict, unchanged: dict | None = None):
 
 
 def _put(learn, state, weights, params, masters, unchanged):
-    model, opt = unwrap(learn.model), learn.opt
+    model = unwrap(learn.model)
+    opt = learn.opt
     with torch.no_grad():
         _set_tensors(model, weights)
         for m, tensors in zip(owned_modules(learn.loss_func), unpack(state['losses'])):
