@@ -10,11 +10,12 @@ from itertools import islice
 import torch
 from fastai.data.load import DataLoader
 from fastai.torch_core import apply
+from fastcore.basics import GetAttr
 from torch.utils.data import BatchSampler
 from torch.utils.data import DataLoader as TorchDataLoader
 
-from .holders import LEARNED
-from .randomness import objects_kept
+from .aside import objects_kept
+from .walk import LEARNED
 
 __all__ = ['fresh_loader', 'training_loader', 'share', 'FirstBatches', 'KeptBatches']
 
@@ -25,8 +26,10 @@ def training_loader(learn, n_batches):
     return dl if n_batches is None else FirstBatches(dl, n_batches)
 
 
-class FirstBatches:
+class FirstBatches(GetAttr):
     "The first `n` batches of a loader."
+
+    _default = 'dl'  # whose attributes it has
 
     def __init__(self, dl, n):
         self.dl, self.n = dl, n
@@ -36,9 +39,6 @@ class FirstBatches:
 
     def __iter__(self):
         return islice(iter(self.dl), self.n)
-
-    def __getattr__(self, name):
-        return getattr(self.dl, name)
 
 
 def _each_once(dl):
@@ -130,12 +130,14 @@ def _agreeing(cls, processes):
     return Agreeing
 
 
-class KeptBatches:
+class KeptBatches(GetAttr):
     """The batches of `make()`, a loader that gives the same ones each time: drawn once and kept, or
     drawn anew if they are more than `_LIMIT` bytes.
 
     Each pass gets copies of its own.
     """
+
+    _default = 'dl'
 
     def __init__(self, make):
         self.make = make
@@ -155,9 +157,6 @@ class KeptBatches:
 
     def __iter__(self):
         return iter(self.make()) if self.batches is None else map(partial(apply, _copy), self.batches)
-
-    def __getattr__(self, name):
-        return getattr(self.dl, name)
 
 
 _LIMIT = 2**30

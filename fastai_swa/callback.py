@@ -17,6 +17,7 @@ from fastai.learner import Learner, Recorder
 from fastai.torch_core import join_path_file, rank_distrib
 from torch import nn
 
+from .aside import LOOP
 from .averaging import all_finite, check_swa_model, check_weight, equal
 from .batchnorm import StatisticsWatch, tracked_bn, union
 from .checks import check_count, check_known
@@ -28,7 +29,7 @@ from .interrupts import uninterrupted
 from .journal import START
 from .modules import unwrap
 from .packing import pack, unpack
-from .passes import LOOP, check_engine, refresh_bn, validate_aside
+from .passes import check_engine, refresh_bn, validate_aside
 from .preflight import check_model, remarks_on_data, remarks_on_model, remarks_on_trackers, validated_epochs
 from .processes import Processes
 from .schedules import start_epoch

@@ -13,14 +13,17 @@ from fastai.learner import Learner
 from fastcore.foundation import L
 from torch import nn
 
+from .attributes import plain_attributes
 from .checks import check_count
 from .columns import recorder_of
 from .files import Lock, read, write
 from .fitting import FitCallback, locked_for
 from .journal import N_EPOCHS, SCHEDULE, Journal, why_not_the_longer_fit
 from .modules import named_tensors, unwrap
+from .packing import pack
 from .processes import Processes
-from .state import keeps_state, loaders, named_callbacks, pack, plain_attributes, restore, take
+from .state import restore, take
+from .walk import keeps_state, loaders, named_callbacks
 
 __all__ = ['CheckpointCallback']
 

@@ -12,17 +12,17 @@ from fastcore.foundation import L, noop
 from torch import nn
 from torch.nn import functional as F
 
+from .aside import autocast_left
 from .checks import check_choice
 from .fitting import no_fit
 from .interrupts import uninterrupted, unwound_whole
 from .members import Combination, EachMember, Members
 from .modules import Kept, clean_copy, has_own_modes, unwrap
-from .passes import autocast_left
 from .probabilities import Probabilities, features
 from .samples import Overlaps, length
 from .solutions import by_epoch, gathered, source_of
-from .state import not_copied
 from .views import lending
+from .walk import not_copied
 from .weights import check_weights_file, load_into, read_index, replace_files, weights_of
 
 __all__ = ['Ensemble']

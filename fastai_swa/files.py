@@ -220,6 +220,8 @@ class InUse(RuntimeError):
     "Another run holds the lock."
 
 
+# By hand: torch brings filelock in any version; its 3.16 leaves the lock with a fork, and 4.3, as 3.16, raises OSError
+# where files cannot be locked.
 class Lock:
     """A lock on a file or a folder, in a file of its own; the system takes it back when the process
     ends, in whatever way.

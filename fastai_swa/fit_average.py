@@ -16,7 +16,7 @@ from .averaging import WeightAverage, refuse_mismatch
 from .interrupts import uninterrupted
 from .modules import clean_copy, named_tensors, plain_data, plain_name, unwrap
 from .packing import pack, unpack
-from .state import not_copied
+from .walk import not_copied
 from .weights import read_weights
 
 __all__ = ['FitAverage', 'state_in_file', 'refuse_another_model', 'weights_with_points']

@@ -1,17 +1,47 @@
 """Python objects as plain data that `torch.load(weights_only=True)` reads, and back. A file never
 names code that would be run or imported.
 
-What is no number, string, tensor, list or dict is a tuple of a tag and its content: tuples as well,
-since a tuple is a tag's sign, and sets, counters and the like, which not every supported version of
-torch reads by itself.
+What torch reads by itself stays as it is, all else becomes a tuple of a tag and its content. So a
+tuple is the sign of a tag, and has one itself.
+
+    an object                                       is packed as
+
+    None, bool, int, float, complex, str            itself
+    torch.Size, torch.device                        itself
+    tensor                                          a copy on the CPU, one for all that are the same
+    tensor on a GPU, if devices are kept            ('on', [device, copy])
+    list                                            list
+    list of tensors that are numbers of one dtype   ('scalars', tensor), as the losses of all steps
+    list of NumPy's numbers of one dtype            ('numbers', array, packed)
+    dict, defaultdict with keys of the first rows   dict
+    dict, defaultdict                               ('dict', pairs)
+    OrderedDict, Counter                            ('OrderedDict', pairs), ('Counter', pairs)
+    tuple                                           ('tuple', elements)
+    set, frozenset                                  ('set', elements), ('frozenset', elements)
+    deque                                           ('deque', [elements, maxlen])
+    L                                               ('L', list, packed)
+    array or number of NumPy's                      ('array', tensor), ('number', tensor)
+    bytes                                           ('bytes', tensor): torch reads none that are empty
+    Path, range                                     ('path', str), ('range', [start, stop, step])
+    torch.dtype                                     ('dtype', name): torch 2.6 does not read all
+    a number or array that processes share          ('memory', tensor of its bytes)
+    member of an enum                               ('enum', [class, name])
+    instance of a dataclass                         ('record', [class, {name: value}])
+    named tuple                                     ('named', [class, elements])
+    of a subclass of dict                           ('mapping', [class, pairs])
+    of a subclass of list, deque or set             ('items', [class, elements])
+    anything else                                   ('hole', class), or refused
+
+Containers have tags where torch would read them, since what they hold may be packed as a list,
+which is no element of a set and no key. In files of earlier versions 'size', 'device' and 'complex'
+are tags as well.
 """
 
-import ctypes
 import dataclasses
 import enum
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +49,9 @@ import torch
 from fastcore.foundation import L
 from torch import nn
 
-__all__ = [
-    'pack',
-    'unpack',
-    'Packer',
-    'Unpacker',
-    'is_record',
-    'record_fields',
-    'elements',
-    'put_elements',
-    'shared_memory',
-    'equal',
-]
+from .contents import elements, is_record, put_elements, record_fields, shared_memory
+
+__all__ = ['pack', 'unpack', 'Packer', 'Unpacker', 'class_name', 'equal']
 
 
 def pack(o):
@@ -49,27 +70,60 @@ def unpack(o):
     return res
 
 
-def is_record(o) -> bool:
-    "Is `o` an instance of a dataclass that is data, and nothing of PyTorch's?"
-    return _is_record_class(type(o))
+# which tag an object gets
+
+_PLAIN = (type(None), bool, int, float, complex, str, torch.Size, torch.device)
+
+_TAGS = {  # of this very class: objects of a subclass may hold more
+    dict: 'dict',
+    defaultdict: 'dict',
+    OrderedDict: 'OrderedDict',
+    Counter: 'Counter',
+    tuple: 'tuple',
+    set: 'set',
+    frozenset: 'frozenset',
+    deque: 'deque',
+    bytes: 'bytes',
+    range: 'range',
+    torch.dtype: 'dtype',
+}
 
 
-@lru_cache(5000)
-def _is_record_class(cls) -> bool:
-    return dataclasses.is_dataclass(cls) and not issubclass(cls, nn.Module | torch.utils.data.Dataset)
+def _tag(o) -> str | None:
+    "The tag of what torch does not read by itself; `None`: it is no data."
+    if type(o) in _TAGS:
+        return _TAGS[type(o)]
+    if type(o) is L and isinstance(o.items, list):
+        return 'L'
+    if isinstance(o, np.ndarray) and o.dtype.kind in _NUMBERS:
+        return 'array'
+    if isinstance(o, np.generic) and o.dtype.kind in _NUMBERS:
+        return 'number'
+    if isinstance(o, enum.Enum):
+        return 'enum'
+    if isinstance(o, Path):
+        return 'path'
+    if shared_memory(o) is not None:
+        return 'memory'
+    if is_record(o):
+        return 'record'
+    if isinstance(o, tuple) and hasattr(o, '_fields'):
+        return 'named'
+    if isinstance(o, dict):
+        return 'mapping'
+    if isinstance(o, list | deque | set):
+        return 'items'
+    return None
 
 
-def class_name(cls) -> str:
-    return f'{cls.__module__}:{cls.__qualname__}'
+_NUMBERS = 'biufc'  # the kinds of NumPy's dtypes that torch has
 
 
-_PLAIN = (type(None), bool, int, float, str)
-_SEQUENCES = {'list': list, 'deque': deque, 'set': set}  # whose subclasses are packed, under these names
+# the two directions
 
 
 class Packer:
-    """Turns objects into numbers, strings, tensors, lists and dicts as they are, all else into a
-    tuple of a tag and its content. Tensors become copies on the CPU, one for all that are the same.
+    """Turns objects into plain data.
 
     - `refused`: data pointers of tensors that are kept elsewhere.
     - `keep_devices`: tensors go back to the devices that they are on.
@@ -92,7 +146,7 @@ class Packer:
         if type(o) in _PLAIN:
             return o
         if id(o) in self.open:
-            return self._hole(o, what)  # a container that holds itself
+            return self.hole(o, what)  # a container that holds itself
         if not self.open:
             self.root = what
         self.open.add(id(o))
@@ -101,64 +155,28 @@ class Packer:
         except TypeError:  # something in it that has no place of its own, such as a key
             if self.holes is None:
                 raise
-            return self._hole(o, what)
+            return self.hole(o, what)
         finally:
             self.open.discard(id(o))
 
     def _packed(self, o, what):
         if isinstance(o, torch.Tensor):
-            return self._tensor(o, what)
-        if type(o) is bytes:
-            return 'bytes', torch.from_numpy(np.frombuffer(o, np.uint8).copy())
-        if type(o) is dict or type(o) is defaultdict:
-            return self._dict(o, what)
+            return _pack_tensor(self, o, what)
         if type(o) is list:
-            return self._list(o, what)
-        if type(o) is L and isinstance(o.items, list):
-            return 'L', self._list(o.items, what)
-        if type(o) is tuple:
-            return 'tuple', self._values(o, what)
-        if isinstance(o, np.ndarray | np.generic) and o.dtype.kind in 'biufc':
-            return 'array' if isinstance(o, np.ndarray) else 'number', torch.from_numpy(np.array(o))
-        if isinstance(o, enum.Enum):
-            return 'enum', [class_name(type(o)), o.name]
-        if isinstance(o, Path):
-            return 'path', str(o)
-        if isinstance(o, torch.Size):
-            return 'size', list(o)
-        if type(o) is torch.dtype:
-            return 'dtype', str(o).removeprefix('torch.')
-        if type(o) is torch.device:
-            return 'device', str(o)
-        if type(o) is complex:
-            return 'complex', [o.real, o.imag]
-        if type(o) is range:
-            return 'range', [o.start, o.stop, o.step]
-        if type(o) is deque:
-            return 'deque', [self._values(o, what), o.maxlen]
-        if type(o) in (set, frozenset):
-            return type(o).__name__, self._whole(o, what)
-        if type(o) in (OrderedDict, Counter):
-            return type(o).__name__, self._items(o, what)
-        if (memory := shared_memory(o)) is not None:
-            return 'memory', torch.frombuffer(bytearray(memory), dtype=torch.uint8)
-        return self._of_own_class(o, what)
+            return _pack_list(self, o, what)
+        tag = _tag(o)
+        if tag is None:
+            return self.hole(o, what)
+        if tag == 'dict' and all(type(k) in _PLAIN for k in o):
+            return {k: self(v, f'{what}[{k!r}]') for k, v in o.items()}
+        if tag in _LEAVES:
+            to_plain, _ = _LEAVES[tag]
+            return tag, to_plain(o)
+        to_plain, _ = _KINDS[tag]
+        return tag, to_plain(self, o, what)
 
-    def _of_own_class(self, o, what):
-        "What is data, and of a class of the user's: it goes back into an object of that class."
-        name = class_name(type(o))
-        if is_record(o):
-            return 'record', [name, {k: self(v, f'{what}.{k}') for k, v in record_fields(o).items()}]
-        if isinstance(o, tuple) and hasattr(o, '_fields'):
-            return 'named', [name, self._values(o, what)]
-        if isinstance(o, dict):
-            return 'mapping', [name, self._items(o, what)]
-        for kind, cls in _SEQUENCES.items():
-            if isinstance(o, cls):
-                return 'items', [name, self._values(cls.__iter__(o), what)]
-        return self._hole(o, what)
-
-    def _hole(self, o, what):
+    def hole(self, o, what):
+        "What stands for an object that is no plain data. Raises `TypeError` if nothing may."
         if self.lenient:
             return str(o)
         if self.holes is not None:
@@ -170,69 +188,23 @@ class Packer:
             'checkpoint cannot hold'
         )
 
-    def _values(self, values, what):
+    def values(self, values, what) -> list:
+        "Each of `values`, whose place is its number."
         return [self(v, f'{what}[{i}]') for i, v in enumerate(values)]
 
-    def _whole(self, values, what):
+    def whole(self, values, what) -> list:
         "Values that have no place of their own, so that a hole among them could not be filled."
         holes = self.holes
         self.holes = None
         try:
-            return self._values(values, what)
+            return self.values(values, what)
         finally:
             self.holes = holes
 
-    def _dict(self, o, what):
-        if all(type(k) in _PLAIN for k in o):
-            return {k: self(v, f'{what}[{k!r}]') for k, v in o.items()}
-        return 'dict', self._items(o, what)
-
-    def _items(self, o, what):
-        keys = self._whole(dict.keys(o), what)
+    def pairs(self, o, what) -> list:
+        "The [key, value] of a dict."
+        keys = self.whole(dict.keys(o), what)
         return [[k, self(v, f'{what}[{name!r}]')] for k, (name, v) in zip(keys, dict.items(o))]
-
-    def _list(self, o, what):
-        if len(o) > 1 and _are_scalars(o):
-            # the losses of all steps
-            return 'scalars', torch.stack([v.detach().as_subclass(torch.Tensor) for v in o]).cpu()
-        if len(o) > 1 and _are_numbers(o):
-            return 'numbers', self(np.array(o), what)
-        return self._values(o, what)
-
-    def _tensor(self, t, what):
-        if id(t) not in self.copies:
-            if t.data_ptr() in self.refused:
-                return self._kept_elsewhere(t, what, 'a tensor of the model cannot be in a checkpoint on its own')
-            if t.is_sparse or t.is_quantized or t.is_meta or isinstance(t, nn.parameter.UninitializedTensorMixin):
-                return self._kept_elsewhere(t, what, f'a {t.layout} tensor cannot be in a checkpoint')
-            plain = t.detach().as_subclass(torch.Tensor)
-            self.copies[id(t)] = t, plain.cpu() if plain.device.type != 'cpu' else plain.clone()
-        copy = self.copies[id(t)][1]
-        return ('on', [str(t.device), copy]) if self.keep_devices and t.device.type != 'cpu' else copy
-
-    def _kept_elsewhere(self, t, what, reason):
-        if self.holes is None:
-            raise TypeError(reason)
-        return self._hole(t, what)
-
-
-def _are_numbers(values) -> bool:
-    "Are they all NumPy's, of one dtype?"
-    kinds = {v.dtype if isinstance(v, np.generic) else None for v in values}
-    return len(kinds) == 1 and None not in kinds and values[0].dtype.kind in 'biufc'
-
-
-def _are_scalars(values) -> bool:
-    are = all(isinstance(v, torch.Tensor) and v.dim() == 0 and not v.is_meta for v in values)
-    return are and len({(v.dtype, v.device) for v in values}) == 1
-
-
-def record_fields(o) -> dict:
-    """Name -> value of what an instance of a dataclass holds: its fields, and what was set beside
-    them.
-    """
-    fields = {f.name: getattr(o, f.name) for f in dataclasses.fields(o) if hasattr(o, f.name)}
-    return {**fields, **getattr(o, '__dict__', {})}
 
 
 _MISSING = object()  # nothing stands at that place
@@ -259,203 +231,283 @@ class Unpacker:
     def __call__(self, o, now=_MISSING, what='it'):
         "What `o` was; `now` is what stands in its place, `what` the name of that for a user."
         if isinstance(o, torch.Tensor):
-            return self._into_tensor(o, now)
+            return _read_tensor(self, o, now)
         if type(o) is dict:
-            return self._mapping(dict, list(o.items()), o, now, what)
+            return self.mapping(list(o.items()), now, what, dict)
         if type(o) is list:
-            return self._sequence(list, o, o, now, what)
+            return self.sequence(o, now, what, list)
         if type(o) is not tuple:
             return o
-        tag, v = o
-        method = getattr(self, f'_read_{tag}', None)
-        if method is None:
+        tag, content = o
+        if tag in _LEAVES:
+            _, from_plain = _LEAVES[tag]
+            return from_plain(content)
+        if tag in _FORMER:
+            return _FORMER[tag](content)
+        if tag not in _KINDS:
             raise ValueError(f'unknown kind of data: {tag!r}')
-        return method(v, o, now, what)
+        _, from_plain = _KINDS[tag]
+        return from_plain(self, content, now, what)
 
-    # what is there and can be written to
-
-    def _usable(self, now, packed) -> bool:
-        """Can `now` take on `packed`? Not if it has got something else before: two that were one
-        are two.
+    def may_write(self, now, content) -> bool:
+        """Can `now` take on the packed `content`? Not if it has got something else before: two that
+        were one are two.
         """
         if id(now) in self.written:
-            return equal(self.written[id(now)][1], packed)
-        self.written[id(now)] = now, packed
+            return equal(self.written[id(now)][1], content)
+        self.written[id(now)] = now, content
         return True
 
-    def _into_tensor(self, t, now):
-        fits = type(now) is torch.Tensor and (now.shape, now.dtype, now.device) == (t.shape, t.dtype, t.device)
-        if not fits or now.is_inference() or now.layout is not torch.strided or not self._usable(now, t):
-            return t.clone()
-        is_expanded = now.numel() > 1 and 0 in now.stride()
-        if is_expanded or not now.is_leaf or now.untyped_storage().data_ptr() in self.protected:
-            return t.clone()
-        with torch.no_grad():
-            return now.copy_(t)
+    def sequence(self, values, now, what, cls):
+        "A list or deque of `values`, in `now` if that is one."
+        base = elements(now) if isinstance(now, cls) else []
+        made = self.values(values, base, what)
+        return put_elements(now, made) if type(now) is cls and self.may_write(now, values) else cls(made)
 
-    def _sequence(self, cls, values, packed, now, what):
-        base = list(cls.__iter__(now)) if isinstance(now, list | deque) and isinstance(now, cls) else []
-        made = [self(v, base[i] if i < len(base) else _MISSING, f'{what}[{i}]') for i, v in enumerate(values)]
-        if type(now) is not cls or not self._usable(now, packed):
-            return cls(made)
-        return put_elements(now, made)
+    def values(self, values, base, what) -> list:
+        "What `values` were; `base` is what stands in their places."
+        return [self(v, base[i] if i < len(base) else _MISSING, f'{what}[{i}]') for i, v in enumerate(values)]
 
-    def _mapping(self, cls, items, packed, now, what):
-        is_same = isinstance(now, dict) and (type(now) is cls or type(now) is defaultdict and cls is dict)
-        base = dict(dict.items(now)) if is_same else {}
+    def mapping(self, pairs, now, what, cls):
+        "A dict of `pairs`, in `now` if that is one of its class."
+        is_same = type(now) is cls or type(now) is defaultdict and cls is dict
+        made = self.pairs(pairs, now if is_same else {}, what)
+        if is_same and self.may_write(now, pairs):
+            return put_elements(now, made)
+        return cls(dict(made) if cls is Counter else made)
+
+    def pairs(self, pairs, base, what) -> list:
+        "What `pairs` were; the values of the dict `base` are what stands in their places."
+        base = dict(dict.items(base))
         made = []
-        for k, v in items:
+        for k, v in pairs:
             key = self(k)
             made.append((key, self(v, base.get(key, _MISSING), f'{what}[{key!r}]')))
-        if not is_same or not self._usable(now, packed):
-            return cls(dict(made) if cls is Counter else made)
-        return put_elements(now, made)
+        return made
 
-    # tags
-
-    def _read_dict(self, v, packed, now, what):
-        return self._mapping(dict, v, packed, now, what)
-
-    def _read_OrderedDict(self, v, packed, now, what):
-        return self._mapping(OrderedDict, v, packed, now, what)
-
-    def _read_Counter(self, v, packed, now, what):
-        return self._mapping(Counter, v, packed, now, what)
-
-    def _read_scalars(self, v, packed, now, what):
-        return self._sequence(list, list(v.clone().unbind()), packed, now, what)
-
-    def _read_numbers(self, v, packed, now, what):
-        numbers = list(self(v))
-        return put_elements(now, numbers) if type(now) is list and self._usable(now, packed) else numbers
-
-    def _read_L(self, v, packed, now, what):
-        if type(now) is L and isinstance(now.items, list) and self._usable(now, packed):
-            now.items = self(v, now.items, what)
-            return now
-        return L(self(v, what=what))
-
-    def _read_tuple(self, v, packed, now, what):
-        base = now if type(now) is tuple and len(now) == len(v) else [_MISSING] * len(v)
-        values = tuple(self(x, b, f'{what}[{i}]') for i, (x, b) in enumerate(zip(v, base)))
-        return now if base is now and all(x is b for x, b in zip(values, now)) else values
-
-    def _read_array(self, v, packed, now, what):
-        value = v.clone().numpy()
-        fits = type(now) is np.ndarray and (now.shape, now.dtype) == (value.shape, value.dtype) and now.flags.writeable
-        if not fits or not self._usable(now, packed):
-            return value
-        now[...] = value
-        return now
-
-    def _read_number(self, v, packed, now, what):
-        return v.numpy()[()]
-
-    def _read_bytes(self, v, packed, now, what):
-        return v.numpy().tobytes()
-
-    def _read_path(self, v, packed, now, what):
-        return Path(v)
-
-    def _read_size(self, v, packed, now, what):
-        return torch.Size(v)
-
-    def _read_dtype(self, v, packed, now, what):
-        dtype = getattr(torch, v, None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f'unknown dtype: {v!r}')
-        return dtype
-
-    def _read_device(self, v, packed, now, what):
-        return torch.device(v)
-
-    def _read_complex(self, v, packed, now, what):
-        return complex(*v)
-
-    def _read_on(self, v, packed, now, what):
-        device, t = v
-        return t.to(device) if torch.device(device).type != 'cuda' or torch.cuda.is_available() else t.clone()
-
-    def _read_deque(self, v, packed, now, what):
-        values, maxlen = v
-        if type(now) is deque and now.maxlen == maxlen:
-            return self._sequence(deque, values, packed, now, what)
-        return deque(self(values, what=what), maxlen)
-
-    def _read_set(self, v, packed, now, what):
-        values = [self(x) for x in v]
-        return put_elements(now, values) if type(now) is set and self._usable(now, packed) else set(values)
-
-    def _read_frozenset(self, v, packed, now, what):
-        return frozenset(self(x) for x in v)
-
-    def _read_range(self, v, packed, now, what):
-        return range(*v)
-
-    def _read_memory(self, v, packed, now, what):
-        memory = shared_memory(now)
-        if memory is None or len(memory) != len(v):
-            return self._read_hole('', packed, now, what)
-        memory[:] = v.numpy().tobytes()
-        return now
-
-    # objects of a user's class
-
-    def _read_hole(self, v, packed, now, what):
-        if now is _MISSING or class_name(type(now)) != v:
-            self.missing.append(what)
+    def lost(self, now, what):
+        "What could not be made anew: what stands there stays."
+        self.missing.append(what)
         return None if now is _MISSING else now
 
-    def _read_enum(self, v, packed, now, what):
-        name, member = v
-        cls = self._class(name, now, lambda c: issubclass(c, enum.Enum))
-        if cls is None or member not in cls.__members__:
-            return self._read_hole(name, packed, now, what)
-        return cls.__members__[member]
-
-    def _read_named(self, v, packed, now, what):
-        name, values = v
-        cls = self._class(name, now, lambda c: issubclass(c, tuple) and hasattr(c, '_fields'))
-        if cls is None:
-            return self._read_hole('', packed, now, what)
-        base = now if type(now) is cls else [_MISSING] * len(values)
-        return tuple.__new__(cls, [self(x, b, what) for x, b in zip(values, base)])
-
-    def _read_record(self, v, packed, now, what):
-        name, values = v
-        cls = self._class(name, now, dataclasses.is_dataclass)
-        if cls is None:
-            return self._read_hole('', packed, now, what)
-        is_there = type(now) is cls and not cls.__dataclass_params__.frozen and self._usable(now, packed)
-        base = record_fields(now) if type(now) is cls else {}
-        res = now if is_there else object.__new__(cls)
-        for k, x in values.items():
-            object.__setattr__(res, k, self(x, base.get(k, _MISSING), f'{what}.{k}'))
-        return res
-
-    def _read_mapping(self, v, packed, now, what):
-        name, items = v
-        if now is _MISSING or class_name(type(now)) != name or not isinstance(now, dict):
-            return self._read_hole('', packed, now, what)
-        base = dict(dict.items(now))
-        made = []
-        for k, x in items:
-            key = self(k)
-            made.append((key, self(x, base.get(key, _MISSING), f'{what}[{key!r}]')))
-        return put_elements(now, made)
-
-    def _read_items(self, v, packed, now, what):
-        name, values = v
-        if now is _MISSING or class_name(type(now)) != name or not isinstance(now, list | deque | set):
-            return self._read_hole('', packed, now, what)
-        base = [] if isinstance(now, set) else elements(now)
-        made = [self(x, base[i] if i < len(base) else _MISSING, f'{what}[{i}]') for i, x in enumerate(values)]
-        return put_elements(now, made)
-
-    def _class(self, name, now, is_wanted):
+    def loaded(self, name, now, is_wanted):
         "The loaded class of that name, if it is of the wanted kind."
         known = [type(now), self.classes.get(name), _loaded_class(name)]
         return next((c for c in known if c is not None and class_name(c) == name and is_wanted(c)), None)
+
+
+# tensors
+
+
+def _pack_tensor(packer, t, what):
+    if id(t) not in packer.copies:
+        if t.data_ptr() in packer.refused:
+            return _kept_elsewhere(packer, t, what, 'a tensor of the model cannot be in a checkpoint on its own')
+        if t.is_sparse or t.is_quantized or t.is_meta or isinstance(t, nn.parameter.UninitializedTensorMixin):
+            return _kept_elsewhere(packer, t, what, f'a {t.layout} tensor cannot be in a checkpoint')
+        plain = t.detach().as_subclass(torch.Tensor)
+        packer.copies[id(t)] = t, plain.cpu() if plain.device.type != 'cpu' else plain.clone()
+    copy = packer.copies[id(t)][1]
+    return ('on', [str(t.device), copy]) if packer.keep_devices and t.device.type != 'cpu' else copy
+
+
+def _kept_elsewhere(packer, t, what, reason):
+    if packer.holes is None:
+        raise TypeError(reason)
+    return packer.hole(t, what)
+
+
+def _read_tensor(unpacker, t, now):
+    fits = type(now) is torch.Tensor and (now.shape, now.dtype, now.device) == (t.shape, t.dtype, t.device)
+    if not fits or now.is_inference() or now.layout is not torch.strided or not unpacker.may_write(now, t):
+        return t.clone()
+    is_expanded = now.numel() > 1 and 0 in now.stride()
+    if is_expanded or not now.is_leaf or now.untyped_storage().data_ptr() in unpacker.protected:
+        return t.clone()
+    with torch.no_grad():
+        return now.copy_(t)
+
+
+def _read_on(unpacker, content, now, what):
+    device, t = content
+    return t.to(device) if torch.device(device).type != 'cuda' or torch.cuda.is_available() else t.clone()
+
+
+# lists
+
+
+def _pack_list(packer, o, what):
+    if len(o) > 1 and _are_scalars(o):
+        return 'scalars', torch.stack([v.detach().as_subclass(torch.Tensor) for v in o]).cpu()
+    if len(o) > 1 and _are_numbers(o):
+        return 'numbers', packer(np.array(o), what)
+    return packer.values(o, what)
+
+
+def _are_numbers(values) -> bool:
+    "Are they all NumPy's, of one dtype?"
+    kinds = {v.dtype if isinstance(v, np.generic) else None for v in values}
+    return len(kinds) == 1 and None not in kinds and values[0].dtype.kind in _NUMBERS
+
+
+def _are_scalars(values) -> bool:
+    are = all(isinstance(v, torch.Tensor) and v.dim() == 0 and not v.is_meta for v in values)
+    return are and len({(v.dtype, v.device) for v in values}) == 1
+
+
+def _read_scalars(unpacker, t, now, what):
+    return unpacker.sequence(list(t.clone().unbind()), now, what, list)
+
+
+def _read_numbers(unpacker, content, now, what):
+    numbers = list(unpacker(content))
+    return put_elements(now, numbers) if type(now) is list and unpacker.may_write(now, content) else numbers
+
+
+def _pack_L(packer, o, what):
+    return _pack_list(packer, o.items, what)
+
+
+def _read_L(unpacker, content, now, what):
+    if type(now) is L and isinstance(now.items, list) and unpacker.may_write(now, content):
+        now.items = unpacker(content, now.items, what)
+        return now
+    return L(unpacker(content, what=what))
+
+
+# tuples, deques and sets; dicts: see `mapping` and `pairs`
+
+
+def _read_tuple(unpacker, values, now, what):
+    fits = type(now) is tuple and len(now) == len(values)
+    made = tuple(unpacker.values(values, now if fits else (), what))
+    return now if fits and all(x is b for x, b in zip(made, now)) else made
+
+
+def _pack_deque(packer, o, what):
+    return [packer.values(o, what), o.maxlen]
+
+
+def _read_deque(unpacker, content, now, what):
+    values, maxlen = content
+    if type(now) is deque and now.maxlen == maxlen:
+        return unpacker.sequence(values, now, what, deque)
+    return deque(unpacker(values, what=what), maxlen)
+
+
+def _read_set(unpacker, values, now, what):
+    made = [unpacker(v) for v in values]
+    return put_elements(now, made) if type(now) is set and unpacker.may_write(now, values) else set(made)
+
+
+def _read_frozenset(unpacker, values, now, what):
+    return frozenset(unpacker(v) for v in values)
+
+
+# arrays and shared memory
+
+
+def _pack_array(packer, o, what):
+    return torch.from_numpy(np.array(o))
+
+
+def _read_array(unpacker, t, now, what):
+    value = t.clone().numpy()
+    fits = type(now) is np.ndarray and (now.shape, now.dtype) == (value.shape, value.dtype) and now.flags.writeable
+    if not fits or not unpacker.may_write(now, t):
+        return value
+    now[...] = value
+    return now
+
+
+def _pack_memory(packer, o, what):
+    return torch.frombuffer(bytearray(shared_memory(o)), dtype=torch.uint8)
+
+
+def _read_memory(unpacker, t, now, what):
+    memory = shared_memory(now)
+    if memory is None or len(memory) != len(t):
+        return unpacker.lost(now, what)
+    memory[:] = t.numpy().tobytes()
+    return now
+
+
+# objects of a user's class
+
+
+def _read_hole(unpacker, name, now, what):
+    is_filled = now is not _MISSING and class_name(type(now)) == name
+    return now if is_filled else unpacker.lost(now, what)
+
+
+def _pack_enum(packer, o, what):
+    return [class_name(type(o)), o.name]
+
+
+def _read_enum(unpacker, content, now, what):
+    name, member = content
+    cls = unpacker.loaded(name, now, lambda c: issubclass(c, enum.Enum))
+    if cls is None or member not in cls.__members__:
+        return _read_hole(unpacker, name, now, what)
+    return cls.__members__[member]
+
+
+def _pack_record(packer, o, what):
+    return [class_name(type(o)), {k: packer(v, f'{what}.{k}') for k, v in record_fields(o).items()}]
+
+
+def _read_record(unpacker, content, now, what):
+    name, values = content
+    cls = unpacker.loaded(name, now, dataclasses.is_dataclass)
+    if cls is None:
+        return unpacker.lost(now, what)
+    is_there = type(now) is cls and not cls.__dataclass_params__.frozen and unpacker.may_write(now, content)
+    base = record_fields(now) if type(now) is cls else {}
+    res = now if is_there else object.__new__(cls)
+    for k, x in values.items():
+        object.__setattr__(res, k, unpacker(x, base.get(k, _MISSING), f'{what}.{k}'))
+    return res
+
+
+def _pack_named(packer, o, what):
+    return [class_name(type(o)), packer.values(o, what)]
+
+
+def _read_named(unpacker, content, now, what):
+    name, values = content
+    cls = unpacker.loaded(name, now, lambda c: issubclass(c, tuple) and hasattr(c, '_fields'))
+    if cls is None:
+        return unpacker.lost(now, what)
+    base = now if type(now) is cls else [_MISSING] * len(values)
+    return tuple.__new__(cls, [unpacker(x, b, what) for x, b in zip(values, base)])
+
+
+def _pack_mapping(packer, o, what):
+    return [class_name(type(o)), packer.pairs(o, what)]
+
+
+def _read_mapping(unpacker, content, now, what):
+    name, pairs = content
+    if now is _MISSING or class_name(type(now)) != name or not isinstance(now, dict):
+        return unpacker.lost(now, what)
+    return put_elements(now, unpacker.pairs(pairs, now, what))
+
+
+def _pack_items(packer, o, what):
+    return [class_name(type(o)), packer.values(elements(o), what)]
+
+
+def _read_items(unpacker, content, now, what):
+    name, values = content
+    if now is _MISSING or class_name(type(now)) != name or not isinstance(now, list | deque | set):
+        return unpacker.lost(now, what)
+    base = [] if isinstance(now, set) else elements(now)
+    return put_elements(now, unpacker.values(values, base, what))
+
+
+def class_name(cls) -> str:
+    "As a file names a class."
+    return f'{cls.__module__}:{cls.__qualname__}'
 
 
 def _loaded_class(name):
@@ -467,42 +519,53 @@ def _loaded_class(name):
     return o if isinstance(o, type) else None
 
 
-# containers; the methods of Python's own classes are called, since those of a subclass may do anything
-
-_BASES = OrderedDict, dict, list, deque, set, bytearray
+# tag -> how the content is made, and how the object of that again
 
 
-def _base(o):
-    return next(cls for cls in _BASES if isinstance(o, cls))
+def _dtype(name):
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f'unknown dtype: {name!r}')
+    return dtype
 
 
-def elements(o) -> list:
-    "What a container holds; the pairs of a dict."
-    base = _base(o)
-    return list(base.items(o) if issubclass(base, dict) else base.__iter__(o))
+_LEAVES = {
+    'bytes': (lambda o: torch.from_numpy(np.frombuffer(o, np.uint8).copy()), lambda v: v.numpy().tobytes()),
+    'number': (lambda o: torch.from_numpy(np.array(o)), lambda v: v.numpy()[()]),
+    'path': (str, Path),
+    'range': (lambda o: [o.start, o.stop, o.step], lambda v: range(*v)),
+    'dtype': (lambda o: str(o).removeprefix('torch.'), _dtype),
+}
 
+_FORMER = {  # of earlier files; today what torch reads by itself is packed as itself
+    'size': torch.Size,
+    'device': torch.device,
+    'complex': lambda v: complex(*v),
+}
 
-def put_elements(o, values: list):
-    "Let a container hold `values`, and nothing else; gives the container."
-    base = _base(o)
-    base.clear(o)
-    if issubclass(base, dict):
-        for k, v in values:
-            base.__setitem__(o, k, v)
-    elif base is set:
-        set.update(o, values)
-    else:
-        base.extend(o, values)
-    return o
-
-
-def shared_memory(o) -> memoryview | None:
-    """The memory of a number or array that processes share, as `multiprocessing.Value` makes one:
-    how workers are told the epoch.
-    """
-    if type(o).__module__ == 'multiprocessing.sharedctypes' and hasattr(o, 'get_obj'):
-        o = o.get_obj()
-    return memoryview(o).cast('B') if isinstance(o, ctypes._SimpleCData | ctypes.Array) else None
+# the same for what has parts, or is written to where it is; the first function takes packer, object and its name, the
+# second unpacker, content, what stands in the place and its name
+_KINDS = {
+    'dict': (Packer.pairs, partial(Unpacker.mapping, cls=dict)),
+    'OrderedDict': (Packer.pairs, partial(Unpacker.mapping, cls=OrderedDict)),
+    'Counter': (Packer.pairs, partial(Unpacker.mapping, cls=Counter)),
+    'tuple': (Packer.values, _read_tuple),
+    'deque': (_pack_deque, _read_deque),
+    'set': (Packer.whole, _read_set),
+    'frozenset': (Packer.whole, _read_frozenset),
+    'L': (_pack_L, _read_L),
+    'scalars': (None, _read_scalars),  # `_pack_list` writes it
+    'numbers': (None, _read_numbers),  # `_pack_list`
+    'array': (_pack_array, _read_array),
+    'memory': (_pack_memory, _read_memory),
+    'on': (None, _read_on),  # `_pack_tensor`
+    'enum': (_pack_enum, _read_enum),
+    'record': (_pack_record, _read_record),
+    'named': (_pack_named, _read_named),
+    'mapping': (_pack_mapping, _read_mapping),
+    'items': (_pack_items, _read_items),
+    'hole': (None, _read_hole),  # `Packer.hole`
+}
 
 
 def equal(a, b) -> bool:

@@ -10,11 +10,11 @@ from torch import nn
 from .averaging import check_match
 from .batchnorm import outside_sentence, statistics_outside_buffers, tracked_bn
 from .fitting import FitCallback
-from .holders import unrepeatable
+from .keeping import unrepeatable
 from .modules import check_copyable, clean_copy, dropped_hooks, unwrap
 from .passes import same_output
 from .processes import Processes
-from .state import not_copied
+from .walk import not_copied
 
 __all__ = ['check_model', 'remarks_on_model', 'remarks_on_data', 'remarks_on_trackers', 'validated_epochs']
 

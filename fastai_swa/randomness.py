@@ -2,7 +2,7 @@
 
 import random
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import singledispatch
 
 import numpy as np
@@ -10,20 +10,102 @@ import torch
 from fastai.torch_core import get_random_states, set_random_states, set_seed
 from fastcore.xtras import ReindexCollection
 
-from .holders import below, found_in, holder_kept, keeps_state, walk
+from .walk import below, found_in, keeps_state, walk
 
 __all__ = [
     'sources',
     'sources_in',
+    'randomness_kept',
+    'generators_kept',
+    'seed_all',
+    'random_states',
+    'set_random_states_of',
     'get',
     'put',
     'seed',
-    'seed_all',
-    'randomness_kept',
-    'objects_kept',
-    'random_states',
-    'set_random_states_of',
 ]
+
+
+# those of a learner
+
+
+def sources(learn):
+    """(path, source) for those in the loaders, callbacks without a `state_dict`, model and loss of
+    `learn`. A source is a random generator, or an order that is shuffled in place.
+    """
+    return sources_in(*below(learn, keeps_state))
+
+
+def sources_in(roots, but=()):
+    "(path, source) for each one that `walk` finds."
+    for path, o in walk(roots, but):
+        if is_source(o):
+            yield path, o
+
+
+def randomness_kept(learn, found=None):
+    """A context at whose end all random generators, those of the libraries and those that `learn`
+    holds, stand where they stood.
+
+    - `found`: what `found_in(learn)` gives.
+    """
+    return generators_kept(o for _, o in found or found_in(learn))
+
+
+@contextmanager
+def generators_kept(objects):
+    """The sources among `objects`, and the random generators of Python, NumPy, torch and each GPU,
+    stand at the end of this context where they stood.
+    """
+    libraries = get_random_states()
+    states = [(o, get(o)) for o in objects if is_source(o)]
+    try:
+        yield
+    finally:
+        set_random_states(**libraries)
+        for o, state in states:
+            put(o, state)
+
+
+def seed_all(learn, n: int):
+    "Begin all random generators, those of the libraries and those that `learn` holds, with `n`."
+    set_seed(n)
+    for _, o in found_in(learn):
+        if is_source(o):
+            seed(o, n)
+
+
+_LIBRARIES = 'random_state', 'numpy_state', 'torch_state', 'torch_cuda_state'  # not the settings of cuDNN
+
+
+def random_states(learn) -> dict:
+    "The states of all random generators of `learn` and of the libraries."
+    libraries = {k: v for k, v in get_random_states().items() if k in _LIBRARIES}
+    return {'libraries': libraries, 'own': {path: get(source) for path, source in sources(learn)}}
+
+
+def set_random_states_of(learn, states: dict):
+    """Put what `random_states` gave back. A random generator that is not found any more is named in
+    a warning.
+    """
+    now = get_random_states()
+    libraries = states['libraries']
+    kept = dict(states['own'])
+    if len(libraries['torch_cuda_state']) != len(now['torch_cuda_state']):  # another machine
+        libraries = {k: v for k, v in libraries.items() if k != 'torch_cuda_state'}
+    set_random_states(**{**now, **libraries})
+    for path, source in sources(learn):
+        if path in kept:
+            put(source, kept.pop(path))
+    if kept:
+        warnings.warn(f'random generators are not there any more, or not yet: {", ".join(sorted(kept)[:3])}')
+
+
+# what a source is: what `get`, `put` and `seed` know
+
+
+def is_source(o) -> bool:
+    return get.dispatch(type(o)) is not get.dispatch(object)
 
 
 @singledispatch
@@ -134,104 +216,3 @@ def _(source: ReindexCollection, state):
 @seed.register
 def _(source: ReindexCollection, n):
     pass
-
-
-_NONE = get.dispatch(object)
-
-
-def is_source(o) -> bool:
-    return get.dispatch(type(o)) is not _NONE
-
-
-def sources_in(roots, but=()):
-    "(path, source) for each random generator, and each order shuffled in place, below `roots`."
-    for path, o in walk(roots, but):
-        if is_source(o):
-            yield path, o
-
-
-def sources(learn):
-    """(path, source) for those in the loaders, callbacks without a `state_dict`, model and loss of
-    `learn`.
-    """
-    return sources_in(*below(learn, keeps_state))
-
-
-def seed_all(learn, n: int):
-    "Begin all random generators, those of the libraries and those that `learn` holds, with `n`."
-    set_seed(n)
-    for _, o in found_in(learn):
-        if is_source(o):
-            seed(o, n)
-
-
-def randomness_kept(learn, found=None):
-    """A context at whose end all random generators, of Python, NumPy, torch and each GPU, and those
-    that `learn` holds, stand where they stood.
-
-    - `found`: what `found_in(learn)` gives.
-    """
-    return _kept([o for _, o in found or found_in(learn) if is_source(o)])
-
-
-@contextmanager
-def objects_kept(*objects):
-    """What the `objects`, loaders or data sets, and the objects in them count, and all random
-    generators, stand at the end of this context where they stood."""
-    generators = [o for _, o in sources_in(list(enumerate(objects)))]
-    with _kept(generators), ExitStack() as stack:
-        for o in objects:
-            stack.enter_context(holder_kept(o))
-        yield
-
-
-@contextmanager
-def _kept(generators):
-    """The `generators`, and those of the libraries, stand at the end of this context where they
-    stood.
-    """
-    states = [(o, get(o)) for o in generators]
-    with libraries_kept():
-        try:
-            yield
-        finally:
-            for o, state in states:
-                put(o, state)
-
-
-@contextmanager
-def libraries_kept():
-    """The random generators of Python, NumPy, torch and each GPU stand at the end of this context
-    where they stood.
-    """
-    states = get_random_states()
-    try:
-        yield
-    finally:
-        set_random_states(**states)
-
-
-_LIBRARIES = 'random_state', 'numpy_state', 'torch_state', 'torch_cuda_state'  # not the settings of cuDNN
-
-
-def random_states(learn) -> dict:
-    "The states of all random generators of `learn` and of the libraries."
-    libraries = {k: v for k, v in get_random_states().items() if k in _LIBRARIES}
-    return {'libraries': libraries, 'own': {path: get(source) for path, source in sources(learn)}}
-
-
-def set_random_states_of(learn, states: dict):
-    """Put what `random_states` gave back. A random generator that is not found any more is named in
-    a warning.
-    """
-    now = get_random_states()
-    libraries = states['libraries']
-    kept = dict(states['own'])
-    if len(libraries['torch_cuda_state']) != len(now['torch_cuda_state']):  # another machine
-        libraries = {k: v for k, v in libraries.items() if k != 'torch_cuda_state'}
-    set_random_states(**{**now, **libraries})
-    for path, source in sources(learn):
-        if path in kept:
-            put(source, kept.pop(path))
-    if kept:
-        warnings.warn(f'random generators are not there any more, or not yet: {", ".join(sorted(kept)[:3])}')

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
-from .randomness import objects_kept
+from .aside import objects_kept
 
 __all__ = ['Samples', 'Overlaps', 'in_common', 'length']
 

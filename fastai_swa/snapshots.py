@@ -26,7 +26,7 @@ from .passes import copied_measures, refresh_bn, refreshable
 from .probabilities import Probabilities
 from .processes import Processes
 from .solutions import by_epoch, check_solution, gathered, source_of
-from .state import not_copied
+from .walk import not_copied
 from .weights import NoSolution, load_into, read_index, weights_of, write_index
 
 __all__ = ['SnapshotCallback', 'average_checkpoints']

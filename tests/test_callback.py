@@ -1,5 +1,7 @@
-"""DESIGN's invariants 1 to 6 and 8 of a fit with `SWACallback`; `test_combinations.py` has the
-seventh."""
+"""What holds in every fit with `SWACallback`: the mean is the mean, training is untouched, the
+columns are true, batch norm is exact, the average survives whatever ends the fit, no average means
+no change, and bad input gets one clear sentence. For any learner: `test_combinations.py`.
+"""
 
 import copy
 import gc

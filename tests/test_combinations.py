@@ -1,4 +1,4 @@
-"""DESIGN's seventh invariant: any learner, and the callbacks that users combine with `SWACallback`."""
+"""Any learner, and the callbacks that users combine with `SWACallback`."""
 
 import copy
 import gc

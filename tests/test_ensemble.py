@@ -921,7 +921,7 @@ def test_ctrl_c_at_any_line_of_the_way_in_and_out_leaves_the_learner_as_it_was()
     learn, models = trained()
     own, names, cbs = learn.model, set(vars(learn)), [type(cb) for cb in learn.cbs]
     ens = Ensemble(models, learn)
-    files = [f'fastai_swa/{name}.py' for name in ('ensemble', 'fitting', 'views', 'passes')]
+    files = [f'fastai_swa/{name}.py' for name in ('ensemble', 'fitting', 'views', 'aside')]
 
     def interrupted_at(n):
         "Whether there is an n-th line on the way."

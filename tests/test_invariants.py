@@ -1,4 +1,6 @@
-"""DESIGN's invariants over models and data drawn from `structures.py`."""
+"""What holds in every fit (the mean is the mean, training is untouched, resuming is exact ...), over
+models and data drawn from `structures.py`.
+"""
 
 import tempfile
 from pathlib import Path

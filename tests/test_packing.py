@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from fastai_swa import packing
 from fastai_swa.packing import Packer, Unpacker, pack, unpack
 
 
@@ -96,6 +97,40 @@ def test_what_is_packed_written_and_unpacked_is_the_same_in_value_and_type(tmp_p
     path = tmp_path_factory.getbasetemp() / 'packed'
     torch.save(pack(value), path)
     assert same(value, unpack(torch.load(path, weights_only=True)))
+
+
+READ_BY_TORCH_2_6 = {
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    list,
+    dict,
+    tuple,
+    torch.Tensor,
+    torch.Size,
+    torch.device,
+}
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(values)
+def test_packed_data_hold_nothing_but_what_the_oldest_supported_torch_reads_by_itself(value):
+    stack = [pack(value)]
+    while stack:
+        o = stack.pop()
+        assert type(o) in READ_BY_TORCH_2_6
+        if type(o) in (list, tuple):
+            stack.extend(o)
+        elif type(o) is dict:
+            stack.extend([*o, *o.values()])
+
+
+def test_the_table_of_types_has_each_tag():
+    tags = {*packing._TAGS.values(), *packing._LEAVES, *packing._FORMER, *packing._KINDS}
+    assert len(tags) == 27 and all(f"'{tag}'" in packing.__doc__ for tag in tags)
 
 
 @pytest.mark.parametrize(
@@ -276,3 +311,23 @@ def test_files_of_the_first_format_are_read():
     assert got['l'] == L(1) and got['f'] == {1} and got['p'] == Path('a/b') and got['z'] == torch.Size([2, 3])
     with pytest.raises(ValueError, match='unknown kind'):
         unpack(('eval', 'code'))
+
+
+def test_what_had_a_tag_before_torch_read_it_by_itself_is_read(tmp_path):
+    old = {
+        'size': ('size', [2, 3]),
+        'device': ('device', 'cpu'),
+        'complex': ('complex', [1.0, -2.0]),
+        'keys': ('dict', [[('complex', [0.0, 1.0]), ('tuple', [('size', [])])]]),
+    }
+    torch.save(old, tmp_path / 'old')
+    got = unpack(torch.load(tmp_path / 'old', weights_only=True))
+    assert same(
+        got,
+        {
+            'size': torch.Size([2, 3]),
+            'device': torch.device('cpu'),
+            'complex': 1 - 2j,
+            'keys': {1j: (torch.Size([]),)},
+        },
+    )

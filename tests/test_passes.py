@@ -7,6 +7,7 @@ import gc
 import io
 import itertools
 import multiprocessing
+import pickle
 import random
 import signal
 import sys
@@ -35,10 +36,14 @@ from fasttransform import Transform
 from torch import nn
 from torch.nn import functional as F
 
-from fastai_swa import CheckpointCallback, Curve, SWACallback, holders, line, rays
+from fastai_swa import CheckpointCallback, Curve, SWACallback, line, rays
+from fastai_swa.aside import aside, buffers_kept, untouched
+from fastai_swa.batches import FirstBatches, KeptBatches
 from fastai_swa.batchnorm import tracked_bn
-from fastai_swa.holders import holders_kept, unrepeatable
-from fastai_swa.passes import _aside, buffers_kept, kept_batches, refresh_bn, untouched, validate_aside
+from fastai_swa.contents import nested
+from fastai_swa.keeping import holders_kept, unrepeatable
+from fastai_swa.passes import kept_batches, refresh_bn, validate_aside
+from fastai_swa.replay import Replay
 
 from . import lora
 from .helpers import At, assert_same, fingerprint, learner, loaders, net, raising
@@ -565,9 +570,9 @@ def test_what_is_too_large_is_left_and_named_once():
 
 def test_up_to_the_limit_of_leaves_and_bytes_containers_are_kept():
     ok, deep, many = [0] * 10_000, [[i] for i in range(10_000)], [[0] * 101 for _ in range(100)]
-    assert holders.nested(ok)[2] == 10_000 and holders.nested(deep)[2] == 10_000 and holders.nested(many) is None
-    assert holders.nested([0] * 10_001) is None and holders.nested({'a': [0] * 5_000, 'b': (0,) * 5_001}) is None
-    assert holders.nested([torch.zeros(250_000)])[3] == 10**6 and holders.nested([torch.zeros(250_001)]) is None
+    assert nested(ok)[2] == 10_000 and nested(deep)[2] == 10_000 and nested(many) is None
+    assert nested([0] * 10_001) is None and nested({'a': [0] * 5_000, 'b': (0,) * 5_001}) is None
+    assert nested([torch.zeros(250_000)])[3] == 10**6 and nested([torch.zeros(250_001)]) is None
 
 
 def test_a_data_set_of_a_million_items_costs_nothing():
@@ -653,6 +658,19 @@ def test_attributes_that_came_go_and_those_that_went_come():
     )
 
 
+# what stands for a loader, or for an iterator
+
+
+def test_what_stands_for_another_is_copied_and_pickled_and_has_its_attributes():
+    dl = loaders().train
+    for o in (FirstBatches(dl, 2), KeptBatches(lambda: dl), Replay(Sampler())):
+        for other in (copy.copy(o), copy.deepcopy(o)):
+            assert type(other) is type(o) and not hasattr(other, 'nothing')
+            assert (other.epoch == 0) if isinstance(o, Replay) else (len(other) == len(o) and other.bs == dl.bs)
+    first = pickle.loads(pickle.dumps(FirstBatches(PAIRS, 3)))
+    assert len(first) == 3 and first.count(0) == 0
+
+
 # what is used up
 
 
@@ -663,7 +681,7 @@ def test_a_generator_of_the_data_gives_again_what_a_pass_took():
     learn = make()
     learn.dls.loaders[0] = DataLoader(numbers(), bs=16, n=48)
     first = learn.dls.train.dataset
-    with _aside(learn):
+    with aside(learn):
         pass
     assert learn.dls.train.dataset is first  # nothing was taken from it
     kept_batches(learn, 2)
@@ -795,7 +813,10 @@ def test_two_ctrl_c_in_a_row_leave_nothing_muted_hooked_or_moved():
         sent.append(1)
         raise KeyboardInterrupt
 
-    files = [f'fastai_swa/{name}.py' for name in ('passes', 'holders', 'randomness', 'batches')]
+    files = [
+        f'fastai_swa/{name}.py'
+        for name in ('passes', 'aside', 'contents', 'replay', 'walk', 'keeping', 'randomness', 'batches')
+    ]
 
     def interrupted_at(n, f):
         lines = itertools.count(1)

@@ -55,7 +55,7 @@ def test_the_learning_rate_of_every_epoch_is_the_published_one(name):
         (budget // 2 + 1, 3 * budget // 2, 1),
         (common, 3 * budget // 2, 0),
     ]
-    # 419 and 311 epochs for the published rows (RECIPES: 200 + 300 - 81, 150 + 225 - 64), and the
+    # 419 and 311 epochs for the published rows (200 + 300 - 81, 150 + 225 - 64), and the
     # control of 1.5 budgets
     assert sum(p.end - p.begin for p in shared) == (419 if budget == 200 else 311) + 3 * budget // 2 - (budget // 2 + 1)
 

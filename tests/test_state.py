@@ -18,7 +18,7 @@ def at_epoch(epoch, f):
 
 
 def test_a_fork_goes_on_as_its_origin_and_a_state_serves_many_times():
-    "What issue 4's runs do: run on from a common past, each in a learner of its own."
+    "As the runs of the experiments do: on from a common past, each in a learner of its own."
     whole, taken = learner(), []
     whole.fit(4, cbs=[SWACallback(1), at_epoch(2, lambda cb: taken.append(take(cb.learn)))])
     for seed in (5, 6):

@@ -16,16 +16,16 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastcore.foundation import noop
 
+from ..aside import autocast_left
 from ..averaging import ema
 from ..callback import SWACallback
 from ..checkpoint import CheckpointCallback
 from ..checks import check_known, check_positive
 from ..files import InUse, Lock
-from ..holders import named_callbacks
 from ..learner import EpochScheduler
-from ..passes import autocast_left
 from ..snapshots import SnapshotCallback
 from ..state import restore
+from ..walk import named_callbacks
 from .ensembles import evaluate, is_compared
 from .landscapes import check_solutions, measure_seed
 from .learners import TimeIsUp, recipe_data, recipe_learner, settings_restored

@@ -16,6 +16,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import nn
 
+from ..aside import concerns_training, untouched
 from ..averaging import all_finite, lent
 from ..checks import check_choice, check_count, check_not_negative, check_positive
 from ..columns import recorder_of
@@ -23,7 +24,6 @@ from ..files import read, write
 from ..fitting import FitCallback
 from ..interrupts import uninterrupted, unwound_whole
 from ..modules import in_train_mode, named_tensors, plain_name, unwrap
-from ..passes import concerns_training, untouched
 from ..solutions import named_solutions
 from .geometry import CURVES, arc_lengths, inner_products
 from .measure import line, measured

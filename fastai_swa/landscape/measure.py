@@ -9,12 +9,13 @@ from fastai.learner import Learner
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 
+from ..aside import untouched
 from ..averaging import lent
 from ..checks import check_count
 from ..interrupts import unwound_whole
 from ..modules import in_train_mode
-from ..passes import PassCancelled, kept_batches, refresh_bn, refreshable, untouched, validate_aside
-from ..state import loaders
+from ..passes import PassCancelled, kept_batches, refresh_bn, refreshable, validate_aside
+from ..walk import loaders
 from .space import Grid, Space, line_grid, modes_put_back, plane_grid, rays_grid
 from .surfaces import MemoryRows, Plane, PointFile, Profile, Rays, Surface
 

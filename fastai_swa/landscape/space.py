@@ -23,7 +23,7 @@ from ..modules import clean_copy, in_train_mode, modes_of, plain_name, set_modes
 from ..passes import refreshable
 from ..processes import Processes
 from ..solutions import named_solutions, source_of
-from ..state import not_copied
+from ..walk import not_copied
 from ..weights import load_into
 from .geometry import Frame, direction
 from .surfaces import Plane, Profile, Rays, Surface

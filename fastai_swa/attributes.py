@@ -1,0 +1,215 @@
+"""What callbacks, loaders, samplers, data sets, transforms, losses and modules keep in their
+attributes, as plain data; and that put back into the objects that have the same places."""
+
+import weakref
+from functools import partial
+from types import FunctionType, MethodType
+
+import numpy as np
+import torch
+from fastai.callback.core import Callback
+from fastai.learner import Recorder
+from fastcore.foundation import L
+
+from .contents import CONTAINERS, MAX_BYTES, MAX_LEAVES, attributes, is_record, nested, set_attribute
+from .modules import unwrap
+from .packing import Packer, Unpacker, class_name, equal, pack, unpack
+from .replay import is_used_up
+from .walk import LEARNED, OF_PASS, below, can_hold, keeps_state, name_once, readable, walk
+
+__all__ = ['plain_attributes', 'without_unchanged', 'put_attributes']
+
+
+def plain_attributes(learn) -> dict:
+    """Name -> attribute -> packed value of what is plain data in callbacks without a `state_dict`,
+    under the names of `named_callbacks`, and in loaders, samplers, data sets, transforms, losses,
+    modules and the objects of callbacks, under their paths.
+
+    What cannot be packed is left out, or leaves a hole in the container that it is in.
+    """
+    params = [p for group in learn.opt.param_lists for p in group]
+    grads = [p.grad for p in params if p.grad is not None]
+    own = {t.data_ptr() for t in (*_tensors(learn), *params, *grads)} - {0}
+    found = list(_holders(learn))
+    held = {id(o) for _, o in found}
+    res = {}
+    holes = []
+    for path, o in found:
+        attrs = _packed_attributes(path, o, own, holes)
+        if attrs or isinstance(o, Callback):
+            res[path] = attrs
+    _name_unkept(learn, [(path, owner, v) for path, owner, v in holes if id(v) not in held])
+    return res
+
+
+def _packed_attributes(path, o, own, holes) -> dict:
+    """Attribute -> packed value for the object `o`; (path, owner, value) of what cannot be packed
+    is added to `holes`.
+    """
+    res = {}
+    missed = []
+    packer = Packer(refused=own, keep_devices=True, holes=missed)
+    n_leaves = MAX_LEAVES
+    n_bytes = MAX_BYTES
+    for k, v in attributes(o):
+        k = str(k)
+        if k in _OF_LOADERS or isinstance(o, Callback) and k in _OF_CALLBACKS:
+            continue
+        if _has_a_path(v):
+            holes.append((f'{path}.{k}', o, v))
+            continue
+        if not isinstance(o, Callback) and isinstance(v, _SIZED):
+            size = nested(v, n_leaves, n_bytes)
+            if size is None:
+                continue
+            n_leaves -= size.n_leaves
+            n_bytes -= size.n_bytes
+        packer.lenient = isinstance(o, Recorder) and k in ('values', 'log')  # a metric may give anything
+        packed = packer(v, f'{path}.{k}')
+        if not _is_hole(packed):
+            res[k] = packed
+    if isinstance(o, Recorder):
+        res[_SMOOTH] = pack((o.smooth_loss.count, o.smooth_loss.val))
+    holes.extend((where, o, v) for where, v in missed)
+    return res
+
+
+# the learner, and when the Recorder's clock started
+_OF_CALLBACKS = 'learn', 'start_epoch'
+
+# what a loader makes anew for each pass, and its random generator, whose state is kept with the others
+_OF_LOADERS = 'rng', *OF_PASS, *LEARNED
+
+_SMOOTH = 'smooth_loss.'  # the state of an object that the Recorder holds
+
+_SIZED = (*CONTAINERS, torch.Tensor, np.ndarray, L)
+
+
+def _has_a_path(v) -> bool:
+    "Is the value of an attribute walked by itself?"
+    return can_hold(v) and type(v) is not L and not is_record(v)
+
+
+def _is_hole(packed) -> bool:
+    return type(packed) is tuple and packed[0] == 'hole'
+
+
+def _is_plain(v) -> bool:
+    "Can the value of an attribute be kept with it?"
+    return not _has_a_path(v) and not _is_hole(Packer(keep_devices=True, holes=[])(v))
+
+
+def _tensors(learn) -> list:
+    "Parameters and buffers of the model."
+    model = unwrap(learn.model)
+    return [*model.parameters(), *model.buffers()]
+
+
+def _holders(learn):
+    """(path, object) for all whose attributes are kept; no callback with a state of its own, nor
+    what it holds.
+    """
+    for path, o in walk(*below(learn, keeps_state), _is_the_programs):
+        if path != 'dls' and type(o) is not L and not is_record(o):
+            yield path, o
+
+
+def _is_the_programs(path, o) -> bool:
+    """Functions of callbacks, as the logger of a table, and what the Recorder measures with are
+    made anew.
+    """
+    if path.startswith('fastai.learner.Recorder.0.'):
+        return True
+    return isinstance(o, FunctionType | MethodType | partial) and path.split('.')[0] not in ('loaders', 'model', 'loss')
+
+
+def without_unchanged(packed, unchanged, names) -> tuple[dict, dict]:
+    "What of `packed` is not in `unchanged`: that of callbacks, and the rest."
+    callbacks, held = {}, {}
+    for key, attrs in packed.items():
+        same = unchanged.get(key, {})
+        changed = {k: v for k, v in attrs.items() if not (k in same and equal(v, same[k]))}
+        if key in names:
+            callbacks[key] = changed
+        elif changed:
+            held[key] = changed
+    return callbacks, held
+
+
+def put_attributes(learn, state, unchanged):
+    """Put packed attributes back into the objects that have the same paths. Objects and values that
+    are not there any more are named in warnings.
+    """
+    found = dict(_holders(learn))
+    storages = {t.untyped_storage().data_ptr() for t in _tensors(learn)}
+    unpacker = Unpacker(storages, {class_name(type(o)): type(o) for o in found.values()})
+    for path in {**unchanged, **state}:
+        saved = state.get(path, {})
+        attrs = {**unchanged.get(path, {}), **saved}
+        if path in found:
+            _put_into(found[path], path, attrs, saved, unpacker)
+        elif path in state and attrs:
+            name_once(
+                learn,
+                path,
+                f'{readable(path)} is not there any more, or not yet: its state in the checkpoint is left out',
+            )
+    for where in unpacker.missing:
+        name_once(
+            learn,
+            where,
+            f'{readable(where)} cannot be put back from the checkpoint: there is nothing of its class in its place, '
+            'and it is no dataclass, named tuple or enum of a module',
+        )
+
+
+def _put_into(o, path, attrs, saved, unpacker):
+    "Put `attrs` into the object `o`; those not in `saved` are what they were when the fit began."
+    now = {str(k): v for k, v in attributes(o)}
+    for k, packed in attrs.items():
+        # None before the fit, an object within it: as the autocast of a MixedPrecision
+        if k not in saved and k in now and not _is_plain(now[k]):
+            continue
+        if k == _SMOOTH:
+            o.smooth_loss.count, o.smooth_loss.val = unpack(packed)
+        elif not k.startswith(_SMOOTH):
+            _put_value(o, k, packed, now, path, unpacker)
+
+
+def _put_value(o, k, packed, now, path, unpacker):
+    where = f'{path}.{k}'
+    if k not in now:
+        value = unpacker(packed, what=where)
+    else:
+        value = unpacker(packed, now[k], where)
+        if value is now[k]:
+            return
+    try:
+        set_attribute(o, k, value)
+    except TypeError:
+        unpacker.missing.append(where)
+
+
+def _name_unkept(learn, holes):
+    """Warn of what cannot be kept and has changed. (What stays the same belongs to the call: the
+    next run makes it anew.)
+    """
+    known = _holes.setdefault(learn, {})
+    for path, owner, v in holes:
+        sign = id(v), len(v) if isinstance(v, CONTAINERS) else None
+        changed = known.setdefault(path, sign) != sign
+        if type(owner).__module__.split('.')[0] in _LIBRARIES or not (changed or is_used_up(v)):
+            continue
+        name_once(
+            learn,
+            f'kept {path}',
+            f'{readable(path)} is a {type(v).__qualname__}, which a checkpoint cannot hold: a fit that is killed and '
+            'goes on has the one that the new run makes',
+        )
+
+
+# learner -> path -> what identifies the object there that no checkpoint can hold
+_holes = weakref.WeakKeyDictionary()
+
+# their callbacks and objects know what they hold
+_LIBRARIES = 'fastai', 'fastcore', 'torch', 'torchvision', __name__.split('.')[0]
