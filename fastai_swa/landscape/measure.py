@@ -60,10 +60,18 @@ def measured(
     surface = grid.surface(grid.about | {'spec': spec, 'columns': columns}, grid.points)
     rows = MemoryRows(surface) if file is None else PointFile(file, surface)
     try:
-        names = refreshable(learn)  # asked while the learner is as it stands
+        todo = np.flatnonzero(~rows.surface.is_measured).tolist()
+        # both asked while the learner is as it stands
+        names = refreshable(learn)
+        shown = progress_bar(todo) if grid.space.shows_progress and progress is None else todo
         # each pass puts the generators back, so that all begin the same
         with unwound_whole(), untouched(learn, seed), in_train_mode(learn.model):
-            remarks = _measure_missing(grid, rows, names, sets, bn_batches, train_batches, progress)
+            batches = _Batches(learn, names, sets, bn_batches, train_batches) if todo else None
+            remarks = {}
+            for n_done, i in enumerate(shown, len(grid.points) - len(todo)):
+                if progress is not None:
+                    progress(n_done, len(grid.points))
+                rows.add(i, _measured_at(grid, i, names, batches, remarks))
     except PassCancelled:
         raise RuntimeError(
             'a callback of the learner cancels validations or batch-norm passes: remove it first'
@@ -76,28 +84,17 @@ def measured(
     return rows.surface
 
 
-def _measure_missing(grid, rows, names, sets, bn_batches, train_batches, progress) -> dict:
-    "Measure the points of `grid` that `rows` lack; what the passes remarked."
-    todo = np.flatnonzero(~rows.surface.is_measured).tolist()
-    if not todo:
-        return {}
+def _measured_at(grid, i, names, batches, remarks) -> dict:
+    "Column -> value at point `i`; adds to the `remarks`."
     space = grid.space
     model = space.learn.model
-    remarks = {}
-    n = len(grid.points)
-    batches = _Batches(space.learn, names, sets, bn_batches, train_batches)
-    shown = progress_bar(todo) if space.shows_progress and progress is None else todo
-    for n_done, i in enumerate(shown, n - len(todo)):
-        if progress is not None:
-            progress(n_done, n)
-        weights, buffers = grid.at(i)
-        space.put(weights, buffers)
-        with lent(space.scratch, model), modes_put_back(model):
-            # here, so that what it merges is merged once: passes put attributes back, not weights
-            model.eval()
-            row = _measure(space.learn, names, batches, remarks)
-        rows.add(i, row | {'norm': _norm(weights)})
-    return remarks
+    weights, buffers = grid.at(i)
+    space.put(weights, buffers)
+    with lent(space.scratch, model), modes_put_back(model):
+        # here, so that what it merges is merged once: passes put attributes back, not weights
+        model.eval()
+        row = _measure(space.learn, names, batches, remarks)
+    return row | {'norm': _norm(weights)}
 
 
 @delegates(measured)
