@@ -28,7 +28,7 @@ FLOORS = [
 ]
 # within a folder, which is one place above
 FLOORS_WITHIN = {
-    'landscape': [{'geometry', 'space'}, {'surfaces'}, {'measure', 'figures'}, {'curve'}, {'__init__'}],
+    'landscape': [{'geometry'}, {'surfaces'}, {'space', 'figures'}, {'measure'}, {'curve'}, {'__init__'}],
 }
 SOURCES = sorted(PACKAGE.rglob('*.py'))
 

@@ -27,7 +27,7 @@ from ..passes import concerns_training, untouched
 from ..solutions import named_solutions
 from .geometry import CURVES, arc_lengths, inner_products
 from .measure import line, measured
-from .space import Space, check_ts, fingerprints, modes_put_back, weighted_sum
+from .space import Grid, Point, Space, as_real, check_ts, fingerprint, modes_put_back, weighted_sum
 from .surfaces import Profile
 
 __all__ = ['Curve']
@@ -54,19 +54,21 @@ class Curve:
         self.learn = learn
         self.kind = check_choice('kind', kind, CURVES)
         self.n_bends = check_count('n_bends', n_bends)
-        self._space, named = Space(learn), named_solutions(solutions, 2, 'a curve')
-        self.names = list(named)
-        (a, _), (b, _) = loaded = [self._space.load(o, name) for name, o in named.items()]
-        self._buffers = self._space.one_set_of_buffers(loaded)
+        self._space = Space(learn)
+        loaded = self._space.load_all(named_solutions(solutions, 2, 'a curve'))
+        self.names = list(loaded)
+        self._buffers = self._space.one_set_of_buffers(list(loaded.values()))
+        a, b = (point.weights for point in loaded.values())
         if torch.equal(a, b):
-            raise ValueError(f'{" and ".join(named)} are the same weights: a curve needs two that differ')
+            raise ValueError(f'{" and ".join(self.names)} are the same weights: a curve needs two that differ')
         self._points = [torch.lerp(a, b, i / (n_bends + 1)) for i in range(n_bends + 2)]  # flat, on the CPU
         self._n_fits = 0
 
     @property
     def ends(self) -> dict[str, dict]:
         "Name -> state dict of the two solutions."
-        return dict(zip(self.names, (self._state_dict(p) for p in (self._points[0], self._points[-1]))))
+        first, *_, last = self._points
+        return dict(zip(self.names, map(self._state_dict, (first, last))))
 
     @property
     def bends(self) -> list[dict]:
@@ -122,16 +124,17 @@ class Curve:
         if isinstance(opt_func, OptimWrapper):
             raise TypeError("opt_func is needed: the learner's is bound to the parameters of its own model")
         _check_backward(self.learn.model)
-        falling = combine_scheds(
-            [0.5, 0.4, 0.1], [SchedNo(lr, lr), SchedLin(lr, lr / 100), SchedNo(lr / 100, lr / 100)]
-        )
-        shows_progress = self._space.shows_progress
-        seed = np.random.SeedSequence([check_count('seed', seed, least=0), self._n_fits]).generate_state(1)[0]
-        space, own = self._space, self.learn.model
+        low = lr / 100
+        falling = combine_scheds([0.5, 0.4, 0.1], [SchedNo(lr, lr), SchedLin(lr, low), SchedNo(low, low)])
+        seed = check_count('seed', seed, least=0)
+        seed_of_fit = int(np.random.SeedSequence([seed, self._n_fits]).generate_state(1)[0])
+        space = self._space
+        own = self.learn.model
+        shows_progress = space.shows_progress
         space.put(self._points[0], self._buffers)
         with (
             unwound_whole(),
-            untouched(self.learn, int(seed)),
+            untouched(self.learn, seed_of_fit),
             in_train_mode(own),
             _gradients_aside(own),
             lent(space.scratch, own),
@@ -161,22 +164,28 @@ class Curve:
         """Loss and metrics at so many points along the curve, or at the points `ts` from 0 to 1;
         further arguments and errors as for `rays`.
         """
-        n, ts = self.n_bends + 2, check_ts(ts, 0, 1)
-        products, prints = inner_products(self._points), fingerprints(dict(enumerate(self._points)))
-        about = {
-            'kind': 'curve',
-            'curve': self.kind,
-            'solutions': dict(zip(self.names, np.sqrt(products.diagonal()[[0, -1]]).tolist())),
-            'length': self.length,
-            'arc': arc_lengths(self.kind, products, ts).tolist(),
-            'spec': {'curve': self.kind, 'points': prints, 'ts': ts},
-        }
+        return measured(self._grid(ts), **kwargs)
+
+    def _grid(self, ts=61) -> Grid:
+        "The points that `evaluate` measures."
+        ts = check_ts(ts, 0, 1)
+        products = inner_products(self._points)
+        norms = np.sqrt(products.diagonal()[[0, -1]]).tolist()
         points = [p.to(self._space.device) for p in self._points]
 
         def at(i):
-            return weighted_sum(points, CURVES[self.kind](ts[i], n)), self._buffers
+            return Point(weighted_sum(points, CURVES[self.kind](ts[i], len(points))), self._buffers)
 
-        return measured(self._space, Profile, about, [(t,) for t in ts], at, **kwargs)
+        about = {
+            'kind': 'curve',
+            'curve': self.kind,
+            'solutions': dict(zip(self.names, norms)),
+            'length': self.length,
+            'arc': arc_lengths(self.kind, products, ts).tolist(),
+        }
+        prints = [[i, fingerprint(p)] for i, p in enumerate(self._points)]
+        spec = {'curve': self.kind, 'points': prints, 'ts': ts}
+        return Grid(self._space, Profile, about, spec, [(t,) for t in ts], at)
 
     @delegates(measured)
     def straight(self, ts=61, **kwargs) -> Profile:
@@ -187,12 +196,8 @@ class Curve:
         """Write ends and bends to `path`, in one step; `torch.load(path, weights_only=True)` reads
         it, too. Raises `OSError`.
         """
-        write(
-            Path(path),
-            'curve',
-            1,
-            {'kind': self.kind, 'ends': self.ends, 'bends': self._points[1:-1], 'n_fits': self._n_fits},
-        )
+        content = {'kind': self.kind, 'ends': self.ends, 'bends': self._points[1:-1], 'n_fits': self._n_fits}
+        write(Path(path), 'curve', 1, content)
 
     @classmethod
     def load(cls, path, learn: Learner) -> 'Curve':
@@ -201,7 +206,8 @@ class Curve:
         """
         saved = read(Path(path), 'curve', 1)
         curve = cls(learn, saved['ends'], len(saved['bends']), saved['kind'])
-        curve._points[1:-1], curve._n_fits = saved['bends'], saved['n_fits']
+        curve._points[1:-1] = saved['bends']
+        curve._n_fits = saved['n_fits']
         return curve
 
     def __repr__(self):
@@ -221,7 +227,8 @@ class _OnCurve(nn.Module):
 
     def __init__(self, model, space, points, kind):
         super().__init__()
-        self.inner, self.kind = model, kind
+        self.inner = model
+        self.kind = kind
         first, *bends, last = (p.to(space.device, copy=True) for p in points)
         self.register_buffer('first', first)
         self.register_buffer('last', last)
@@ -269,7 +276,7 @@ class _OnCurve(nn.Module):
             self._weights = sum(p * float(share) for p, share in zip(points, CURVES[self.kind](self._t, len(points))))
         self._leaf = self._weights.detach().requires_grad_()
         with torch.no_grad():
-            torch._foreach_copy_([_as_real(p) for p in self._params], self._split(self._leaf))
+            torch._foreach_copy_([as_real(p) for p in self._params], self._split(self._leaf))
         for p in self._thawed:
             p.requires_grad_(True)
 
@@ -286,7 +293,7 @@ class _OnCurve(nn.Module):
             )
         self._has_begun = True
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
-        grad = torch.cat([_as_real(g.to_dense()).to(self._leaf.dtype).flatten() for g in grads])
+        grad = torch.cat([as_real(g.to_dense()).to(self._leaf.dtype).flatten() for g in grads])
         if self._leaf.grad is not None:
             grad += self._leaf.grad
         self._weights.backward(grad)
@@ -298,11 +305,6 @@ class _OnCurve(nn.Module):
         for p in self._thawed:
             p.requires_grad_(False)
         self._weights = self._leaf = None
-
-
-def _as_real(t):
-    t = t.detach()
-    return torch.view_as_real(t) if t.is_complex() else t
 
 
 @contextmanager
@@ -358,10 +360,10 @@ class _CurveLearner(Learner):
             learn.dls,
             model,
             learn.loss_func,
-            opt_func,
-            lr,
-            lambda m: [list(m.bends)],
-            own,
+            opt_func=opt_func,
+            lr=lr,
+            splitter=_bends_of,
+            cbs=own,
             path=learn.path,
             wd=0.0,
             wd_bn_bias=True,
@@ -375,6 +377,11 @@ class _CurveLearner(Learner):
 
     def _do_epoch_validate(self, *args, **kwargs):
         pass
+
+
+def _bends_of(model) -> list:
+    "One group of parameters, for the optimizer."
+    return [list(model.bends)]
 
 
 def _check_backward(model):
