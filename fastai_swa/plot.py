@@ -7,12 +7,9 @@ from fastai.learner import Recorder
 from matplotlib.ticker import LogLocator, MaxNLocator
 from scipy.stats import t
 
-__all__ = [
-    'plot_swa',
-    'plot_runs',
-    'plot_sizes',
-    'plot_lengths',
-]
+__all__ = ['plot_swa', 'plot_runs', 'plot_sizes', 'plot_lengths', 'axes_or_new', 'labelled', 'styles']
+
+_WITH_LEGEND = 4.8  # height of axes with a legend below them
 
 
 def plot_swa(recorder: Recorder, axs=None):
@@ -40,7 +37,8 @@ def plot_swa(recorder: Recorder, axs=None):
     epochs = range(len(recorder.values))
 
     def column(name):
-        return [row[names.index(name)] if len(row) > names.index(name) else float('nan') for row in recorder.values]
+        i = names.index(name)
+        return [row[i] if len(row) > i else float('nan') for row in recorder.values]
 
     for ax, avg, raw in zip(axs, swa, raws):
         title = avg.removeprefix('swa_')
@@ -48,62 +46,37 @@ def plot_swa(recorder: Recorder, axs=None):
             ax.plot(epochs, column('train_loss'), color='0.65', lw=1, ls=':', label='training loss')
         if raw:
             ax.plot(epochs, column(raw), color='C0', lw=1, marker='.', label='model in training')
-        points = [(e, v) for e, v in zip(epochs, column(avg)) if v == v]  # validated epochs only, joined
-        ax.plot(*zip(*points) if points else ([], []), color='C3', lw=2, marker='o', ms=4, label='average')
+        validated = [e for e, v in zip(epochs, column(avg)) if v == v]  # these only, joined
+        values = [v for v in column(avg) if v == v]
+        ax.plot(validated, values, color='C3', lw=2, marker='o', ms=4, label='average')
         for i, e in enumerate(recorder.swa_epochs):
-            ax.plot(
-                e,
-                0.03,
-                '^',
-                color='0.25',
-                ms=5,
-                transform=ax.get_xaxis_transform(),
-                label='folded into the average' if i == 0 else None,
-            )
+            label = 'folded into the average' if i == 0 else None
+            ax.plot(e, 0.03, '^', color='0.25', ms=5, transform=ax.get_xaxis_transform(), label=label)
         ax.set(xlabel='epoch', ylabel=title.replace('_', ' '))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        drawn = [v for line in ax.lines if len(line.get_xdata()) > 1 for v in line.get_ydata() if v == v]
-        if drawn and 0 < 5 * min(drawn) < max(drawn):  # else the start hides the end
-            ax.set_yscale('log')
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_major_formatter('{x:g}')
-            ax.yaxis.set_minor_formatter('')
+        _set_log_if_steep(ax)
         ax.grid(alpha=0.25)
         ax.legend(fontsize='small')
     return axs
+
+
+def _set_log_if_steep(ax):
+    "Or the start of its lines would hide their end."
+    drawn = []
+    for line in ax.lines:
+        if len(line.get_xdata()) > 1:
+            drawn += [v for v in line.get_ydata() if v == v]
+    if drawn and 0 < 5 * min(drawn) < max(drawn):
+        ax.set_yscale('log')
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter('{x:g}')
+        ax.yaxis.set_minor_formatter('')
 
 
 def _raw_column(name, names):
     "The column of the model in training beside `name`, if the Recorder keeps it."
     name = name.removeprefix('swa_')
     return next((c for c in (name, f'valid_{name}') if c in names), None)
-
-
-def plot_runs(curves: dict, ax=None, ylabel: str = ''):
-    """A quantity over the epochs of several runs: the mean over their seeds, with its 95 %
-    confidence interval at a few epochs.
-
-    `curves`: name -> epochs (n) and values (seeds, n). Drawn from the back to the front: singles in
-    thin lines, the last one, the average, in a thick one. The axis shows what the runs' second
-    halves need. Returns the axes.
-    """
-    ax = _axes(ax, height=4.8)  # with the legend below
-    last = max((epochs[-1] for epochs, _ in curves.values() if len(epochs)), default=0)
-    for i, (name, (epochs, values)) in enumerate(curves.items()):
-        if len(epochs) == 0:
-            continue
-        style = {'lw': 1, 'ms': 4, 'marker': '.' * (len(epochs) < 2)} | _RUNS.get(name, dict(color='C4'))
-        ax.plot(epochs, values.mean(0), label=name, **style)
-        every = max(1, last // 6)
-        is_shown = (epochs == epochs[-1]) | (
-            (last - epochs + i * every // 5) % every == 0
-        )  # not all at the same epochs
-        _intervals(ax, epochs, values, style, np.flatnonzero(is_shown))
-    late = np.concatenate([values[:, epochs > last / 2].mean(0) for epochs, values in curves.values()])
-    late = late[np.isfinite(late)]
-    if len(late):
-        ax.set_ylim(late.min() - 0.1 * np.ptp(late) - 1e-9, late.max() + 0.1 * np.ptp(late) + 1e-9)
-    return _labelled(ax, 'epochs', ylabel)
 
 
 # a run looks the same in every figure
@@ -116,6 +89,41 @@ _RUNS = {
 }
 
 
+def plot_runs(curves: dict, ax=None, ylabel: str = ''):
+    """A quantity over the epochs of several runs: the mean over their seeds, with its 95 %
+    confidence interval at a few epochs.
+
+    `curves`: name -> epochs (n) and values (seeds, n). Drawn from the back to the front: singles in
+    thin lines, the last one, the average, in a thick one. The axis shows what the runs' second
+    halves need. Returns the axes.
+    """
+    ax = axes_or_new(ax, _WITH_LEGEND)
+    last = max((epochs[-1] for epochs, _ in curves.values() if len(epochs)), default=0)
+    for i, (name, (epochs, values)) in enumerate(curves.items()):
+        if len(epochs) == 0:
+            continue
+        style = dict(lw=1, ms=4, marker='' if len(epochs) > 1 else '.') | _RUNS.get(name, dict(color='C4'))
+        ax.plot(epochs, values.mean(0), label=name, **style)
+        every = max(1, last // 6)
+        aside = i * every // 5  # the intervals of the runs are not all at the same epochs
+        is_shown = (epochs == epochs[-1]) | ((last - epochs + aside) % every == 0)
+        _intervals(ax, epochs, values, style, np.flatnonzero(is_shown))
+    late = np.concatenate([values[:, epochs > last / 2].mean(0) for epochs, values in curves.values()])
+    late = late[np.isfinite(late)]
+    if len(late):
+        beyond = 0.1 * np.ptp(late) + 1e-9
+        ax.set_ylim(late.min() - beyond, late.max() + beyond)
+    return _over_counts(ax, 'epochs', ylabel)
+
+
+_SIZES = (
+    dict(color='0.2', marker='s'),
+    dict(color='C0', marker='^'),
+    dict(color='C2', marker='o'),
+    dict(color='C3', ls='--', lw=2),
+)
+
+
 def plot_sizes(curves: dict, ax=None, ylabel: str = ''):
     """A quantity over the number of models that predict together: the mean over the seeds, with its
     95 % confidence interval.
@@ -123,22 +131,16 @@ def plot_sizes(curves: dict, ax=None, ylabel: str = ''):
     `curves`: name -> numbers of models (n) and values (seeds, n); one with a single number is a
     level. Returns the axes.
     """
-    styles = (
-        dict(color='0.2', marker='s'),
-        dict(color='C0', marker='^'),
-        dict(color='C2', marker='o'),
-        dict(color='C3', ls='--', lw=2),
-    )
     most = max(sizes[-1] for sizes, _ in curves.values())
-    ax = _axes(ax, height=4.8)  # with the legend below
-    for i, ((name, (sizes, values)), style) in enumerate(zip(curves.items(), styles)):
+    ax = axes_or_new(ax, _WITH_LEGEND)
+    for i, ((name, (sizes, values)), style) in enumerate(zip(curves.items(), _SIZES)):
         if len(sizes) == 1:
             ax.plot([1, most], [values.mean()] * 2, label=name, **style)
             _intervals(ax, np.array([most]), values, style, [0])
             continue
         ax.plot(sizes, values.mean(0), label=name, **{'lw': 1, 'ms': 4} | style)
         _intervals(ax, sizes + 0.04 * i, values, style, range(len(sizes)))
-    return _labelled(ax, 'models', ylabel)
+    return _over_counts(ax, 'models', ylabel)
 
 
 def plot_lengths(curves: dict, ax=None, ylabel: str = ''):
@@ -147,8 +149,8 @@ def plot_lengths(curves: dict, ax=None, ylabel: str = ''):
 
     `curves`: name -> numbers of epochs (n) and values (seeds, n). Returns the axes.
     """
-    ax = _axes(ax, height=4.8)  # with the legend below
-    for i, ((name, (epochs, values)), style) in enumerate(zip(curves.items(), _styles(len(curves)))):
+    ax = axes_or_new(ax, _WITH_LEGEND)
+    for i, ((name, (epochs, values)), style) in enumerate(zip(curves.items(), styles(len(curves)))):
         beside = epochs * 1.012 ** (i - (len(curves) - 1) / 2)  # or the intervals would lie on one another
         ax.plot(beside, values.mean(0), label=name, marker='o', ms=4, lw=1.5, **style)
         _intervals(ax, beside, values, style, range(len(epochs)))
@@ -156,13 +158,7 @@ def plot_lengths(curves: dict, ax=None, ylabel: str = ''):
     ax.set_xscale('log')
     ax.set_xticks(ticks, [str(n) for n in ticks])
     ax.set_xticks([], minor=True)
-    return _legend_below(_labelled_only(ax, 'epochs of the whole training', ylabel))
-
-
-def _axes(ax, height=4.2):
-    if ax is None:
-        _, ax = plt.subplots(figsize=(6, height), layout='constrained')
-    return ax
+    return _legend_below(labelled(ax, 'epochs of the whole training', ylabel))
 
 
 def _intervals(ax, x, values, style, at):
@@ -175,15 +171,10 @@ def _intervals(ax, x, values, style, at):
     ax.errorbar(x[at], values.mean(0)[at], half[at], fmt='none', ecolor=style['color'], elinewidth=1.2, capsize=2.5)
 
 
-def _labelled(ax, xlabel, ylabel):
+def _over_counts(ax, xlabel, ylabel):
+    "Ticks at whole numbers alone."
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _legend_below(_labelled_only(ax, xlabel, ylabel))
-
-
-def _labelled_only(ax, xlabel, ylabel):
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.grid(alpha=0.25)
-    return ax
+    return _legend_below(labelled(ax, xlabel, ylabel))
 
 
 def _legend_below(ax):
@@ -192,13 +183,30 @@ def _legend_below(ax):
     return ax
 
 
-def _styles(n):
-    "Told apart without colour, too."
-    colours, strokes = (
-        ('C0', 'C3', 'C2', '0.3', 'C4', 'C1', 'C5'),
-        ('-', '--', '-.', ':', (0, (5, 1, 1, 1)), (0, (1, 1))),
-    )
-    return [dict(color=colours[i % len(colours)], ls=strokes[i % len(strokes)]) for i in range(n)]
+# what all figures share
+
+
+def axes_or_new(ax, height: float = 4.2):
+    "`ax`, or new axes of that height where it is `None`."
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6, height), layout='constrained')
+    return ax
+
+
+def labelled(ax, xlabel: str, ylabel: str):
+    "`ax`, with these labels and a grid."
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(alpha=0.25)
+    return ax
+
+
+_COLOURS = 'C0', 'C3', 'C2', '0.3', 'C4', 'C1', 'C5'
+_STROKES = '-', '--', '-.', ':', (0, (5, 1, 1, 1)), (0, (1, 1))
+
+
+def styles(n: int) -> list[dict]:
+    "Of `n` lines: told apart without colour, too."
+    return [dict(color=_COLOURS[i % len(_COLOURS)], ls=_STROKES[i % len(_STROKES)]) for i in range(n)]
 
 
 Recorder.plot_swa = plot_swa

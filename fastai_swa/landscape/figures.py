@@ -7,10 +7,14 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.patheffects import withStroke
 
 from ..checks import check_share
-from ..plot import _axes, _labelled_only, _styles
-from .surfaces import Plane, Profile, Rays, Surface
+from ..plot import axes_or_new, labelled, styles
+from .surfaces import Plane, Profile, Rays, Surface, Width
 
 __all__ = ['plot_width', 'plot_line', 'plot_paths', 'plot_plane', 'plot_planes']
+
+_DISTANCE = 'distance in weight space, Euclidean'
+# of other metrics more is, as fastai has it
+_LESS_IS_BETTER = 'loss', 'error', 'norm', 'mse', 'mae', 'msle', 'rmspe', 'perplexity', 'hamming'
 
 
 def plot_width(rays: Rays, column: str | None = None, level: float | None = None, ax=None, wd: float = 0.0):
@@ -31,30 +35,31 @@ def plot_width(rays: Rays, column: str | None = None, level: float | None = None
     scale, label = _scale_and_label(column, wd)
     if level is not None and scale == 100:
         check_share('level', level)
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
+    profiles = rays.profiles(column, wd)
     widths = {} if level is None else rays.widths(column, level, wd)
-    for (name, values), style in zip(rays.profiles(column, wd).items(), _styles(len(rays.names))):
-        ax.plot(rays.distances, scale * values.T, color=style['color'], ls=style['ls'], lw=0.6, alpha=0.5)
+    for (name, values), style in zip(profiles.items(), styles(len(profiles))):
         w = widths.get(name)
-        is_crossed = w is not None and w.n_crossed == len(w.distances)
-        said = (
-            ''
-            if w is None
-            else f': {w.distance:.3g} +- {w.std:.2g}'
-            if is_crossed
-            else f': {w.n_crossed} of {len(w.distances)} rays reach it'
-        )
-        ax.plot(rays.distances, scale * values.mean(0), lw=2.2, label=name + said, **style)
-        if is_crossed:
-            ax.errorbar(
-                w.distance, scale * level, xerr=w.std, color=style['color'], capsize=4, lw=1.5, marker='o', ms=5
-            )
+        ax.plot(rays.distances, scale * values.T, color=style['color'], ls=style['ls'], lw=0.6, alpha=0.5)
+        ax.plot(rays.distances, scale * values.mean(0), lw=2.2, label=name + _width_text(w), **style)
+        if w is not None and w.is_crossed_by_all:
+            at = w.distance, scale * level
+            ax.errorbar(*at, xerr=w.std, color=style['color'], capsize=4, lw=1.5, marker='o', ms=5)
     if level is not None:
         seen = ax.get_ylim()
         ax.axhline(scale * level, color='0.4', lw=0.8, ls=':')
         ax.set_ylim(seen)  # a level far off must not flatten the rest
-    _clip_top(ax, scale * np.concatenate([v.mean(0) for v in rays.profiles(column, wd).values()]))
-    return _dressed(ax, 'distance in weight space, Euclidean', label)
+    _clip_top(ax, scale * np.concatenate([values.mean(0) for values in profiles.values()]))
+    return _dressed(ax, _DISTANCE, label)
+
+
+def _width_text(width: Width | None) -> str:
+    "What the legend says behind a solution's name."
+    if width is None:
+        return ''
+    if width.is_crossed_by_all:
+        return f': {width.distance:.3g} +- {width.std:.2g}'
+    return f': {width.n_crossed} of {len(width.distances)} rays reach it'
 
 
 def plot_line(profile: Profile, columns=None, ax=None, wd: float = 0.0):
@@ -66,37 +71,37 @@ def plot_line(profile: Profile, columns=None, ax=None, wd: float = 0.0):
     of axes. Raises `ValueError` for a column that there is not.
     """
     _check_kind('plot_line', profile, Profile)
-    ax = _axes(ax)
-    columns = (columns,) if isinstance(columns, str) else columns
+    ax = axes_or_new(ax)
+    if isinstance(columns, str):
+        columns = (columns,)
     if columns is None:
-        columns = list(dict.fromkeys(c for c in ('train_loss', _main_column(profile)) if c in profile.values))
+        wanted = dict.fromkeys(['train_loss', _main_column(profile)])
+        columns = [column for column in wanted if column in profile.values]
     axs = [ax, *(ax.twinx() for _ in columns[1:])]
-    for side, column, style in zip(axs, columns, _styles(len(columns))):
+    for side, column, style in zip(axs, columns, styles(len(columns))):
         decay = wd if column.endswith('_loss') else 0.0
         scale, label = _scale_and_label(column, decay)
-        side.plot(profile.arc, scale * profile.column(column, decay), lw=2, label=label, **style)
+        values = scale * profile.column(column, decay)
+        side.plot(profile.arc, values, lw=2, label=label, **style)
         side.set_ylabel(label, color=style['color'])
-        _clip_top(side, scale * profile.column(column, decay))
-    # the names outside of the stretch between them
-    for at, name, side in zip((0, profile.length), profile.names, (-1, 1)):
-        ax.axvline(at, color='0.5', lw=0.8, ls='--')
-        ax.annotate(
-            name,
-            (at, 0.5),
-            xycoords=('data', 'axes fraction'),
-            xytext=(4 * side, 0),
-            textcoords='offset points',
-            rotation=90,
-            ha='right' if side < 0 else 'left',
-            va='center',
-            fontsize='small',
-        )
+        _clip_top(side, values)
+    # outside of the stretch between them
+    first, second = profile.names
+    _mark(ax, 0, first, xytext=(-4, 0), ha='right')
+    _mark(ax, profile.length, second, xytext=(4, 0), ha='left')
     ax.set_xlabel(f'distance from {profile.names[0]} in weight space, Euclidean')
     ax.grid(alpha=0.25)
     lines = [side.lines[0] for side in axs]
     if len(lines) > 1:
         ax.legend(lines, [line.get_label() for line in lines], fontsize='small')
     return np.array(axs)
+
+
+def _mark(ax, x, name, **kwargs):
+    "A solution at `x`: a line across the axes, and its name beside it."
+    ax.axvline(x, color='0.5', lw=0.8, ls='--')
+    where = dict(xycoords=('data', 'axes fraction'), textcoords='offset points')
+    ax.annotate(name, (x, 0.5), rotation=90, va='center', fontsize='small', **where, **kwargs)
 
 
 def plot_paths(profiles: dict, column: str | None = None, ax=None, wd: float = 0.0):
@@ -107,13 +112,14 @@ def plot_paths(profiles: dict, column: str | None = None, ax=None, wd: float = 0
     not (Garipov et al. 2018, Fig. 2).
     """
     _check_kind('plot_paths', profiles, Profile, several=True)
-    ax = _axes(ax)
-    column = column or _main_column(next(iter(profiles.values())))
+    ax = axes_or_new(ax)
+    one = next(iter(profiles.values()))
+    column = column or _main_column(one)
     scale, label = _scale_and_label(column, wd)
-    for (name, p), style in zip(profiles.items(), _styles(len(profiles))):
+    for (name, p), style in zip(profiles.items(), styles(len(profiles))):
         ax.plot(p.arc / p.length, scale * p.column(column, wd), lw=2, label=f'{name}, {p.length:.3g} long', **style)
-    ends = next(iter(profiles.values())).names
-    return _dressed(ax, f'share of the way from {ends[0]} to {ends[1]}', label)
+    first, second = one.names
+    return _dressed(ax, f'share of the way from {first} to {second}', label)
 
 
 def plot_plane(plane: Plane, column: str | None = None, ax=None, wd: float = 0.0, top: float | None = None):
@@ -141,43 +147,49 @@ def plot_planes(planes: dict, column: str | None = None, axs=None, wd: float = 0
     if axs is None:
         _, axs = plt.subplots(1, len(planes), figsize=(1 + 4.6 * len(planes), 4.4), layout='constrained', squeeze=False)
     axs = np.ravel(axs)
-    grids = [
-        np.ma.array(scale * p.grid(column, wd), mask=~p.is_measured.reshape(len(p.ys), len(p.xs)))
-        for p in planes.values()
-    ]
-    finite = np.concatenate([g.compressed() for g in grids])
-    finite = finite[np.isfinite(finite)]
-    if not len(finite):
-        raise ValueError('no point of the plane is measured, or none is finite')
-    sign = 1 if any(word in column for word in _LESS_IS_BETTER) else -1
-    best, worst = (sign * finite).min(), (sign * finite).max() if top is None else sign * scale * top
-    if top is not None and worst <= best:
-        raise ValueError(f'top must be worse than the best value, {sign * best / scale:.4g}, not {top!r}')
-    spread = max(worst - best, 1e-6 * max(1, abs(best)))  # a plane may be flat
-    levels = np.sort(sign * (best + spread * np.concatenate([[0], np.geomspace(0.01, 1, 9)])))
-    beyond, colours = ('max', 'viridis_r') if sign > 0 else ('min', 'viridis')
+    grids = [scale * _measured_grid(p, column, wd) for p in planes.values()]
+    less_is_better = any(word in column for word in _LESS_IS_BETTER)
+    levels, diverged = _levels(grids, less_is_better, scale, top)
+    beyond, colours = ('max', 'viridis_r') if less_is_better else ('min', 'viridis')
     norm = BoundaryNorm(levels, 256, extend=beyond)
     for (title, p), grid, ax in zip(planes.items(), grids, axs):
-        # it diverged: beyond all levels
-        shown = np.ma.where(np.isfinite(grid.filled(0)), grid, sign * (2 * abs(worst) + 1))
+        shown = np.ma.where(np.isfinite(grid.filled(0)), grid, diverged)
         filled = ax.contourf(p.xs, p.ys, shown, levels, cmap=colours, norm=norm, extend=beyond)
         ax.contour(p.xs, p.ys, shown, levels, colors='0.25', linewidths=0.4)
         _draw_points(ax, p)
-        is_flat = not 0.4 < np.ptp(p.xs) / np.ptp(p.ys) < 2.5  # it would be a strip
-        distance = 'distance in weight space, Euclidean'
-        ax.set(
-            xlabel=distance + ' (axes not to scale)' * bool(is_flat),
-            ylabel=distance,
-            title=title,
-            aspect='auto' if is_flat else 'equal',
-        )
+        ax.set(xlabel=_DISTANCE, ylabel=_DISTANCE, title=title, aspect='equal')
+        if not 0.4 < np.ptp(p.xs) / np.ptp(p.ys) < 2.5:  # it would be a strip
+            ax.set(xlabel=f'{_DISTANCE} (axes not to scale)', aspect='auto')
     bar = axs[0].figure.colorbar(filled, ax=list(axs), label=label, ticks=levels, spacing='uniform')
     bar.ax.set_yticklabels(_told_apart(levels))
     return axs
 
 
-# of other metrics more is, as fastai has it
-_LESS_IS_BETTER = 'loss', 'error', 'norm', 'mse', 'mae', 'msle', 'rmspe', 'perplexity', 'hamming'
+def _measured_grid(plane, column, wd) -> np.ma.MaskedArray:
+    "`column` over the plane; what is not measured yet is masked."
+    grid = plane.grid(column, wd)
+    return np.ma.array(grid, mask=~plane.is_measured.reshape(grid.shape))
+
+
+def _levels(grids, less_is_better: bool, scale: float, top: float | None):
+    """The levels of the contours, ascending: their distances from the best value of all `grids` are
+    spaced in log, up to the worst one, or to `scale * top`. And a value beyond all of them, for
+    points where it diverged.
+    """
+    finite = np.concatenate([grid.compressed() for grid in grids])
+    finite = finite[np.isfinite(finite)]
+    if not len(finite):
+        raise ValueError('no point of the plane is measured, or none is finite')
+    sign = 1 if less_is_better else -1
+    best = (sign * finite).min()
+    worst = (sign * finite).max()
+    if top is not None:
+        worst = sign * scale * top
+        if worst <= best:
+            raise ValueError(f'top must be worse than the best value, {sign * best / scale:.4g}, not {top!r}')
+    spread = max(worst - best, 1e-6 * max(1, abs(best)))  # a plane may be flat
+    shares = np.concatenate([[0], np.geomspace(0.01, 1, 9)])
+    return np.sort(sign * (best + spread * shares)), sign * (2 * abs(worst) + 1)
 
 
 def _told_apart(numbers):
@@ -202,13 +214,18 @@ def _draw_points(ax, plane):
     for name, (x, y) in plane.solutions.items():
         put(x, y, name, marker='x', ms=8, mew=2)
     for name, (x, y, off) in plane.marks.items():
-        put(x, y, name + f', {off:.2g} off' * bool(off > 1e-3 * np.ptp(plane.xs)), marker='*', ms=12)
+        is_off = off > 1e-3 * np.ptp(plane.xs)
+        put(x, y, f'{name}, {off:.2g} off' if is_off else name, marker='*', ms=12)
 
 
 def _check_kind(call, given, kind, several=False):
-    surfaces = given.values() if several and isinstance(given, dict) else [given]
-    if several and not isinstance(given, dict) or not all(isinstance(s, kind) for s in surfaces):
-        what = f'a dict of {kind.__name__} objects by name' if several else f'a {kind.__name__}'
+    if several:
+        what = f'a dict of {kind.__name__} objects by name'
+        is_right = isinstance(given, dict) and all(isinstance(s, kind) for s in given.values())
+    else:
+        what = f'a {kind.__name__}'
+        is_right = isinstance(given, kind)
+    if not is_right:
         raise TypeError(
             f'{call} draws {what}, as rays, line, plane and Curve.evaluate measure them, not {type(given).__name__}'
         )
@@ -218,17 +235,21 @@ def _main_column(surface: Surface):
     """The last metric of the validation set, or the loss if there is none, or what there is of the
     training set.
     """
-    columns = [c for c in surface.about['columns'] if c != 'norm']
-    return next((c for c in reversed(columns) if c.startswith('valid_')), columns[-1])
+    columns = [column for column in surface.about['columns'] if column != 'norm']
+    of_validation = [column for column in columns if column.startswith('valid_')]
+    return (of_validation or columns)[-1]
 
 
 def _scale_and_label(column, wd):
     "What to multiply `column` by, and what to call it then."
     data, _, name = column.partition('_')
-    label = f'{ {"train": "training", "valid": "validation"}.get(data, data) } {name.strip("_").replace("_", " ")}'
+    data = {'train': 'training', 'valid': 'validation'}.get(data, data)
+    label = f'{data} {name.strip("_").replace("_", " ")}'
     if name in ('accuracy', 'error_rate'):
         return 100, f'{label}, %'
-    return 1, label + f' + {wd:g}/2 |w|²' * bool(wd)
+    if wd:
+        label += f' + {wd:g}/2 |w|²'
+    return 1, label
 
 
 def _clip_top(ax, values):
@@ -239,5 +260,5 @@ def _clip_top(ax, values):
 
 
 def _dressed(ax, xlabel, ylabel):
-    _labelled_only(ax, xlabel, ylabel).legend(fontsize='small')
+    labelled(ax, xlabel, ylabel).legend(fontsize='small')
     return ax

@@ -57,7 +57,9 @@ class Frame:
         for (one, p), (other, q) in combinations(zip(names, (a, b, c)), 2):
             if float((p - q).norm()) <= resolution:
                 raise ValueError(f'{one} and {other} are the same weights: a plane needs three that differ')
-        u, to_third = (b - a) / (b - a).norm(), c - a
+        width = float((b - a).norm())
+        u = (b - a) / (b - a).norm()
+        to_third = c - a
         across = to_third - (to_third @ u) * u
         height = float(across.norm())
         if height < 1e-3 * float(to_third.norm()) or height <= resolution:
@@ -65,12 +67,14 @@ class Frame:
                 f'{", ".join(names)} lie on a line: a plane needs three solutions that do not; take another third one, '
                 'or draw the line'
             )
-        return cls(a, u, across / height, np.array([[0, 0], [float((b - a).norm()), 0], [float(to_third @ u), height]]))
+        corners = np.array([[0, 0], [width, 0], [float(to_third @ u), height]])
+        return cls(a, u, across / height, corners)
 
     def project(self, w: torch.Tensor) -> tuple[float, float, float]:
         "Coordinates of the point of the plane nearest to `w`, and the distance between the two."
         off = w.double() - self.origin
-        x, y = float(off @ self.u), float(off @ self.v)
+        x = float(off @ self.u)
+        y = float(off @ self.v)
         return x, y, float((off - x * self.u - y * self.v).norm())
 
     def shares(self, x: float, y: float) -> np.ndarray:
@@ -121,10 +125,9 @@ def arc_lengths(kind: str, products: np.ndarray, ts: np.ndarray) -> np.ndarray:
         pieces = [norm_at(step, products) for step in np.diff(np.eye(n), axis=0)]
         return np.interp(ts, np.linspace(0, 1, n), np.cumsum([0, *pieces]))
 
-    def speed(t):
-        return (n - 1) * norm_at(
-            -np.diff(bezier(t, n - 1), prepend=0, append=0), products
-        )  # the derivative, one degree less
+    def speed(t):  # of the derivative, one degree less
+        shares = -np.diff(bezier(t, n - 1), prepend=0, append=0)
+        return (n - 1) * norm_at(shares, products)
 
     return np.array([quad(speed, 0, float(t))[0] for t in ts])
 
@@ -139,7 +142,8 @@ def crossing(xs, ys, level: float) -> float:
     Between two points by the cubic through the nearest four of them, which is exact for polynomials
     up to the third degree.
     """
-    xs, ys = np.asarray(xs, float), np.asarray(ys, float) - level
+    xs = np.asarray(xs, float)
+    ys = np.asarray(ys, float) - level
     if ys[0] == 0:
         return float(xs[0])
     for i in range(len(xs) - 1):
@@ -150,19 +154,20 @@ def crossing(xs, ys, level: float) -> float:
         if (ys[i] > 0) == (ys[i + 1] > 0):
             continue
         first = max(0, min(i - 1, len(xs) - 4))
-        near = slice(first, first + 4) if np.isfinite(ys[first : first + 4]).all() else slice(i, i + 2)
-        return float(
-            brentq(lambda x: _through(xs[near], ys[near], x), xs[i], xs[i + 1], xtol=1e-12 * xs[-1], rtol=1e-12)
-        )
+        near = slice(first, first + 4)
+        if not np.isfinite(ys[near]).all():
+            near = slice(i, i + 2)
+        return float(brentq(_through, xs[i], xs[i + 1], args=(xs[near], ys[near]), xtol=1e-12 * xs[-1], rtol=1e-12))
     return float('nan')
 
 
-def _through(xs, ys, x):
+def _through(x, xs, ys):
     "Value at `x` of Lagrange's polynomial through the points; at these it is exact."
-    return sum(
-        y * np.prod([(x - other) / (own - other) for j, other in enumerate(xs) if j != i])
-        for i, (own, y) in enumerate(zip(xs, ys))
-    )
+    value = 0.0
+    for i, y in enumerate(ys):
+        others = np.delete(xs, i)
+        value += y * np.prod((x - others) / (xs[i] - others))
+    return value
 
 
 def mean_height(xs, ys, low: float, high: float) -> float:

@@ -37,7 +37,8 @@ class Surface:
         Surface.kinds |= dict.fromkeys(kinds, cls)
 
     def __init__(self, about: dict, points, values: dict | None = None):
-        self.about, self.points = about, np.asarray(points, float)
+        self.about = about
+        self.points = np.asarray(points, float)
         self.values = values or {name: np.full(len(self.points), np.nan) for name in about['columns']}
 
     @property
@@ -55,11 +56,15 @@ class Surface:
         Raises `ValueError` if there is none of that name.
         """
         check_known('column', name, self.values)
-        return self.values[name] + wd / 2 * self.values['norm'] ** 2 if wd else self.values[name]
+        if not wd:
+            return self.values[name]
+        return self.values[name] + wd / 2 * self.values['norm'] ** 2
 
     def __repr__(self):
-        n, done = len(self.points), int(self.is_measured.sum())
-        return f'{self._said()}; {f"{done} of " * (done < n)}{n} points, with {", ".join(self.values)}'
+        n = len(self.points)
+        done = int(self.is_measured.sum())
+        points = f'{n} points' if done == n else f'{done} of {n} points'
+        return f'{self._said()}; {points}, with {", ".join(self.values)}'
 
     # files
 
@@ -81,7 +86,7 @@ class Surface:
         "Raises `ValueError` or `KeyError` for what `to_dict` has not made."
         if content['format'] != _FORMAT:
             raise ValueError(f'format must be {_FORMAT!r}, not {content["format"]!r}')
-        values = {k: np.array(v, float) for k, v in content['values'].items()} if 'values' in content else None
+        values = {k: np.array(v, float) for k, v in content.get('values', {}).items()}
         return _made(content['about'], content['points'], values)
 
     def _head(self):
@@ -99,7 +104,8 @@ class Surface:
             if content[:2] == b'PK':
                 with np.load(path, allow_pickle=False) as z:
                     arrays = {k: z[k] for k in z.files}
-                return _made(json.loads(str(arrays.pop('about'))), arrays.pop('points'), arrays)
+                about = json.loads(str(arrays.pop('about')))
+                return _made(about, arrays.pop('points'), arrays)
             head, _, rows = content.partition(b'\n')
             surface = Surface.from_dict(json.loads(head))
             _read_rows(surface, rows)
@@ -115,8 +121,9 @@ def _made(about, points, values=None):
     return Surface.kinds[about['kind']](about, points, values)
 
 
-def _plain(values):
-    return [v if np.isfinite(v) else str(v) for v in np.asarray(values).tolist()]  # JSON knows neither nan nor infinity
+def _plain(values) -> list:
+    # JSON knows neither nan nor infinity
+    return [v if np.isfinite(v) else str(v) for v in np.asarray(values).tolist()]
 
 
 class Width(NamedTuple):
@@ -128,6 +135,10 @@ class Width(NamedTuple):
     relative_std: float
     n_crossed: int  # rays that cross it
     distances: np.ndarray  # of each ray; nan where it does not
+
+    @property
+    def is_crossed_by_all(self) -> bool:
+        return self.n_crossed == len(self.distances)
 
 
 class Rays(Surface, kinds=['rays']):
@@ -150,10 +161,12 @@ class Rays(Surface, kinds=['rays']):
         """
         values = self.column(column, wd).reshape(len(self.names), -1)
         n_rays = self.about['n_rays']
-        return {
-            name: np.concatenate([np.full((n_rays, 1), v[0]), v[1:].reshape(n_rays, -1)], 1)
-            for name, v in zip(self.names, values)
-        }
+        res = {}
+        for name, v in zip(self.names, values):
+            at_solution = np.full((n_rays, 1), v[0])
+            on_rays = v[1:].reshape(n_rays, -1)
+            res[name] = np.concatenate([at_solution, on_rays], 1)
+        return res
 
     def widths(self, column: str, level: float, wd: float = 0.0) -> dict[str, Width]:
         """Solution -> how far from it `column` first comes to the other side of `level`
@@ -161,11 +174,12 @@ class Rays(Surface, kinds=['rays']):
         """
         res = {}
         for name, profiles in self.profiles(column, wd).items():
-            ds, norm = np.array([crossing(self.distances, ys, level) for ys in profiles]), self.norms[name] or np.nan
-            mean, std = ds.mean(), ds.std(ddof=1) if len(ds) > 1 else np.nan
-            res[name] = Width(
-                float(mean), float(std), float(mean / norm), float(std / norm), int((~np.isnan(ds)).sum()), ds
-            )
+            distances = np.array([crossing(self.distances, ys, level) for ys in profiles])
+            norm = self.norms[name] or np.nan
+            mean = float(distances.mean())
+            std = float(distances.std(ddof=1)) if len(distances) > 1 else np.nan
+            n_crossed = int((~np.isnan(distances)).sum())
+            res[name] = Width(mean, std, mean / norm, std / norm, n_crossed, distances)
         return res
 
     def _said(self):
@@ -213,7 +227,8 @@ class Profile(Surface, kinds=['line', 'curve']):
         return mean_height(arc, values, 0.0, self.length)
 
     def _said(self):
-        how = {'line': 'Line', 'bezier': 'Bezier curve', 'chain': 'Polygonal chain'}[self.about.get('curve', 'line')]
+        kind = self.about.get('curve', 'line')
+        how = {'line': 'Line', 'bezier': 'Bezier curve', 'chain': 'Polygonal chain'}[kind]
         return f'{how} from {" to ".join(self.names)}, {self.length:.4g} long'
 
 
@@ -298,17 +313,19 @@ class PointFile(MemoryRows):
         head, _, rows = self.path.read_bytes().partition(b'\n')
         if head[:2] == b'PK' or b'"values": {' in head:
             raise ValueError(f'{self.path} was written by save, and does not grow: give another file')
-        there, new = Surface.load(self.path), self.surface.about
-        old, spec = there.about['spec'], json.loads(json.dumps(new['spec']))
-        if old != spec:
-            k = next(k for k in {**old, **spec} if old.get(k) != spec.get(k))
-            raise ValueError(
-                f'{self.path} is of another measurement, with {k}={old.get(k)!r}, not {spec.get(k)!r}: give another '
-                'file, or remove it'
-            )
-        there.about |= {
-            k: new[k] for k in ('marks', 'trajectory') if k in new
-        }  # what is drawn in it may have changed since
+        there = Surface.load(self.path)
+        new = self.surface.about
+        old_spec = there.about['spec']
+        spec = json.loads(json.dumps(new['spec']))
+        for k in {**old_spec, **spec}:
+            if old_spec.get(k) != spec.get(k):
+                raise ValueError(
+                    f'{self.path} is of another measurement, with {k}={old_spec.get(k)!r}, not {spec.get(k)!r}: give '
+                    'another file, or remove it'
+                )
+        for k in ('marks', 'trajectory'):  # what is drawn in it may have changed since
+            if k in new:
+                there.about[k] = new[k]
         whole = rows[: rows.rfind(b'\n') + 1]  # without a line that was not written to its end
         write_text(self.path, json.dumps(there._head()) + '\n' + whole.decode())
         self.surface = there
@@ -344,9 +361,9 @@ class PointFile(MemoryRows):
 
 def _read_rows(surface, rows: bytes):
     columns = surface.about['columns']
-    for line in rows.split(b'\n')[
-        :-1
-    ]:  # behind the last end of a line there is nothing, or what was not written to its end
+    # behind the last end of a line there is nothing, or what was not written to its end
+    *lines, _ = rows.split(b'\n')
+    for line in lines:
         i, *values = json.loads(line)
         if len(values) != len(columns) or not 0 <= i < len(surface.points):
             raise ValueError
