@@ -33,9 +33,9 @@ class Ensemble:
 
     - `members`: a list of learners, modules, state dicts and paths to these (what
       `learn.save(with_opt=False)` or `torch.save` wrote), of one architecture or several; the
-      folder that `fit_snapshots`, `fit_fge` or `save` wrote; or another `Ensemble`. Also what has
-      `solutions()`, such as a `SWACallback` for its `swa_model` as it is; such and folders may be
-      in the list, too, which may be a dict.
+      folder that `fit_snapshots`, `fit_fge` or `save` wrote; or another `Ensemble`. What has
+      `solutions()` stands for these, alone or in the list: a `SnapshotCallback`, or a `SWACallback`
+      for its `swa_model` as it is. Instead of the list there may be a dict.
     - `learn`: the learner whose data, loss and metrics serve; default: the first learner among the
       members. State dicts are of its architecture, unless `archs` gives a module for each member.
       Its callbacks see the output of each member as they see its own model's: where one takes an

@@ -207,8 +207,8 @@ def plot_line(
 @delegates(plane)
 def plot_plane(
     self: Learner,
-    # three, as for `plane`; a SnapshotCallback or an Ensemble stands for its first, middle and last
-    # models, and all as the trajectory
+    # three, as for `plane`; what has `solutions()`, such as a SnapshotCallback or an Ensemble, stands
+    # for its first, middle and last ones, and all as the trajectory
     solutions,
     column: str = None,
     ax=None,
