@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import fastai_swa
+from fastai_swa import landscape
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'fastai_swa'
@@ -127,6 +128,12 @@ def test_a_star_import_brings_the_public_names_and_nothing_else():
         'plot_paths',
     }
     assert set(space) - {'__builtins__'} == public == set(fastai_swa.__all__)
+
+
+def test_the_landscape_gives_its_public_names_itself_too():
+    for name in landscape.__all__:
+        assert getattr(landscape, name) is getattr(fastai_swa, name)
+    assert {'rays', 'line', 'plane', 'Curve', 'Surface'} < set(landscape.__all__)
 
 
 def test_all_that_is_public_says_what_it_does_and_which_errors_it_raises():
