@@ -25,7 +25,7 @@ from fastai.optimizer import SGD
 from torch import nn
 
 from fastai_swa.experiments import RECIPES, Recipe, Settings
-from fastai_swa.experiments.learners import EpochRecorder, recipe_data, recipe_learner
+from fastai_swa.experiments.recipe_learner import EpochRecorder, recipe_data, recipe_learner
 
 
 def tiny(n):

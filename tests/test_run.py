@@ -28,7 +28,7 @@ from torch import nn
 import fastai_swa.experiments.run as run_module
 from fastai_swa import __main__
 from fastai_swa.experiments import RECIPES, Recipe, Settings, reproduce
-from fastai_swa.experiments.learners import EpochRecorder, TimeIsUp
+from fastai_swa.experiments.recipe_learner import EpochRecorder, TimeIsUp
 from fastai_swa.experiments.recipes import sgd_lr, swa_lr
 from fastai_swa.experiments.record import Record, _Clock
 from fastai_swa.experiments.run import run_seed
@@ -575,7 +575,7 @@ def test_the_record_says_what_was_run_on_what_and_is_standard_json(whole):
 
 
 def test_the_fingerprint_is_of_the_images_and_labels():
-    from fastai_swa.experiments.learners import _fingerprint
+    from fastai_swa.experiments.recipe_learner import _fingerprint
 
     def loaded():
         return cifar(10, 'digits', n_images=100, device='cpu')

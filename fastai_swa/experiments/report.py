@@ -8,10 +8,10 @@ import numpy as np
 
 from ..files import replacing
 from ..plot import plot_lengths, plot_runs
-from . import ensembles
-from .landscape_report import has_landscapes, report_landscapes
+from . import compare_ensembles
 from .recipes import RECIPES
 from .record import read_records, seconds_text
+from .report_surfaces import has_landscapes, report_landscapes
 from .rows import REFRESHED, curves, curves_of_lengths, error_of, pairs_of, rows_of, values
 from .store import write_report
 from .tables import difference_rows, differences, spread, summary, table
@@ -36,11 +36,11 @@ def report(folder) -> str:
     recipe = RECIPES[records[0]['recipe']]
     fig, axs = plt.subplots(1, 2, figsize=(12, 4.8), layout='constrained')
     if recipe.ensembles:
-        found = ensembles.load(folder)
+        found = compare_ensembles.load(folder)
         unfinished += [r for r in records if r['seed'] not in found['seeds']]
         records = [r for r in records if r['seed'] in found['seeds']]
-        sections, numbers = ensembles.sections(records, found), ensembles.numbers(found)
-        ensembles.draw(found, axs)
+        sections, numbers = compare_ensembles.sections(records, found), compare_ensembles.numbers(found)
+        compare_ensembles.draw(found, axs)
     else:
         errors, losses = values(records, 'error'), values(records, 'valid_loss')
         sections, numbers = _sections(records, errors, losses), _numbers(records, errors, losses)

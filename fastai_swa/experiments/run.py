@@ -26,9 +26,9 @@ from ..learner import EpochScheduler
 from ..passes import autocast_left
 from ..snapshots import SnapshotCallback
 from ..state import restore
-from .ensembles import evaluate, is_compared
-from .landscapes import check_solutions, measure_seed
-from .learners import TimeIsUp, recipe_data, recipe_learner, settings_restored
+from .compare_ensembles import evaluate, is_compared
+from .measure_surfaces import check_solutions, measure_seed
+from .recipe_learner import TimeIsUp, recipe_data, recipe_learner, settings_restored
 from .recipes import LANDSCAPES, RECIPES, Recipe, runs, scaled
 from .record import Record, Settings, check_record, read_records, what_is_run
 
@@ -62,7 +62,7 @@ def reproduce(
     - `source`, `settings`, `until`: as in `run_seed`. `stream`: where a line of progress for each
       seed goes; default: stdout.
 
-    A comparison of ensembles ends with `ensembles.evaluate`. Returns seed -> one sentence for each
+    A comparison of ensembles ends with `compare_ensembles.evaluate`. Returns seed -> one sentence for each
     seed that is not complete: why, and what to do. Raises `ValueError` for an unknown name,
     settings that cannot be used, and a folder whose seeds were run with others; and what `cifar`
     raises.

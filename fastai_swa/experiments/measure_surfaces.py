@@ -19,7 +19,7 @@ from ..landscape import line, plane, rays
 from ..surfaces import Surface
 from ..weight_space import Space
 from ..weights import read_index
-from .learners import TimeIsUp, recipe_data, recipe_learner, settings_restored
+from .recipe_learner import TimeIsUp, recipe_data, recipe_learner, settings_restored
 from .recipes import RECIPES
 from .record import difference, duration, find_record, hardware, now, snapshots_folder, versions, weights_file
 from .store import RUNS_FILE, store, stored
@@ -240,6 +240,8 @@ class _Watch:
 
 
 class _EpochWatch(Callback):
+    __module__ = 'fastai_swa.experiments.landscapes'  # under which checkpoints know it
+
     order = 70  # behind the checkpoint of this moment
 
     def __init__(self, watch, what):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastai_swa.experiments.measures import calibration_error, disagreement, measures
+from fastai_swa.experiments.scores import calibration_error, disagreement, measures
 
 
 def random_case(seed, n=200, n_classes=4):

@@ -10,9 +10,9 @@ import torch
 from ..ensemble import Ensemble
 from ..plot import plot_sizes
 from ..weights import read_index
-from .measures import disagreement, measures
 from .record import json_number, snapshots_folder, weights_file
 from .rows import error_of, run_lengths
+from .scores import disagreement, measures
 from .store import store, stored
 from .tables import difference_rows, differences, spread, summary, table
 

@@ -100,6 +100,7 @@ class BF16(MixedPrecision):
     learner.
     """
 
+    __module__ = 'fastai_swa.experiments.learners'  # under which checkpoints know it
     name = 'mixed_precision'
 
     def __init__(self):
@@ -164,6 +165,7 @@ class EpochRecorder(Recorder):
     not the smoothed loss at its end.
     """
 
+    __module__ = 'fastai_swa.experiments.learners'  # under which checkpoints know it
     name = 'recorder'
 
     def __init__(self):

@@ -9,7 +9,7 @@ import numpy as np
 from ..files import replacing
 from ..plot import plot_line, plot_paths, plot_planes, plot_width
 from ..surfaces import Surface
-from .landscapes import images_text, read_notes
+from .measure_surfaces import images_text, read_notes
 from .recipes import LANDSCAPES, RECIPES
 from .record import duration
 from .store import write_report
