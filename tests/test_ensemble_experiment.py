@@ -10,7 +10,7 @@ import torch
 
 from fastai_swa.experiments import RECIPES, Settings, report, reproduce
 from fastai_swa.experiments.compare_ensembles import size_curves
-from fastai_swa.experiments.run import run_seed
+from fastai_swa.experiments.train import run_seed
 from fastai_swa.vision import cifar
 
 SMALL = replace(RECIPES['ensembles-digits'], name='small', budget=10, swa_start=6, images=100)
