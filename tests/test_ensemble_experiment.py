@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastai_swa.experiments import RECIPES, Settings, report, reproduce
-from fastai_swa.experiments.compare_ensembles import size_curves
+from fastai_swa.experiments.report_ensembles import size_curves
 from fastai_swa.experiments.train import run_seed
 from fastai_swa.vision import cifar
 

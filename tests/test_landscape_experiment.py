@@ -16,8 +16,9 @@ from fastai.metrics import error_rate
 from fastai_swa import Curve, Surface, line, plane, rays
 from fastai_swa.__main__ import main
 from fastai_swa.experiments import RECIPES, Settings, report, reproduce
+from fastai_swa.experiments.machine import TimeIsUp
 from fastai_swa.experiments.measure_surfaces import measure_seed
-from fastai_swa.experiments.recipe_learner import TimeIsUp, recipe_data, recipe_learner
+from fastai_swa.experiments.recipe_learner import recipe_data, recipe_learner
 from fastai_swa.experiments.recipes import LANDSCAPES, Landscape
 
 from .test_run import TINY

@@ -29,7 +29,8 @@ import fastai_swa.experiments.progress as progress_module
 import fastai_swa.experiments.train as train_module
 from fastai_swa import __main__
 from fastai_swa.experiments import RECIPES, Recipe, Settings, reproduce
-from fastai_swa.experiments.recipe_learner import EpochRecorder, TimeIsUp
+from fastai_swa.experiments.machine import TimeIsUp
+from fastai_swa.experiments.recipe_learner import EpochRecorder
 from fastai_swa.experiments.recipes import sgd_lr, swa_lr
 from fastai_swa.experiments.record import Record, _Clock
 from fastai_swa.experiments.train import run_seed

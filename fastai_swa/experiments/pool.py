@@ -9,8 +9,8 @@ from multiprocessing import connection, get_context, parent_process
 from threading import Thread
 
 from ..files import InUse
+from .machine import TimeIsUp
 from .measure_surfaces import measure_seed
-from .recipe_learner import TimeIsUp
 from .recipes import LANDSCAPES, RECIPES
 from .train import run_seed
 

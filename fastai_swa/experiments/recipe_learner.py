@@ -1,8 +1,7 @@
-"""A recipe's data, its learner, and what a seed sets for the whole process."""
+"""A recipe's data and its learner."""
 
 import hashlib
 import os
-from contextlib import contextmanager
 from functools import cache
 from random import Random
 
@@ -19,24 +18,7 @@ from ..vision import cifar
 from ..vision.tensors import tensor_loaders
 from .recipes import optimizer
 
-__all__ = ['TimeIsUp', 'recipe_learner', 'recipe_data', 'settings_restored', 'EpochRecorder']
-
-
-class TimeIsUp(Exception):
-    "There is no time for another epoch, or point; the same call goes on."
-
-
-@contextmanager
-def settings_restored():
-    "What a seed sets for the whole process."
-    cudnn, threads = torch.backends.cudnn, torch.get_num_threads()
-    kept = cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
-    try:
-        yield
-    finally:
-        cudnn.benchmark, cudnn.deterministic = kept[:2]
-        torch.use_deterministic_algorithms(kept[2])
-        torch.set_num_threads(threads)
+__all__ = ['recipe_learner', 'recipe_data', 'EpochRecorder']
 
 
 def recipe_learner(recipe, seed, settings, data) -> Learner:

@@ -1,22 +1,17 @@
 """What is kept of a seed: its record, the states at its forks, its weights."""
 
 import json
-import os
-import platform
 import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from time import gmtime, monotonic, strftime
-
-import torch
+from time import monotonic
 
 from ..files import read, save_weights, write, write_text
 from ..modules import unwrap
 from ..state import take
-from ..version import __version__
+from .machine import hardware, now, versions
 from .recipes import described, parts, runs
 from .store import RUNS_FILE, shortest, store, stored
 
@@ -33,9 +28,6 @@ __all__ = [
     'seconds_text',
     'difference',
     'duration',
-    'now',
-    'versions',
-    'hardware',
 ]
 
 
@@ -338,20 +330,3 @@ def difference(was, now, name) -> str:
 def duration(seconds) -> str:
     minutes = seconds / 60
     return f'{seconds:.0f} s' if seconds < 90 else f'{minutes:.0f} min' if minutes < 90 else f'{minutes / 60:.1f} h'
-
-
-def now():
-    return strftime('%Y-%m-%dT%H:%M:%SZ', gmtime())
-
-
-def versions() -> dict:
-    return (
-        {'python': platform.python_version()}
-        | {name: version(name) for name in ('torch', 'torchvision', 'fastai')}
-        | {'fastai_swa': __version__}
-    )
-
-
-def hardware(device) -> dict:
-    gpu = {'gpu': torch.cuda.get_device_name(device), 'cuda': torch.version.cuda} if device.startswith('cuda') else {}
-    return gpu | {'machine': platform.machine(), 'cores': os.cpu_count()}

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..files import replacing
 from ..plot import plot_lengths, plot_runs
-from . import compare_ensembles
+from . import compare_ensembles, report_ensembles
 from .recipes import RECIPES
 from .record import read_records, seconds_text
 from .report_surfaces import has_landscapes, report_landscapes
@@ -39,8 +39,8 @@ def report(folder) -> str:
         found = compare_ensembles.load(folder)
         unfinished += [r for r in records if r['seed'] not in found['seeds']]
         records = [r for r in records if r['seed'] in found['seeds']]
-        sections, numbers = compare_ensembles.sections(records, found), compare_ensembles.numbers(found)
-        compare_ensembles.draw(found, axs)
+        sections, numbers = report_ensembles.sections(records, found), report_ensembles.numbers(found)
+        report_ensembles.draw(found, axs)
     else:
         errors, losses = values(records, 'error'), values(records, 'valid_loss')
         sections, numbers = _sections(records, errors, losses), _numbers(records, errors, losses)

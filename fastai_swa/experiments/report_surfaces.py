@@ -9,10 +9,10 @@ import numpy as np
 from ..files import replacing
 from ..plot import plot_line, plot_paths, plot_planes, plot_width
 from ..surfaces import Surface
-from .measure_surfaces import images_text, read_notes
 from .recipes import LANDSCAPES, RECIPES
 from .record import duration
 from .store import write_report
+from .surface_record import images_text, read_surface_records
 from .tables import difference_summary, mean_and_half, spread, summary, table
 
 __all__ = ['has_landscapes', 'report_landscapes']
@@ -20,7 +20,7 @@ __all__ = ['has_landscapes', 'report_landscapes']
 
 def has_landscapes(folder) -> bool:
     "Is `folder` of a loss surface?"
-    return bool(read_notes(Path(folder)))
+    return bool(read_surface_records(Path(folder)))
 
 
 def report_landscapes(folder: Path) -> str:
@@ -30,7 +30,7 @@ def report_landscapes(folder: Path) -> str:
     Only complete seeds count. Raises `ValueError` if there is none, if a file is damaged, or if
     seeds were measured differently.
     """
-    notes = list(read_notes(folder).values())
+    notes = list(read_surface_records(folder).values())
     complete = [n for n in notes if n['finished']]
     if not complete:
         raise ValueError(f'{folder} has no complete seed, and {len(notes)} begun')

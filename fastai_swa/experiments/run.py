@@ -8,10 +8,11 @@ import torch
 
 from ..checks import check_known, check_positive
 from .compare_ensembles import evaluate, is_compared
+from .machine import settings_restored
 from .measure_surfaces import check_solutions
 from .pool import STOPPED, attempt, side_by_side
 from .progress import ProgressLines
-from .recipe_learner import recipe_data, recipe_learner, settings_restored
+from .recipe_learner import recipe_data, recipe_learner
 from .recipes import LANDSCAPES, RECIPES, runs, scaled
 from .record import Settings, check_record, read_records, what_is_run
 from .train import run_seed

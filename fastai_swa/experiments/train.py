@@ -18,7 +18,8 @@ from ..learner import EpochScheduler
 from ..passes import autocast_left
 from ..snapshots import SnapshotCallback
 from ..state import restore
-from .recipe_learner import TimeIsUp, recipe_data, recipe_learner, settings_restored
+from .machine import TimeIsUp, settings_restored
+from .recipe_learner import recipe_data, recipe_learner
 from .recipes import Recipe, scaled
 from .record import Record, Settings
 
