@@ -6,7 +6,6 @@ from pathlib import Path
 from time import monotonic, time
 
 import numpy as np
-import torch
 from fastai.callback.core import Callback
 from fastai.metrics import error_rate
 from fastcore.foundation import L, noop
@@ -17,7 +16,7 @@ from ..files import Lock
 from ..landscape import line, plane, rays
 from ..weight_space import Space
 from ..weights import read_index
-from .machine import TimeIsUp, settings_restored
+from .machine import TimeIsUp, process_settings
 from .recipe_learner import recipe_data, recipe_learner
 from .recipes import RECIPES
 from .record import duration, find_record, snapshots_folder, weights_file
@@ -97,9 +96,7 @@ def measure_seed(
     out.mkdir(parents=True, exist_ok=True)
     lock = Lock(out / f'seed-{seed}')
     try:
-        with settings_restored():
-            if settings.device == 'cpu':
-                torch.set_num_threads(threads or torch.get_num_threads())
+        with process_settings(settings, threads):
             learn = recipe_learner(base, seed, settings, dls)
             learn.metrics = L(error_rate)
             note, watch, complete = (

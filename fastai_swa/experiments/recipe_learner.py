@@ -1,7 +1,6 @@
 """A recipe's data and its learner."""
 
 import hashlib
-import os
 from functools import cache
 from random import Random
 
@@ -22,15 +21,12 @@ __all__ = ['recipe_learner', 'recipe_data', 'EpochRecorder']
 
 
 def recipe_learner(recipe, seed, settings, data) -> Learner:
-    "With the weights, the order and the augmentation of `seed`; `data`: of `recipe_data`."
+    """With the weights, the order and the augmentation of `seed`; `data`: of `recipe_data`.
+
+    What `settings` say of the whole process holds where it is trained, or predicts, within
+    `process_settings`.
+    """
     set_seed(seed)
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = (
-        not settings.deterministic,
-        settings.deterministic,
-    )
-    torch.use_deterministic_algorithms(settings.deterministic)
-    if settings.deterministic:
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # or cuBLAS refuses
     make = _image_learner if recipe.task is None else _task_learner
     learn = make(recipe, seed, settings, data)
     learn.remove_cbs([Recorder, ProgressCallback])

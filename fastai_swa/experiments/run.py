@@ -8,7 +8,7 @@ import torch
 
 from ..checks import check_known, check_positive
 from .compare_ensembles import evaluate, is_compared
-from .machine import settings_restored
+from .machine import process_settings
 from .measure_surfaces import check_solutions
 from .pool import STOPPED, attempt, side_by_side
 from .progress import ProgressLines
@@ -92,7 +92,5 @@ def _check(settings):
 
 
 def _predict_together(recipe, out, seeds, settings, source, threads):
-    with settings_restored():
-        if settings.device == 'cpu':
-            torch.set_num_threads(threads)
+    with process_settings(settings, threads):
         evaluate(out, seeds, recipe_learner(recipe, 0, settings, recipe_data(recipe, source, settings)[0]))

@@ -18,7 +18,7 @@ from ..learner import EpochScheduler
 from ..passes import autocast_left
 from ..snapshots import SnapshotCallback
 from ..state import restore
-from .machine import TimeIsUp, settings_restored
+from .machine import TimeIsUp, process_settings
 from .recipe_learner import recipe_data, recipe_learner
 from .recipes import Recipe, scaled
 from .record import Record, Settings
@@ -59,11 +59,9 @@ def run_seed(
     out.mkdir(parents=True, exist_ok=True)
     lock = Lock(out / f'seed-{seed}.json')
     try:
-        with settings_restored():
-            data, images = recipe_data(recipe, source, settings)
-            record = Record(recipe, seed, out, settings, images, threads or torch.get_num_threads(), jobs)
-            if settings.device == 'cpu':
-                torch.set_num_threads(record.data['threads'])
+        data, images = recipe_data(recipe, source, settings)
+        record = Record(recipe, seed, out, settings, images, threads or torch.get_num_threads(), jobs)
+        with process_settings(settings, record.data['threads']):
             if recipe.task is not None and 'baseline' not in record.data:
                 record.keep_baseline(recipe.task.baseline(data, seed))
             while (task := record.next()) is not None:
