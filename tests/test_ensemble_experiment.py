@@ -153,7 +153,7 @@ def test_a_report_without_the_evaluation_says_which_command_makes_it(folder, tmp
 
 
 def test_a_comparison_of_fewer_seeds_does_not_replace_one_of_more(folder, found, monkeypatch):
-    monkeypatch.setattr('fastai_swa.experiments.run.evaluate', lambda *args: pytest.fail('compared again'))
+    monkeypatch.setattr('fastai_swa.experiments.jobs.evaluate', lambda *args: pytest.fail('compared again'))
     assert reproduce('small', 1, folder, threads=1, stream=io.StringIO()) == {}
     assert next(data for data in lines_of(folder) if data['kind'] == 'ensembles') == found
 

@@ -247,7 +247,7 @@ def test_a_one_cycle_run_ends_as_fastais_own_fit_one_cycle(tmp_path):
 
 
 def test_averages_beside_a_run_change_nothing_of_it_and_an_ema_takes_every_step(tmp_path, whole, monkeypatch):
-    steps, beside = [], train_module._beside
+    steps, beside = [], train_module._average_beside
 
     def seen(average, begin):
         swa = beside(average, begin)
@@ -255,7 +255,7 @@ def test_averages_beside_a_run_change_nothing_of_it_and_an_ema_takes_every_step(
             steps.append(swa)
         return swa
 
-    monkeypatch.setattr(train_module, '_beside', seen)
+    monkeypatch.setattr(train_module, '_average_beside', seen)
     data, plain = seed_0(tmp_path, replace(TINY, ema=0.9)), complete(whole)
     assert [swa.n_averaged for swa in steps] == [
         4 * (p['end'] - p['begin']) for p in data['parts'] if len(p['runs']) == 1
@@ -914,11 +914,11 @@ def test_a_killed_seed_is_named_and_the_others_are_trained(tmp_path):
             "if __name__",
             '''
 import os, fastai_swa.experiments.train as run
-train = run._train
+train = run._train_part
 def dies(record, *args):
     if record.seed == 0: os._exit(7)
     train(record, *args)
-run._train = dies
+run._train_part = dies
 if __name__''',
         ).replace('SCRIPT', '')
     )
@@ -969,7 +969,7 @@ def test_settings_that_cannot_be_used_are_one_sentence_and_begin_nothing(tiny_co
 def test_an_error_of_torchs_own_is_one_sentence_with_its_traceback_and_other_seeds_go_on(
     tiny_command, tmp_path, monkeypatch, whole
 ):
-    train = train_module._train
+    train = train_module._train_part
 
     def fails(record, *args):
         if record.seed == 1:
@@ -978,7 +978,7 @@ def test_an_error_of_torchs_own_is_one_sentence_with_its_traceback_and_other_see
             raise RuntimeError('CUDA error: out of memory')  # as of a process whose context does not fit
         train(record, *args)
 
-    monkeypatch.setattr(train_module, '_train', fails)
+    monkeypatch.setattr(train_module, '_train_part', fails)
     code, said = tiny_command('--seeds', 3)
     assert (
         code == 1

@@ -1,20 +1,16 @@
 """Runs a recipe: trains its seeds, or measures the loss surface around those of another recipe."""
 
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from ..checks import check_known, check_positive
-from .compare_ensembles import evaluate, is_compared
-from .machine import process_settings
-from .measure_surfaces import check_solutions
-from .pool import STOPPED, attempt, side_by_side
+from ..checks import check_known
+from .jobs import SurfaceJob, TrainingJob
+from .pool import STOPPED, run_seeds
 from .progress import ProgressLines
-from .recipe_learner import recipe_data, recipe_learner
-from .recipes import LANDSCAPES, RECIPES, runs, scaled
-from .record import Settings, check_record, read_records, what_is_run
+from .recipes import LANDSCAPES, RECIPES
+from .record import Settings
 from .train import run_seed
 
 __all__ = ['reproduce', 'run_seed', 'STOPPED']
@@ -47,50 +43,31 @@ def reproduce(
     - `source`, `settings`, `until`: as in `run_seed`. `stream`: where a line of progress for each
       seed goes; default: stdout.
 
-    A comparison of ensembles ends with `compare_ensembles.evaluate`. Returns seed -> one sentence for each
-    seed that is not complete: why, and what to do. Raises `ValueError` for an unknown name,
+    A comparison of ensembles ends with `compare_ensembles.evaluate`. Returns seed -> one sentence
+    for each seed that is not complete: why, and what to do. Raises `ValueError` for an unknown name,
     settings that cannot be used, and a folder whose seeds were run with others; and what `cifar`
     raises.
     """
     check_known('name', name, (*RECIPES, *LANDSCAPES))
-    _check(settings)
-    out, jobs, lines = Path(out or f'results/{name}'), min(jobs, seeds), ProgressLines(stream or sys.stdout)
-    threads, recipe = threads or max(1, torch.get_num_threads() // jobs), None
-    kwargs = {'out': out, 'settings': settings, 'source': source, 'threads': threads, 'until': until}
-    if name in LANDSCAPES:
-        kwargs['solutions'] = Path(solutions or out.parent / LANDSCAPES[name].base)
-        for seed in range(seeds):
-            check_solutions(LANDSCAPES[name], seed, kwargs['solutions'])
-    else:
-        if solutions is not None:
-            raise ValueError(f'solutions are of width-, plane- and curve- only, and {name} trains its own')
-        recipe = scaled(RECIPES[name], settings.scale)
-        runs(recipe)  # raises where the scale leaves too little
-        common = what_is_run(recipe, settings, recipe_data(recipe, source, settings)[1])
-        for data in read_records(out).values():
-            check_record(data, out, common)  # all of a folder are of one kind
-        kwargs['jobs'] = jobs
-    run = partial(attempt, name, **kwargs)
-    outcomes = (
-        {seed: run(seed, show=lines.show) for seed in range(seeds)}
-        if jobs == 1
-        else side_by_side(run, seeds, jobs, lines)
+    jobs = min(jobs, seeds)
+    threads = threads or max(1, torch.get_num_threads() // jobs)
+    kind = SurfaceJob if name in LANDSCAPES else TrainingJob
+    job = kind(
+        name=name,
+        seeds=range(seeds),
+        out=Path(out or f'results/{name}'),
+        settings=settings,
+        source=source,
+        threads=threads,
+        until=until,
+        jobs=jobs,
+        solutions=solutions,
     )
+    job.check()
+    lines = ProgressLines(stream or sys.stdout)
+    outcomes = run_seeds(job, lines)
     lines.end()
     missing = {seed: sentence for seed, sentence in outcomes.items() if sentence}
-    if recipe is not None and recipe.ensembles and not missing and not is_compared(out, range(seeds)):
-        _predict_together(recipe, out, range(seeds), settings, source, threads)
+    if not missing:
+        job.finish()
     return missing
-
-
-def _check(settings):
-    check_positive('scale', settings.scale)
-    try:
-        torch.empty(1, device=settings.device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'device {settings.device!r} cannot be used: {str(e).splitlines()[0]}') from None
-
-
-def _predict_together(recipe, out, seeds, settings, source, threads):
-    with process_settings(settings, threads):
-        evaluate(out, seeds, recipe_learner(recipe, 0, settings, recipe_data(recipe, source, settings)[0]))

@@ -20,10 +20,12 @@ from ..snapshots import SnapshotCallback
 from ..state import restore
 from .machine import TimeIsUp, process_settings
 from .recipe_learner import recipe_data, recipe_learner
-from .recipes import Recipe, scaled
+from .recipes import Beside, Part, Recipe, scaled
 from .record import Record, Settings
 
 __all__ = ['run_seed']
+
+_SECONDS = 30  # between two checkpoints
 
 
 def run_seed(
@@ -64,55 +66,77 @@ def run_seed(
         with process_settings(settings, record.data['threads']):
             if recipe.task is not None and 'baseline' not in record.data:
                 record.keep_baseline(recipe.task.baseline(data, seed))
-            while (task := record.next()) is not None:
-                _train(record, *task, data, until, show)
+            while (todo := record.next()) is not None:
+                number, state = todo
+                _train_part(record, number, state, data, until, show)
                 record.clean_up()
                 gc.collect()  # the part's learner, and what it has on the GPU
-            record.clean_up()
-            return record.data
+        record.clean_up()
+        return record.data
     finally:
         lock.release()
 
 
-def _train(record, number, state, data, until, show):
-    "Train one part of a seed's runs, from the `state` in which its parent ended."
+def _train_part(record: Record, number: int, state: dict | None, data, until: float, show):
+    "Train part `number` of a seed's runs, from the `state` in which its parent ended."
     part = record.parts[number]
-    run, learn = part.runs[0], recipe_learner(record.recipe, record.seed, record.settings, data)
+    learn = recipe_learner(record.recipe, record.seed, record.settings, data)
     if state is not None:
         restore(learn, _without_callbacks_of_the_fit(state, learn))
-    schedules = {'lr': lambda epoch, step, n_steps: run.lr(part.begin + epoch, step, n_steps)}
-    if run.momentum:
-        schedules['mom'] = lambda epoch, step, n_steps: run.momentum(part.begin + epoch, step, n_steps)
-    cbs, swa = [EpochScheduler(schedules), _Checkpoint(record, until)], None
+    cbs = [EpochScheduler(_hyper_parameters(part)), _Checkpoint(record, until)]
+    swa = None
     if part.is_last:
-        swa = SWACallback(run.swa_start - part.begin, swa_eval_freq=run.swa_eval_freq)
-        cbs += [swa, *(_beside(average, part.begin) for average in run.beside)]
-        if run.snapshots:
-            cbs.append(SnapshotCallback(run.snapshots[0] - part.begin, run.snapshots[1], record.folder(run.name)))
+        averages = _average_callbacks(part)
+        swa = averages[0]
+        cbs += averages
+        if part.runs[0].snapshots is not None:
+            cbs.append(_snapshot_callback(part, record))
+    cbs.append(_Log(record, swa, show))
     with learn.no_logging(), autocast_left():
-        learn.fit(part.end - part.begin, run.lr(part.begin, 0, 1), cbs=[*cbs, _Log(record, swa, show)])
+        learn.fit(part.end - part.begin, part.runs[0].lr(part.begin, 0, 1), cbs=cbs)
     if not record.is_done(number):
         raise TimeIsUp
 
 
-def _without_callbacks_of_the_fit(state, learn) -> dict:
+def _without_callbacks_of_the_fit(state: dict, learn) -> dict:
     """A `state` in which a part ended, without what was of its own callbacks, for the `learn` of
     the next one.
     """
     names = dict(named_callbacks(learn))
-    return state | {'callbacks': {name: kept for name, kept in state['callbacks'].items() if name in names}}
+    kept = {name: attributes for name, attributes in state['callbacks'].items() if name in names}
+    return state | {'callbacks': kept}
 
 
-def _beside(average, begin) -> SWACallback:
+# a part counts its epochs from its own beginning, its run from the first epoch of all
+
+
+def _hyper_parameters(part: Part) -> dict:
+    "Hyper-parameter -> its value at an epoch of the part, a step and a number of steps."
+    run = part.runs[0]
+    res = {'lr': lambda epoch, step, n_steps: run.lr(part.begin + epoch, step, n_steps)}
+    if run.momentum is not None:
+        res['mom'] = lambda epoch, step, n_steps: run.momentum(part.begin + epoch, step, n_steps)
+    return res
+
+
+def _average_callbacks(part: Part) -> list[SWACallback]:
+    "The run's own average, then those beside it."
+    run = part.runs[0]
+    own = SWACallback(run.swa_start - part.begin, swa_eval_freq=run.swa_eval_freq)
+    return [own, *(_average_beside(average, part.begin) for average in run.beside)]
+
+
+def _average_beside(average: Beside, begin: int) -> SWACallback:
     "The callback that keeps `average` in a part that begins with epoch `begin`."
     if average.decay is None:
         return SWACallback(average.start - begin, swa_eval_freq=0, name=average.name)
     return SWACallback(0, swa_eval_freq=0, every=1, weight=ema(average.decay, warmup=True), name=average.name)
 
 
-# callbacks
-
-_SECONDS = 30  # between two checkpoints
+def _snapshot_callback(part: Part, record: Record) -> SnapshotCallback:
+    run = part.runs[0]
+    start, cycle_len = run.snapshots
+    return SnapshotCallback(start - part.begin, cycle_len, record.folder(run.name))
 
 
 class _Checkpoint(CheckpointCallback):
@@ -142,15 +166,21 @@ class _Checkpoint(CheckpointCallback):
             raise CancelFitException
 
     def _due(self):
-        due = self.learn.epoch == 0 or self.timer.is_up or monotonic() - self.timer.written >= _SECONDS
-        if due:
+        is_due = self.learn.epoch == 0 or self.timer.is_up or monotonic() - self.timer.written >= _SECONDS
+        if is_due:
             self.timer.written = monotonic()
-        return due
+        return is_due
 
 
 class _Timer:
+    "When a part's checkpoint was written, and when the part has to end."
+
     def __init__(self, clock, until):
-        self.clock, self.until, self.is_up, self.written, self.failed = clock, until, False, monotonic(), False
+        self.clock = clock  # knows how long an epoch takes
+        self.until = until  # the `time.time()` by which the part ends
+        self.is_up = False  # is there no time for another epoch?
+        self.written = monotonic()  # when a checkpoint was due last
+        self.failed = False  # could one not be written?
 
     def look(self):
         self.is_up = time() + self.clock.next_epoch() > self.until
@@ -160,11 +190,13 @@ class _Log(Callback):
     "Takes the rows of the table to the record, and at the end what is to be kept."
 
     __module__ = 'fastai_swa.experiments.run'  # under which checkpoints know it
-
     order = 100  # behind all that fill a row; before the checkpoint goes
 
     def __init__(self, record, swa, show):
-        self.record, self.swa, self.show, self.rows = record, swa, show, []
+        self.record = record
+        self.swa = swa  # the average to be kept at the end; `None`: none
+        self.show = show
+        self.rows = []
 
     # what a checkpoint keeps of it: the record is that of this session
     def state_dict(self) -> dict:
@@ -177,11 +209,15 @@ class _Log(Callback):
         self.record.clock.start()
 
     def after_epoch(self):
-        row = {'lr': self.opt.hypers[-1]['lr']} | dict(zip(self.recorder.metric_names[1:], self.recorder.log[1:]))
-        self.rows.append(row | {'seconds': self.record.clock.stop(len(self.rows))})
+        names = self.recorder.metric_names[1:]
+        row = {'lr': self.opt.hypers[-1]['lr']}
+        row.update(zip(names, self.recorder.log[1:]))
+        row['seconds'] = self.record.clock.stop(len(self.rows))
+        self.rows.append(row)
         self.record.epoch_is_over(self.rows)
         self.show(self.record.seed, self.record.line())
 
     def after_fit(self):
         if len(self.rows) == self.n_epoch:
-            self.record.part_is_over(self.rows, self.learn, self.swa and self.swa.swa_model)
+            swa_model = None if self.swa is None else self.swa.swa_model
+            self.record.part_is_over(self.rows, self.learn, swa_model)
