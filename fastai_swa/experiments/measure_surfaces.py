@@ -1,12 +1,14 @@
 """The loss surface around the weights that a recipe's seeds have left: measured seed by seed,
 resumable."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic, time
 
 import numpy as np
 from fastai.callback.core import Callback
+from fastai.learner import Learner
 from fastai.metrics import error_rate
 from fastcore.foundation import L, noop
 
@@ -18,46 +20,97 @@ from ..weight_space import Space
 from ..weights import read_index
 from .machine import TimeIsUp, process_settings
 from .recipe_learner import recipe_data, recipe_learner
-from .recipes import RECIPES
+from .recipes import RECIPES, Landscape
 from .record import duration, find_record, snapshots_folder, weights_file
 from .surface_record import SurfaceRecord, images_text
 
 __all__ = ['measure_seed', 'check_solutions']
 
 
-def check_solutions(recipe, seed: int, solutions: Path) -> list[dict]:
+# the solutions
+
+
+def check_solutions(recipe: Landscape, seed: int, solutions: Path) -> list[dict]:
     """The records of the seeds whose solutions number `seed` of `recipe` needs: one of the same
     number, or for a curve the pair 2n and 2n + 1.
 
     Raises `ValueError` if one is not there or not complete.
     """
-    res = []
-    for s in _seeds_of(recipe, seed):
-        data = find_record(solutions, s)
-        if data is None:
-            many = f'{s + 1} seed{"s" * (s > 0)}'
+    records = [_complete_record(recipe, s, solutions) for s in _seeds_of(recipe, seed)]
+    if recipe.kind == 'plane':
+        n = len(_trajectory(solutions, seed))
+        if n < 3:
             raise ValueError(
-                f'seed {s} is missing in {solutions}: reproduce {recipe.base} with {many} makes it, or give --solutions'
+                f'the SWA run in {solutions} has averaged {n} weights only, and a plane needs 3: reproduce '
+                f'{recipe.base} with a greater scale'
             )
-        if data['recipe'] != recipe.base:
-            raise ValueError(f'{solutions} is of the recipe {data["recipe"]}, not {recipe.base}')
-        if not data['finished']:
-            raise ValueError(f'seed {s} in {solutions} is not complete: reproduce {recipe.base} goes on with it')
-        res.append(data)
-    if recipe.kind == 'plane' and (n := len(_trajectory(solutions, seed))) < 3:
-        raise ValueError(
-            f'the SWA run in {solutions} has averaged {n} weights only, and a plane needs 3: reproduce {recipe.base} '
-            'with a greater scale'
-        )
-    return res
+    return records
 
 
-def _seeds_of(recipe, seed):
+def _seeds_of(recipe, seed) -> tuple[int, ...]:
     return (2 * seed, 2 * seed + 1) if recipe.kind == 'curve' else (seed,)
 
 
+def _complete_record(recipe, seed, solutions) -> dict:
+    data = find_record(solutions, seed)
+    if data is None:
+        many = '1 seed' if seed == 0 else f'{seed + 1} seeds'
+        raise ValueError(
+            f'seed {seed} is missing in {solutions}: reproduce {recipe.base} with {many} makes it, or give --solutions'
+        )
+    if data['recipe'] != recipe.base:
+        raise ValueError(f'{solutions} is of the recipe {data["recipe"]}, not {recipe.base}')
+    if not data['finished']:
+        raise ValueError(f'seed {seed} in {solutions} is not complete: reproduce {recipe.base} goes on with it')
+    return data
+
+
+def _trajectory(solutions: Path, seed: int) -> dict[str, Path]:
+    "Name -> file of the weights that the SWA run has kept on its way, and of its last."
+    folder = snapshots_folder(solutions, seed, 'SWA')
+    try:
+        index = read_index(folder)
+    except FileNotFoundError:
+        raise ValueError(
+            f'{folder} is missing: the run is of an older version, which kept no weights on the way'
+        ) from None
+    record = find_record(solutions, seed)
+    part = next(p for p in record['parts'] if p['runs'] == ['SWA'])
+    path = {}
+    for epoch, file in zip(index['epochs'], index['files']):
+        path[f'epoch {part["begin"] + epoch + 1}'] = folder / file
+    path.setdefault(f'epoch {part["end"]}', weights_file(solutions, seed, 'SWA'))
+    return path
+
+
+# a seed
+
+
+@dataclass
+class _Measuring:
+    "What is under way: one seed of a recipe."
+
+    recipe: Landscape  # scaled
+    seed: int
+    out: Path
+    solutions: Path  # the folder with the weights
+    learn: Learner
+    watch: '_Watch'
+
+    def weights(self, run: str, seed: int | None = None) -> Path:
+        "The file of the weights at the end of a run of the seed, or of another `seed`."
+        return weights_file(self.solutions, self.seed if seed is None else seed, run)
+
+    def file(self, what: str) -> Path:
+        return self.out / f'seed-{self.seed}.{what}'
+
+    def growing(self, what: str) -> dict:
+        "Further arguments of a measurement: its seed, its file, and what is told of its progress."
+        return {'seed': self.seed, 'file': self.file(f'{what}.jsonl'), 'progress': self.watch.of(what)}
+
+
 def measure_seed(
-    recipe,
+    recipe: Landscape,
     seed: int,
     out: Path,
     settings,
@@ -65,10 +118,11 @@ def measure_seed(
     threads: int | None = None,
     until: float = float('inf'),
     show=noop,
-    solutions: Path | None = None,
+    *,
+    solutions: Path,
 ) -> dict:
-    """Measure what `recipe` says around the solutions number `seed` in the folder `solutions`
-    (default: beside `out`), or go on with it.
+    """Measure what `recipe` says around the solutions number `seed` in the folder `solutions`, or
+    go on with it.
 
     Each measurement is a file in `out` that grows point by point, seed-<seed>.<what>.jsonl;
     seed-<seed>.landscape.json says what was measured on what. At the end all go into the file of
@@ -79,125 +133,101 @@ def measure_seed(
     data, or a file is of another measurement; `OSError`; and what `cifar` raises. Nothing is lost
     by any of them.
     """
-    solutions = Path(solutions or out.parent / recipe.base)
-    records, base, recipe = (
-        check_solutions(recipe, seed, solutions),
-        RECIPES[recipe.base],
-        recipe.scaled(settings.scale),
-    )
-    trained, used = records[0]['images'], records[0]['settings']
-    numbers = {k: getattr(settings, k) or used[k] for k in ('images', 'test_images')}
-    dls, images = recipe_data(base, source, replace(settings, **numbers))
-    is_same = images == trained or settings.images or settings.test_images
-    if not is_same or images['kind'] != trained['kind'] or images['train'] > trained['train']:
-        raise ValueError(
-            f'{solutions} was trained on {images_text(trained)}, and these are {images_text(images)}: give the same'
-        )
+    records = check_solutions(recipe, seed, solutions)
+    base = RECIPES[recipe.base]
+    recipe = recipe.scaled(settings.scale)
+    dls, images = _data(base, settings, source, records[0], solutions)
     out.mkdir(parents=True, exist_ok=True)
     lock = Lock(out / f'seed-{seed}')
     try:
         with process_settings(settings, threads):
             learn = recipe_learner(base, seed, settings, dls)
             learn.metrics = L(error_rate)
-            note, watch, complete = (
-                SurfaceRecord(recipe, seed, out, settings, images, records),
-                _Watch(seed, until, show),
-                False,
-            )
-            if note.data['finished']:
-                return note.data
-            try:
-                with learn.no_logging():
-                    {'width': _width, 'plane': _plane, 'curve': _curve}[recipe.kind](
-                        recipe, seed, out, learn, solutions, watch
-                    )
-                complete = True
-            finally:
-                note.end(watch, complete)
-            return note.data
+            record = SurfaceRecord(recipe, seed, out, settings, images, records)
+            if not record.data['finished']:
+                watch = _Watch(seed, until, show)
+                _measure_all(_Measuring(recipe, seed, out, solutions, learn, watch), record)
+        return record.data
     finally:
         lock.release()
 
 
-def _width(recipe, seed, out, learn, solutions, watch):
-    both = {'SGD': weights_file(solutions, seed, 'SGD 1B'), 'SWA': weights_file(solutions, seed, 'SWA average')}
-
-    def measure(f, what, **kwargs):
-        return f(learn, both, seed=seed, file=out / f'seed-{seed}.{what}.jsonl', progress=watch.of(what), **kwargs)
-
-    furthest = 2 * float(Space(learn).load(both['SGD'], 'SGD')[0].double().norm())
-    measure(
-        rays,
-        'rays',
-        n_rays=recipe.n_rays,
-        distances=np.linspace(0, float(f'{furthest:.6g}'), recipe.n_distances + 1)[1:],
-    )
-    measure(line, 'line', ts=recipe.n_line)
-
-
-def _plane(recipe, seed, out, learn, solutions, watch):
-    path, average = _trajectory(solutions, seed), {'SWA': weights_file(solutions, seed, 'SWA average')}
-    names = list(path)
-
-    def measure(what, three, **kwargs):
-        plane(
-            learn,
-            three,
-            recipe.n_plane,
-            seed=seed,
-            file=out / f'seed-{seed}.{what}.jsonl',
-            progress=watch.of(what),
-            **kwargs,
-        )
-
-    measure(
-        'trajectory',
-        {name: path[name] for name in (names[0], names[len(names) // 2], names[-1])},
-        marks=average,
-        trajectory=path,
-    )
-    measure('solutions', {'SGD': weights_file(solutions, seed, 'SGD 1B'), **average, names[0]: path[names[0]]})
-
-
-def _trajectory(solutions, seed) -> dict:
-    "Name -> file of the weights that the SWA run has kept on its way, and of its last."
-    folder = snapshots_folder(solutions, seed, 'SWA')
-    try:
-        index = read_index(folder)
-    except FileNotFoundError:
+def _data(base, settings, source, trained: dict, solutions):
+    """The data to measure on, and what they are of. Raises `ValueError` if they are not those of
+    the record `trained`, or a part of them.
+    """
+    numbers = {}
+    for name in ('images', 'test_images'):
+        numbers[name] = getattr(settings, name) or trained['settings'][name]
+    dls, images = recipe_data(base, source, replace(settings, **numbers))
+    was = trained['images']
+    is_a_part = images['kind'] == was['kind'] and images['train'] <= was['train']
+    is_a_part_asked_for = is_a_part and (settings.images or settings.test_images)
+    if images != was and not is_a_part_asked_for:
         raise ValueError(
-            f'{folder} is missing: the run is of an older version, which kept no weights on the way'
-        ) from None
-    record = find_record(solutions, seed)
-    begin, end = next((p['begin'], p['end']) for p in record['parts'] if p['runs'] == ['SWA'])
-    path = {f'epoch {begin + e + 1}': folder / file for e, file in zip(index['epochs'], index['files'])}
-    return path | ({} if f'epoch {end}' in path else {f'epoch {end}': weights_file(solutions, seed, 'SWA')})
+            f'{solutions} was trained on {images_text(was)}, and these are {images_text(images)}: give the same'
+        )
+    return dls, images
 
 
-def _curve(recipe, seed, out, learn, solutions, watch):
-    ends, straight = (
-        {f'seed {s}': weights_file(solutions, s, 'SGD 1B') for s in _seeds_of(recipe, seed)},
-        np.linspace(0, 1, 21),
-    )
+def _measure_all(m: _Measuring, record: SurfaceRecord):
+    measure = {'width': _measure_width, 'plane': _measure_plane, 'curve': _measure_curve}[m.recipe.kind]
+    is_complete = False
+    try:
+        with m.learn.no_logging():
+            measure(m)
+        is_complete = True
+    finally:
+        record.end(m.watch, is_complete)
+
+
+# what is measured
+
+
+def _measure_width(m: _Measuring):
+    both = {'SGD': m.weights('SGD 1B'), 'SWA': m.weights('SWA average')}
+    weights, _ = Space(m.learn).load(both['SGD'], 'SGD')
+    furthest = float(f'{2 * float(weights.double().norm()):.6g}')
+    distances = np.linspace(0, furthest, m.recipe.n_distances + 1)[1:]
+    rays(m.learn, both, n_rays=m.recipe.n_rays, distances=distances, **m.growing('rays'))
+    line(m.learn, both, ts=m.recipe.n_line, **m.growing('line'))
+
+
+def _measure_plane(m: _Measuring):
+    path = _trajectory(m.solutions, m.seed)
+    average = {'SWA': m.weights('SWA average')}
+    names = list(path)
+    of_path = {name: path[name] for name in (names[0], names[len(names) // 2], names[-1])}
+    of_solutions = {'SGD': m.weights('SGD 1B'), **average, names[0]: path[names[0]]}
+    n = m.recipe.n_plane
+    plane(m.learn, of_path, n, marks=average, trajectory=path, **m.growing('trajectory'))
+    plane(m.learn, of_solutions, n, **m.growing('solutions'))
+
+
+def _measure_curve(m: _Measuring):
+    ends = {f'seed {seed}': m.weights('SGD 1B', seed) for seed in _seeds_of(m.recipe, m.seed)}
     for kind in ('chain', 'bezier'):
-        file = out / f'seed-{seed}.{kind}.pth'
-        if file.exists():
-            curve = Curve.load(file, learn)
-        else:
-            curve, checkpoint = Curve(learn, ends, kind=kind), CheckpointCallback(file.with_suffix('.ckpt'))
-            curve.fit(
-                recipe.epochs, recipe.lr, RECIPES[recipe.base].wd, cbs=[checkpoint, _EpochWatch(watch, kind)], seed=seed
-            )
-            curve.save(file)
-
-        def measure(f, what, *args, **kwargs):
-            f(*args, seed=seed, file=out / f'seed-{seed}.{what}.jsonl', progress=watch.of(what), **kwargs)
-
-        measure(curve.evaluate, f'{kind}-path', recipe.n_curve)
+        curve = _trained_curve(m, kind, ends)
+        curve.evaluate(m.recipe.n_curve, **m.growing(f'{kind}-path'))
         if kind == 'chain':
-            measure(curve.straight, 'line-path', recipe.n_curve)
-        on_it = [curve.solution(t) for t in straight]
-        measure(plane, f'{kind}-plane', learn, {**curve.ends, 'bend': curve.bends[0]}, recipe.n_plane, trajectory=on_it)
+            curve.straight(m.recipe.n_curve, **m.growing('line-path'))
+        corners = {**curve.ends, 'bend': curve.bends[0]}
+        on_curve = [curve.solution(t) for t in np.linspace(0, 1, 21)]
+        plane(m.learn, corners, m.recipe.n_plane, trajectory=on_curve, **m.growing(f'{kind}-plane'))
+
+
+def _trained_curve(m: _Measuring, kind: str, ends: dict) -> Curve:
+    file = m.file(f'{kind}.pth')
+    if file.exists():
+        return Curve.load(file, m.learn)
+    curve = Curve(m.learn, ends, kind=kind)
+    cbs = [CheckpointCallback(file.with_suffix('.ckpt')), _EpochWatch(m.watch, kind)]
+    curve.fit(m.recipe.epochs, m.recipe.lr, RECIPES[m.recipe.base].wd, cbs=cbs, seed=m.seed)
+    curve.save(file)
+    return curve
+
+
+# time
 
 
 class _Watch:
@@ -205,30 +235,36 @@ class _Watch:
     and counts both.
     """
 
-    def __init__(self, seed, until, show):
-        self.seed, self.until, self.show, self.steps, self.longest, self.began = seed, until, show, 0, 0.0, monotonic()
+    def __init__(self, seed: int, until: float, show: Callable):
+        self.seed = seed
+        self.until = until  # the `time.time()` by which it ends
+        self.show = show
+        self.steps = 0  # points and epochs so far
+        self.longest = 0.0  # seconds that one of them took
+        self.began = monotonic()
 
     @property
-    def seconds(self):
+    def seconds(self) -> float:
         return monotonic() - self.began
 
-    def of(self, what):
+    def of(self, what: str):
+        "A `progress(done, total)` for the points of one measurement."
         times = []
 
         def progress(done, total):
             times.append(monotonic())
             self.step(times)
             self.steps += 1
+            self.show(self.seed, f'seed {self.seed}  {what}  {done} of {total} points{left(total - done)}')
+
+        def left(n):
             pace = (times[-1] - times[0]) / max(1, len(times) - 1)
-            self.show(
-                self.seed,
-                f'seed {self.seed}  {what}  {done} of {total} points'
-                + f'  {duration(pace * (total - done))} left' * bool(pace),
-            )
+            return f'  {duration(pace * n)} left' if pace else ''
 
         return progress
 
-    def step(self, times):
+    def step(self, times: list[float]):
+        "Raise `TimeIsUp` if there is none for another step; `times`: when the steps began."
         if len(times) > 1:
             self.longest = max(self.longest, times[-1] - times[-2])
         if time() + 1.2 * self.longest > self.until:
@@ -236,12 +272,15 @@ class _Watch:
 
 
 class _EpochWatch(Callback):
-    __module__ = 'fastai_swa.experiments.landscapes'  # under which checkpoints know it
+    "Tells a `_Watch` of the epochs of a curve."
 
+    __module__ = 'fastai_swa.experiments.landscapes'  # under which checkpoints know it
     order = 70  # behind the checkpoint of this moment
 
     def __init__(self, watch, what):
-        self.watch, self.what, self.times = watch, what, []
+        self.watch = watch
+        self.what = what
+        self.times = []
 
     def before_epoch(self):
         self.times.append(monotonic())

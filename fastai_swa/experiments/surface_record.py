@@ -10,10 +10,13 @@ import torch
 from ..files import write_text
 from ..surfaces import Surface
 from .machine import hardware, now, versions
-from .record import difference
+from .record import first_difference
 from .store import RUNS_FILE, store, stored
 
 __all__ = ['SurfaceRecord', 'read_surface_records', 'images_text']
+
+_KEYS = {'recipe', 'seed', 'landscape', 'settings', 'images', 'solutions', 'finished', 'sessions'}
+_OF_SOLUTIONS = 'recipe', 'seed', 'budget', 'swa_start', 'settings', 'images'  # kept of their records
 
 
 class SurfaceRecord:
@@ -23,31 +26,15 @@ class SurfaceRecord:
     Raises `ValueError` if that is damaged, or what is there was measured otherwise.
     """
 
-    def __init__(self, recipe, seed, out, settings, images, records):
-        self.out, self.seed, self.file = out, seed, _note_file(out, seed)
-        what = {k: v for k, v in asdict(recipe).items() if k not in ('name', 'kind', 'base')}
-        solutions = [
-            {k: r[k] for k in ('recipe', 'seed', 'budget', 'swa_start', 'settings', 'images')} for r in records
-        ]
-        fixed = {
-            'recipe': recipe.name,
-            'seed': seed,
-            'landscape': what,
-            'settings': asdict(settings),
-            'images': images,
-            'solutions': solutions,
-        }
-        self.data = read_surface_records(out).get(seed) or {
-            'kind': 'landscape',
-            **fixed,
-            'finished': None,
-            'sessions': [],
-        }
-        for k, v in fixed.items():
-            if self.data[k] == v:
-                continue
-            said = difference(self.data[k], v, k) if isinstance(v, dict) else f'other {k}'
-            raise ValueError(f'{out}: seed {seed} was measured with {said}: give the same, or another folder')
+    def __init__(self, recipe, seed: int, out: Path, settings, images: dict, records: list[dict]):
+        self.out = out
+        self.seed = seed
+        self.file = out / f'seed-{seed}.landscape.json'
+        fixed = _what_is_measured(recipe, seed, settings, images, records)
+        self.data = read_surface_records(out).get(seed)
+        if self.data is None:
+            self.data = {'kind': 'landscape', **fixed, 'finished': None, 'sessions': []}
+        self._check(fixed)
         self.session = {
             'started': now(),
             'versions': versions(),
@@ -60,16 +47,32 @@ class SurfaceRecord:
             self.data['sessions'].append(self.session)
             self._write()
 
-    def end(self, watch, complete: bool):
-        self.session |= {'seconds': round(watch.seconds, 1), 'steps': watch.steps}
-        if not complete:
-            return self._write()
+    def _check(self, fixed):
+        for k, v in fixed.items():
+            was = self.data[k]
+            if was != v:
+                said = first_difference(was, v, k) if isinstance(v, dict) else f'other {k}'
+                raise ValueError(
+                    f'{self.out}: seed {self.seed} was measured with {said}: give the same, or another folder'
+                )
+
+    def end(self, watch, is_complete: bool):
+        "The session is over: `watch` has counted its seconds and steps."
+        self.session['seconds'] = round(watch.seconds, 1)
+        self.session['steps'] = watch.steps
+        if not is_complete:
+            self._write()
+            return
         self.data['finished'] = now()
-        surfaces = {f.name.split('.')[1]: Surface.load(f).to_dict() for f in self._growing()}
+        surfaces = {}
+        for file in self._growing():
+            what = file.name.split('.')[1]
+            surfaces[what] = Surface.load(file).to_dict()
         store(self.out, self.data | {'surfaces': surfaces})
         self._clean_up()
 
-    def _growing(self):
+    def _growing(self) -> list[Path]:
+        "The files of the single measurements."
         return sorted(self.out.glob(f'seed-{self.seed}.*.jsonl'))
 
     def _clean_up(self):
@@ -80,11 +83,19 @@ class SurfaceRecord:
         write_text(self.file, json.dumps(self.data, indent=1) + '\n')
 
 
-_KEYS = {'recipe', 'seed', 'landscape', 'settings', 'images', 'solutions', 'finished', 'sessions'}
-
-
-def _note_file(out, seed):
-    return out / f'seed-{seed}.landscape.json'
+def _what_is_measured(recipe, seed, settings, images, records) -> dict:
+    "What must be the same where a measurement goes on."
+    landscape = asdict(recipe)
+    for name in ('name', 'kind', 'base'):
+        del landscape[name]
+    return {
+        'recipe': recipe.name,
+        'seed': seed,
+        'landscape': landscape,
+        'settings': asdict(settings),
+        'images': images,
+        'solutions': [{k: record[k] for k in _OF_SOLUTIONS} for record in records],
+    }
 
 
 def read_surface_records(folder: Path) -> dict[int, dict]:
@@ -93,15 +104,9 @@ def read_surface_records(folder: Path) -> dict[int, dict]:
     """
     begun = {}
     for file in folder.glob('seed-*.landscape.json'):
-        try:
-            data = json.loads(file.read_text())
-        except FileNotFoundError:
-            continue  # it has just been stored
-        except ValueError:
-            data = None
-        if not isinstance(data, dict) or not _KEYS <= data.keys():
-            raise ValueError(f'{file} is damaged, or no note on a measurement: move it away')
-        begun[data['seed']] = data | {'finished': None}  # complete is what is stored
+        data = _read_begun(file)
+        if data is not None:
+            begun[data['seed']] = data | {'finished': None}  # complete is what is stored
     complete = stored(folder, 'landscape')
     for seed, data in complete.items():
         if not {*_KEYS, 'surfaces'} <= data.keys():
@@ -109,5 +114,18 @@ def read_surface_records(folder: Path) -> dict[int, dict]:
     return dict(sorted((begun | complete).items()))
 
 
-def images_text(images):
+def _read_begun(file) -> dict | None:
+    "`None` if it is not there any more: it has just been stored."
+    try:
+        data = json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        data = None
+    if not isinstance(data, dict) or not _KEYS <= data.keys():
+        raise ValueError(f'{file} is damaged, or no note on a measurement: move it away')
+    return data
+
+
+def images_text(images: dict) -> str:
     return f'{images["train"]:,} + {images["valid"]:,} images of {images["kind"]} (SHA-256 {images["sha256"]}...)'
