@@ -10,8 +10,9 @@ from time import gmtime, strftime
 import torch
 
 from ..version import __version__
+from .tables import counted
 
-__all__ = ['TimeIsUp', 'process_settings', 'now', 'versions', 'hardware']
+__all__ = ['TimeIsUp', 'process_settings', 'now', 'versions', 'versions_text', 'hardware', 'hardware_text']
 
 _CUBLAS = 'CUBLAS_WORKSPACE_CONFIG'  # the environment's word to cuBLAS, without which it refuses to be deterministic
 
@@ -66,6 +67,10 @@ def versions() -> dict:
     return res | {'fastai_swa': __version__}
 
 
+def versions_text(found: dict) -> str:
+    return ', '.join(f'{name} {version}' for name, version in found.items())
+
+
 def hardware(device: str) -> dict:
     "What a seed runs on, for its record."
     res = {}
@@ -73,3 +78,9 @@ def hardware(device: str) -> dict:
         res['gpu'] = torch.cuda.get_device_name(device)
         res['cuda'] = torch.version.cuda
     return res | {'machine': platform.machine(), 'cores': os.cpu_count()}
+
+
+def hardware_text(found: dict, threads: int) -> str:
+    if 'gpu' in found:
+        return found['gpu']
+    return f'CPU, {found["machine"]}, {counted(threads, "thread")}'

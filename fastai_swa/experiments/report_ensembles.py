@@ -6,67 +6,143 @@ import numpy as np
 from ..plot import plot_sizes
 from .compare_ensembles import METHODS
 from .rows import error_of, run_lengths
-from .tables import difference_rows, differences, spread, summary, table
+from .tables import counted, difference_rows, differences, markdown_table, spread, summary
 
 __all__ = ['sections', 'numbers', 'draw', 'size_curves']
 
+_PAIRS = ('SWA', 'SGD'), ('snapshots', 'SGD'), ('FGE', 'SGD'), ('FGE', 'SWA'), ('FGE', 'snapshots')
+_RUNS = {'SGD': 'SGD 1B', 'SWA': 'SWA', 'snapshots': 'snapshots', 'FGE': 'FGE'}
+_SHOWN_BUDGETS = 1, 2, 3, 5, 10
 
-def of_whole_seeds(found: dict, name: str) -> dict[str, np.ndarray]:
+
+# what `evaluate` found, for each seed
+
+
+def _of_whole_seeds(found: dict, name: str) -> dict[str, np.ndarray]:
     "Method -> `name` of all members of a seed, for each seed."
-    last = {(r['method'], r['seed']): r[name] for r in found['sizes']}  # sizes grow: the last row of each has all
+    last = {}
+    for row in found['sizes']:  # sizes grow: the last row of each has all
+        last[row['method'], row['seed']] = row[name]
     return {method: np.array([last[method, seed] for seed in found['seeds']]) for method in METHODS}
 
 
-def size_curves(found: dict, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Curve -> numbers of members, and `name` at each for each seed, shape (seeds, sizes);
-    independent runs count as one seed, up to as many members.
-    """
-    most = max(r['members'] for r in found['sizes'])
-    sizes = range(1, min(most, len(found['seeds'])) + 1)
-    res = {
-        'independent runs, a budget each': (
-            np.array(sizes),
-            np.array([[_at(found, 'SGD', k, name).mean() for k in sizes]]),
+def _errors_of_whole_seeds(found) -> dict[str, np.ndarray]:
+    return {method: error_of(x) for method, x in _of_whole_seeds(found, 'accuracy').items()}
+
+
+def _of_groups(found, method, k, name) -> np.ndarray:
+    "`name` of all members of `k` seeds, for each group of so many."
+    rows = [row for row in found['budgets'] if (row['method'], row['budgets']) == (method, k)]
+    return np.array([row[name] for row in rows])
+
+
+def _shown_budgets(found) -> list[int]:
+    return [k for k in _SHOWN_BUDGETS if k <= len(found['seeds'])]
+
+
+# tables
+
+
+def sections(records: list[dict], found: dict) -> list[str]:
+    "The tables of the report."
+    n = len(found['seeds'])
+    one = found['costs'][0]
+    if n > 1:
+        said = 'Paired differences, seed by seed, in points of error and in test loss (less is better):'
+    else:
+        said = 'Differences in points of error and in test loss; one seed cannot tell them from chance:'
+    losses = _of_whole_seeds(found, 'loss')
+    res = [
+        markdown_table(_rows_of_one_run(records, found)),
+        f"Times are multiples of one model's: {1e3 * one['sample']:.2g} ms a sample, {one['test set']:.2g} s the test "
+        'set. Disagreement: the share of samples that two members read differently, mean over the pairs.',
+        said,
+        markdown_table(difference_rows(_errors_of_whole_seeds(found), _PAIRS, 2, losses=losses)),
+    ]
+    if n > 1:
+        res += [
+            'Several budgets: all models of so many runs together. Error in %, mean +- std over groups of runs of '
+            'which none is in two:',
+            markdown_table(_rows_of_several_runs(found)),
+        ]
+    return [*res, '![test error and loss over the number of models](curves.png)']
+
+
+def _rows_of_one_run(records, found) -> list[list[str]]:
+    errors = _errors_of_whole_seeds(found)
+    losses = _of_whole_seeds(found, 'loss')
+    calibration = _of_whole_seeds(found, 'calibration_error')
+    disagreement = _of_whole_seeds(found, 'disagreement')
+    epochs = run_lengths(records[0])
+    costs = {cost['method']: cost for cost in found['costs']}
+    one = found['costs'][0]
+    rows = [
+        [
+            'one run',
+            'epochs',
+            'models',
+            f'test error, % (n = {len(found["seeds"])})',
+            'test loss',
+            'calibration error, %',
+            'disagreement, %',
+            'time, one sample',
+            'time, test set',
+            'weights, MB',
+        ]
+    ]
+    for method in METHODS:
+        cost = costs[method]
+        is_of_several = cost['members'] > 1
+        rows.append(
+            [
+                method,
+                str(epochs[_RUNS[method]]),
+                str(cost['members']),
+                spread(errors[method], 2),
+                spread(losses[method], 4),
+                spread(100 * calibration[method], 2),
+                spread(100 * disagreement[method].astype(float), 1) if is_of_several else '',
+                f'{cost["sample"] / one["sample"]:.1f} x',
+                f'{cost["test set"] / one["test set"]:.1f} x',
+                f'{cost["bytes"] / 1e6:.1f}',
+            ]
         )
-    }
-    for method in ('snapshots', 'FGE', 'SWA'):
-        res[method] = _curve(
-            [[r for r in found['sizes'] if r['method'] == method and r['seed'] == seed] for seed in found['seeds']],
-            name,
-        )
-    return res
+    return rows
 
 
-def _at(found, method, k, name):
-    return np.array([r[name] for r in found['budgets'] if (r['method'], r['budgets']) == (method, k)])
+def _rows_of_several_runs(found) -> list[list[str]]:
+    budgets = _shown_budgets(found)
+    n = len(found['seeds'])
+    names = {'SGD': 'independent SGD runs', 'SWA': 'averages of independent runs'}
+    rows = [['', *(f'{counted(k, "budget")} (n = {n // k})' for k in budgets)]]
+    for method in METHODS:
+        name = names.get(method, f'{method} of independent runs')
+        errors = [error_of(_of_groups(found, method, k, 'accuracy')) for k in budgets]
+        rows.append([name, *(spread(x, 2) for x in errors)])
+    return rows
 
 
-def _curve(rows, name):
-    return np.array([r['members'] for r in rows[0]]), np.array([[r[name] for r in seed] for seed in rows])
-
-
-_PAIRS = ('SWA', 'SGD'), ('snapshots', 'SGD'), ('FGE', 'SGD'), ('FGE', 'SWA'), ('FGE', 'snapshots')
+# numbers
 
 
 def numbers(found: dict) -> dict:
     """What report.json holds of them: the rows of one run, those of several, as far as they go, and
     the differences.
     """
-    error, loss = _errors(found), of_whole_seeds(found, 'loss')
-    rows = {m: {'error': summary(error[m]), 'loss': summary(loss[m])} for m in METHODS}
-    for m in METHODS:
+    errors = _errors_of_whole_seeds(found)
+    losses = _of_whole_seeds(found, 'loss')
+    rows = {}
+    for method in METHODS:
+        rows[method] = {'error': summary(errors[method]), 'loss': summary(losses[method])}
+    for method in METHODS:
         for k in _shown_budgets(found)[1:]:
-            of_runs = error_of(_at(found, m, k, 'accuracy'))
-            rows[f'{m}, {k} runs'] = {'error': summary(of_runs), 'loss': summary(_at(found, m, k, 'loss'))}
-    return {'rows': rows, 'differences': differences(error, loss, _PAIRS)}
+            error = error_of(_of_groups(found, method, k, 'accuracy'))
+            loss = _of_groups(found, method, k, 'loss')
+            rows[f'{method}, {k} runs'] = {'error': summary(error), 'loss': summary(loss)}
+    return {'rows': rows, 'differences': differences(errors, losses, _PAIRS)}
 
 
-def _errors(found) -> dict:
-    return {m: error_of(x) for m, x in of_whole_seeds(found, 'accuracy').items()}
-
-
-def _shown_budgets(found):
-    return [k for k in (1, 2, 3, 5, 10) if k <= len(found['seeds'])]
+# figure
 
 
 def draw(found: dict, axs):
@@ -76,64 +152,23 @@ def draw(found: dict, axs):
     plot_sizes(size_curves(found, 'loss'), axs[1], 'test loss')
 
 
-def sections(records: list[dict], found: dict):
-    "The tables of the report."
-    n, epochs, error = len(found['seeds']), run_lengths(records[0]), _errors(found)
-    names = {'SGD': 'SGD 1B', 'SWA': 'SWA', 'snapshots': 'snapshots', 'FGE': 'FGE'}
-    values = {k: of_whole_seeds(found, k) for k in ('loss', 'calibration_error', 'disagreement')}
-    costs, one = {c['method']: c for c in found['costs']}, found['costs'][0]
-    rows = [
-        [
-            'one run',
-            'epochs',
-            'models',
-            f'test error, % (n = {n})',
-            'test loss',
-            'calibration error, %',
-            'disagreement, %',
-            'time, one sample',
-            'time, test set',
-            'weights, MB',
-        ]
-    ]
-    for m in METHODS:
-        c = costs[m]
-        rows.append(
-            [
-                m,
-                str(epochs[names[m]]),
-                str(c['members']),
-                spread(error[m], 2),
-                spread(values['loss'][m], 4),
-                spread(100 * values['calibration_error'][m], 2),
-                spread(100 * values['disagreement'][m].astype(float), 1) if c['members'] > 1 else '',
-                f'{c["sample"] / one["sample"]:.1f} x',
-                f'{c["test set"] / one["test set"]:.1f} x',
-                f'{c["bytes"] / 1e6:.1f}',
-            ]
-        )
-    yield table(rows)
-    yield (
-        f'Times are multiples of one model\'s: {1e3 * one["sample"]:.2g} ms a sample, {one["test set"]:.2g} s the test '
-        'set. Disagreement: the share of samples that two members read differently, mean over the pairs.'
-    )
-    yield (
-        'Paired differences, seed by seed, in points of error and in test loss (less is better):'
-        if n > 1
-        else 'Differences in points of error and in test loss; one seed cannot tell them from chance:'
-    )
-    yield table(difference_rows(error, _PAIRS, 2, losses=values['loss']))
-    if n > 1:
-        budgets = _shown_budgets(found)
-        yield (
-            'Several budgets: all models of so many runs together. Error in %, mean +- std over groups of runs of '
-            'which none is in two:'
-        )
-        rows = [['', *(f'{k} budget{"s" * (k > 1)} (n = {n // k})' for k in budgets)]]
-        for m in METHODS:
-            name = {'SGD': 'independent SGD runs', 'SWA': 'averages of independent runs'}.get(
-                m, f'{m} of independent runs'
-            )
-            rows.append([name, *(spread(error_of(_at(found, m, k, 'accuracy')), 2) for k in budgets)])
-        yield table(rows)
-    yield '![test error and loss over the number of models](curves.png)'
+def size_curves(found: dict, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Curve -> numbers of members, and `name` at each for each seed, shape (seeds, sizes);
+    independent runs count as one seed, up to as many members.
+    """
+    most = max(row['members'] for row in found['sizes'])
+    sizes = range(1, min(most, len(found['seeds'])) + 1)
+    of_runs = [_of_groups(found, 'SGD', k, name).mean() for k in sizes]
+    res = {'independent runs, a budget each': (np.array(sizes), np.array([of_runs]))}
+    for method in ('snapshots', 'FGE', 'SWA'):
+        res[method] = _size_curve(found, method, name)
+    return res
+
+
+def _size_curve(found, method, name) -> tuple[np.ndarray, np.ndarray]:
+    by_seed = []
+    for seed in found['seeds']:
+        rows = [row for row in found['sizes'] if (row['method'], row['seed']) == (method, seed)]
+        by_seed.append([row[name] for row in rows])
+    sizes = [row['members'] for row in rows]  # the same for each seed
+    return np.array(sizes), np.array(by_seed)
