@@ -25,7 +25,8 @@ from fastai.optimizer import SGD
 from torch import nn
 
 from fastai_swa.experiments import RECIPES, Recipe, Settings
-from fastai_swa.experiments.learners import EpochRecorder, recipe_data, recipe_learner
+from fastai_swa.experiments.machine import process_settings
+from fastai_swa.experiments.recipe_learner import EpochRecorder, recipe_data, recipe_learner
 
 
 def tiny(n):
@@ -66,34 +67,41 @@ def main():
     if not on_gpu:
         torch.set_num_threads(1)
     settings = Settings(device=args.device, precision='bf16' if on_gpu else 'fp32')
-    for name in args.recipe:
-        recipe = RECIPES[name]
-        dls, images = recipe_data(recipe, args.data, replace(settings, images=args.images))
-        variants = learners(recipe, settings, dls, args.compile)
-        seconds, host = ({v: [] for v in variants} for _ in range(2))
-        for i in range(args.rounds + 1):  # the first warms up, and compiles
-            for v, learn in variants.items():
-                with learn.no_logging(), learn.no_bar():
-                    learn._do_epoch_validate = lambda *args, **kwargs: None  # the training part alone
-                    if on_gpu:
-                        torch.cuda.synchronize()
-                    start, cpu = time.perf_counter(), time.thread_time()
-                    learn.fit(1)
-                    if on_gpu:
-                        torch.cuda.synchronize()
-                if i:
-                    seconds[v].append(time.perf_counter() - start), host[v].append(time.thread_time() - cpu)
-        n = len(next(iter(variants.values())).dls.train)
-        print(f'{name}, {images["train"]:,} images, {n} steps, {args.rounds} rounds, {args.device}\n')
-        print('| variant | s an epoch | multiple of the runner (middle half) | host, ms a step |\n|---|---|---|---|')
-        for v in variants:
-            ratios = sorted(a / b for a, b in zip(seconds[v], seconds['the runner']))
-            low, high = (ratios[int(len(ratios) * q)] for q in (0.25, 0.75))
-            print(
-                f'| {v} | {statistics.median(seconds[v]):.3f} | {statistics.median(ratios):.2f} ({low:.2f}-{high:.2f}) '
-                f'| {1e3 * statistics.median(host[v]) / n:.2f} |'
-            )
-        print()
+    with process_settings(settings):
+        for name in args.recipe:
+            measure(name, settings, args)
+
+
+def measure(name, settings, args):
+    "Print the table of one recipe."
+    on_gpu = args.device.startswith('cuda')
+    recipe = RECIPES[name]
+    dls, images = recipe_data(recipe, args.data, replace(settings, images=args.images))
+    variants = learners(recipe, settings, dls, args.compile)
+    seconds, host = ({v: [] for v in variants} for _ in range(2))
+    for i in range(args.rounds + 1):  # the first warms up, and compiles
+        for v, learn in variants.items():
+            with learn.no_logging(), learn.no_bar():
+                learn._do_epoch_validate = lambda *args, **kwargs: None  # the training part alone
+                if on_gpu:
+                    torch.cuda.synchronize()
+                start, cpu = time.perf_counter(), time.thread_time()
+                learn.fit(1)
+                if on_gpu:
+                    torch.cuda.synchronize()
+            if i:
+                seconds[v].append(time.perf_counter() - start), host[v].append(time.thread_time() - cpu)
+    n = len(next(iter(variants.values())).dls.train)
+    print(f'{name}, {images["train"]:,} images, {n} steps, {args.rounds} rounds, {args.device}\n')
+    print('| variant | s an epoch | multiple of the runner (middle half) | host, ms a step |\n|---|---|---|---|')
+    for v in variants:
+        ratios = sorted(a / b for a, b in zip(seconds[v], seconds['the runner']))
+        low, high = (ratios[int(len(ratios) * q)] for q in (0.25, 0.75))
+        print(
+            f'| {v} | {statistics.median(seconds[v]):.3f} | {statistics.median(ratios):.2f} ({low:.2f}-{high:.2f}) '
+            f'| {1e3 * statistics.median(host[v]) / n:.2f} |'
+        )
+    print()
 
 
 if __name__ == '__main__':

@@ -138,7 +138,7 @@ def _demo(args, start):
 
 def _reproduce(args, start):
     from .experiments import Settings, reproduce
-    from .experiments.run import STOPPED
+    from .experiments.pool import STOPPED
 
     device = args['device'] or ('cuda' if torch.cuda.is_available() else 'cpu')
     precision = args['precision'] or ('bf16' if device.startswith('cuda') else 'fp32')

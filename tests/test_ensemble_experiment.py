@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fastai_swa.experiments import RECIPES, Settings, report, reproduce
-from fastai_swa.experiments.ensembles import size_curves
-from fastai_swa.experiments.run import run_seed
+from fastai_swa.experiments.report_ensembles import size_curves
+from fastai_swa.experiments.train import run_seed
 from fastai_swa.vision import cifar
 
 SMALL = replace(RECIPES['ensembles-digits'], name='small', budget=10, swa_start=6, images=100)
@@ -153,7 +153,7 @@ def test_a_report_without_the_evaluation_says_which_command_makes_it(folder, tmp
 
 
 def test_a_comparison_of_fewer_seeds_does_not_replace_one_of_more(folder, found, monkeypatch):
-    monkeypatch.setattr('fastai_swa.experiments.run.evaluate', lambda *args: pytest.fail('compared again'))
+    monkeypatch.setattr('fastai_swa.experiments.jobs.evaluate', lambda *args: pytest.fail('compared again'))
     assert reproduce('small', 1, folder, threads=1, stream=io.StringIO()) == {}
     assert next(data for data in lines_of(folder) if data['kind'] == 'ensembles') == found
 

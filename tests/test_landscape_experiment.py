@@ -16,8 +16,9 @@ from fastai.metrics import error_rate
 from fastai_swa import Curve, Surface, line, plane, rays
 from fastai_swa.__main__ import main
 from fastai_swa.experiments import RECIPES, Settings, report, reproduce
-from fastai_swa.experiments.landscapes import measure_seed
-from fastai_swa.experiments.learners import TimeIsUp, recipe_data, recipe_learner
+from fastai_swa.experiments.machine import TimeIsUp
+from fastai_swa.experiments.measure_surfaces import measure_seed
+from fastai_swa.experiments.recipe_learner import recipe_data, recipe_learner
 from fastai_swa.experiments.recipes import LANDSCAPES, Landscape
 
 from .test_run import TINY
@@ -141,7 +142,7 @@ def test_planes_go_through_the_path_of_the_swa_run_and_through_both_solutions(st
 
 
 def test_the_snapshots_end_with_the_runs_own_last_weights_also_where_they_skip_it(stored, tmp_path):
-    from fastai_swa.experiments.landscapes import _trajectory
+    from fastai_swa.experiments.measure_surfaces import _trajectory
 
     shutil.copytree(stored / 'longer', tmp_path / 'longer')
     index = tmp_path / 'longer' / 'seed-0-swa' / 'index.json'
@@ -175,9 +176,9 @@ def test_curves_are_between_two_seeds_and_measured_along_and_in_their_planes(sto
 
 @pytest.mark.parametrize('kind', SMALL)
 def test_a_measurement_that_is_stopped_again_and_again_ends_as_a_whole_one(stored, tmp_path, kind, monkeypatch):
-    from fastai_swa.experiments import landscapes
+    from fastai_swa.experiments import measure_surfaces
 
-    steps, step = [0], landscapes._Watch.step
+    steps, step = [0], measure_surfaces._Watch.step
 
     def stops(self, times):
         steps[0] += 1
@@ -185,7 +186,7 @@ def test_a_measurement_that_is_stopped_again_and_again_ends_as_a_whole_one(store
             raise TimeIsUp('stopped')
         step(self, times)
 
-    monkeypatch.setattr(landscapes._Watch, 'step', stops)
+    monkeypatch.setattr(measure_surfaces._Watch, 'step', stops)
     n = 0
     while go(kind, stored, tmp_path, solutions=stored / 'longer'):
         n += 1

@@ -25,13 +25,15 @@ from fastai.torch_core import set_seed
 from PIL import Image
 from torch import nn
 
-import fastai_swa.experiments.run as run_module
+import fastai_swa.experiments.progress as progress_module
+import fastai_swa.experiments.train as train_module
 from fastai_swa import __main__
 from fastai_swa.experiments import RECIPES, Recipe, Settings, reproduce
-from fastai_swa.experiments.learners import EpochRecorder, TimeIsUp
+from fastai_swa.experiments.machine import TimeIsUp
+from fastai_swa.experiments.recipe_learner import EpochRecorder
 from fastai_swa.experiments.recipes import sgd_lr, swa_lr
 from fastai_swa.experiments.record import Record, _Clock
-from fastai_swa.experiments.run import run_seed
+from fastai_swa.experiments.train import run_seed
 from fastai_swa.vision import IMAGENET_STATS, cifar
 
 from .helpers import learner, loaders, net
@@ -245,7 +247,7 @@ def test_a_one_cycle_run_ends_as_fastais_own_fit_one_cycle(tmp_path):
 
 
 def test_averages_beside_a_run_change_nothing_of_it_and_an_ema_takes_every_step(tmp_path, whole, monkeypatch):
-    steps, beside = [], run_module._beside
+    steps, beside = [], train_module._average_beside
 
     def seen(average, begin):
         swa = beside(average, begin)
@@ -253,7 +255,7 @@ def test_averages_beside_a_run_change_nothing_of_it_and_an_ema_takes_every_step(
             steps.append(swa)
         return swa
 
-    monkeypatch.setattr(run_module, '_beside', seen)
+    monkeypatch.setattr(train_module, '_average_beside', seen)
     data, plain = seed_0(tmp_path, replace(TINY, ema=0.9)), complete(whole)
     assert [swa.n_averaged for swa in steps] == [
         4 * (p['end'] - p['begin']) for p in data['parts'] if len(p['runs']) == 1
@@ -394,7 +396,7 @@ class Stop(BaseException):
 
 @pytest.mark.parametrize('seconds', [0, 30])  # between checkpoints: each epoch has one; or only the first of each part
 def test_a_seed_interrupted_again_and_again_ends_bitwise_as_the_whole_one(tmp_path, whole, monkeypatch, seconds):
-    monkeypatch.setattr(run_module, '_SECONDS', seconds)
+    monkeypatch.setattr(train_module, '_SECONDS', seconds)
     starts = []
     for n_before in (1, 2, 1, 3, 5, 2, 4, 6, 99):  # epochs until the next interruption
         shown = []
@@ -488,7 +490,7 @@ def test_a_killed_process_goes_on_and_two_seeds_side_by_side_are_the_same_as_one
 
 def test_time_that_does_not_suffice_stops_it_between_epochs_and_it_goes_on(tmp_path, whole, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(run_module, 'time', lambda: now[0])
+    monkeypatch.setattr(train_module, 'time', lambda: now[0])
 
     def show(seed, line):
         now[0] += 10
@@ -575,7 +577,7 @@ def test_the_record_says_what_was_run_on_what_and_is_standard_json(whole):
 
 
 def test_the_fingerprint_is_of_the_images_and_labels():
-    from fastai_swa.experiments.learners import _fingerprint
+    from fastai_swa.experiments.recipe_learner import _fingerprint
 
     def loaded():
         return cifar(10, 'digits', n_images=100, device='cpu')
@@ -628,8 +630,8 @@ def test_the_time_left_counts_the_epochs_that_validate_the_average_as_dearer():
 def test_each_seed_has_one_line_of_progress(is_terminal, monkeypatch):
     stream, now = io.StringIO(), [0.0]
     stream.isatty = lambda: is_terminal
-    monkeypatch.setattr(run_module, 'monotonic', lambda: now[0])
-    lines = run_module._Lines(stream)
+    monkeypatch.setattr(progress_module, 'monotonic', lambda: now[0])
+    lines = progress_module.ProgressLines(stream)
     for key, text, now[0] in (0, 'a1', 0), (1, 'b1', 1), (0, 'a2', 30), (0, 'a3', 61):
         lines.show(key, text)
     lines.end()
@@ -911,12 +913,12 @@ def test_a_killed_seed_is_named_and_the_others_are_trained(tmp_path):
         SCRIPT.replace(
             "if __name__",
             '''
-import os, fastai_swa.experiments.run as run
-train = run._train
+import os, fastai_swa.experiments.train as run
+train = run._train_part
 def dies(record, *args):
     if record.seed == 0: os._exit(7)
     train(record, *args)
-run._train = dies
+run._train_part = dies
 if __name__''',
         ).replace('SCRIPT', '')
     )
@@ -967,7 +969,7 @@ def test_settings_that_cannot_be_used_are_one_sentence_and_begin_nothing(tiny_co
 def test_an_error_of_torchs_own_is_one_sentence_with_its_traceback_and_other_seeds_go_on(
     tiny_command, tmp_path, monkeypatch, whole
 ):
-    train = run_module._train
+    train = train_module._train_part
 
     def fails(record, *args):
         if record.seed == 1:
@@ -976,7 +978,7 @@ def test_an_error_of_torchs_own_is_one_sentence_with_its_traceback_and_other_see
             raise RuntimeError('CUDA error: out of memory')  # as of a process whose context does not fit
         train(record, *args)
 
-    monkeypatch.setattr(run_module, '_train', fails)
+    monkeypatch.setattr(train_module, '_train_part', fails)
     code, said = tiny_command('--seeds', 3)
     assert (
         code == 1
@@ -1045,7 +1047,7 @@ def test_the_time_an_epoch_takes_is_known_from_earlier_sessions(tmp_path):
 
 
 def test_a_disk_that_stays_full_ends_the_run_before_work_is_lost(tmp_path, whole, monkeypatch):
-    monkeypatch.setattr(run_module, '_SECONDS', 0)
+    monkeypatch.setattr(train_module, '_SECONDS', 0)
     replace_, full = os.replace, [True]
 
     def no_room(a, b):
@@ -1068,7 +1070,7 @@ def test_a_line_too_long_for_the_terminal_is_cut(monkeypatch):
     stream = io.StringIO()
     stream.isatty = lambda: True
     monkeypatch.setenv('COLUMNS', '20')
-    lines = run_module._Lines(stream)
+    lines = progress_module.ProgressLines(stream)
     lines.show(0, 'x' * 50)
     assert stream.getvalue() == '\033[2K' + 'x' * 19 + '\n'
 

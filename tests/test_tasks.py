@@ -11,7 +11,7 @@ import torch
 from sklearn.metrics import r2_score
 
 from fastai_swa.experiments import RECIPES, Settings, report, reproduce
-from fastai_swa.experiments.learners import recipe_data, recipe_learner
+from fastai_swa.experiments.recipe_learner import recipe_data, recipe_learner
 from fastai_swa.experiments.tasks import ADULT, HOUSING, SST2, Sentences, Table
 
 FLATS = Table('flats.csv', 'price', ('place',), ('rooms', 'age'), is_number=True)

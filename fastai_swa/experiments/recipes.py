@@ -1,6 +1,7 @@
-"""One record for each published row: what is trained on what, how long, at which learning rate, and
-what came out there."""
+"""What is trained on what, how long, at which learning rate, and what was published of it: a recipe
+for each row, its runs, and the parts that these share."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
@@ -15,7 +16,7 @@ from .tasks import ADULT, HOUSING, SST2, Sentences, Table
 
 __all__ = [
     'Recipe',
-    'Ensembles',
+    'EnsembleMethods',
     'RECIPES',
     'Landscape',
     'LANDSCAPES',
@@ -32,8 +33,11 @@ __all__ = [
 ]
 
 
+# what is trained
+
+
 @dataclass(frozen=True)
-class Ensembles:
+class EnsembleMethods:
     """What snapshot ensembles and fast geometric ensembling do within the budget of a recipe.
 
     Huang et al. 2017 (arXiv 1704.00109): `n_snapshots` cycles from `lr` on. Garipov et al. 2018
@@ -73,7 +77,7 @@ class Recipe:
     published: dict = field(default_factory=dict)
     bs: int = 128
     fixed_lr: bool = False  # the SWA run has `swa_lr` from its first epoch on
-    ensembles: Ensembles | None = None  # compare methods at one budget, instead of SGD and SWA at several
+    ensembles: EnsembleMethods | None = None  # compare methods at one budget, instead of SGD and SWA at several
     # compare methods at so many epochs each, instead of SGD and SWA at one budget and more
     lengths: tuple[int, ...] | None = None
     # greatest learning rate of `fit_one_cycle`, the control of fastai's users; None: without
@@ -117,13 +121,18 @@ def scaled(recipe: Recipe, scale: float) -> Recipe:
     epochs to the budget.
     """
     least = min(recipe.lengths or [recipe.budget])
-    if round(least * scale) < 4:
-        raise ValueError(
-            f'scale={scale:g} leaves {round(least * scale)} of {least} epochs, and 4 are the least: scale {4 / least:g}'
-        )
+    left = round(least * scale)
+    if left < 4:
+        raise ValueError(f'scale={scale:g} leaves {left} of {least} epochs, and 4 are the least: scale {4 / least:g}')
     budget = round(recipe.budget * scale)
-    lengths = recipe.lengths and tuple(round(n * scale) for n in recipe.lengths)
-    return replace(recipe, budget=budget, swa_start=min(round(recipe.swa_start * scale), budget - 1), lengths=lengths)
+    swa_start = min(round(recipe.swa_start * scale), budget - 1)
+    lengths = None
+    if recipe.lengths:
+        lengths = tuple(round(n * scale) for n in recipe.lengths)
+    return replace(recipe, budget=budget, swa_start=swa_start, lengths=lengths)
+
+
+# its runs
 
 
 @dataclass(frozen=True)
@@ -159,11 +168,15 @@ class Run:
     @property
     def alone_from(self) -> int:
         "The epoch from which on it cannot be one training with others."
-        starts = [b.start for b in self.beside if b.decay is None]
-        return min([self.swa_start, *starts, *(self.snapshots[:1] if self.snapshots else ())])
+        starts = [self.swa_start]
+        starts += [average.start for average in self.beside if average.decay is None]
+        if self.snapshots is not None:
+            starts.append(self.snapshots[0])
+        return min(starts)
 
     def lr(self, epoch, step, n_steps) -> float:
-        return self.lrs[epoch](step, n_steps) if callable(self.lrs[epoch]) else self.lrs[epoch]
+        lr = self.lrs[epoch]
+        return lr(step, n_steps) if callable(lr) else lr
 
 
 @dataclass(frozen=True)
@@ -226,22 +239,24 @@ def runs(recipe: Recipe) -> list[Run]:
     one-cycle of each."""
     if recipe.lengths:
         return _runs_of_lengths(recipe)
-    sgd = _sgd_run(recipe, 'SGD 1B', recipe.budget)
     if recipe.ensembles:
-        return [sgd, *_ensemble_runs(recipe)]
-    one_cycle = []
+        return _runs_of_ensembles(recipe)
+    res = [
+        _sgd_run(recipe, 'SGD 1B', recipe.budget),
+        _sgd_run(recipe, 'SGD 1.5B', recipe.epochs),
+        _swa_run(recipe, recipe.epochs),
+    ]
     if recipe.one_cycle_lr:
-        one_cycle = [
-            _one_cycle_run(recipe, 'one-cycle 1B', recipe.budget),
-            _one_cycle_run(recipe, 'one-cycle 1.5B', recipe.epochs),
-        ]
-    return [sgd, _sgd_run(recipe, 'SGD 1.5B', recipe.epochs), _swa_run(recipe, recipe.epochs), *one_cycle]
+        res.append(_one_cycle_run(recipe, 'one-cycle 1B', recipe.budget))
+        res.append(_one_cycle_run(recipe, 'one-cycle 1.5B', recipe.epochs))
+    return res
 
 
 def _runs_of_lengths(recipe) -> list[Run]:
     res = []
     for n in recipe.lengths:
-        of_length = replace(recipe, budget=n, swa_start=round(n * recipe.swa_start / recipe.budget))
+        swa_start = round(n * recipe.swa_start / recipe.budget)
+        of_length = replace(recipe, budget=n, swa_start=swa_start)
         swa = _swa_run(of_length, n)
         res += [
             _sgd_run(of_length, f'{recipe.opt} {n}', n),
@@ -251,48 +266,71 @@ def _runs_of_lengths(recipe) -> list[Run]:
     return res
 
 
+def _runs_of_ensembles(recipe) -> list[Run]:
+    return [
+        _sgd_run(recipe, 'SGD 1B', recipe.budget),
+        _swa_run(recipe, recipe.budget),
+        _snapshots_run(recipe),
+        _fge_run(recipe),
+    ]
+
+
 def _sgd_run(recipe, name, n) -> Run:
-    return Run(name, tuple(sgd_lr(recipe, e, n) for e in range(n)), n - 1, beside=_emas(recipe))
+    lrs = tuple(sgd_lr(recipe, epoch, n) for epoch in range(n))
+    return Run(name, lrs, n - 1, beside=_ema_beside(recipe))
 
 
 def _swa_run(recipe, n) -> Run:
     "Of `n` epochs; ten snapshots of the weights that it averages, or fewer, show their path."
-    snapshots = recipe.swa_start, -(-(n - recipe.swa_start) // 10)
-    return Run('SWA', tuple(swa_lr(recipe, e) for e in range(n)), recipe.swa_start, snapshots, _emas(recipe))
+    lrs = tuple(swa_lr(recipe, epoch) for epoch in range(n))
+    n_averaged = n - recipe.swa_start
+    snapshots = recipe.swa_start, math.ceil(n_averaged / 10)
+    return Run('SWA', lrs, recipe.swa_start, snapshots, _ema_beside(recipe))
 
 
 def _one_cycle_run(recipe, name, n) -> Run:
     "Beside it the mean of the last third of its epochs, and of the last fifth."
     cycle = OneCycle(n, recipe.one_cycle_lr)
-    beside = Beside('third', n - round(n / 3)), Beside('fifth', n - round(n / 5)), *_emas(recipe)
-    return Run(name, tuple(OneCycleEpoch(e, cycle) for e in range(n)), n - 1, beside=beside, momentum=cycle.momentum)
+    lrs = tuple(OneCycleEpoch(epoch, cycle) for epoch in range(n))
+    beside = (
+        Beside('third', n - round(n / 3)),
+        Beside('fifth', n - round(n / 5)),
+        *_ema_beside(recipe),
+    )
+    return Run(name, lrs, n - 1, beside=beside, momentum=cycle.momentum)
 
 
-def _emas(recipe):
+def _ema_beside(recipe) -> tuple[Beside, ...]:
     return () if recipe.ema is None else (Beside('ema', decay=recipe.ema),)
 
 
-def _ensemble_runs(recipe) -> list[Run]:
-    e, budget = recipe.ensembles, recipe.budget
-    length = budget // e.n_snapshots
+def _snapshots_run(recipe) -> Run:
+    methods = recipe.ensembles
+    length = recipe.budget // methods.n_snapshots
     if length < 1:
-        raise ValueError(f'{budget} epochs are too few for {e.n_snapshots} snapshots: take a greater scale')
-    snapshots = tuple(SnapshotEpoch(i % length, length, e.lr) for i in range(length * e.n_snapshots))
-    start = round(e.fge_start * budget)
-    n_cycles = (budget - start + e.fge_len // 2) // e.fge_len  # the last of which ends at its low point
+        raise ValueError(
+            f'{recipe.budget} epochs are too few for {methods.n_snapshots} snapshots: take a greater scale'
+        )
+    n = length * methods.n_snapshots
+    lrs = tuple(SnapshotEpoch(epoch % length, length, methods.lr) for epoch in range(n))
+    return Run('snapshots', lrs, n - 1, (length - 1, length))
+
+
+def _fge_run(recipe) -> Run:
+    methods = recipe.ensembles
+    length = methods.fge_len
+    start = round(methods.fge_start * recipe.budget)
+    left = recipe.budget - start
+    n_cycles = (left + length // 2) // length  # the last of which ends at its low point
     if n_cycles < 1:
-        raise ValueError(f'{budget - start} epochs are too few for a cycle of {e.fge_len}: take a greater scale')
-    fge = tuple(FGEEpoch(i % e.fge_len, e.fge_len, e.fge_lr) for i in range(fge_epochs(n_cycles, e.fge_len)))
-    return [
-        _swa_run(recipe, budget),
-        Run('snapshots', snapshots, len(snapshots) - 1, (length - 1, length)),
-        Run(
-            'FGE',
-            tuple(sgd_lr(recipe, i, budget) for i in range(start)) + fge,
-            start + len(fge) - 1,
-            (start + e.fge_len // 2 - 1, e.fge_len),
-        ),
-    ]
+        raise ValueError(f'{left} epochs are too few for a cycle of {length}: take a greater scale')
+    before = tuple(sgd_lr(recipe, epoch, recipe.budget) for epoch in range(start))
+    n = fge_epochs(n_cycles, length)
+    cycles = tuple(FGEEpoch(epoch % length, length, methods.fge_lr) for epoch in range(n))
+    return Run('FGE', before + cycles, start + n - 1, (start + length // 2 - 1, length))
+
+
+# the parts that runs share
 
 
 @dataclass(frozen=True)
@@ -316,39 +354,48 @@ def parts(runs: list[Run]) -> list[Part]:
     part stands behind its parent.
     """
     res = []
-
-    def split(group, begin, parent):
-        if len(group) == 1:
-            return res.append(Part(group, begin, len(group[0].lrs), parent))
-        latest = min(run.alone_from for run in group)
-        end = next((e for e in range(begin, latest) if len({run.lrs[e] for run in group}) > 1), latest)
-        if end > begin:
-            res.append(Part(group, begin, end, parent))
-            parent = len(res) - 1
-        by_lr = {}
-        for run in group:
-            by_lr.setdefault(run.lrs[end] if end < latest else run.name, []).append(run)
-        for members in by_lr.values():
-            split(tuple(members), end, parent)
-
-    split(tuple(runs), 0, None)
+    _add_parts(res, tuple(runs), 0, None)
     return res
+
+
+def _add_parts(res: list, group: tuple[Run, ...], begin: int, parent: int | None):
+    "Add what has to be trained of a `group` that is one training up to epoch `begin`, the end of part `parent`."
+    if len(group) == 1:
+        res.append(Part(group, begin, len(group[0].lrs), parent))
+        return
+    latest = min(run.alone_from for run in group)
+    end = begin
+    while end < latest and len({run.lrs[end] for run in group}) == 1:
+        end += 1
+    if end > begin:
+        res.append(Part(group, begin, end, parent))
+        parent = len(res) - 1
+    branches = {}
+    for run in group:
+        branch = run.name if end == latest else run.lrs[end]
+        branches.setdefault(branch, []).append(run)
+    for members in branches.values():
+        _add_parts(res, tuple(members), end, parent)
+
+
+# what a record says of a recipe
 
 
 def described(recipe: Recipe) -> dict:
     "All that decides what `recipe` trains, as plain data, for the record of a seed."
     left = {'name', 'published', 'source', 'images'}  # the last two are in what the images are said to be
-    return {f.name: _plain(getattr(recipe, f.name)) for f in fields(recipe) if f.name not in left}
+    return {f.name: _as_plain_data(getattr(recipe, f.name)) for f in fields(recipe) if f.name not in left}
 
 
-def _plain(value):
+def _as_plain_data(value):
     if isinstance(value, partial):
-        arguments = [*map(repr, value.args), *(f'{k}={v!r}' for k, v in value.keywords.items())]
+        arguments = [repr(arg) for arg in value.args]
+        arguments += [f'{k}={v!r}' for k, v in value.keywords.items()]
         return f'{value.func.__name__}({", ".join(arguments)})'
     if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return {f.name: _as_plain_data(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, tuple):
-        return [_plain(v) for v in value]
+        return [_as_plain_data(v) for v in value]
     return value.__name__ if callable(value) else value
 
 
@@ -359,8 +406,116 @@ def optimizer(recipe: Recipe, fused: bool | None = None):
     return partial(OptimWrapper, opt=partial(optim.SGD, momentum=0.9, weight_decay=recipe.wd, fused=fused))
 
 
-def _rows(sgd, swa, swa_125, swa_150):
+# all recipes
+
+RECIPES: dict[str, Recipe] = {}
+
+
+def _add(*recipes: Recipe):
+    for recipe in recipes:
+        RECIPES[recipe.name] = recipe
+
+
+def _add_variant(of: str, name: str, **changes):
+    _add(replace(RECIPES[of], name=name, **changes))
+
+
+# the SWA paper's Table 1
+
+
+def _table_1(sgd, swa, swa_125, swa_150) -> dict:
     return {'SGD 1B': sgd, 'SWA 1B': swa, 'SWA 1.25B': swa_125, 'SWA 1.5B': swa_150}
+
+
+_resnet110 = partial(PreResNet, 110)
+_resnet164 = partial(PreResNet, 164)
+_wrn_28_10 = partial(WideResNet, 28, 10)
+
+_vgg16 = dict(network=VGG16, budget=200, lr=0.05, swa_lr=0.01, swa_start=160, wd=5e-4, stats=IMAGENET_STATS)
+_preresnet = dict(budget=150, lr=0.1, swa_start=125, wd=3e-4)
+_wrn = dict(network=_wrn_28_10, budget=200, lr=0.1, swa_lr=0.05, swa_start=160, wd=5e-4)
+
+_add(
+    Recipe(
+        'vgg16-cifar10',
+        n_classes=10,
+        **_vgg16,
+        published=_table_1((93.25, 0.16), (93.59, 0.16), (93.70, 0.22), (93.64, 0.18)),
+    ),
+    Recipe(
+        'vgg16-cifar100',
+        n_classes=100,
+        **_vgg16,
+        published=_table_1((72.55, 0.10), (73.91, 0.12), (74.17, 0.15), (74.27, 0.25)),
+    ),
+    Recipe(
+        'preresnet110-cifar10',
+        _resnet110,
+        n_classes=10,
+        swa_lr=0.01,
+        **_preresnet,
+        published=_table_1((95.03, 0.05), (95.51, 0.10), (95.65, 0.03), (95.82, 0.03)),
+    ),
+    Recipe(
+        'preresnet110-cifar100',
+        _resnet110,
+        n_classes=100,
+        swa_lr=0.05,
+        **_preresnet,
+        published=_table_1((76.77, 0.38), (78.75, 0.16), (78.91, 0.29), (79.10, 0.21)),
+    ),
+    Recipe(
+        'preresnet164-cifar10',
+        _resnet164,
+        n_classes=10,
+        swa_lr=0.01,
+        **_preresnet,
+        published=_table_1((95.28, 0.10), (95.56, 0.11), (95.77, 0.04), (95.83, 0.03)),
+    ),
+    Recipe(
+        'preresnet164-cifar100',
+        _resnet164,
+        n_classes=100,
+        swa_lr=0.05,
+        **_preresnet,
+        published=_table_1((78.49, 0.36), (79.77, 0.17), (80.18, 0.23), (80.35, 0.16)),
+    ),
+    Recipe(
+        'wrn28-10-cifar10',
+        n_classes=10,
+        **_wrn,
+        published=_table_1((96.18, 0.11), (96.45, 0.11), (96.64, 0.08), (96.79, 0.05)),
+    ),
+    Recipe(
+        'wrn28-10-cifar100',
+        n_classes=100,
+        **_wrn,
+        published=_table_1((80.82, 0.23), (81.46, 0.23), (81.91, 0.27), (82.15, 0.27)),
+    ),
+)
+# a fixed learning rate from scratch; SGD has its own usual one
+_add_variant(
+    'wrn28-10-cifar100',
+    'wrn28-10-cifar100-fixed',
+    swa_start=140,
+    fixed_lr=True,
+    published={'SWA 1.5B': (81.7, None)},
+)
+
+# ensembles at one budget, on the same data: the SWA paper's networks, and one that a CPU trains in seconds
+
+_add_variant(
+    'vgg16-cifar10',
+    'ensembles-vgg16-cifar10',
+    ensembles=EnsembleMethods(lr=0.05, fge_lr=(1e-2, 5e-4), fge_len=2),
+    published={},
+)
+_add_variant(
+    'preresnet110-cifar10',
+    'ensembles-preresnet110-cifar10',
+    ensembles=EnsembleMethods(lr=0.1, fge_lr=(5e-2, 5e-4), fge_len=4),
+    published={},
+)
 
 
 # of 32 x 32 pixels the 8 x 8 that there are
@@ -368,169 +523,83 @@ def _small_digits_net(n_out):
     return nn.Sequential(nn.AvgPool2d(4), digits_net(n_out, n_in=3))
 
 
-_vgg16 = dict(network=VGG16, budget=200, lr=0.05, swa_lr=0.01, swa_start=160, wd=5e-4, stats=IMAGENET_STATS)
-_preresnet = dict(budget=150, lr=0.1, swa_start=125, wd=3e-4)
-_wrn = dict(budget=200, lr=0.1, swa_lr=0.05, swa_start=160, wd=5e-4)
-_resnet110, _resnet164, _wrn_28_10 = (partial(PreResNet, 110), partial(PreResNet, 164), partial(WideResNet, 28, 10))
+_small_ensembles = EnsembleMethods(lr=0.1, fge_lr=(5e-2, 5e-4), fge_len=2)
+_add(
+    Recipe(
+        'ensembles-digits',
+        _small_digits_net,
+        n_classes=10,
+        budget=40,
+        lr=0.1,
+        swa_lr=0.05,
+        swa_start=32,
+        wd=5e-4,
+        bs=32,
+        padding=None,
+        source='digits',
+        images=200,
+        ensembles=_small_ensembles,
+    )
+)
 
-RECIPES = {
-    r.name: r
-    for r in (
-        Recipe(
-            'vgg16-cifar10',
-            n_classes=10,
-            **_vgg16,
-            published=_rows((93.25, 0.16), (93.59, 0.16), (93.70, 0.22), (93.64, 0.18)),
-        ),
-        Recipe(
-            'vgg16-cifar100',
-            n_classes=100,
-            **_vgg16,
-            published=_rows((72.55, 0.10), (73.91, 0.12), (74.17, 0.15), (74.27, 0.25)),
-        ),
-        Recipe(
-            'preresnet110-cifar10',
-            _resnet110,
-            10,
-            swa_lr=0.01,
-            **_preresnet,
-            published=_rows((95.03, 0.05), (95.51, 0.10), (95.65, 0.03), (95.82, 0.03)),
-        ),
-        Recipe(
-            'preresnet110-cifar100',
-            _resnet110,
-            100,
-            swa_lr=0.05,
-            **_preresnet,
-            published=_rows((76.77, 0.38), (78.75, 0.16), (78.91, 0.29), (79.10, 0.21)),
-        ),
-        Recipe(
-            'preresnet164-cifar10',
-            _resnet164,
-            10,
-            swa_lr=0.01,
-            **_preresnet,
-            published=_rows((95.28, 0.10), (95.56, 0.11), (95.77, 0.04), (95.83, 0.03)),
-        ),
-        Recipe(
-            'preresnet164-cifar100',
-            _resnet164,
-            100,
-            swa_lr=0.05,
-            **_preresnet,
-            published=_rows((78.49, 0.36), (79.77, 0.17), (80.18, 0.23), (80.35, 0.16)),
-        ),
-        Recipe(
-            'wrn28-10-cifar10',
-            _wrn_28_10,
-            10,
-            **_wrn,
-            published=_rows((96.18, 0.11), (96.45, 0.11), (96.64, 0.08), (96.79, 0.05)),
-        ),
-        Recipe(
-            'wrn28-10-cifar100',
-            _wrn_28_10,
-            100,
-            **_wrn,
-            published=_rows((80.82, 0.23), (81.46, 0.23), (81.91, 0.27), (82.15, 0.27)),
-        ),
-        # a fixed learning rate from scratch; SGD has its own usual one
-        Recipe(
-            'wrn28-10-cifar100-fixed',
-            _wrn_28_10,
-            100,
-            **{**_wrn, 'swa_start': 140},
-            fixed_lr=True,
-            published={'SWA 1.5B': (81.7, None)},
-        ),
-    )
-}
-# ensembles at one budget, on the same data: the SWA paper's networks, and one that a CPU trains in seconds
-_fge = {'vgg16': Ensembles(0.05, (1e-2, 5e-4), 2), 'preresnet110': Ensembles(0.1, (5e-2, 5e-4), 4)}
-for _net, _ensembles in _fge.items():
-    _recipe = RECIPES[f'{_net}-cifar10']
-    RECIPES[f'ensembles-{_net}-cifar10'] = replace(
-        _recipe, name=f'ensembles-{_net}-cifar10', ensembles=_ensembles, published={}
-    )
-RECIPES['ensembles-digits'] = Recipe(
-    'ensembles-digits',
-    _small_digits_net,
-    10,
-    budget=40,
-    lr=0.1,
-    swa_lr=0.05,
-    swa_start=32,
-    wd=5e-4,
-    bs=32,
-    padding=None,
-    source='digits',
-    images=200,
-    ensembles=Ensembles(0.1, (5e-2, 5e-4), 2),
-)
 # networks, numbers of images and lengths that one core of a CPU can do; chosen on seed 100 (results/README.md)
+
 _small = dict(budget=60, lr=0.1, swa_lr=0.05, swa_start=48, wd=5e-4, one_cycle_lr=0.2, ema=0.998)
-RECIPES['small-cifar10'] = Recipe('small-cifar10', SmallPreResNet, 10, **_small, images=10_000)
-RECIPES['small-cifar100'] = Recipe(
-    'small-cifar100', partial(SmallPreResNet, width=32), 100, **_small, images=5_000, bs=64
+_add(
+    Recipe('small-cifar10', SmallPreResNet, n_classes=10, **_small, images=10_000),
+    Recipe('small-cifar100', partial(SmallPreResNet, width=32), n_classes=100, **_small, images=5_000, bs=64),
 )
-RECIPES['lengths-small-cifar100'] = replace(
-    RECIPES['small-cifar100'], name='lengths-small-cifar100', lengths=(15, 30, 60, 90)
-)
-RECIPES['ensembles-small-cifar100'] = replace(
-    RECIPES['small-cifar100'],
-    name='ensembles-small-cifar100',
-    one_cycle_lr=None,
-    ema=None,
-    ensembles=Ensembles(0.1, (5e-2, 5e-4), 2),
-)
+_add_variant('small-cifar100', 'lengths-small-cifar100', lengths=(15, 30, 60, 90))
+_add_variant('small-cifar100', 'ensembles-small-cifar100', one_cycle_lr=None, ema=None, ensembles=_small_ensembles)
+
 # beyond images: fastai's own optimizer, at several lengths
-_beyond = dict(network=None, n_classes=None, opt='Adam', wd=0.01, ema=0.99)
-for _task_recipe in (
+
+_beyond = dict(network=None, n_classes=None, opt='Adam', wd=0.01, ema=0.99, bs=256)
+_add(
     Recipe(
         'tabular-adult',
         **_beyond,
+        task=ADULT,
         budget=20,
+        lengths=(5, 10, 20),
         lr=1e-3,
+        one_cycle_lr=1e-3,
         swa_lr=5e-4,
         swa_start=15,
-        one_cycle_lr=1e-3,
-        bs=256,
-        lengths=(5, 10, 20),
-        task=ADULT,
     ),
     Recipe(
         'tabular-housing',
         **_beyond,
+        task=HOUSING,
         budget=40,
+        lengths=(10, 20, 40),
         lr=3e-3,
+        one_cycle_lr=3e-3,
         swa_lr=1.5e-3,
         swa_start=30,
-        one_cycle_lr=3e-3,
-        bs=256,
-        lengths=(10, 20, 40),
-        task=HOUSING,
     ),
     Recipe(
         'text-sst2',
         **_beyond,
+        task=SST2,
+        images=20_000,
         budget=12,
+        lengths=(4, 8, 12),
         lr=3e-3,
+        one_cycle_lr=3e-3,
         swa_lr=1.5e-3,
         swa_start=9,
-        one_cycle_lr=3e-3,
-        bs=256,
-        lengths=(4, 8, 12),
-        images=20_000,
-        task=SST2,
     ),
-):
-    RECIPES[_task_recipe.name] = _task_recipe
+)
+
 # the question that the 2018 replication left open: does padding by reflection, its library's default, explain its
 # higher accuracy?
+
 for _name in ('vgg16-cifar10', 'preresnet110-cifar10'):
-    RECIPES[f'{_name}-reflection'] = replace(
-        RECIPES[_name], name=f'{_name}-reflection', padding='reflect', published={}
-    )
+    _add_variant(_name, f'{_name}-reflection', padding='reflect', published={})
+
+
+# what is measured around them
 
 
 @dataclass(frozen=True)
@@ -573,23 +642,21 @@ class Landscape:
         )
 
 
-_landscape_bases = {
-    'vgg16-cifar10': dict(epochs=600, lr=0.015),
-    'vgg16-cifar100': dict(epochs=600, lr=0.015),
-    'preresnet110-cifar10': {},
-    'preresnet110-cifar100': {},
-    'preresnet164-cifar10': {},
-    'preresnet164-cifar100': {},
-    'wrn28-10-cifar10': {},
-    'wrn28-10-cifar100': {},
-    'small-cifar10': dict(epochs=30),
-    'small-cifar100': dict(epochs=30),
-    'ensembles-digits': dict(epochs=20),
-}
-LANDSCAPES = {
-    f'{kind}-{base.removeprefix("ensembles-")}': Landscape(
-        f'{kind}-{base.removeprefix("ensembles-")}', kind, base, **curve
-    )
-    for base, curve in _landscape_bases.items()
-    for kind in ('width', 'plane', 'curve')
-}
+LANDSCAPES: dict[str, Landscape] = {}
+
+
+def _add_landscapes(base: str, **curve):
+    "All three kinds around the solutions of the recipe `base`; `curve`: how its curves are trained."
+    for kind in ('width', 'plane', 'curve'):
+        name = f'{kind}-{base.removeprefix("ensembles-")}'
+        LANDSCAPES[name] = Landscape(name, kind, base, **curve)
+
+
+_add_landscapes('vgg16-cifar10', epochs=600, lr=0.015)
+_add_landscapes('vgg16-cifar100', epochs=600, lr=0.015)
+for _name in ('preresnet110', 'preresnet164', 'wrn28-10'):
+    _add_landscapes(f'{_name}-cifar10')
+    _add_landscapes(f'{_name}-cifar100')
+_add_landscapes('small-cifar10', epochs=30)
+_add_landscapes('small-cifar100', epochs=30)
+_add_landscapes('ensembles-digits', epochs=20)

@@ -1,22 +1,17 @@
 """What is kept of a seed: its record, the states at its forks, its weights."""
 
 import json
-import os
-import platform
 import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from time import gmtime, monotonic, strftime
-
-import torch
+from time import monotonic
 
 from ..files import read, save_weights, write, write_text
 from ..modules import unwrap
 from ..state import take
-from ..version import __version__
+from .machine import hardware, now, versions
 from .recipes import described, parts, runs
 from .store import RUNS_FILE, shortest, store, stored
 
@@ -31,11 +26,8 @@ __all__ = [
     'snapshots_folder',
     'json_number',
     'seconds_text',
-    'difference',
+    'first_difference',
     'duration',
-    'now',
-    'versions',
-    'hardware',
 ]
 
 
@@ -64,40 +56,61 @@ class Record:
     """
 
     def __init__(self, recipe, seed: int, out: Path, settings: Settings, images: dict, threads: int, jobs: int = 1):
-        self.recipe, self.seed, self.out, self.settings = recipe, seed, out, settings
-        self.parts, self.number = parts(runs(recipe)), 0  # the number of the part in training
+        self.recipe = recipe
+        self.seed = seed
+        self.out = out
+        self.settings = settings
+        self.parts = parts(runs(recipe))
+        self.number = 0  # of the part in training
         fixed = what_is_run(recipe, settings, images) | {'seed': seed}
         self.data = find_record(out, seed)
-        if self.data is not None:
-            check_record(self.data, out, fixed)
-            there = [(p['runs'], p['begin'], p['end']) for p in self.data['parts']]
-            if there != [([r.name for r in p.runs], p.begin, p.end) for p in self.parts]:
-                raise ValueError(f'{out}: seed {seed} was run with other runs of {recipe.name}: give another folder')
+        if self.data is None:
+            self._remove_what_is_left()
+            self.data = self._begun(fixed, threads)
         else:
-            # what an earlier run has left whose record is gone
-            for file in (*out.glob(f'seed-{seed}.part*.ckpt'), *out.glob(f'seed-{seed}.fork*')):
-                file.unlink()
-            self.data = {
-                'kind': 'training',
-                **fixed,
-                'threads': threads,
+            self._check(fixed)
+        if not self.data['finished']:
+            session = {
                 'started': now(),
-                'finished': None,
-                'sessions': [],
-                'parts': [
-                    {'runs': [r.name for r in p.runs], 'begin': p.begin, 'end': p.end, 'done': False, 'epochs': []}
-                    for p in self.parts
-                ],
+                'jobs': jobs,
+                'versions': versions(),
+                'hardware': hardware(settings.device),
             }
-        if self.data['finished']:
-            if self.file('json').exists():
-                self._save()  # it was killed when it was stored
-        else:
-            self.data['sessions'].append(
-                {'started': now(), 'jobs': jobs, 'versions': versions(), 'hardware': hardware(settings.device)}
-            )
+            self.data['sessions'].append(session)
             self._save()
+        elif self.file('json').exists():
+            self._save()  # it was killed when it was stored
         self.clock = _Clock(self)
+
+    def _remove_what_is_left(self):
+        "Remove what an earlier run has left whose record is gone."
+        for pattern in ('part*.ckpt', 'fork*'):
+            for file in self.out.glob(f'seed-{self.seed}.{pattern}'):
+                file.unlink()
+
+    def _begun(self, fixed, threads) -> dict:
+        return {
+            'kind': 'training',
+            **fixed,
+            'threads': threads,
+            'started': now(),
+            'finished': None,
+            'sessions': [],
+            'parts': [self._outline(part) | {'done': False, 'epochs': []} for part in self.parts],
+        }
+
+    def _check(self, fixed):
+        check_record(self.data, self.out, fixed)
+        wanted = [self._outline(part) for part in self.parts]
+        there = [{k: part[k] for k in ('runs', 'begin', 'end')} for part in self.data['parts']]
+        if there != wanted:
+            raise ValueError(
+                f'{self.out}: seed {self.seed} was run with other runs of {self.recipe.name}: give another folder'
+            )
+
+    @staticmethod
+    def _outline(part) -> dict:
+        return {'runs': [run.name for run in part.runs], 'begin': part.begin, 'end': part.end}
 
     def file(self, ending) -> Path:
         return self.out / f'seed-{self.seed}.{ending}'
@@ -107,7 +120,8 @@ class Record:
 
     def _save(self):
         if not self.data['finished']:
-            return write_text(self.file('json'), _as_json(self.data))
+            write_text(self.file('json'), _as_json(self.data))
+            return
         store(self.out, self.data)
         self.file('json').unlink(missing_ok=True)
 
@@ -139,28 +153,30 @@ class Record:
 
     def part_is_over(self, rows, learn, swa_model):
         """Everything that other parts and later questions need is written before the part counts as
-        done.
+        done. `swa_model`: `None` if nothing finite was averaged.
         """
-        part, data = self.parts[self.number], self.data['parts'][self.number]
+        part = self.parts[self.number]
         if part.is_last:
-            self._save_weights(learn.model, part.runs[0].name)
-            # `None`: nothing finite
-            if part.runs[0].name == 'SWA' and swa_model is not None:
+            run = part.runs[0].name
+            self._save_weights(learn.model, run)
+            if run == 'SWA' and swa_model is not None:
                 self._save_weights(swa_model, 'SWA average')
         else:
             write(self.file(f'fork{self.number}'), 'fork', 1, {'state': take(learn)})
-        data['epochs'], data['done'] = list(map(_cells, rows)), True
+        data = self.data['parts'][self.number]
+        data['epochs'] = list(map(_cells, rows))
+        data['done'] = True
         if all(p['done'] for p in self.data['parts']):
             self.data['finished'] = now()
         self._save()
 
     def clean_up(self):
         "Remove what no part still to be trained needs."
-        for i, part in enumerate(self.parts):
-            # there, if it was killed in that moment
+        for i in range(len(self.parts)):
             if self.is_done(i):
+                # there, if it was killed in that moment
                 self.file(f'part{i}.ckpt').unlink(missing_ok=True)
-            children = [j for j, p in enumerate(self.parts) if p.parent == i]
+            children = [j for j, part in enumerate(self.parts) if part.parent == i]
             if children and all(map(self.is_done, children)):
                 self.file(f'fork{i}').unlink(missing_ok=True)
 
@@ -175,14 +191,17 @@ class Record:
 
     def line(self) -> str:
         "Where the part in training stands, for a progress display."
-        part, rows = self.parts[self.number], self.data['parts'][self.number]['epochs']
+        part = self.parts[self.number]
+        rows = self.data['parts'][self.number]['epochs']
+        runs_text = ', '.join(run.name for run in part.runs)
         metric = self.recipe.metric
+        metric_text = f'{metric} {100 * rows[-1][metric]:.2f} %'
         average = rows[-1].get(f'swa_{metric}')
-        average = f' (average {100 * average:.2f} %)' if average is not None else ''
+        if average is not None:
+            metric_text += f' (average {100 * average:.2f} %)'
         return (
-            f'seed {self.seed}  {", ".join(r.name for r in part.runs)}  epoch {part.begin + len(rows)} of {part.end}  '
-            f'{metric} {100 * rows[-1][metric]:.2f} %{average}  {seconds_text(rows[-1]["seconds"])} an epoch  '
-            f'{duration(self.clock.left())} left'
+            f'seed {self.seed}  {runs_text}  epoch {part.begin + len(rows)} of {part.end}  {metric_text}  '
+            f'{seconds_text(rows[-1]["seconds"])} an epoch  {duration(self.clock.left())} left'
         )
 
 
@@ -190,10 +209,13 @@ class _Clock:
     "Times the epochs of a record's seed, and says how long those left will take."
 
     def __init__(self, record):
-        self.record, self.seconds, self.started = record, {False: [], True: []}, None
-        for i, part in enumerate(record.data['parts']):  # of earlier sessions
-            for e, row in enumerate(part['epochs']):
-                self.seconds[self._folds(i, e)].append(row['seconds'])
+        self.record = record
+        # does the epoch validate the average? -> what such epochs took, those of earlier sessions first
+        self.seconds = {False: [], True: []}
+        self.started = None  # when the epoch under way began
+        for number, part in enumerate(record.data['parts']):
+            for epoch, row in enumerate(part['epochs']):
+                self.seconds[self._folds(number, epoch)].append(row['seconds'])
 
     def start(self):
         self.started = monotonic()
@@ -207,16 +229,18 @@ class _Clock:
     def next_epoch(self) -> float:
         "What the next epoch can be expected to take at most."
         number = self.record.number
-        return 1.2 * self._expected(self._folds(number, len(self.record.data['parts'][number]['epochs'])))
+        n_done = len(self.record.data['parts'][number]['epochs'])
+        return 1.2 * self._expected(self._folds(number, n_done))
 
     def left(self) -> float:
         "Expected seconds to the end of the seed's last part."
         seconds = {folds: self._expected(folds) for folds in (False, True)}
-        return sum(
-            seconds[self._folds(i, e)]
-            for i, (p, data) in enumerate(zip(self.record.parts, self.record.data['parts']))
-            for e in range(len(data['epochs']), p.end - p.begin)
-        )
+        total = 0.0
+        for number, part in enumerate(self.record.parts):
+            n_done = len(self.record.data['parts'][number]['epochs'])
+            for epoch in range(n_done, part.end - part.begin):
+                total += seconds[self._folds(number, epoch)]
+        return total
 
     def _folds(self, number, epoch) -> bool:
         "Is the average validated in this epoch of a part?"
@@ -226,19 +250,28 @@ class _Clock:
     def _expected(self, folds) -> float:
         if self.seconds[folds]:
             return median(self.seconds[folds][-9:])
-        # a forward pass more, and a validation
         if self.seconds[not folds]:
-            return median(self.seconds[not folds][-9:]) * (1.5 if folds else 1)
+            of_the_others = median(self.seconds[not folds][-9:])
+            return 1.5 * of_the_others if folds else of_the_others  # a forward pass more, and a validation
         return 0.0
 
 
+# names of files
+
+
 def snapshots_folder(out: Path, seed: int, run: str) -> Path:
-    return out / f'seed-{seed}-{re.sub("[^a-z0-9.]+", "-", run.lower())}'
+    name = re.sub('[^a-z0-9.]+', '-', run.lower())
+    return out / f'seed-{seed}-{name}'
 
 
 def weights_file(out: Path, seed: int, run: str) -> Path:
     folder = snapshots_folder(out, seed, run)
     return folder.with_name(f'{folder.name}.pth')
+
+
+# records read and compared
+
+_KEYS = {'recipe', 'seed', 'settings', 'images', 'parts', 'finished'}
 
 
 def what_is_run(recipe, settings: Settings, images: dict) -> dict:
@@ -253,18 +286,18 @@ def what_is_run(recipe, settings: Settings, images: dict) -> dict:
     }
 
 
-_KEYS = {'recipe', 'seed', 'settings', 'images', 'parts', 'finished'}
-
-
 def read_records(folder: Path) -> dict[int, dict]:
     """Seed -> its record, for all in `folder`, complete or not, in the order of the seeds. Raises
     `ValueError` if one is damaged.
     """
     if not folder.is_dir():
         return {}
-    names = (re.fullmatch(r'seed-(\d+)\.json', f.name) for f in folder.iterdir())
-    begun = {int(m[1]): _read_begun(folder / m[0]) for m in names if m}
-    begun = {seed: data for seed, data in begun.items() if data is not None}
+    begun = {}
+    for file in folder.iterdir():
+        match = re.fullmatch(r'seed-(\d+)\.json', file.name)
+        data = _read_begun(file) if match else None
+        if data is not None:
+            begun[int(match[1])] = data
     return dict(sorted((begun | _complete(folder)).items()))
 
 
@@ -276,23 +309,12 @@ def find_record(folder: Path, seed: int) -> dict | None:
     return _complete(folder).get(seed, begun)
 
 
-def _complete(folder) -> dict:
+def _complete(folder) -> dict[int, dict]:
     complete = stored(folder, 'training')
     for seed, data in complete.items():
         if not _KEYS <= data.keys():
             raise ValueError(f'{folder / RUNS_FILE} is damaged: seed {seed} is no record of a training: move it away')
     return complete
-
-
-def check_record(data: dict, folder: Path, fixed: dict):
-    """Raises `ValueError` if the record `data` of a seed in `folder` does not agree with what is
-    `fixed`.
-    """
-    for k, v in fixed.items():
-        if data.get(k) == v:
-            continue
-        said = difference(data.get(k), v, k)
-        raise ValueError(f'{folder}: seed {data["seed"]} was run with {said}: give the same, or another folder')
 
 
 def _read_begun(file) -> dict | None:
@@ -308,50 +330,62 @@ def _read_begun(file) -> dict | None:
     return data
 
 
-def seconds_text(seconds) -> str:
-    return f'{seconds:.2f} s' if seconds < 10 else f'{seconds:.0f} s'
+def check_record(data: dict, folder: Path, fixed: dict):
+    """Raises `ValueError` if the record `data` of a seed in `folder` does not agree with what is
+    `fixed`.
+    """
+    for k, v in fixed.items():
+        if data.get(k) != v:
+            said = first_difference(data.get(k), v, k)
+            raise ValueError(f'{folder}: seed {data["seed"]} was run with {said}: give the same, or another folder')
 
 
-def _cells(row) -> dict:
-    return {k: round(v, 3) if k == 'seconds' else json_number(shortest(float(v))) for k, v in row.items()}
+def first_difference(was, now, name: str) -> str:
+    "Of two values that differ, or of two dicts the first entry that differs."
+    if isinstance(was, dict) and isinstance(now, dict):
+        name = next(k for k in {**was, **now} if was.get(k, 'nothing') != now.get(k, 'nothing'))
+        was = was.get(name)
+        now = now.get(name)
+    return f'{name}={was!r}, not {now!r}'
+
+
+# records written
+
+
+def _cells(row: dict) -> dict:
+    "The row of an epoch, as it is kept."
+    res = {}
+    for name, value in row.items():
+        res[name] = round(value, 3) if name == 'seconds' else json_number(shortest(float(value)))
+    return res
 
 
 def json_number(v):
-    return v if abs(v) < float('inf') else None  # JSON knows neither nan nor infinity
+    "`v`, or `None` for what JSON does not know: nan and infinity."
+    return v if abs(v) < float('inf') else None
 
 
-def _as_json(data) -> str:
+def _as_json(data: dict) -> str:
     "Indented, but an epoch a line."
-    text = json.dumps(data | {'parts': [p | {'epochs': f'@{i}'} for i, p in enumerate(data['parts'])]}, indent=1)
-    for i, p in enumerate(data['parts']):
-        text = text.replace(f'"@{i}"', '[' + ',\n   '.join(map(json.dumps, p['epochs'])) + ']', 1)
+    outlines = [part | {'epochs': f'@{i}'} for i, part in enumerate(data['parts'])]
+    text = json.dumps(data | {'parts': outlines}, indent=1)
+    for i, part in enumerate(data['parts']):
+        rows = ',\n   '.join(map(json.dumps, part['epochs']))
+        text = text.replace(f'"@{i}"', f'[{rows}]', 1)
     return text + '\n'
 
 
-def difference(was, now, name) -> str:
-    if not isinstance(was, dict) or not isinstance(now, dict):
-        return f'{name}={was!r}, not {now!r}'
-    name = next(k for k in {**was, **now} if was.get(k, 'nothing') != now.get(k, 'nothing'))
-    return f'{name}={was.get(name)!r}, not {now.get(name)!r}'
+# durations in words
 
 
-def duration(seconds) -> str:
+def seconds_text(seconds: float) -> str:
+    return f'{seconds:.2f} s' if seconds < 10 else f'{seconds:.0f} s'
+
+
+def duration(seconds: float) -> str:
     minutes = seconds / 60
-    return f'{seconds:.0f} s' if seconds < 90 else f'{minutes:.0f} min' if minutes < 90 else f'{minutes / 60:.1f} h'
-
-
-def now():
-    return strftime('%Y-%m-%dT%H:%M:%SZ', gmtime())
-
-
-def versions() -> dict:
-    return (
-        {'python': platform.python_version()}
-        | {name: version(name) for name in ('torch', 'torchvision', 'fastai')}
-        | {'fastai_swa': __version__}
-    )
-
-
-def hardware(device) -> dict:
-    gpu = {'gpu': torch.cuda.get_device_name(device), 'cuda': torch.version.cuda} if device.startswith('cuda') else {}
-    return gpu | {'machine': platform.machine(), 'cores': os.cpu_count()}
+    if seconds < 90:
+        return f'{seconds:.0f} s'
+    if minutes < 90:
+        return f'{minutes:.0f} min'
+    return f'{minutes / 60:.1f} h'

@@ -40,36 +40,50 @@ def rows_of(record: dict) -> dict[str, Row]:
     if RECIPES[record['recipe']].lengths:
         return _rows_of_lengths(record)
     rows = {}
-    for b in ('1B', '1.5B'):
-        rows |= _rows_of_run(record, f'SGD {b}')
-    budgets = {f'{b:g}B': int(record['budget'] * b) for b in (1, 1.25, 1.5)}
-    for b, epochs in budgets.items():
-        rows[f'SWA run at {b}, single weights'] = Row('SWA', epochs, '')
-    for b, epochs in budgets.items():
-        rows[f'SWA {b}'] = Row('SWA', epochs, 'swa_')
-    rows |= _beside(record, 'SWA', 'SWA run at 1.5B')
+    for budgets in ('1B', '1.5B'):
+        rows |= _rows_of_run(record, f'SGD {budgets}')
+    epochs_at = {f'{budgets:g}B': int(record['budget'] * budgets) for budgets in (1, 1.25, 1.5)}
+    for budgets, epochs in epochs_at.items():
+        rows[f'SWA run at {budgets}, single weights'] = Row('SWA', epochs, '')
+    for budgets, epochs in epochs_at.items():
+        rows[f'SWA {budgets}'] = Row('SWA', epochs, 'swa_')
+    rows |= _rows_beside(record, 'SWA', 'SWA run at 1.5B')
     for run in run_lengths(record):
         if run.startswith('one-cycle'):
             rows |= _rows_of_run(record, run)
     return rows
 
 
-def _rows_of_lengths(record):
+def _rows_of_lengths(record) -> dict[str, Row]:
     rows = {}
     for run, n in run_lengths(record).items():
         if run.startswith('SWA'):
-            rows |= {f'{run}, single weights': Row(run, n, ''), run: Row(run, n, 'swa_'), **_beside(record, run, run)}
+            rows[f'{run}, single weights'] = Row(run, n, '')
+            rows[run] = Row(run, n, 'swa_')
+            rows |= _rows_beside(record, run, run)
         else:
             rows |= _rows_of_run(record, run)
     return dict(sorted(rows.items(), key=lambda item: item[1].epochs))
 
 
-def _rows_of_run(record, run):
+def _rows_of_run(record, run) -> dict[str, Row]:
     "Its end, the same with its batch norm refreshed, and the averages beside it."
     n = run_lengths(record)[run]
     recipe = RECIPES[record['recipe']]
-    refreshed = {run + REFRESHED: Row(run, n, 'swa_')} if _has_batch_norm(recipe.network, recipe.n_classes) else {}
-    return {run: Row(run, n, ''), **refreshed, **_beside(record, run, run)}
+    rows = {run: Row(run, n, '')}
+    if _has_batch_norm(recipe.network, recipe.n_classes):
+        rows[run + REFRESHED] = Row(run, n, 'swa_')
+    return rows | _rows_beside(record, run, run)
+
+
+def _rows_beside(record, run, label) -> dict[str, Row]:
+    "The averages beside a run, which are validated at its end."
+    epochs = _epochs(record, run)
+    rows = {}
+    for name, said in _BESIDE.items():
+        if f'{name}_valid_loss' in epochs[-1]:
+            rows[f'{label}, {said}'] = Row(run, len(epochs), f'{name}_')
+    return rows
 
 
 def run_lengths(record) -> dict[str, int]:
@@ -79,16 +93,6 @@ def run_lengths(record) -> dict[str, int]:
         for run in part['runs']:
             res[run] = max(res.get(run, 0), part['end'])
     return res
-
-
-def _beside(record, run, label) -> dict[str, Row]:
-    "The averages beside a run, which are validated at its end."
-    epochs = _epochs(record, run)
-    return {
-        f'{label}, {said}': Row(run, len(epochs), f'{name}_')
-        for name, said in _BESIDE.items()
-        if f'{name}_valid_loss' in epochs[-1]
-    }
 
 
 def _epochs(record, run) -> list[dict]:
@@ -104,12 +108,13 @@ def values(records: list[dict], name: str) -> dict[str, np.ndarray]:
     metric = RECIPES[records[0]['recipe']].metric
     res = {}
     for label, row in rows_of(records[0]).items():
-        ends = [_epochs(r, row.run)[row.epochs - 1] for r in records]
-        res[label] = np.array([_value(end, row.average, name, metric) for end in ends])
+        ends = [_epochs(record, row.run)[row.epochs - 1] for record in records]
+        res[label] = np.array([_read_off(end, row.average, name, metric) for end in ends])
     return res
 
 
-def _value(epoch, average, name, metric) -> float:
+def _read_off(epoch: dict, average: str, name: str, metric: str) -> float:
+    "`name` of an `average` in the row of an `epoch`."
     value = epoch.get(average + (metric if name == 'error' else name))
     if value is None:
         return float('nan')
@@ -129,8 +134,9 @@ def pairs_of(record) -> list[tuple[str, str]]:
     """
     recipe = RECIPES[record['recipe']]
     if recipe.lengths:
-        lengths = sorted(set(run_lengths(record).values()))
-        pairs = [pair for n in lengths for pair in _pairs_of_length(f'SWA {n}', f'{recipe.opt} {n}', f'one-cycle {n}')]
+        pairs = []
+        for n in sorted(set(run_lengths(record).values())):
+            pairs += _pairs_of_length(f'SWA {n}', f'{recipe.opt} {n}', f'one-cycle {n}')
     else:
         pairs = [
             ('SWA 1.25B', 'SGD 1B'),
@@ -171,7 +177,7 @@ def _pairs_of_length(swa, plain, one_cycle):
 def curves(records: list[dict], name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Curve -> its epochs (counted from 1: after so many), and `name` ('error', in per cent, or
     'valid_loss') at each for each seed, shape (seeds, epochs)."""
-    res, lengths, metric = {}, run_lengths(records[0]), RECIPES[records[0]['recipe']].metric
+    lengths = run_lengths(records[0])
     wanted = {
         'SGD 1B': ('SGD 1B', ''),
         'SGD 1.5B': ('SGD 1.5B', ''),
@@ -179,21 +185,27 @@ def curves(records: list[dict], name: str) -> dict[str, tuple[np.ndarray, np.nda
         'SWA run, single weights': ('SWA', ''),
         'SWA run, average': ('SWA', 'swa_'),
     }
+    res = {}
     for label, (run, average) in wanted.items():
         if run not in lengths:
             continue
-        by_seed = [[_value(epoch, average, name, metric) for epoch in _epochs(r, run)] for r in records]
-        by_seed = np.array(by_seed)
+        by_seed = np.array([_read_curve(record, run, average, name) for record in records])
         shown = ~np.isnan(by_seed).all(0)
         res[label] = np.flatnonzero(shown) + 1, by_seed[:, shown]
     return res
+
+
+def _read_curve(record, run, average, name) -> list[float]:
+    metric = RECIPES[record['recipe']].metric
+    return [_read_off(epoch, average, name, metric) for epoch in _epochs(record, run)]
 
 
 def curves_of_lengths(records: list[dict], name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Method -> the numbers of epochs trained, and `name` at the end of each for each seed, shape
     (seeds, lengths).
     """
-    found, lengths = values(records, name), sorted(set(run_lengths(records[0]).values()))
+    found = values(records, name)
+    lengths = sorted(set(run_lengths(records[0]).values()))
     plain = RECIPES[records[0]['recipe']].opt
     methods = {
         plain: plain + ' {}',
@@ -202,8 +214,11 @@ def curves_of_lengths(records: list[dict], name: str) -> dict[str, tuple[np.ndar
         'one-cycle, mean of its last third': 'one-cycle {}, mean of its last third',
         'SWA': 'SWA {}',
     }
-    there = {method: row for method, row in methods.items() if row.format(lengths[0]) in found}
-    return {m: (np.array(lengths), np.stack([found[row.format(n)] for n in lengths], 1)) for m, row in there.items()}
+    res = {}
+    for method, row in methods.items():
+        if row.format(lengths[0]) in found:
+            res[method] = np.array(lengths), np.stack([found[row.format(n)] for n in lengths], 1)
+    return res
 
 
 @cache  # a row of the table each asks

@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import sleep
 
+import matplotlib.pyplot as plt
 import numpy as np
 
-from ..files import InUse, Lock, write_text
+from ..files import InUse, Lock, replacing, write_text
 
-__all__ = ['stored', 'store', 'write_report', 'shortest', 'RUNS_FILE']
+__all__ = ['stored', 'store', 'write_report', 'write_figure', 'shortest', 'RUNS_FILE']
 
 RUNS_FILE = 'runs.jsonl'
 
@@ -22,7 +23,7 @@ def stored(folder: Path, kind: str) -> dict[int, dict]:
     Raises `ValueError`, naming file and line, if it is damaged.
     """
     found = {}
-    for data in _lines(folder / RUNS_FILE):
+    for data in _read_lines(folder / RUNS_FILE):
         if data['kind'] == kind:
             found[data['seed']] = data
     return dict(sorted(found.items()))
@@ -37,9 +38,13 @@ def store(folder: Path, data: dict):
     """
     file = folder / RUNS_FILE
     with _locked(file):
-        others = [d for d in _lines(file) if (d['kind'], d['seed']) != (data['kind'], data['seed'])]
-        lines = sorted([*others, data], key=lambda d: (d['kind'], d['seed']))
-        write_text(file, ''.join(json.dumps(d, separators=(',', ':')) + '\n' for d in lines))
+        others = [d for d in _read_lines(file) if _place(d) != _place(data)]
+        lines = [json.dumps(d, separators=(',', ':')) for d in sorted([*others, data], key=_place)]
+        write_text(file, '\n'.join(lines) + '\n')
+
+
+def _place(data: dict) -> tuple:
+    return data['kind'], data['seed']
 
 
 def write_report(folder: Path, text: str, records: list[dict], numbers: dict):
@@ -49,10 +54,21 @@ def write_report(folder: Path, text: str, records: list[dict], numbers: dict):
     Raises `OSError` if one cannot be written.
     """
     first = records[0]
-    what = {'recipe': first['recipe'], 'seeds': [r['seed'] for r in records]}
-    what |= {k: first[k] for k in ('images', 'settings')}
+    what = {
+        'recipe': first['recipe'],
+        'seeds': [r['seed'] for r in records],
+        'images': first['images'],
+        'settings': first['settings'],
+    }
     write_text(folder / 'report.json', json.dumps(what | numbers, indent=1, allow_nan=False) + '\n')
     write_text(folder / 'report.md', text)
+
+
+def write_figure(file: Path, fig):
+    "The figure `fig` as PNG, and close it. Raises `OSError` if it cannot be written."
+    with replacing(file) as f:
+        fig.savefig(f, format='png', dpi=110)
+    plt.close(fig)
 
 
 def shortest(value: float) -> float:
@@ -62,7 +78,7 @@ def shortest(value: float) -> float:
     return float(str(single)) if float(single) == value else value
 
 
-def _lines(file) -> list[dict]:
+def _read_lines(file) -> list[dict]:
     if not file.exists():
         return []
     res = []
@@ -80,10 +96,10 @@ def _lines(file) -> list[dict]:
 @contextmanager
 def _locked(file):
     "Writers wait for one another; each takes milliseconds."
-    while True:
+    lock = None
+    while lock is None:
         try:
             lock = Lock(file)
-            break
         except InUse:
             sleep(0.01)
     try:

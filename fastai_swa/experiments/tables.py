@@ -6,13 +6,27 @@ A sample has a value for each seed; what diverged is nan, counts for nothing, an
 import numpy as np
 from scipy.stats import t
 
-__all__ = ['table', 'spread', 'mean_and_half', 'difference_rows', 'summary', 'difference_summary', 'differences']
+__all__ = [
+    'markdown_table',
+    'counted',
+    'spread',
+    'mean_and_half',
+    'difference_rows',
+    'summary',
+    'difference_summary',
+    'differences',
+]
 
 
-def table(rows: list[list[str]]) -> str:
-    "Markdown; the first row is the head."
-    head, *body = ('| ' + ' | '.join(row) + ' |' for row in rows)
-    return '\n'.join([head, '|---' * len(rows[0]) + '|', *body])
+def markdown_table(rows: list[list[str]]) -> str:
+    "The first row is the head."
+    head, *body = [f'| {" | ".join(row)} |' for row in rows]
+    line = '|---' * len(rows[0]) + '|'
+    return '\n'.join([head, line, *body])
+
+
+def counted(n: int, noun: str) -> str:
+    return f'{n} {noun}' if n == 1 else f'{n} {noun}s'
 
 
 def mean_and_half(x: np.ndarray) -> tuple[float, float]:
@@ -44,7 +58,9 @@ def _signed(x: np.ndarray, digits: int) -> list[str]:
     if not len(found):
         return ['', '']
     mean, half = mean_and_half(found)
-    interval = f'{mean - half:+.{digits}f} to {mean + half:+.{digits}f}' if half < float('inf') else ''
+    interval = ''
+    if half < float('inf'):
+        interval = f'{mean - half:+.{digits}f} to {mean + half:+.{digits}f}'
     return [f'{mean:+.{digits}f}' + _of_all(found, x), interval]
 
 
@@ -61,8 +77,8 @@ def summary(x: np.ndarray) -> dict:
     report.json.
     """
     found = _finite(x)
-    mean = float(found.mean()) if len(found) else None
-    return {'mean': mean, 'std': float(found.std(ddof=1)) if len(found) > 1 else None, 'n': len(found)}
+    std = float(found.std(ddof=1)) if len(found) > 1 else None
+    return {'mean': _mean_or_none(found), 'std': std, 'n': len(found)}
 
 
 def difference_summary(x: np.ndarray) -> dict:
@@ -71,22 +87,26 @@ def difference_summary(x: np.ndarray) -> dict:
     """
     found = _finite(x)
     if len(found) < 2:
-        return {'mean': float(found.mean()) if len(found) else None, 'low': None, 'high': None, 'n': len(found)}
+        return {'mean': _mean_or_none(found), 'low': None, 'high': None, 'n': len(found)}
     mean, half = mean_and_half(found)
     return {'mean': mean, 'low': mean - half, 'high': mean + half, 'n': len(found)}
+
+
+def _mean_or_none(found):
+    return float(found.mean()) if len(found) else None
 
 
 def differences(errors: dict, losses: dict, pairs) -> dict:
     """Of each pair of rows 'a - b' -> the summaries of the paired differences of error and of loss,
     for report.json.
     """
-    return {
-        f'{a} - {b}': {
+    res = {}
+    for a, b in pairs:
+        res[f'{a} - {b}'] = {
             'error': difference_summary(errors[a] - errors[b]),
             'loss': difference_summary(losses[a] - losses[b]),
         }
-        for a, b in pairs
-    }
+    return res
 
 
 def difference_rows(
@@ -111,7 +131,8 @@ def difference_rows(
         gain = values[a] - values[b]
         row = [f'{a} - {b}', *_signed(gain, digits), f'{(gain < 0).sum()} of {len(gain)}']
         if published is not None:
-            row.append(f'{published[a][0] - published[b][0]:+.2f}' if a in published and b in published else '')
+            is_published = a in published and b in published
+            row.append(f'{published[a][0] - published[b][0]:+.2f}' if is_published else '')
         if losses is not None:
             row += _signed(losses[a] - losses[b], 4)
         rows.append(row)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastai_swa.experiments.measures import calibration_error, disagreement, measures
+from fastai_swa.experiments.scores import calibration_error, disagreement, scores
 
 
 def random_case(seed, n=200, n_classes=4):
@@ -52,7 +52,7 @@ def test_disagreement_is_the_mean_over_pairs():
 
 def test_accuracy_and_loss():
     probs, y = random_case(9)
-    found = measures(probs, y)
+    found = scores(probs, y)
     assert found['accuracy'] == pytest.approx(sum(int(p.argmax()) == int(t) for p, t in zip(probs, y)) / 200)
     assert found['loss'] == pytest.approx(-sum(math.log(p[t]) for p, t in zip(probs, y)) / 200, rel=1e-5)
-    assert measures(torch.tensor([[1.0, 0.0]]), torch.tensor([1]))['loss'] > 80  # not infinite
+    assert scores(torch.tensor([[1.0, 0.0]]), torch.tensor([1]))['loss'] > 80  # not infinite

@@ -1,8 +1,6 @@
-"""A recipe's data, its learner, and what a seed sets for the whole process."""
+"""A recipe's data and its learner."""
 
 import hashlib
-import os
-from contextlib import contextmanager
 from functools import cache
 from random import Random
 
@@ -19,36 +17,16 @@ from ..vision import cifar
 from ..vision.tensors import tensor_loaders
 from .recipes import optimizer
 
-__all__ = ['TimeIsUp', 'recipe_learner', 'recipe_data', 'settings_restored', 'EpochRecorder']
-
-
-class TimeIsUp(Exception):
-    "There is no time for another epoch, or point; the same call goes on."
-
-
-@contextmanager
-def settings_restored():
-    "What a seed sets for the whole process."
-    cudnn, threads = torch.backends.cudnn, torch.get_num_threads()
-    kept = cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
-    try:
-        yield
-    finally:
-        cudnn.benchmark, cudnn.deterministic = kept[:2]
-        torch.use_deterministic_algorithms(kept[2])
-        torch.set_num_threads(threads)
+__all__ = ['recipe_learner', 'recipe_data', 'EpochRecorder']
 
 
 def recipe_learner(recipe, seed, settings, data) -> Learner:
-    "With the weights, the order and the augmentation of `seed`; `data`: of `recipe_data`."
+    """With the weights, the order and the augmentation of `seed`; `data`: of `recipe_data`.
+
+    What `settings` say of the whole process holds where it is trained, or predicts, within
+    `process_settings`.
+    """
     set_seed(seed)
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = (
-        not settings.deterministic,
-        settings.deterministic,
-    )
-    torch.use_deterministic_algorithms(settings.deterministic)
-    if settings.deterministic:
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # or cuBLAS refuses
     make = _image_learner if recipe.task is None else _task_learner
     learn = make(recipe, seed, settings, data)
     learn.remove_cbs([Recorder, ProgressCallback])
@@ -100,6 +78,7 @@ class BF16(MixedPrecision):
     learner.
     """
 
+    __module__ = 'fastai_swa.experiments.learners'  # under which checkpoints know it
     name = 'mixed_precision'
 
     def __init__(self):
@@ -164,6 +143,7 @@ class EpochRecorder(Recorder):
     not the smoothed loss at its end.
     """
 
+    __module__ = 'fastai_swa.experiments.learners'  # under which checkpoints know it
     name = 'recorder'
 
     def __init__(self):

@@ -2,7 +2,17 @@
 
 import torch
 
-__all__ = ['calibration_error', 'disagreement', 'measures']
+__all__ = ['scores', 'calibration_error', 'disagreement']
+
+
+def scores(probs: torch.Tensor, targets: torch.Tensor) -> dict:
+    "Accuracy, loss (mean negative log-likelihood) and calibration error of `probs` (n, classes)."
+    picked = probs.double()[torch.arange(len(targets)), targets]
+    return {
+        'accuracy': float((probs.argmax(1) == targets).double().mean()),
+        'loss': float(-picked.clamp_min(1e-45).log().mean()),
+        'calibration_error': calibration_error(probs, targets),
+    }
 
 
 def calibration_error(probs: torch.Tensor, targets: torch.Tensor, n_bins: int = 15) -> float:
@@ -15,7 +25,8 @@ def calibration_error(probs: torch.Tensor, targets: torch.Tensor, n_bins: int = 
     confidence, predicted = probs.double().max(1)
     bins = (confidence * n_bins).ceil().long().clamp(1, n_bins) - 1  # of (0, 1/n], (1/n, 2/n], ...
     gap = (predicted == targets).double() - confidence
-    return float(torch.zeros(n_bins, dtype=torch.double).scatter_add_(0, bins, gap).abs().sum() / len(probs))
+    gaps = torch.zeros(n_bins, dtype=torch.double).scatter_add_(0, bins, gap)
+    return float(gaps.abs().sum() / len(probs))
 
 
 def disagreement(probs: torch.Tensor) -> float:
@@ -24,17 +35,9 @@ def disagreement(probs: torch.Tensor) -> float:
 
     `probs` (members, n, classes).
     """
-    votes, pairs = probs.argmax(2), []
+    votes = probs.argmax(2)
+    pairs = []
     for i in range(len(votes)):
-        pairs += [(votes[i] != votes[j]).double().mean() for j in range(i)]
+        for j in range(i):
+            pairs.append((votes[i] != votes[j]).double().mean())
     return float(torch.stack(pairs).mean()) if pairs else float('nan')
-
-
-def measures(probs: torch.Tensor, targets: torch.Tensor) -> dict:
-    "Accuracy, loss (mean negative log-likelihood) and calibration error of `probs` (n, classes)."
-    picked = probs.double()[torch.arange(len(targets)), targets]
-    return {
-        'accuracy': float((probs.argmax(1) == targets).double().mean()),
-        'loss': float(-picked.clamp_min(1e-45).log().mean()),
-        'calibration_error': calibration_error(probs, targets),
-    }
