@@ -3,11 +3,13 @@ on all of them together; and the report on it."""
 
 import json
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from time import sleep
 
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
 from ..files import InUse, Lock, replacing, write_text
 
@@ -65,10 +67,15 @@ def write_report(folder: Path, text: str, records: list[dict], numbers: dict):
 
 
 def write_figure(file: Path, fig):
-    "The figure `fig` as PNG, and close it. Raises `OSError` if it cannot be written."
-    with replacing(file) as f:
-        fig.savefig(f, format='png', dpi=110)
+    """The figure `fig` as PNG of 256 colours, a third of the size of one of all colours, and close
+    it. Raises `OSError` if it cannot be written.
+    """
+    drawn = BytesIO()
+    fig.savefig(drawn, format='png', dpi=110)
     plt.close(fig)
+    image = Image.open(drawn).convert('RGB').quantize(256, dither=Image.Dither.NONE)
+    with replacing(file) as f:
+        image.save(f, 'PNG', optimize=True)
 
 
 def shortest(value: float) -> float:
