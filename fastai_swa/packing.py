@@ -32,9 +32,9 @@ tuple is the sign of a tag, and has one itself.
     of a subclass of list, deque or set             ('items', [class, elements])
     anything else                                   ('hole', class), or refused
 
-Containers have tags where torch would read them, since what they hold may be packed as a list,
-which is no element of a set and no key. In files of earlier versions 'size', 'device' and 'complex'
-are tags as well.
+Containers have tags also where torch would read them: what they hold may be packed as a list, which
+can be no key, nor be in a set. In files of earlier versions 'size', 'device' and 'complex' are tags
+as well.
 """
 
 import dataclasses
