@@ -577,21 +577,21 @@ def test_the_record_says_what_was_run_on_what_and_is_standard_json(whole):
 
 
 def test_the_fingerprint_is_of_the_images_and_labels():
-    from fastai_swa.experiments.recipe_learner import _fingerprint
+    from fastai_swa.experiments.recipe_learner import _digest_of_images as fingerprint
 
     def loaded():
         return cifar(10, 'digits', n_images=100, device='cpu')
 
     prints = [
-        _fingerprint(loaded()),
-        _fingerprint(loaded()),
-        _fingerprint(cifar(10, 'digits', n_images=200, device='cpu')),
+        fingerprint(loaded()),
+        fingerprint(loaded()),
+        fingerprint(cifar(10, 'digits', n_images=200, device='cpu')),
     ]
     for part in 'train_ds', 'valid_ds':
         for what in 'images', 'labels':
             dls = loaded()
             getattr(getattr(dls, part), what).view(-1)[7] += 1
-            prints.append(_fingerprint(dls))
+            prints.append(fingerprint(dls))
     assert prints[0] == prints[1] and len(set(prints)) == 6
 
 
