@@ -1031,6 +1031,18 @@ def test_a_checkpoint_that_a_kill_left_behind_a_part_that_was_over_goes_away(tmp
     assert_same_seed(tmp_path, whole)
 
 
+def test_checkpoints_know_the_runners_callbacks_by_the_places_that_they_had_at_first(tmp_path):
+    "So that a seed begun by an earlier version goes on."
+    with pytest.raises(Stop):
+        seed_0(tmp_path, settings=replace(IMAGES, precision='bf16'), show=stop)
+    state = torch.load(tmp_path / 'seed-0.part0.ckpt', weights_only=True)['state']
+    assert {'fastai_swa.experiments.run._Log.0', 'fastai_swa.experiments.run._Checkpoint.0'} <= state['states'].keys()
+    assert {
+        'fastai_swa.experiments.learners.EpochRecorder.0',
+        'fastai_swa.experiments.learners.BF16.0',
+    } <= state['callbacks'].keys()
+
+
 def test_the_time_an_epoch_takes_is_known_from_earlier_sessions(tmp_path):
     with pytest.raises(Stop):
         seed_0(tmp_path, show=stop)
