@@ -205,6 +205,19 @@ def test_a_measurement_that_is_stopped_again_and_again_ends_as_a_whole_one(store
     }  # all in one file
 
 
+def test_a_curves_checkpoint_knows_the_watch_by_the_place_that_it_had_at_first(stored, tmp_path):
+    "So that a curve begun by an earlier version goes on."
+
+    def stop(seed, line):
+        if 'epoch 1 of' in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_seed(SMALL['curve'], 0, tmp_path, Settings(), 'digits', 1, show=stop, solutions=stored / 'longer')
+    state = torch.load(tmp_path / 'seed-0.chain.ckpt', weights_only=True)['state']
+    assert 'fastai_swa.experiments.landscapes._EpochWatch.0' in state['callbacks']
+
+
 def test_a_complete_measurement_is_not_repeated(stored, monkeypatch):
     monkeypatch.setattr(Learner, '_do_epoch_validate', lambda *args, **kwargs: pytest.fail('measured again'))
     before = (stored / 'width-longer' / 'runs.jsonl').read_bytes()

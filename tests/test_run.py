@@ -577,21 +577,21 @@ def test_the_record_says_what_was_run_on_what_and_is_standard_json(whole):
 
 
 def test_the_fingerprint_is_of_the_images_and_labels():
-    from fastai_swa.experiments.recipe_learner import _fingerprint
+    from fastai_swa.experiments.recipe_learner import _digest_of_images as fingerprint
 
     def loaded():
         return cifar(10, 'digits', n_images=100, device='cpu')
 
     prints = [
-        _fingerprint(loaded()),
-        _fingerprint(loaded()),
-        _fingerprint(cifar(10, 'digits', n_images=200, device='cpu')),
+        fingerprint(loaded()),
+        fingerprint(loaded()),
+        fingerprint(cifar(10, 'digits', n_images=200, device='cpu')),
     ]
     for part in 'train_ds', 'valid_ds':
         for what in 'images', 'labels':
             dls = loaded()
             getattr(getattr(dls, part), what).view(-1)[7] += 1
-            prints.append(_fingerprint(dls))
+            prints.append(fingerprint(dls))
     assert prints[0] == prints[1] and len(set(prints)) == 6
 
 
@@ -1029,6 +1029,18 @@ def test_a_checkpoint_that_a_kill_left_behind_a_part_that_was_over_goes_away(tmp
     assert list(tmp_path.glob('*.ckpt'))
     seed_0(tmp_path)
     assert_same_seed(tmp_path, whole)
+
+
+def test_checkpoints_know_the_runners_callbacks_by_the_places_that_they_had_at_first(tmp_path):
+    "So that a seed begun by an earlier version goes on."
+    with pytest.raises(Stop):
+        seed_0(tmp_path, settings=replace(IMAGES, precision='bf16'), show=stop)
+    state = torch.load(tmp_path / 'seed-0.part0.ckpt', weights_only=True)['state']
+    assert {'fastai_swa.experiments.run._Log.0', 'fastai_swa.experiments.run._Checkpoint.0'} <= state['states'].keys()
+    assert {
+        'fastai_swa.experiments.learners.EpochRecorder.0',
+        'fastai_swa.experiments.learners.BF16.0',
+    } <= state['callbacks'].keys()
 
 
 def test_the_time_an_epoch_takes_is_known_from_earlier_sessions(tmp_path):

@@ -78,13 +78,13 @@ def _rows_of_budgets(preds, targets, seeds) -> list[dict]:
     rows = []
     for method in METHODS:
         for k in range(1, len(seeds) + 1):
-            for group in _groups(seeds, k):
+            for group in _disjoint_groups(seeds, k):
                 probs = torch.cat([preds[seed, method] for seed in group])
                 rows.append({'budgets': k, 'method': method} | _scores_together(probs, targets))
     return rows
 
 
-def _groups(seeds, k) -> list:
+def _disjoint_groups(seeds, k) -> list:
     "As many groups of `k` seeds as there can be of which none is in two."
     return [seeds[i : i + k] for i in range(0, len(seeds) - k + 1, k)]
 

@@ -12,7 +12,7 @@ import torch
 from ..version import __version__
 from .tables import counted
 
-__all__ = ['TimeIsUp', 'process_settings', 'now', 'versions', 'versions_text', 'hardware', 'hardware_text']
+__all__ = ['TimeIsUp', 'process_settings', 'now', 'installed_versions', 'versions_text', 'hardware', 'hardware_text']
 
 _CUBLAS = 'CUBLAS_WORKSPACE_CONFIG'  # the environment's word to cuBLAS, without which it refuses to be deterministic
 
@@ -59,7 +59,7 @@ def now() -> str:
     return strftime('%Y-%m-%dT%H:%M:%SZ', gmtime())
 
 
-def versions() -> dict:
+def installed_versions() -> dict:
     "Name -> version, of Python and of what results depend on."
     res = {'python': platform.python_version()}
     for name in ('torch', 'torchvision', 'fastai'):

@@ -135,7 +135,7 @@ def measure_seed(
     records = check_solutions(recipe, seed, solutions)
     base = RECIPES[recipe.base]
     recipe = recipe.scaled(settings.scale)
-    dls, images = _data(base, settings, source, records[0], solutions)
+    dls, images = _data_to_measure_on(base, settings, source, records[0], solutions)
     out.mkdir(parents=True, exist_ok=True)
     lock = Lock(out / f'seed-{seed}')
     try:
@@ -151,7 +151,7 @@ def measure_seed(
         lock.release()
 
 
-def _data(base, settings, source, trained: dict, solutions):
+def _data_to_measure_on(base, settings, source, trained: dict, solutions):
     """The data to measure on, and what they are of. Raises `ValueError` if they are not those of
     the record `trained`, or a part of them.
     """

@@ -10,13 +10,13 @@ from threading import Thread
 from ..files import InUse
 from .machine import TimeIsUp
 
-__all__ = ['STOPPED', 'run_seeds']
+__all__ = ['STOPPED', 'run_all']
 
 _GOES_ON = 'the same command goes on from there'
 STOPPED = f'stopped in time; {_GOES_ON}'
 
 
-def run_seeds(job, lines) -> dict[int, str | None]:
+def run_all(job, lines) -> dict[int, str | None]:
     """Run the seeds of `job`, so many at a time as it says, and show on `lines` where each stands.
 
     Returns seed -> `None`, or the sentence that says why it is not complete.

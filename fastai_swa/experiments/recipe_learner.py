@@ -20,7 +20,51 @@ from .recipes import optimizer
 __all__ = ['recipe_learner', 'recipe_data', 'EpochRecorder']
 
 
-def recipe_learner(recipe, seed, settings, data) -> Learner:
+# the data
+
+
+def recipe_data(recipe, source, settings):
+    """(data for `recipe_learner`, what it is of: its kind, the numbers of training and test
+    samples, a fingerprint).
+    """
+    n_train = settings.images or recipe.images
+    if recipe.task is not None:
+        return _loaded_task(recipe.task, source, n_train, settings.test_images)
+    return _loaded_images(recipe.n_classes, source or recipe.source, n_train, settings.test_images)
+
+
+# the seeds of a process share what is loaded
+
+
+@cache
+def _loaded_task(task, source, n_train, n_test):
+    return task.load(source, n_train, n_test)
+
+
+@cache
+def _loaded_images(n_classes, source, n_train, n_test):
+    dls = cifar(n_classes, source, n_images=n_train, n_valid=n_test, device=torch.device('cpu'))
+    about = {
+        'kind': dls.kind,
+        'train': len(dls.train_ds),
+        'valid': len(dls.valid_ds),
+        'sha256': _digest_of_images(dls),
+    }
+    return dls, about
+
+
+def _digest_of_images(dls) -> str:
+    digest = hashlib.sha256()
+    for ds in (dls.train_ds, dls.valid_ds):
+        for t in (ds.images, ds.labels):
+            digest.update(t.contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
+# the learner
+
+
+def recipe_learner(recipe, seed: int, settings, data) -> Learner:
     """With the weights, the order and the augmentation of `seed`; `data`: of `recipe_data`.
 
     What `settings` say of the whole process holds where it is trained, or predicts, within
@@ -37,13 +81,15 @@ def recipe_learner(recipe, seed, settings, data) -> Learner:
     return learn
 
 
-def _image_learner(recipe, seed, settings, dls):
+def _image_learner(recipe, seed, settings, dls) -> Learner:
     device = torch.device(settings.device)
     model = recipe.network(recipe.n_classes).to(device, memory_format=torch.channels_last)
     if settings.compile:
         model = torch.compile(model, mode=settings.compile, dynamic=False)  # a graph for each size of batch
+    train, valid = [(ds.images, ds.labels) for ds in (dls.train_ds, dls.valid_ds)]
     dls = tensor_loaders(
-        *((ds.images, ds.labels) for ds in (dls.train_ds, dls.valid_ds)),
+        train,
+        valid,
         dls.vocab,
         recipe.stats,
         bs=recipe.bs,
@@ -53,12 +99,11 @@ def _image_learner(recipe, seed, settings, dls):
         device=device,
     )
     dls.train.rng = Random(seed)
-    opt_func = optimizer(recipe, fused=device.type == 'cuda' or None)
     return Learner(
         dls,
         model,
         CrossEntropyLossFlat(),
-        opt_func=opt_func,
+        opt_func=optimizer(recipe, fused=True if device.type == 'cuda' else None),
         lr=recipe.lr,
         wd=recipe.wd,
         wd_bn_bias=True,
@@ -66,11 +111,14 @@ def _image_learner(recipe, seed, settings, dls):
     )
 
 
-def _task_learner(recipe, seed, settings, data):
+def _task_learner(recipe, seed, settings, data) -> Learner:
     dls = recipe.task.loaders(data, recipe.bs, seed).to(settings.device)
     model = recipe.task.network(data, dls).to(settings.device)
     loss, metric = recipe.task.loss_and_metric()
     return Learner(dls, model, loss, opt_func=Adam, lr=recipe.lr, wd=recipe.wd, metrics=metric)
+
+
+# its callbacks
 
 
 class BF16(MixedPrecision):
@@ -89,35 +137,6 @@ class BF16(MixedPrecision):
         self.autocast = torch.autocast(self.dls.device.type, torch.bfloat16)
 
 
-def recipe_data(recipe, source, settings):
-    """(data for `recipe_learner`, what it is of: its kind, the numbers of training and test
-    samples, a fingerprint).
-    """
-    n_train = settings.images or recipe.images
-    if recipe.task is not None:
-        return _loaded_task(recipe.task, source, n_train, settings.test_images)
-    return _loaded(recipe.n_classes, source or recipe.source, n_train, settings.test_images)
-
-
-@cache
-def _loaded_task(task, source, n_train, n_test):
-    return task.load(source, n_train, n_test)
-
-
-@cache  # the seeds of a process share the images
-def _loaded(n_classes, source, n_images, n_valid):
-    dls = cifar(n_classes, source, n_images=n_images, n_valid=n_valid, device=torch.device('cpu'))
-    return dls, {'kind': dls.kind, 'train': len(dls.train_ds), 'valid': len(dls.valid_ds), 'sha256': _fingerprint(dls)}
-
-
-def _fingerprint(dls) -> str:
-    digest = hashlib.sha256()
-    for ds in (dls.train_ds, dls.valid_ds):
-        for t in (ds.images, ds.labels):
-            digest.update(t.contiguous().numpy())
-    return digest.hexdigest()[:16]
-
-
 class _EpochMean(Metric):
     "The mean of the training loss over an epoch's samples, summed on the device."
 
@@ -125,11 +144,13 @@ class _EpochMean(Metric):
         self.reset()
 
     def reset(self):
-        self.val, self.count = 0.0, 0
+        self.val = 0.0
+        self.count = 0
 
     def accumulate(self, learn):
         n = len(learn.yb[0])
-        self.val, self.count = self.val + learn.loss.detach() * n, self.count + n
+        self.val = self.val + learn.loss.detach() * n
+        self.count += n
 
     @property
     def value(self):

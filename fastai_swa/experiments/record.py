@@ -11,7 +11,7 @@ from time import monotonic
 from ..files import read, save_weights, write, write_text
 from ..modules import unwrap
 from ..state import take
-from .machine import hardware, now, versions
+from .machine import hardware, installed_versions, now
 from .recipes import described, parts, runs
 from .store import RUNS_FILE, shortest, store, stored
 
@@ -73,7 +73,7 @@ class Record:
             session = {
                 'started': now(),
                 'jobs': jobs,
-                'versions': versions(),
+                'versions': installed_versions(),
                 'hardware': hardware(settings.device),
             }
             self.data['sessions'].append(session)
@@ -96,21 +96,16 @@ class Record:
             'started': now(),
             'finished': None,
             'sessions': [],
-            'parts': [self._outline(part) | {'done': False, 'epochs': []} for part in self.parts],
+            'parts': [_outline(part) for part in self.parts],
         }
 
     def _check(self, fixed):
         check_record(self.data, self.out, fixed)
-        wanted = [self._outline(part) for part in self.parts]
-        there = [{k: part[k] for k in ('runs', 'begin', 'end')} for part in self.data['parts']]
-        if there != wanted:
+        wanted = [_outline(part) for part in self.parts]
+        if list(map(_what_and_when, self.data['parts'])) != list(map(_what_and_when, wanted)):
             raise ValueError(
                 f'{self.out}: seed {self.seed} was run with other runs of {self.recipe.name}: give another folder'
             )
-
-    @staticmethod
-    def _outline(part) -> dict:
-        return {'runs': [run.name for run in part.runs], 'begin': part.begin, 'end': part.end}
 
     def file(self, ending) -> Path:
         return self.out / f'seed-{self.seed}.{ending}'
@@ -203,6 +198,21 @@ class Record:
             f'seed {self.seed}  {runs_text}  epoch {part.begin + len(rows)} of {part.end}  {metric_text}  '
             f'{seconds_text(rows[-1]["seconds"])} an epoch  {duration(self.clock.left())} left'
         )
+
+
+def _outline(part) -> dict:
+    "What stands in a record of a part before it is trained."
+    return {
+        'runs': [run.name for run in part.runs],
+        'begin': part.begin,
+        'end': part.end,
+        'done': False,
+        'epochs': [],
+    }
+
+
+def _what_and_when(outline: dict) -> tuple:
+    return outline['runs'], outline['begin'], outline['end']
 
 
 class _Clock:

@@ -125,11 +125,11 @@ def _data_text(records) -> str:
     seeds = ', '.join(str(r['seed']) for r in records)
     return (
         f'{counted(len(records), "seed")} ({seeds}); {images["kind"]}, {images["train"]:,} training and '
-        f'{images["valid"]:,} test {_samples(records[0])} (SHA-256 {images["sha256"]}...)'
+        f'{images["valid"]:,} test {_samples_noun(records[0])} (SHA-256 {images["sha256"]}...)'
     )
 
 
-def _samples(record) -> str:
+def _samples_noun(record) -> str:
     return 'images' if RECIPES[record['recipe']].task is None else 'samples'
 
 
@@ -140,7 +140,7 @@ def _reservations(record) -> list[str]:
         lost = ': the published row is not reproduced' if RECIPES[record['recipe']].published else ''
         said.append(
             f'**not at full length: lengths times {record["settings"]["scale"]:g}, {images["train"]:,} training '
-            f'{_samples(record)}{lost}**'
+            f'{_samples_noun(record)}{lost}**'
         )
     if 'JPEG' in images['kind']:
         said.append("the images are JPEG-compressed: absolute errors are not comparable with the papers'")
@@ -161,7 +161,8 @@ def _is_whole(record) -> bool:
 
 
 def _machine_text(records) -> str:
-    machines, versions = {}, {}  # as ordered sets
+    machines = {}  # as ordered sets
+    versions = {}
     for record in records:
         for session in record['sessions']:
             machines[hardware_text(session['hardware'], record['threads'])] = None
@@ -172,7 +173,8 @@ def _machine_text(records) -> str:
 
 
 def _seconds_of_epochs_text(records) -> str:
-    plain, with_average = [], []
+    plain = []
+    with_average = []
     for record in records:
         for part in record['parts']:
             for row in part['epochs']:
@@ -185,10 +187,12 @@ def _seconds_of_epochs_text(records) -> str:
 
 
 def _side_by_side_text(records) -> str:
-    jobs = sorted({session['jobs'] for record in records for session in record['sessions']})
-    if jobs == [1]:
+    jobs = set()
+    for record in records:
+        jobs.update(session['jobs'] for session in record['sessions'])
+    if jobs == {1}:
         return ''
-    return f', {" or ".join(map(str, jobs))} seeds side by side'
+    return f', {" or ".join(map(str, sorted(jobs)))} seeds side by side'
 
 
 def _failures(records) -> list[str]:
@@ -273,18 +277,19 @@ def compare(folder, other) -> str:
     budgets = {record['budget'] for record in (*one.values(), *two.values())}
     if len(budgets) > 1:
         raise ValueError(f'{folder} and {other} are of different lengths')
-    label, other_label = Path(folder).name, Path(other).name
-    if label == other_label:
-        label, other_label = str(folder), str(other)
-    errors = values([one[seed] for seed in seeds], 'error')
-    other_errors = values([two[seed] for seed in seeds], 'error')
-    by_label, pairs = {}, []
-    for name in errors:
-        if name in other_errors and REFRESHED not in name:
-            pair = f'{name}, {label}', f'{name}, {other_label}'
-            by_label |= {pair[0]: errors[name], pair[1]: other_errors[name]}
+    is_named_alike = Path(folder).name == Path(other).name
+    labels = [str(f) if is_named_alike else Path(f).name for f in (folder, other)]
+    of_one = values([one[seed] for seed in seeds], 'error')
+    of_two = values([two[seed] for seed in seeds], 'error')
+    errors = {}
+    pairs = []
+    for name in of_one:
+        if name in of_two and REFRESHED not in name:
+            pair = f'{name}, {labels[0]}', f'{name}, {labels[1]}'
+            errors[pair[0]] = of_one[name]
+            errors[pair[1]] = of_two[name]
             pairs.append(pair)
-    table = markdown_table(difference_rows(by_label, pairs, 2))
+    table = markdown_table(difference_rows(errors, pairs, 2))
     return f'Paired differences of {counted(len(seeds), "seed")}, in points of error:\n\n{table}\n'
 
 

@@ -23,7 +23,10 @@ def _of_whole_seeds(found: dict, name: str) -> dict[str, np.ndarray]:
     last = {}
     for row in found['sizes']:  # sizes grow: the last row of each has all
         last[row['method'], row['seed']] = row[name]
-    return {method: np.array([last[method, seed] for seed in found['seeds']]) for method in METHODS}
+    res = {}
+    for method in METHODS:
+        res[method] = np.array([last[method, seed] for seed in found['seeds']])
+    return res
 
 
 def _errors_of_whole_seeds(found) -> dict[str, np.ndarray]:
@@ -161,11 +164,11 @@ def size_curves(found: dict, name: str) -> dict[str, tuple[np.ndarray, np.ndarra
     of_runs = [_of_groups(found, 'SGD', k, name).mean() for k in sizes]
     res = {'independent runs, a budget each': (np.array(sizes), np.array([of_runs]))}
     for method in ('snapshots', 'FGE', 'SWA'):
-        res[method] = _size_curve(found, method, name)
+        res[method] = _curve_of_method(found, method, name)
     return res
 
 
-def _size_curve(found, method, name) -> tuple[np.ndarray, np.ndarray]:
+def _curve_of_method(found, method, name) -> tuple[np.ndarray, np.ndarray]:
     by_seed = []
     for seed in found['seeds']:
         rows = [row for row in found['sizes'] if (row['method'], row['seed']) == (method, seed)]

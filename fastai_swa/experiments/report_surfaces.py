@@ -50,7 +50,7 @@ def report_surfaces(folder: Path) -> str:
         raise ValueError(f'{folder} has no complete seed, and {len(records)} begun')
     _check_alike(folder, complete)
     recipe = LANDSCAPES[complete[0]['recipe']]
-    found = [_surfaces(record) for record in complete]
+    found = [_unpacked(record) for record in complete]
     content_of = {'width': _width_content, 'plane': _plane_content, 'curve': _curve_content}[recipe.kind]
     content = content_of(complete[0]['landscape'], found, RECIPES[recipe.base].wd)
     for name, draw in content.figures.items():
@@ -71,7 +71,7 @@ def _check_alike(folder, records):
                 )
 
 
-def _surfaces(record) -> dict[str, Surface]:
+def _unpacked(record) -> dict[str, Surface]:
     return {what: Surface.from_dict(content) for what, content in record['surfaces'].items()}
 
 
@@ -117,7 +117,8 @@ def _is_at_full_size(recipe, record) -> bool:
 
 
 def _machine_text(complete) -> str:
-    machines, versions = {}, {}  # as ordered sets
+    machines = {}  # as ordered sets
+    versions = {}
     seconds = 0
     steps = 0
     for record in complete:
@@ -151,7 +152,9 @@ def _percent(x) -> str:
 def _width_content(landscape, found, wd) -> _Content:
     level = landscape['level']
     by_seed = [surfaces['rays'].widths(_ERROR, level) for surfaces in found]
-    widths = {name: [of_seed[name] for of_seed in by_seed] for name in found[0]['rays'].names}
+    widths = {}
+    for name in found[0]['rays'].names:
+        widths[name] = [of_seed[name] for of_seed in by_seed]
     return _Content(
         sections=_width_sections(landscape, found, widths),
         figures={

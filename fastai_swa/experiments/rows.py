@@ -97,8 +97,11 @@ def run_lengths(record) -> dict[str, int]:
 
 def _epochs(record, run) -> list[dict]:
     "The rows of the epochs of `run`, those included that it shares with others."
-    parts = sorted((p for p in record['parts'] if run in p['runs']), key=lambda p: p['begin'])
-    return [row for p in parts for row in p['epochs']]
+    rows = []
+    for part in sorted(record['parts'], key=lambda part: part['begin']):
+        if run in part['runs']:
+            rows += part['epochs']
+    return rows
 
 
 def values(records: list[dict], name: str) -> dict[str, np.ndarray]:

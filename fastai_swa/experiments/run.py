@@ -7,7 +7,7 @@ import torch
 
 from ..checks import check_known
 from .jobs import SurfaceJob, TrainingJob
-from .pool import STOPPED, run_seeds
+from .pool import STOPPED, run_all
 from .progress import ProgressLines
 from .recipes import LANDSCAPES, RECIPES
 from .record import Settings
@@ -65,7 +65,7 @@ def reproduce(
     )
     job.check()
     lines = ProgressLines(stream or sys.stdout)
-    outcomes = run_seeds(job, lines)
+    outcomes = run_all(job, lines)
     lines.end()
     missing = {seed: sentence for seed, sentence in outcomes.items() if sentence}
     if not missing:

@@ -9,7 +9,7 @@ import torch
 
 from ..files import write_text
 from ..landscape.surfaces import Surface
-from .machine import hardware, now, versions
+from .machine import hardware, installed_versions, now
 from .record import first_difference
 from .store import RUNS_FILE, store, stored
 
@@ -37,7 +37,7 @@ class SurfaceRecord:
         self._check(fixed)
         self.session = {
             'started': now(),
-            'versions': versions(),
+            'versions': installed_versions(),
             'hardware': hardware(settings.device),
             'threads': torch.get_num_threads(),
         }
@@ -88,13 +88,16 @@ def _what_is_measured(recipe, seed, settings, images, records) -> dict:
     landscape = asdict(recipe)
     for name in ('name', 'kind', 'base'):
         del landscape[name]
+    solutions = []
+    for record in records:
+        solutions.append({name: record[name] for name in _OF_SOLUTIONS})
     return {
         'recipe': recipe.name,
         'seed': seed,
         'landscape': landscape,
         'settings': asdict(settings),
         'images': images,
-        'solutions': [{k: record[k] for k in _OF_SOLUTIONS} for record in records],
+        'solutions': solutions,
     }
 
 

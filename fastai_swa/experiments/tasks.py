@@ -54,23 +54,34 @@ class Table:
         """(data for `loaders`, what it is of). Raises `ValueError` if the folder `source` does not
         have the files or the columns.
         """
-        train, test = _both(source, self.train, self.test, [*self.categories, *self.numbers, self.target])
-        train, test = train[:n_train].copy(), test[:n_test].copy()
+        columns = [*self.categories, *self.numbers, self.target]
+        train, test = _train_and_test(source, self.train, self.test, columns)
+        train = train[:n_train].copy()
+        test = test[:n_test].copy()
         for name in self.numbers:
             if not train[name].isna().any():  # else fastai's FillMissing has seen in training what to do
                 test[name] = test[name].fillna(train[name].median())
         if self.is_number:
-            mean, std = train[self.target].mean(), train[self.target].std()
+            mean = train[self.target].mean()
+            std = train[self.target].std()
             for part in (train, test):
                 part[self.target] = (part[self.target] - mean) / std
+        return (self._for_fastai(train, test), train, test), _about(self.train, train, test)
+
+    def _for_fastai(self, train, test) -> TabularPandas:
         both = pd.concat([train, test], ignore_index=True)
         for name in self.numbers:
             both[name] = both[name].astype('float64')
         splits = IndexSplitter(range(len(train), len(both)))(range(len(both)))
-        block = RegressionBlock() if self.is_number else CategoryBlock()
-        procs = [Categorify, FillMissing, Normalize]
-        data = TabularPandas(both, procs, list(self.categories), list(self.numbers), self.target, block, list(splits))
-        return (data, train, test), _about(self.train, train, test)
+        return TabularPandas(
+            both,
+            procs=[Categorify, FillMissing, Normalize],
+            cat_names=list(self.categories),
+            cont_names=list(self.numbers),
+            y_names=self.target,
+            y_block=RegressionBlock() if self.is_number else CategoryBlock(),
+            splits=list(splits),
+        )
 
     def loaders(self, data, bs: int, seed: int) -> DataLoaders:
         dls = data[0].dataloaders(bs=bs, val_bs=2048, drop_last=False, device='cpu')
@@ -82,7 +93,9 @@ class Table:
         return TabularModel(get_emb_sz(data[0]), len(data[0].cont_names), n_out, [200, 100])
 
     def loss_and_metric(self):
-        return (MSELossFlat(), R2Score()) if self.is_number else (CrossEntropyLossFlat(), accuracy)
+        if self.is_number:
+            return MSELossFlat(), R2Score()
+        return CrossEntropyLossFlat(), accuracy
 
     def baseline(self, data, seed: int) -> dict:
         """scikit-learn's gradient boosting on the same rows: its name, the metric and the loss on
@@ -90,12 +103,15 @@ class Table:
         """
         _, train, test = data
         columns = [*self.categories, *self.numbers]
-        kind = HistGradientBoostingRegressor if self.is_number else HistGradientBoostingClassifier
-        xs = [part[columns].astype({name: 'category' for name in self.categories}) for part in (train, test)]
+        dtypes = dict.fromkeys(self.categories, 'category')
+        x_train = train[columns].astype(dtypes)
+        x_test = test[columns].astype(dtypes)
         for name in self.categories:
-            xs[1][name] = xs[1][name].cat.set_categories(xs[0][name].cat.categories)
-        model = kind(categorical_features='from_dtype', random_state=seed).fit(xs[0], train[self.target])
-        return {'name': 'gradient boosting'} | _judged(model, xs[1], test[self.target], self.is_number)
+            x_test[name] = x_test[name].cat.set_categories(x_train[name].cat.categories)
+        kind = HistGradientBoostingRegressor if self.is_number else HistGradientBoostingClassifier
+        model = kind(categorical_features='from_dtype', random_state=seed)
+        model.fit(x_train, train[self.target])
+        return {'name': 'gradient boosting'} | _judged(model, x_test, test[self.target], self.is_number)
 
 
 @dataclass(frozen=True)
@@ -117,23 +133,28 @@ class Sentences:
         """(data for `loaders`, what it is of). Raises `ValueError` if the folder `source` does not
         have the files or the columns.
         """
-        train, test = _both(source, self.train, self.test, ['sentence', 'label'])
-        train, test = train[:n_train], test[:n_test]
-        counts = Counter(word for text in train['sentence'] for word in text.split())
-        words = {word: i + 2 for i, (word, _) in enumerate(counts.most_common(self.n_words))}  # 0: padding, 1: unknown
-        parts = [(self._numbers(part, words), torch.tensor(part['label'].to_numpy())) for part in (train, test)]
+        train, test = _train_and_test(source, self.train, self.test, ['sentence', 'label'])
+        train = train[:n_train]
+        test = test[:n_test]
+        counts = Counter()
+        for text in train['sentence']:
+            counts.update(text.split())
+        frequent = counts.most_common(self.n_words)
+        words = {word: i for i, (word, _) in enumerate(frequent, 2)}  # 0: padding, 1: unknown
+        parts = [self._tensors(part, words) for part in (train, test)]
         return (parts, train, test), _about(self.train, train, test)
 
-    def _numbers(self, part, words):
+    def _tensors(self, part, words) -> tuple[torch.Tensor, torch.Tensor]:
+        "Numbers of words (n, length), and labels (n)."
         x = torch.zeros(len(part), self.length, dtype=torch.long)
         for row, text in zip(x, part['sentence']):
             numbers = [words.get(word, 1) for word in text.split()][: self.length]
             row[: len(numbers)] = torch.tensor(numbers, dtype=torch.long)
-        return x
+        return x, torch.tensor(part['label'].to_numpy())
 
     def loaders(self, data, bs: int, seed: int) -> DataLoaders:
-        train, test = (_Batches(*part) for part in data[0])
-        res = DataLoaders(_loader(train, bs, shuffle=True), _loader(test, 2048), device='cpu')
+        train, test = [_BatchedRows(*part) for part in data[0]]
+        res = DataLoaders(_batch_loader(train, bs, shuffle=True), _batch_loader(test, 2048), device='cpu')
         res.train.rng = Random(seed)
         return res
 
@@ -149,12 +170,10 @@ class Sentences:
         """
         _, train, test = data
         tfidf = TfidfVectorizer(ngram_range=(1, 2), min_df=2, token_pattern=r'\S+')
-        model = LogisticRegression(C=10.0, max_iter=1000, random_state=seed).fit(
-            tfidf.fit_transform(train['sentence']), train['label']
-        )
-        return {'name': 'TF-IDF and logistic regression'} | _judged(
-            model, tfidf.transform(test['sentence']), test['label'], False
-        )
+        model = LogisticRegression(C=10.0, max_iter=1000, random_state=seed)
+        model.fit(tfidf.fit_transform(train['sentence']), train['label'])
+        x_test = tfidf.transform(test['sentence'])
+        return {'name': 'TF-IDF and logistic regression'} | _judged(model, x_test, test['label'], is_number=False)
 
 
 class SentenceNet(nn.Module):
@@ -172,11 +191,12 @@ class SentenceNet(nn.Module):
         return self.head(features.max(2).values)
 
 
-class _Batches:
+class _BatchedRows:
     "A data set that gives whole batches: one indexing each."
 
     def __init__(self, x, y):
-        self.x, self.y = x, y
+        self.x = x
+        self.y = y
 
     def __len__(self):
         return len(self.x)
@@ -185,7 +205,7 @@ class _Batches:
         return self.x[i], self.y[i]
 
 
-def _loader(dataset, bs, shuffle=False) -> DataLoader:
+def _batch_loader(dataset, bs, shuffle=False) -> DataLoader:
     def create_batches(samps):
         for i in torch.tensor(list(samps), dtype=torch.long).split(bs):
             yield dataset[i]
@@ -193,19 +213,19 @@ def _loader(dataset, bs, shuffle=False) -> DataLoader:
     return DataLoader(dataset, bs=bs, shuffle=shuffle, num_workers=0, create_batches=create_batches)
 
 
-def _both(source, train, test, columns):
+def _train_and_test(source, train: str, test: str | None, columns) -> tuple[pd.DataFrame, pd.DataFrame]:
     "The rows for training and those to be tested on."
     folder = Path(source or os.environ.get('FASTAI_SWA_DATA') or '.')
-    parts = [_read(folder / name, tuple(columns)) for name in (train, test) if name]
+    table = _read_table(folder / train, tuple(columns))
     if test:
-        return parts
-    order = np.random.RandomState(0).permutation(len(parts[0]))
+        return table, _read_table(folder / test, tuple(columns))
+    order = np.random.RandomState(0).permutation(len(table))
     n_test = len(order) // 5
-    return parts[0].iloc[order[n_test:]], parts[0].iloc[order[:n_test]]
+    return table.iloc[order[n_test:]], table.iloc[order[:n_test]]
 
 
 @cache  # the seeds of a process share it
-def _read(file, columns) -> pd.DataFrame:
+def _read_table(file, columns) -> pd.DataFrame:
     if not file.exists():
         raise ValueError(f'{file} is missing: --data is to name a folder with {file.name}')
     table = pd.read_csv(file, skipinitialspace=True)
@@ -223,26 +243,46 @@ def _about(name, train, test) -> dict:
 
 
 def _judged(model, x, y, is_number) -> dict:
+    "Metric and mean loss of a fitted scikit-learn `model` on (`x`, `y`)."
     if is_number:
-        return {'metric': float(model.score(x, y)), 'loss': float(np.mean((model.predict(x) - y) ** 2))}
-    probs = model.predict_proba(x)
-    column = {label: i for i, label in enumerate(model.classes_)}
-    picked = probs[np.arange(len(y)), [column[label] for label in y]]
-    return {'metric': float(model.score(x, y)), 'loss': float(-np.log(np.maximum(picked, 1e-15)).mean())}
+        losses = (model.predict(x) - y) ** 2
+    else:
+        probs = model.predict_proba(x)
+        column = {label: i for i, label in enumerate(model.classes_)}
+        picked = probs[np.arange(len(y)), [column[label] for label in y]]
+        losses = -np.log(np.maximum(picked, 1e-15))
+    return {'metric': float(model.score(x, y)), 'loss': float(np.mean(losses))}
 
 
 ADULT = Table(
-    'adult-train.csv',
-    'income',
-    ('workclass', 'education', 'marital_status', 'occupation', 'relationship', 'race', 'sex', 'native_country'),
-    ('age', 'fnlwgt', 'education_num', 'capital_gain', 'capital_loss', 'hours_per_week'),
-    'adult-test.csv',
+    train='adult-train.csv',
+    test='adult-test.csv',
+    target='income',
+    categories=(
+        'workclass',
+        'education',
+        'marital_status',
+        'occupation',
+        'relationship',
+        'race',
+        'sex',
+        'native_country',
+    ),
+    numbers=(
+        'age',
+        'fnlwgt',
+        'education_num',
+        'capital_gain',
+        'capital_loss',
+        'hours_per_week',
+    ),
 )
 HOUSING = Table(
-    'california-housing.csv',
-    'median_house_value',
-    ('ocean_proximity',),
-    (
+    train='california-housing.csv',
+    target='median_house_value',
+    is_number=True,
+    categories=('ocean_proximity',),
+    numbers=(
         'longitude',
         'latitude',
         'housing_median_age',
@@ -252,6 +292,5 @@ HOUSING = Table(
         'households',
         'median_income',
     ),
-    is_number=True,
 )
 SST2 = Sentences('sst2-train.csv', 'sst2-test.csv')
