@@ -21,6 +21,7 @@ from .walk import found_in, is_own, owned_modules, walk
 
 __all__ = [
     'aside',
+    'whole',
     'untouched',
     'objects_kept',
     'concerns_training',
@@ -35,7 +36,7 @@ def aside(learn, *more):
     changes is put back, however it ends. `more`: contexts.
     """
     found = found_in(learn)
-    return _whole(
+    return whole(
         callbacks_kept(learn),
         loop_state_kept(learn),
         progress_bars_kept(learn),
@@ -53,7 +54,7 @@ def untouched(learn, seed: int):
     """Within this context passes can be made with other weights and without a progress bar for
     each, and all random generators begin with `seed`; at its end, however that comes, learner and
     callbacks hold what they held, and the generators stand where they stood."""
-    with _whole(attributes_kept(learn, *filter(is_own, learn.cbs)), autocast_left(), aside(learn)):
+    with whole(attributes_kept(learn, *filter(is_own, learn.cbs)), autocast_left(), aside(learn)):
         seed_all(learn, seed)
         learn.cbs = L(cb for cb in learn.cbs if not isinstance(cb, ProgressCallback) and not concerns_training(cb))
         yield
@@ -71,7 +72,7 @@ def objects_kept(*objects):
 
 
 @contextmanager
-def _whole(*contexts):
+def whole(*contexts):
     """Within this context the `contexts` are entered, in this order. They are entered and left
     whole, whenever an interruption comes; if one fails while it is left, the others are left all
     the same."""

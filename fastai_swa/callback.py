@@ -1,7 +1,8 @@
 """`SWACallback`: the running average of a fit, validated beside the model in training.
 
-It only wires: the mathematics is in `averaging`, the passes in `passes`, what is said before the first step in
-`preflight`.
+When to average, and what to do if that fails, is here; the mathematics is in `averaging`, the average and what it is of
+in `fit_average`, the passes in `passes`, what is said before the first step in `preflight`. Below it stands
+`SaveSWAModelCallback`, which saves the average at its best.
 """
 
 import keyword
@@ -36,10 +37,25 @@ from .schedules import start_epoch
 from .views import lending
 from .weights import NoSolution
 
-__all__ = ['SWACallback', 'SaveSWAModelCallback', 'check_name', 'is_learners_own']
+__all__ = ['SWACallback', 'SaveSWAModelCallback', 'is_learners_own']
 
-_COUNTS = 'start', 'n_folds', 'n_epochs', 'n_steps'  # of a fit, and of its state
-_N_WEIGHTS = 1001  # by the weights of so many points the function that gives them is known again
+_SAVED = 'start', 'n_folds', 'n_epochs', 'n_steps'  # fields of `_Fit` that are in checkpoints
+_N_WEIGHTS = 1001  # a `weight` function is compared by its values at so many points
+
+
+@dataclass
+class _Epoch:
+    "An epoch of a fit."
+
+    number: int  # from 0; `learn.epoch` is 0 after a validation within the fit
+    is_open: bool = False  # is its training part under way, where that is averaged?
+    trained: bool = False  # has its training part ended?
+    folded: bool = False  # are points of it in the average?
+    has_failed: bool = False  # does an error, and not the schedule, leave its columns nan?
+    step_cancelled: bool = False  # was the optimizer step under way left out?
+    train_iter_before: int = 0  # `learn.train_iter` at its beginning
+    watch: StatisticsWatch = None  # on the statistics of batch norm; `None` where it could not be made
+    backup: dict = None  # the callback's state at its beginning, where points are taken before it is known to be whole
 
 
 @dataclass
@@ -47,24 +63,15 @@ class _Fit:
     "A fit under way."
 
     start: int  # the first epoch that is averaged
-    before: int = 0  # how many columns of the table stand before those of the average
-    columns: list = field(default_factory=list)
-    n_folds: int = 0  # points folded
+    n_own: int = 0  # the columns of the table before those of the average
+    columns: list = field(default_factory=list)  # those of the average; none without a Recorder
+    n_folds: int = 0  # points taken into the average
     n_epochs: int = 0  # epochs with such
     n_steps: int = 0  # optimizer steps since `start`
-    begun: bool = False  # whether training has begun
+    has_begun: bool = False  # is its first training epoch under way, or behind it?
     side: SideWork = field(default_factory=SideWork)
-    said: set = field(default_factory=set)  # what was warned about
-    # the epoch under way; what follows is of it (`learn.epoch` is 0 after a validation within the fit)
-    epoch: int = -1
-    trained: bool = False  # whether its training part has ended
-    folded: bool = False  # whether points of it are in the average
-    failed: bool = False  # whether its value of the average could not be had
-    step_cancelled: bool = False  # whether the optimizer step under way was left out
-    n_batches: int = 0  # `learn.train_iter` at its beginning
-    # the statistics of batch norm at its beginning; `None` once it was asked what moved
-    watch: StatisticsWatch = None
-    backup: dict = None  # the callback's state at its beginning, while steps are folded unseen
+    said: set = field(default_factory=set)  # kinds of warnings that were given
+    epoch: _Epoch = field(default_factory=lambda: _Epoch(-1))  # the one under way
 
 
 class SWACallback(FitCallback):
@@ -79,8 +86,8 @@ class SWACallback(FitCallback):
     is then also what their columns begin with. Izmailov et al. 2018, "Averaging Weights Leads to
     Wider Optima and Better Generalization", Algorithm 1.
 
-    What the averaging does beside the training and cannot do (to average, a pass, a validation) is a
-    warning and leaves `nan`; training goes on. Raises `TypeError` or `ValueError`, naming the
+    If averaging the weights, a pass or a validation of them fails, that is a warning, and the
+    columns are `nan`; training goes on. Raises `TypeError` or `ValueError`, naming the
     argument, for one that cannot be used, at the latest before the first step.
     """
 
@@ -118,12 +125,12 @@ class SWACallback(FitCallback):
                 'steps'
             )
         self.weight = weight
-        self.enabled = True
+        self.enabled = True  # may be set to False within a fit, too: no more points then
         self._name = self._attribute = check_name(name)
         self._init_state()
         self._given = swa_model
         self._continued = _check_average(average)
-        self._goes_on = average is not None  # whether the next fit does, or the one under way did
+        self._goes_on = average is not None  # stays true when `_continued` is used up
         if swa_model is not None and isinstance(average, SWACallback) and average.swa_model is swa_model:
             raise ValueError(
                 'swa_model is the module of the average that is gone on with, which stays as it is: pass another one'
@@ -134,7 +141,7 @@ class SWACallback(FitCallback):
         super()._init_state()
         self._average = None  # the `FitAverage`
         self._given = None  # the user's own swa_model
-        self._continued = None  # the average to go on with, until the first fold
+        self._continued = None  # what to go on with: as given; at the first step its packed points; then `None`
         self._fit = None
         self._stands_aside = False  # whether it was said that this callback stands aside for another
 
@@ -193,7 +200,7 @@ class SWACallback(FitCallback):
         with the average outside; for other objects that keep the learner for later there is
         `views.as_lent`.
         """
-        learn = self._existing('averaged')
+        learn = self._averaged_learner('averaged')
         running = self._average.running
         with lending(learn, 'averaged()', self.averaged, self._version), running.lent_to(learn.model), no_fit(learn):
             self._refresh(learn)
@@ -209,7 +216,7 @@ class SWACallback(FitCallback):
 
         Raises `RuntimeError` if there is no average yet, or inside `averaged()`.
         """
-        learn = self._existing('apply')
+        learn = self._averaged_learner('apply')
         self.refresh()
         self._average.running.copy_to(learn.model)
 
@@ -217,7 +224,7 @@ class SWACallback(FitCallback):
         """Refresh the batch-norm statistics of `swa_model` now, if the weights averaged last have not
         had that yet.
         """
-        learn = self._existing('refresh')
+        learn = self._averaged_learner('refresh')
         if self._average.stale:
             with self._average.running.lent_to(learn.model):
                 self._refresh(learn)
@@ -246,46 +253,46 @@ class SWACallback(FitCallback):
         fit = _Fit(start_epoch(self.swa_start, self.n_epoch))
         recorder = recorder_of(self.learn)
         if recorder is not None:
-            fit.before, fit.columns = insert_columns(recorder, self._name)
+            fit.n_own, fit.columns = insert_columns(recorder, self._name)
             setattr(recorder, f'{self._name}_epochs', [])
         self._fit = fit
 
     def before_epoch(self):
-        fit = self._fit
         self.unmute_trackers()
-        fit.epoch = self.epoch_under_way
-        fit.trained = fit.folded = fit.failed = False
+        self._fit.epoch = _Epoch(self.epoch_under_way)
 
     def before_train(self):
-        fit = self._fit
-        if not fit.begun:
-            fit.begun = True
+        fit, epoch = self._fit, self._fit.epoch
+        if not fit.has_begun:
+            fit.has_begun = True
             self._look_ahead()
-        fit.n_batches = self.learn.train_iter
-        if fit.epoch < fit.start:
+        epoch.train_iter_before = self.learn.train_iter
+        if epoch.number < fit.start:
             return
+        epoch.is_open = True
         with fit.side.attempt(f'preparing an epoch of {self._what}', 'its batch norm may be of other weights'):
-            fit.watch = StatisticsWatch(unwrap(self.learn.model))
+            epoch.watch = StatisticsWatch(unwrap(self.learn.model))
         if self.enabled and (self.every or Processes(self.learn).size > 1):
             with fit.side.attempt(f'a copy of {self._what}', 'steps that are not finite cannot be taken back'):
-                fit.backup = pack(self.state_dict())  # in the host's memory
+                epoch.backup = pack(self.state_dict())  # in the host's memory
 
     def after_cancel_step(self):
-        self._fit.step_cancelled = True  # the scaler of mixed precision skipped it
+        self._fit.epoch.step_cancelled = True  # the scaler of mixed precision skipped it
 
     def after_step(self):
-        fit = self._fit
-        if fit.step_cancelled or not self.every or not self.enabled or fit.epoch < fit.start:
-            fit.step_cancelled = False
+        fit, epoch = self._fit, self._fit.epoch
+        was_cancelled = epoch.step_cancelled
+        epoch.step_cancelled = False
+        if was_cancelled or not self.every or not self.enabled or epoch.number < fit.start:
             return
         fit.n_steps += 1
         if fit.n_steps % self.every == 0:
             self._fold()
 
     def after_train(self):
-        fit = self._fit
-        fit.trained = True
-        since = fit.epoch - fit.start
+        fit, epoch = self._fit, self._fit.epoch
+        epoch.trained = True
+        since = epoch.number - fit.start
         if not self.every and self.enabled and since >= 0 and since % self.cycle_len == 0:
             self._fold(if_finite=True)
         self._end_epoch()
@@ -294,11 +301,12 @@ class SWACallback(FitCallback):
             setattr(recorder, f'{self._name}_epochs', self.averaged_epochs)
 
     def after_validate(self):
-        fit = self._fit
-        if not fit.trained or recorder_of(self.learn) is None:
+        fit, epoch = self._fit, self._fit.epoch
+        is_of_another = not epoch.trained  # of a callback that validates while training goes on
+        if is_of_another or recorder_of(self.learn) is None:
             return
-        is_last = fit.epoch == self.n_epoch - 1
-        is_turn = fit.folded and self.swa_eval_freq and (fit.n_epochs - 1) % self.swa_eval_freq == 0
+        is_last = epoch.number == self.n_epoch - 1
+        is_turn = epoch.folded and self.swa_eval_freq and (fit.n_epochs - 1) % self.swa_eval_freq == 0
         is_due = fit.n_folds and (is_turn or is_last)
         self._log(self._evaluate() if is_due else [])
 
@@ -308,7 +316,7 @@ class SWACallback(FitCallback):
             self._log([])
 
     def after_epoch(self):
-        if self._fit.failed:
+        if self._fit.epoch.has_failed:
             self.mute_trackers(self._fit.columns)
 
     def after_cancel_fit(self):
@@ -321,8 +329,8 @@ class SWACallback(FitCallback):
 
     def after_fit(self):
         fit = self._fit
-        if fit.begun and not fit.n_folds and not fit.side.failures and 'finite' not in fit.said:
-            self._say('nothing', self._nothing_folded())
+        if fit.has_begun and not fit.n_folds and not fit.side.failures and 'finite' not in fit.said:
+            self._say('nothing', self._why_nothing_is_averaged())
 
     def over(self):
         self._end_epoch(alone=True)
@@ -330,23 +338,87 @@ class SWACallback(FitCallback):
             self._average.running.release()
         self._fit.side.conclude()
 
-    # folding
+    # before the first step
+
+    def _is_namesake(self, cb) -> bool:
+        return isinstance(cb, SWACallback) and cb is not self and cb.enabled and cb._name == self._name
+
+    def _must_stand_aside(self) -> bool:
+        """Is another callback of this name passed to the fit, while this one is attached for good?
+        Raises `ValueError` if both are passed, or both attached.
+        """
+        namesakes = [cb for cb in self.learn.cbs if self._is_namesake(cb)]
+        if not namesakes:
+            return False
+        passed = passed_callbacks(self.learn)
+        is_passed = any(cb is self for cb in passed)
+        other_is_passed = any(cb is other for cb in passed for other in namesakes)
+        if is_passed == other_is_passed:
+            raise ValueError(
+                f'this fit has two SWACallbacks of the name {self._name!r}, whose columns would collide: pass one, or '
+                'give them different names'
+            )
+        if is_passed:
+            return False
+        if not self._stands_aside:
+            self._stands_aside = True
+            warnings.warn(
+                f'learn.{self._name} stands aside in fits that another SWACallback of its name is passed to',
+                stacklevel=2,
+            )
+        return True
+
+    def _look_ahead(self):
+        "Say before a long fit what would only show later in it."
+        fit, learn = self._fit, self.learn
+        check_engine(learn)
+        check_model(learn, self._given)
+        self._open_continued()
+        remarks = remarks_on_model(learn) | remarks_on_data(learn, self._what)
+        if fit.start < self.n_epoch:
+            validated = validated_epochs(fit.start, self.n_epoch, self.cycle_len, self.swa_eval_freq)
+            remarks |= remarks_on_trackers(learn, fit.columns, validated, self.swa_start)
+        else:
+            remarks['nothing'] = self._why_nothing_is_averaged()
+        for kind, sentence in remarks.items():
+            self._say(kind, sentence)
+
+    def _open_continued(self):
+        """Read the average to go on with now: its callback may begin another one in this fit, its
+        file be written again.
+        """
+        continued = self._continued
+        if continued is None or isinstance(continued, dict):
+            return
+        if isinstance(continued, SWACallback):
+            continued.clean_up()
+            if not continued.n_averaged:
+                raise ValueError('average is a SWACallback that has averaged nothing: there is nothing to go on with')
+            state = continued._average.running.state_dict()
+            epochs = continued.averaged_epochs
+        else:
+            state, epochs = state_in_file(continued)
+        refuse_another_model(state, self.learn.model)
+        self._continued = {'state': pack(state), 'epochs': epochs}
+
+    # taking points
 
     def _fold(self, if_finite=False):
-        "Fold the model in training; if that fails, the average is as it was."
-        fit, model = self._fit, unwrap(self.learn.model)
+        "Take the model in training into the average; if that fails, the average is as it was."
+        fit, epoch, model = self._fit, self._fit.epoch, unwrap(self.learn.model)
         with fit.side.attempt(f'taking the weights into {self._what}', 'they are left out of it'):
             if if_finite and not all_finite(model.parameters()):
                 self._say_infinite()
                 return
-            self._fold_or_raise(model)
-            fit.failed = False
+            self._add_point(model)
+            epoch.has_failed = False
             return
-        fit.failed = not fit.folded
+        # an exception has ended the attempt
+        epoch.has_failed = not epoch.folded
 
-    def _fold_or_raise(self, model):
-        fit = self._fit
-        if fit.folded:  # a further step of this epoch
+    def _add_point(self, model):
+        fit, epoch = self._fit, self._fit.epoch
+        if epoch.folded:  # a further step of this epoch: the plain way, since it comes often
             self._average.running.update(model)
             self._average.stale = True
             fit.n_folds += 1
@@ -354,11 +426,11 @@ class SWACallback(FitCallback):
         average = self._average if fit.n_folds else self._new_average()  # complete before the old one goes
         with uninterrupted():
             average.running.update(model)
-            average.epochs.append(fit.epoch)
+            average.epochs.append(epoch.number)
             average.stale = True
             self._average = average
             self._continued = None
-            fit.folded = True
+            epoch.folded = True
             fit.n_folds += 1
             fit.n_epochs += 1
 
@@ -368,39 +440,57 @@ class SWACallback(FitCallback):
         return FitAverage.begin(self.learn, self.weight, self._given, continued)
 
     def _end_epoch(self, alone=False):
-        "The training part of an epoch is over."
-        fit = self._fit
-        if fit.watch is None:  # it was over before
-            return
-        with fit.side.attempt(f'closing an epoch of {self._what}', 'its batch norm may be of other weights'):
-            self._close_epoch(alone)
-        fit.watch = fit.backup = None  # last: what was interrupted above is done again at the end of the fit
-
-    def _close_epoch(self, alone):
-        """Was what the epoch folded unseen finite, and which statistics follow the weights?
+        """The training part of an epoch is over.
 
         - `alone`: other processes, if there are any, are not asked; they may be elsewhere, as after
           an error.
         """
-        fit, average = self._fit, self._average
-        gather = _of_one if alone else Processes(self.learn).gather
-        folded = gather(fit.folded)
-        can_go_back = fit.folded and fit.backup is not None
-        if can_go_back and not all(folded):
-            self._take_back()
-        elif can_go_back and self.every and not all_finite(average.running.swa_model.parameters()):
+        fit, epoch = self._fit, self._fit.epoch
+        if not epoch.is_open:
+            return
+        gather = (lambda o: [o]) if alone else Processes(self.learn).gather
+        with fit.side.attempt(f'closing an epoch of {self._what}', 'its batch norm may be of other weights'):
+            self._close_epoch(gather)
+        # last: what was interrupted above is done again at the end of the fit
+        epoch.watch = epoch.backup = None
+        epoch.is_open = False
+
+    def _close_epoch(self, gather):
+        """Take back an epoch that not all processes averaged, or of whose steps some are not finite;
+        of others note which statistics follow the weights.
+
+        What is done follows from what all processes know, so that they gather equally often.
+        """
+        epoch, average = self._fit.epoch, self._average
+        states = gather([epoch.folded, epoch.backup is not None])
+        folded = [has_folded for has_folded, _ in states]
+        can_go_back = all(has_backup for _, has_backup in states)
+        if not any(folded):
+            return
+        if not all(folded):
+            if epoch.folded and epoch.backup is not None:
+                self._take_back()
+        elif self.every and can_go_back and not all_finite(average.running.swa_model.parameters()):
             self._take_back()
             self._say_infinite()
-        elif fit.folded:
-            if self.learn.train_iter > fit.n_batches:
-                average.bn = union(gather(fit.watch.moved()))
-            elif not average.bn:  # no batch ran, and no epoch before tells
-                average.bn = list(tracked_bn(unwrap(self.learn.model)))
-            self._follow(average)
-            average.stale = bool(average.bn)
+        else:
+            self._note_statistics(gather)
+
+    def _note_statistics(self, gather):
+        epoch, average = self._fit.epoch, self._average
+        model = unwrap(self.learn.model)
+        moved = gather([] if epoch.watch is None else epoch.watch.moved())
+        if self.learn.train_iter > epoch.train_iter_before and epoch.watch is not None:
+            average.bn = union(moved)
+        elif not average.bn:  # no batch ran, and no epoch before tells
+            average.bn = list(tracked_bn(model))
+        self._follow(average)
+        average.stale = bool(average.bn)
 
     def _follow(self, average):
-        "Let `swa_model` be of the model's present make."
+        """Give `swa_model` the attributes, and where they changed the modules and hooks, that the model
+        has now.
+        """
         model = unwrap(self.learn.model)
         average.running.settle(model)
         if self._given is not None or average.has_structure_of(model):
@@ -410,17 +500,19 @@ class SWACallback(FitCallback):
 
     def _take_back(self):
         "The average, and what is counted, is again what it was before the epoch under way."
-        fit = self._fit
+        epoch = self._fit.epoch
         with uninterrupted():
-            self.load_state_dict(unpack(fit.backup))
-            fit.folded = False
-        fit.failed = True
+            self.load_state_dict(unpack(epoch.backup))
+            epoch.folded = False
+        epoch.has_failed = True
 
     # its state, for checkpoints
 
     @property
     def key(self) -> str:
-        "What a checkpoint tells it by from other averages of the fit."
+        """By what a checkpoint tells it from the fit's other averages; of 'swa' it is '0', the number
+        that `walk.named_callbacks` gives the only callback of a class.
+        """
         return '0' if self._name == 'swa' else self._name
 
     def fit_settings(self) -> dict:
@@ -440,7 +532,7 @@ class SWACallback(FitCallback):
         res = {'average': None, 'epochs': self.averaged_epochs, 'bn': [], 'stale': False, 'fit': {}}
         res['continued'] = self._continued if isinstance(self._continued, dict) else None
         if fit is not None:
-            res['fit'] = {k: getattr(fit, k) for k in _COUNTS}
+            res['fit'] = {k: getattr(fit, k) for k in _SAVED}
         if average is None:
             return res
         return res | {'average': average.state_dict(), 'bn': list(average.bn), 'stale': average.stale}
@@ -476,9 +568,10 @@ class SWACallback(FitCallback):
             with self._average.running.lent_to(self.learn.model):
                 self._refresh(self.learn, in_fit=True)
                 values = validate_aside(self.learn)
-            fit.failed = False
+            fit.epoch.has_failed = False
             return values
-        fit.failed = True
+        # an exception has ended the attempt
+        fit.epoch.has_failed = True
         return []
 
     def _refresh(self, learn, in_fit=False):
@@ -492,7 +585,7 @@ class SWACallback(FitCallback):
         average.stale = False
 
     def _log(self, values):
-        complete_row(recorder_of(self.learn), self._fit.before, self._fit.columns, values)
+        complete_row(recorder_of(self.learn), self._fit.n_own, self._fit.columns, values)
 
     # small helpers
 
@@ -501,7 +594,10 @@ class SWACallback(FitCallback):
         "In sentences to users."
         return 'the average' if self._name == 'swa' else f'the average {self._name!r}'
 
-    def _existing(self, call) -> Learner:
+    def _averaged_learner(self, call) -> Learner:
+        """The learner whose weights were averaged. Raises `RuntimeError`, naming `call`, if there is no
+        average, or that learner is gone.
+        """
         self.clean_up()
         if self._average is None:
             raise RuntimeError(
@@ -514,13 +610,13 @@ class SWACallback(FitCallback):
             )
         return learn
 
-    def _say(self, what, sentence):
+    def _say(self, kind, sentence):
         "Warn, once in a fit."
         fit = self._fit
         if fit is not None:
-            if what in fit.said:
+            if kind in fit.said:
                 return
-            fit.said.add(what)
+            fit.said.add(kind)
         if not rank_distrib():  # once for all processes
             warnings.warn(sentence, stacklevel=2)
 
@@ -528,10 +624,11 @@ class SWACallback(FitCallback):
         where = 'in' if self.every else 'at the end of'
         self._say(
             'finite',
-            f'the weights {where} epoch {self._fit.epoch} are not finite; such epochs are left out of the average',
+            f'the weights {where} epoch {self._fit.epoch.number} are not finite; such epochs are left out of the '
+            'average',
         )
 
-    def _nothing_folded(self):
+    def _why_nothing_is_averaged(self):
         fit = self._fit
         if self.every and fit.start < self.n_epoch:
             return (
@@ -542,67 +639,6 @@ class SWACallback(FitCallback):
             f'swa_start={self.swa_start} was not reached: epoch {fit.start} (from 0) would be the first one averaged, '
             f'so this fit of {self.n_epoch} epochs averages nothing'
         )
-
-    # before the first step
-
-    def _is_namesake(self, cb) -> bool:
-        return isinstance(cb, SWACallback) and cb is not self and cb.enabled and cb._name == self._name
-
-    def _must_stand_aside(self) -> bool:
-        """Is another callback of this name passed to the fit, while this one is attached for good?
-        Raises `ValueError` if both are the one or the other.
-        """
-        namesakes = [cb for cb in self.learn.cbs if self._is_namesake(cb)]
-        if not namesakes:
-            return False
-        passed = passed_callbacks(self.learn)
-        if any(cb is self for cb in passed) == any(cb is other for cb in passed for other in namesakes):
-            raise ValueError(
-                f'this fit has two SWACallbacks of the name {self._name!r}, whose columns would collide: pass one, or '
-                'give them different names'
-            )
-        if any(cb is self for cb in passed):
-            return False
-        if not self._stands_aside:
-            self._stands_aside = True
-            warnings.warn(
-                f'learn.{self._name} stands aside in fits that another SWACallback of its name is passed to',
-                stacklevel=2,
-            )
-        return True
-
-    def _look_ahead(self):
-        "Say before a long fit what would only show later in it."
-        fit, learn = self._fit, self.learn
-        check_engine(learn)
-        check_model(learn, self._given)
-        self._open_continued()
-        remarks = remarks_on_model(learn) | remarks_on_data(learn, self._what)
-        if fit.start < self.n_epoch:
-            validated = validated_epochs(fit.start, self.n_epoch, self.cycle_len, self.swa_eval_freq)
-            remarks |= remarks_on_trackers(learn, fit.columns, validated, self.swa_start)
-        else:
-            remarks['nothing'] = self._nothing_folded()
-        for kind, sentence in remarks.items():
-            self._say(kind, sentence)
-
-    def _open_continued(self):
-        """Read the average to go on with now: its callback may begin another one in this fit, its
-        file be written again.
-        """
-        continued = self._continued
-        if continued is None or isinstance(continued, dict):
-            return
-        if isinstance(continued, SWACallback):
-            continued.clean_up()
-            if not continued.n_averaged:
-                raise ValueError('average is a SWACallback that has averaged nothing: there is nothing to go on with')
-            state = continued._average.running.state_dict()
-            epochs = continued.averaged_epochs
-        else:
-            state, epochs = state_in_file(continued)
-        refuse_another_model(state, self.learn.model)
-        self._continued = {'state': pack(state), 'epochs': epochs}
 
 
 class SaveSWAModelCallback(FitCallback, SaveModelCallback):
@@ -648,7 +684,7 @@ class SaveSWAModelCallback(FitCallback, SaveModelCallback):
         self._swa = next(swa for swa in averages if swa._fit and self.monitor in swa._fit.columns)
         if self.fname is None:
             self.fname = f'{self._swa._name}_model'
-        self._fit = self._swa._fit
+        self._fit = self._swa._fit  # shared: it counts and warns with the average's, which comes first by its `order`
 
     def after_epoch(self):
         best = self.best
@@ -673,11 +709,6 @@ class SaveSWAModelCallback(FitCallback, SaveModelCallback):
     def after_fit(self):
         if self.at_end:
             self._save(self.fname)
-
-
-def _of_one(o) -> list:
-    "What a single process gathers."
-    return [o]
 
 
 # arguments, and what is known of others' averages

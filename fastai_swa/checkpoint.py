@@ -34,8 +34,9 @@ _LAST = 1000
 
 # learner -> file -> Journal: fastai forgets a callback that is passed to a fit when that is over
 _journals = weakref.WeakKeyDictionary()
-# callback, or learner -> the plain attributes of the callback, or of all else that the learner has, before its first
-# fit. These are settings unless a fit changes them: a new run of the program makes them again.
+# Plain attributes before the first fit. There are two kinds of keys: a callback, to its own attributes, and a learner,
+# to those of all else that it holds. They are settings unless a fit changes them: a new run of the program makes them
+# again.
 _before_first_fit = weakref.WeakKeyDictionary()
 
 
@@ -46,12 +47,12 @@ class _Fit:
     processes: Processes  # that train together
     journal: Journal  # the fits on the same file
     settings: dict = None  # what must be the same where it goes on
-    saved: dict = None  # the state in the file, until this fit has gone on from it
+    to_restore: dict = None  # state in the file, to be put back at its epoch; `None` once done, or for a fit begun anew
     lock: Lock = None  # on the file, in the first process
     is_past: bool = False  # was it completed before?
     epoch: int = -1  # the one begun last
     is_in_epoch: bool = False  # is that one under way?
-    is_at_end: bool = False  # has its last epoch ended?
+    runs_last: bool = False  # has all ended that this callback must see before the others?
     muted: list = field(default_factory=list)  # attributes of callbacks, and the `run` that they had
 
     def mute(self, learn, but):
@@ -84,7 +85,7 @@ class CheckpointCallback(FitCallback):
 
     A call with more epochs goes on with a file made for fewer: with its own schedule from there on,
     and with the first averaged epoch of the file. That is bitwise the longer fit where the two
-    agree on the epochs done, and where not that is said.
+    agree on the epochs done; where they do not, a warning says so.
 
     Raises, before anything of the fit has changed: `ValueError` if the file is damaged, foreign or
     newer, none of which is ever overwritten, or if the model, the data's size, the schedule or the
@@ -117,9 +118,9 @@ class CheckpointCallback(FitCallback):
     @property
     def order(self) -> int:
         """It sees an epoch before all other callbacks, and the end of the fit after them: when all
-        is done, the file can go.
+        is done, the file can go. (fastai sorts the callbacks anew at each event.)
         """
-        return _LAST if self._fit is not None and self._fit.is_at_end else _FIRST
+        return _LAST if self._fit is not None and self._fit.runs_last else _FIRST
 
     # the events of a fit
 
@@ -135,7 +136,7 @@ class CheckpointCallback(FitCallback):
         saved = processes.first(self._open)
         settings = _settings(learn, processes)
         if saved:
-            settings = self._find_place(saved, settings)
+            settings = self._go_to_place(saved, settings)
         elif journal.fits:
             end = take(learn, _before_first_fit.get(learn))
             _gather(end, processes)
@@ -149,11 +150,11 @@ class CheckpointCallback(FitCallback):
         fit, learn = self._fit, self.learn
         fit.epoch = learn.epoch
         fit.is_in_epoch = True
-        if fit.saved is None:
+        if fit.to_restore is None:
             self._keep_row()
             if self._due():
                 self._write()
-        elif fit.is_past or learn.epoch < fit.saved['epoch']:
+        elif fit.is_past or learn.epoch < fit.to_restore['epoch']:
             fit.mute(learn, but=self)
             raise CancelEpochException
         else:
@@ -163,10 +164,11 @@ class CheckpointCallback(FitCallback):
     def after_epoch(self):
         fit = self._fit
         fit.is_in_epoch = False
-        fit.is_at_end = fit.epoch == self.learn.n_epoch - 1 and not fit.is_past
+        # a fit that is passed by ends here before the trackers' `after_fit`, which it switches off
+        fit.runs_last = fit.epoch == self.learn.n_epoch - 1 and not fit.is_past
 
     def after_cancel_fit(self):
-        self._fit.is_at_end = True
+        self._fit.runs_last = True
 
     def after_fit(self):
         fit = self._fit
@@ -174,9 +176,9 @@ class CheckpointCallback(FitCallback):
             self._pass_by()
         elif fit.is_in_epoch:
             self._tell(f'the fit was stopped within epoch {fit.epoch}; the file is kept')
-        elif fit.epoch >= 0 and fit.saved is None:  # else a callback cancelled it before it began
+        elif fit.epoch >= 0 and fit.to_restore is None:  # else a callback cancelled it before it began
             fit.processes.first(self._remove)
-            fit.journal.complete(fit.settings, _later_states(self.learn))
+            fit.journal.complete(fit.settings, _getter_of_states(self.learn))
 
     def over(self):
         if self._fit.lock is not None:
@@ -191,11 +193,13 @@ class CheckpointCallback(FitCallback):
         saved = read(self.file, _KIND, _VERSION) if self.file.exists() else None
         return saved if self.resume else None
 
-    def _find_place(self, saved: dict, settings: dict) -> dict:
-        "Which of the fits in the file has these `settings`? Returns them as they are from here on."
+    def _go_to_place(self, saved: dict, settings: dict) -> dict:
+        """Let this fit stand at its place among those of the file. Returns the settings to write from
+        now on: the file's or, if it has become longer, its own.
+        """
         fit = self._fit
         place = fit.journal.open(saved, settings)
-        fit.saved = saved['state']
+        fit.to_restore = saved['state']
         fit.is_past = place.is_past
         if place.settings[N_EPOCHS] == settings[N_EPOCHS]:
             return place.settings
@@ -207,7 +211,7 @@ class CheckpointCallback(FitCallback):
         "The file is of a fit of fewer epochs: will this one end where the longer one would?"
         n = now[N_EPOCHS]
         self._tell(f'the file is of a fit of {was[N_EPOCHS]} epochs, which now becomes one of {n}')
-        reasons = why_not_the_longer_fit(was, now, self._fit.saved['epoch'])
+        reasons = why_not_the_longer_fit(was, now, self._fit.to_restore['epoch'])
         if reasons:
             warnings.warn(
                 f'{self.file.name}: {" and ".join(reasons)}: the fit does not end where one of {n} epochs from the '
@@ -253,14 +257,15 @@ class CheckpointCallback(FitCallback):
             )
 
     def _tell(self, text):
-        print(f'{self.file.name}: {text}')
+        if self._fit.processes.rank == 0:
+            print(f'{self.file.name}: {text}')
 
     # going on
 
     def _go_on(self):
         "Put the state in the file into the learner, and show the rows of the epochs before."
         fit, learn = self._fit, self.learn
-        state, fit.saved = fit.saved, None
+        state, fit.to_restore = fit.to_restore, None
         if state['data'] != _sizes(learn):
             raise ValueError(
                 f'{self.file} is of a fit whose data were exchanged on the way ({_sizes(learn)}, then {state["data"]}: '
@@ -285,8 +290,8 @@ class CheckpointCallback(FitCallback):
             learn.logger(L(row))
 
     def _reorder_rows(self, recorder, columns):
-        """Rows written where the averages of a fit were passed in another order get the `columns`
-        of this one.
+        """The file's rows have the averages' columns in the order in which their callbacks were
+        passed then: bring them into that of `columns`.
         """
         places = [list(recorder.metric_names).index(name) for name in columns]
         recorder.metric_names = L(columns)
@@ -294,7 +299,7 @@ class CheckpointCallback(FitCallback):
             return
         self._rows = [_in_order(row, places) for row in self._rows]
         without_time = places[: len(places) - bool(recorder.add_time)]
-        of_values = [i - 1 for i in without_time[1:]]  # these have no epoch
+        of_values = [i - 1 for i in without_time[1:]]  # `values` have neither the epoch, which is first, nor the time
         recorder.values = [L(_in_order(row, of_values)) for row in recorder.values]
 
     def _pass_by(self):
@@ -308,8 +313,7 @@ class CheckpointCallback(FitCallback):
         for cb in learn.cbs:
             if isinstance(cb, TrackerCallback):
                 cb.run = False  # would load or save its best weights now
-        if fit.processes.rank == 0:
-            self._tell(f'fit {len(fit.journal.fits)} was completed before; it is skipped')
+        self._tell(f'fit {len(fit.journal.fits)} was completed before; it is skipped')
 
     # its own state
 
@@ -333,8 +337,10 @@ def _plain(cell):
     return cell
 
 
-def _later_states(learn):
-    "A function that gives what the callbacks of a fit keep of it: name -> packed state."
+def _getter_of_states(learn):
+    """A function that gives what the callbacks of a fit keep of it: name -> packed state. It is called
+    later: until then an average may still be refreshed.
+    """
     keeping = []
     for name, cb in named_callbacks(learn):
         if keeps_state(cb) and not isinstance(cb, CheckpointCallback):
@@ -346,7 +352,9 @@ def _later_states(learn):
 
 
 def _gather(state: dict, processes: Processes):
-    "Random generators, and what data, modules and other objects hold, are each process's own."
+    """Put into `state` what is each process's own, of all of them: random generators, and what data,
+    modules and other objects hold.
+    """
     for key in ('random', 'held'):
         state[key] = processes.gather(state[key])
 
@@ -405,7 +413,7 @@ def _settings(learn: Learner, processes: Processes) -> dict:
     }
     for cb in learn.cbs:
         if hasattr(type(cb), 'fit_settings'):
-            key = getattr(cb, 'key', '0')  # of several averages
+            key = getattr(cb, 'key', '0')  # '0': the only one, or the average of the name 'swa'
             name = type(cb).__name__
             res[name if key == '0' else f'{name} {key!r}'] = pack(cb.fit_settings())
     return res

@@ -1,7 +1,7 @@
-"""`Ensemble`: many models, one prediction."""
+"""`Ensemble`: many models, one prediction. They are combined in a learner's place, stacked, saved."""
 
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from fastcore.foundation import L, noop
 from torch import nn
 from torch.nn import functional as F
 
-from .aside import autocast_left
+from .aside import autocast_left, whole
 from .checks import check_choice
 from .fitting import no_fit
-from .interrupts import uninterrupted, unwound_whole
+from .interrupts import uninterrupted
 from .members import Combination, EachMember, Members
 from .modules import Kept, clean_copy, has_own_modes, unwrap
 from .probabilities import Probabilities, features
@@ -30,7 +30,7 @@ __all__ = ['Ensemble']
 
 @dataclass
 class _Described:
-    "What an ensemble is made of, as far as what it is made from says it."
+    "What the argument `members` of an ensemble says; `None`, or empty, where it says nothing."
 
     members: list
     learn: Learner | None = None
@@ -112,7 +112,9 @@ class Ensemble:
         return len(self.members)
 
     def __getitem__(self, i):
-        "An ensemble of some of the members, as a slice of a list."
+        """The ensemble of some of the members: `i` is an index, several, or a slice. The weights that
+        `stack` found are of all members, so that 'stack' becomes 'mean'.
+        """
 
         def pick(o):
             if isinstance(i, slice):
@@ -204,7 +206,7 @@ class Ensemble:
         """
         from sklearn.linear_model import RidgeCV  # comes with fastai; slow to import
 
-        if not isinstance(ds_idx, int):  # the former order
+        if not isinstance(ds_idx, int):  # `stack(dl)`, from before `ds_idx` came first
             ds_idx, dl = 1 if dl is None else dl, ds_idx
         if dl is None:
             dl = self.learn.dls[ds_idx]
@@ -233,7 +235,7 @@ class Ensemble:
         sets = [own if data is None else data for data in training_sets]
         return self._overlaps.count(getattr(dl, 'dataset', None), sets)
 
-    def _check_scored(self, dl):
+    def _warn_if_flattered(self, dl):
         "Warn if a score on the samples of `dl` flatters."
         scored = getattr(dl, 'dataset', None)
         n = length(scored)
@@ -290,6 +292,7 @@ class Ensemble:
     # members
 
     def _module(self, i) -> nn.Module:
+        "Member `i` as a module: its own, or for weights a copy of its architecture with them."
         source = source_of(self.members[i])
         if isinstance(source, nn.Module):
             return unwrap(source)
@@ -311,7 +314,7 @@ class Ensemble:
 
         def check(dl, ds_idx):
             if warns:
-                self._check_scored(learn.dls[ds_idx] if dl is None else dl)
+                self._warn_if_flattered(learn.dls[ds_idx] if dl is None else dl)
 
         def get_preds(ds_idx=1, dl=None, *args, **kwargs):
             check(dl, ds_idx)
@@ -330,16 +333,8 @@ class Ensemble:
             no_fit(learn, reason, also=('save', 'export', 'load', 'create_opt')),
             _attributes(learn, model=members, get_preds=get_preds, validate=validate),
         )
-        stack = ExitStack()
-        with unwound_whole():
-            try:
-                with uninterrupted():
-                    for context in contexts:
-                        stack.enter_context(context)
-                yield learn
-            finally:
-                with uninterrupted():
-                    stack.close()
+        with whole(*contexts):
+            yield learn
 
 
 @contextmanager
@@ -376,14 +371,14 @@ def _described(given) -> _Described:
     if isinstance(given, Ensemble):
         return _Described(
             given.members,
-            given.learn,
-            given.archs,
-            given.combine,
-            given.probabilities.kind,
-            given.epochs,
-            given.stacking,
-            given._stacked_on,
-            given._trained_on,
+            learn=given.learn,
+            archs=given.archs,
+            combine=given.combine,
+            activation=given.probabilities.kind,
+            epochs=list(given.epochs),
+            stacking=given.stacking,
+            stacked_on=given._stacked_on,
+            trained_on=list(given._trained_on),
         )
     members = list(gathered(given).values())
     if isinstance(given, str | Path) and Path(given).is_dir():

@@ -118,6 +118,9 @@ class _Collector(_PassCallback):
 
     @contextmanager
     def _whole_batch(self):
+        """Within this context `learn` has the batch of all processes, which metrics must not gather
+        again. A process that failed is noticed first: the others would wait for it.
+        """
         learn = self.learn
         own = {k: vars(learn)[k] for k in ('pred', 'yb', 'loss')}
         self.processes.check()
@@ -153,19 +156,22 @@ def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None) -> Mo
     like up and tear them down. Of several processes each takes a share of the samples, or
     `n_batches` of its own. Raises `PassCancelled` if a callback cancels the pass, `ValueError` if
     the training set can be gone through only once, and `PassFailed` if it failed in another
-    process; like any error that leaves the statistics as they were.
+    process. After any of these the statistics are as they were.
+
+    - `in_fit`: the pass is made from an event of a fit, whose `before_fit` has been sent already.
+      (`after_cancel_fit` needs it said: fastai sends it when the epochs are over.)
     """
     if dl is None:
         _check_repeatable(learn, _TRAINING)
-    model = unwrap(learn.model)
-    layers = {name: m for name, m in model.named_modules() if name in set(names)}
+    names = set(names)
+    model = unwrap(learn.model)  # data-parallel replicas would each keep statistics of their own
+    layers = {name: m for name, m in model.named_modules() if name in names}
     refreshed = [t for m in layers.values() for t in m._buffers.values()]
     with (
         aside(learn, buffers_kept(model, but=refreshed)),
         _events_around(learn, in_fit),
         _together(learn) as processes,
     ):
-        model = unwrap(learn.model)  # data-parallel replicas would each keep statistics of their own
         if dl is None and processes.size > 1:
             dl = share(learn.dls.train, processes, n_batches)
         elif dl is None:
@@ -174,20 +180,20 @@ def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None) -> Mo
             batch_moments(model, layers, processes.gather if processes.size > 1 else None) as moments,
             _with_model(learn, model),
             _gan_put_back(learn),
-            learn.added_cbs(_EndBatch(moments)),
+            learn.added_cbs(_BnCallback(moments)),
         ):
             _run(learn, dl)
     return moments
 
 
-class _EndBatch(_PassCallback):
-    "Tells `moments` where batches end."
+class _BnCallback(_PassCallback):
+    "Tells `moments` where batches end; keeps the critic of a GAN on."
 
     def __init__(self, moments):
         self.moments = moments
 
     def before_validate(self):
-        """Of a GAN, fastai validates the generator. While the critic is on, a batch reaches both:
+        """Of a GAN, fastai has just switched to the generator. While the critic is on, a batch reaches both:
         the critic sees real and generated images, as in training."""
         trainer = getattr(self.learn, 'gan_trainer', None)
         if trainer is not None:
@@ -272,7 +278,7 @@ def _are_close(a, b) -> bool:
 # what passes share
 
 
-_TRAINING, _VALIDATION = 0, 1  # the loaders' numbers
+_TRAINING, _VALIDATION = 0, 1  # places in `learn.dls`
 
 
 def _check_repeatable(learn, which):
@@ -323,7 +329,7 @@ def _with_model(learn, model):
         learn.model = own
 
 
-# where there can be none
+# which learners passes can serve
 
 
 def check_engine(learn):

@@ -30,6 +30,16 @@ FLOORS = [
 # within a folder, which is one place above
 FLOORS_WITHIN = {
     'landscape': [{'geometry'}, {'surfaces'}, {'space', 'figures'}, {'measure'}, {'curve'}, {'__init__'}],
+    'experiments': [
+        {'progress', 'scores', 'store', 'tables', 'tasks'},
+        {'machine', 'recipes'},
+        {'pool', 'recipe_learner', 'record', 'rows'},
+        {'compare_ensembles', 'report_trainings', 'surface_record', 'train'},
+        {'measure_surfaces', 'report_ensembles', 'report_surfaces'},
+        {'jobs', 'report'},
+        {'run'},
+        {'__init__'},
+    ],
 }
 SOURCES = sorted(PACKAGE.rglob('*.py'))
 
