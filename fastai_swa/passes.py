@@ -180,13 +180,13 @@ def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None) -> Mo
             batch_moments(model, layers, processes.gather if processes.size > 1 else None) as moments,
             _with_model(learn, model),
             _gan_put_back(learn),
-            learn.added_cbs(_BnCallback(moments)),
+            learn.added_cbs(_EndBatch(moments)),
         ):
             _run(learn, dl)
     return moments
 
 
-class _BnCallback(_PassCallback):
+class _EndBatch(_PassCallback):
     "Tells `moments` where batches end; keeps the critic of a GAN on."
 
     def __init__(self, moments):
