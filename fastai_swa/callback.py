@@ -479,9 +479,11 @@ class SWACallback(FitCallback):
     def _note_statistics(self, gather):
         epoch, average = self._fit.epoch, self._average
         model = unwrap(self.learn.model)
-        moved = gather([] if epoch.watch is None else epoch.watch.moved())
-        if self.learn.train_iter > epoch.train_iter_before and epoch.watch is not None:
-            average.bn = union(moved)
+        has_run = self.learn.train_iter > epoch.train_iter_before
+        moved = gather(epoch.watch.moved() if has_run and epoch.watch is not None else None)
+        known = [names for names in moved if names is not None]
+        if known:
+            average.bn = union(known)
         elif not average.bn:  # no batch ran, and no epoch before tells
             average.bn = list(tracked_bn(model))
         self._follow(average)

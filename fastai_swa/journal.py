@@ -23,7 +23,6 @@ _CHANGING = 'the parameters to train', 'wd'  # what a fit may change by itself
 class Place:
     "Where a fit stands among those that a file knows."
 
-    number: int  # from 0
     is_past: bool  # whether it was completed before
     settings: dict  # as the file has them
 
@@ -65,7 +64,7 @@ class Journal:
         self.end = saved['end']
         self.kept = saved['kept']
         self._keep = dict
-        return Place(number, number < len(fits) - 1, fits[number])
+        return Place(number < len(fits) - 1, fits[number])
 
     def begin(self, settings: dict):
         "A fit with these `settings` begins, as the next one or at its place."

@@ -36,12 +36,13 @@ class Program:
             place = self.journal.open(copy.deepcopy(self.file), fit)
         elif self.journal.fits:
             self.journal.begin_another(f'after {len(self.journal.fits)}')
+        number = len(self.journal.fits)
         self.journal.begin(fit)
         if place is not None and place.is_past:
             self.passed.append(self.journal.pass_by(place.settings))
-            return f'{place.number} passed'
+            return f'{number} passed'
         self.write(fit, 0)
-        return 'new' if place is None else f'{place.number} goes on'
+        return 'new' if place is None else f'{number} goes on'
 
     def write(self, fit, epoch):
         self.file = {'version': 2, **self.journal.content(fit, f'epoch {epoch}')}

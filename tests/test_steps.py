@@ -44,6 +44,16 @@ def folded(steps, start, every):
     return [w for w, e in zip(steps.weights, steps.epochs) if e >= start][every - 1 :: every]
 
 
+def poisoned(event):
+    "Weights that turn nan in batch 2 of epoch 3, at `event`."
+
+    def f(cb):
+        for p in cb.learn.model.parameters():
+            p.data.fill_(float('nan'))
+
+    return At(event, 3, f, batch=2, training=True)
+
+
 @pytest.mark.parametrize('seed', range(8))
 def test_the_average_over_steps_is_the_mean_of_every_kth_from_epoch_swa_start_on(seed):
     rng = random.Random(seed)
@@ -140,13 +150,7 @@ def test_the_step_reads_nothing_from_the_device(monkeypatch):
 
 def test_weights_that_turn_nan_within_an_epoch_take_its_steps_back_and_leave_the_average_of_the_epochs_before():
     learn, steps, swa = learner(), Steps(), SWACallback(1, every=2)
-    poison = At(
-        'after_batch',
-        3,
-        lambda cb: [p.data.fill_(float('nan')) for p in cb.learn.model.parameters()],
-        batch=2,
-        training=True,
-    )
+    poison = poisoned('after_batch')
     with pytest.warns(UserWarning, match='not finite'):
         learn.fit(6, cbs=[steps, swa, poison])
     assert swa.n_averaged == 6 and swa.averaged_epochs == [1, 2]
@@ -159,13 +163,7 @@ def test_weights_that_turn_nan_within_an_epoch_take_its_steps_back_and_leave_the
 
 def test_nan_weights_at_the_end_of_a_stopped_fit_are_taken_back_too():
     learn, swa = learner(), SWACallback(1, every=1)
-    poison = At(
-        'before_batch',
-        3,
-        lambda cb: [p.data.fill_(float('nan')) for p in cb.learn.model.parameters()],
-        batch=2,
-        training=True,
-    )
+    poison = poisoned('before_batch')
     with pytest.warns(UserWarning, match='not finite'):
         learn.fit(6, cbs=[swa, poison, TerminateOnNaNCallback()])
     assert swa.averaged_epochs == [1, 2] and all(p.isfinite().all() for p in swa.swa_model.parameters())

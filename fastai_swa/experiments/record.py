@@ -13,7 +13,7 @@ from ..modules import unwrap
 from ..state import take
 from .machine import hardware, installed_versions, now
 from .recipes import described, parts, runs
-from .store import RUNS_FILE, shortest, store, stored
+from .store import RUNS_FILE, read_begun, shortest, store, stored
 
 __all__ = [
     'Settings',
@@ -305,7 +305,7 @@ def read_records(folder: Path) -> dict[int, dict]:
     begun = {}
     for file in folder.iterdir():
         match = re.fullmatch(r'seed-(\d+)\.json', file.name)
-        data = _read_begun(file) if match else None
+        data = read_begun(file, _KEYS, 'record of a seed') if match else None
         if data is not None:
             begun[int(match[1])] = data
     return dict(sorted((begun | _complete(folder)).items()))
@@ -315,7 +315,7 @@ def find_record(folder: Path, seed: int) -> dict | None:
     """The record of a seed in `folder`, complete or not; `None` if there is none. Raises
     `ValueError` if it is damaged.
     """
-    begun = _read_begun(folder / f'seed-{seed}.json')
+    begun = read_begun(folder / f'seed-{seed}.json', _KEYS, 'record of a seed')
     return _complete(folder).get(seed, begun)
 
 
@@ -325,19 +325,6 @@ def _complete(folder) -> dict[int, dict]:
         if not _KEYS <= data.keys():
             raise ValueError(f'{folder / RUNS_FILE} is damaged: seed {seed} is no record of a training: move it away')
     return complete
-
-
-def _read_begun(file) -> dict | None:
-    "`None` if it is not there; it may just have been stored."
-    try:
-        data = json.loads(file.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        data = None
-    if not isinstance(data, dict) or not _KEYS <= data.keys():
-        raise ValueError(f'{file} is damaged, or no record of a seed: move it away')
-    return data
 
 
 def check_record(data: dict, folder: Path, fixed: dict):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..files import InUse, Lock, replacing, write_text
 
-__all__ = ['stored', 'store', 'write_report', 'write_figure', 'shortest', 'RUNS_FILE']
+__all__ = ['stored', 'store', 'read_begun', 'write_report', 'write_figure', 'shortest', 'RUNS_FILE']
 
 RUNS_FILE = 'runs.jsonl'
 
@@ -64,6 +64,22 @@ def write_report(folder: Path, text: str, records: list[dict], numbers: dict):
     }
     write_text(folder / 'report.json', json.dumps(what | numbers, indent=1, allow_nan=False) + '\n')
     write_text(folder / 'report.md', text)
+
+
+def read_begun(file: Path, keys: set, what: str) -> dict | None:
+    """What stands beside the file of a row for a seed under way; `None` if it is not there: it may
+    just have been stored. Raises `ValueError`, naming the file, if it lacks some of `keys`, and so is
+    no `what`.
+    """
+    try:
+        data = json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        data = None
+    if not isinstance(data, dict) or not keys <= data.keys():
+        raise ValueError(f'{file} is damaged, or no {what}: move it away')
+    return data
 
 
 def write_figure(file: Path, fig):

@@ -11,7 +11,7 @@ from ..files import write_text
 from ..landscape.surfaces import Surface
 from .machine import hardware, installed_versions, now
 from .record import first_difference
-from .store import RUNS_FILE, store, stored
+from .store import RUNS_FILE, read_begun, store, stored
 
 __all__ = ['SurfaceRecord', 'read_surface_records', 'images_text']
 
@@ -107,7 +107,7 @@ def read_surface_records(folder: Path) -> dict[int, dict]:
     """
     begun = {}
     for file in folder.glob('seed-*.landscape.json'):
-        data = _read_begun(file)
+        data = read_begun(file, _KEYS, 'note on a measurement')
         if data is not None:
             begun[data['seed']] = data | {'finished': None}  # complete is what is stored
     complete = stored(folder, 'landscape')
@@ -115,19 +115,6 @@ def read_surface_records(folder: Path) -> dict[int, dict]:
         if not {*_KEYS, 'surfaces'} <= data.keys():
             raise ValueError(f'{folder / RUNS_FILE} is damaged: seed {seed} is no measurement: move it away')
     return dict(sorted((begun | complete).items()))
-
-
-def _read_begun(file) -> dict | None:
-    "`None` if it is not there any more: it has just been stored."
-    try:
-        data = json.loads(file.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        data = None
-    if not isinstance(data, dict) or not _KEYS <= data.keys():
-        raise ValueError(f'{file} is damaged, or no note on a measurement: move it away')
-    return data
 
 
 def images_text(images: dict) -> str:
