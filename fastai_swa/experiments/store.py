@@ -87,11 +87,11 @@ def write_figure(file: Path, fig):
     it. Raises `OSError` if it cannot be written.
     """
     drawn = BytesIO()
-    fig.savefig(drawn, format='png', dpi=110)
-    plt.close(fig)
-    image = Image.open(drawn).convert('RGB').quantize(256, dither=Image.Dither.NONE)
     with replacing(file) as f:
+        fig.savefig(drawn, format='png', dpi=110)
+        image = Image.open(drawn).convert('RGB').quantize(256, dither=Image.Dither.NONE)
         image.save(f, 'PNG', optimize=True)
+    plt.close(fig)
 
 
 def shortest(value: float) -> float:
