@@ -3,12 +3,12 @@ on all of them together; and the report on it."""
 
 import json
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 from time import sleep
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from ..files import InUse, Lock, replacing, write_text
@@ -86,12 +86,13 @@ def write_figure(file: Path, fig):
     """The figure `fig` as PNG of 256 colours, a third of the size of one of all colours, and close
     it. Raises `OSError` if it cannot be written.
     """
-    drawn = BytesIO()
-    with replacing(file) as f:
-        fig.savefig(drawn, format='png', dpi=110)
-        image = Image.open(drawn).convert('RGB').quantize(256, dither=Image.Dither.NONE)
-        image.save(f, 'PNG', optimize=True)
+    fig.set_dpi(110)
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
     plt.close(fig)
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB')
+    with replacing(file) as f:
+        image.quantize(256, dither=Image.Dither.NONE).save(f, 'PNG', optimize=True)
 
 
 def shortest(value: float) -> float:
