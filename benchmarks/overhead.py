@@ -91,10 +91,10 @@ class TimedSWACallback(SWACallback):
         with self.clock('events'):
             return super().__call__(event)
 
-    def _fold(self):
+    def _fold(self, **options):
         copies = not self._fit.n_folds
         with self.clock('first fold' if copies else 'later folds'):
-            return super()._fold()
+            return super()._fold(**options)
 
     def _refresh(self, *args, **kwargs):
         outer, self.part = self.part, 'batch norm'
@@ -237,7 +237,7 @@ def measure_bn(repeats, device):
     n, model = len(loader), WeightAverage(learn.model).swa_model
 
     def callback(n_batches):
-        swa._stale, swa.bn_batches = True, n_batches
+        swa._average.stale, swa.bn_batches = True, n_batches
         with learn.no_bar():
             swa.refresh()
 
