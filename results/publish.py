@@ -112,11 +112,14 @@ def _difference(d, quantity):
 
 def _table_of_rows(folder, names):
     rows = _report(folder)['rows']
-    lines = ['', '', '| | epochs | test error, % | test loss |', '|---|---|---|---|']
-    lines += [
-        f'| {n} | {rows[n].get("epochs", "")} | {_spread(rows[n]["error"], 2)} | {_spread(rows[n]["loss"], 4)} |'
-        for n in names
-    ]
+    columns = ['test error, %', 'test loss']
+    cells = [[_spread(rows[n]['error'], 2), _spread(rows[n]['loss'], 4)] for n in names]
+    if any('epochs' in rows[n] for n in names):
+        columns.insert(0, 'epochs')
+        for n, row in zip(names, cells):
+            row.insert(0, str(rows[n].get('epochs', '')))
+    lines = ['', '', f'| | {" | ".join(columns)} |', '|---' * (len(columns) + 1) + '|']
+    lines += [f'| {n} | {" | ".join(row)} |' for n, row in zip(names, cells)]
     return '\n'.join(lines) + '\n\n'
 
 
