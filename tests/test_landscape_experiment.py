@@ -78,6 +78,21 @@ def go(kind, folder, out=None, settings=Settings(), seeds=1, **kwargs):
     )
 
 
+def test_the_level_of_a_width_is_the_reports_alone(stored, tmp_path, monkeypatch):
+    "Nothing is measured anew for another one, also where an older record still has one."
+    folder = tmp_path / 'width'
+    shutil.copytree(stored / 'width-longer', folder)
+    file = folder / 'runs.jsonl'
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert all('level' not in line['landscape'] for line in lines)
+    for line in lines:
+        line['landscape']['level'] = 0.5
+    file.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    monkeypatch.setitem(LANDSCAPES, 'width-longer', replace(SMALL['width'], level=0.85))
+    assert 'distance to 85 % test error' in report(folder)
+    assert go('width', stored, folder, solutions=stored / 'longer') == {}
+
+
 def measured(folder, seed=0):
     "What the file of a row holds of a seed."
     lines = [json.loads(line) for line in (folder / 'runs.jsonl').read_text().splitlines()]

@@ -86,7 +86,7 @@ class SurfaceRecord:
 def _what_is_measured(recipe, seed, settings, images, records) -> dict:
     "What must be the same where a measurement goes on."
     landscape = asdict(recipe)
-    for name in ('name', 'kind', 'base'):
+    for name in ('name', 'kind', 'base', 'level'):  # the level is the report's
         del landscape[name]
     solutions = []
     for record in records:
@@ -111,6 +111,9 @@ def read_surface_records(folder: Path) -> dict[int, dict]:
         if data is not None:
             begun[data['seed']] = data | {'finished': None}  # complete is what is stored
     complete = stored(folder, 'landscape')
+    for data in (*begun.values(), *complete.values()):
+        if isinstance(data.get('landscape'), dict):
+            data['landscape'].pop('level', None)  # as it was written once
     for seed, data in complete.items():
         if not {*_KEYS, 'surfaces'} <= data.keys():
             raise ValueError(f'{folder / RUNS_FILE} is damaged: seed {seed} is no measurement: move it away')
