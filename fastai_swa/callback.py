@@ -6,7 +6,6 @@ in `fit_average`, the passes in `passes`, what is said before the first step in 
 """
 
 import keyword
-import warnings
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from .preflight import check_model, remarks_on_data, remarks_on_model, remarks_o
 from .processes import Processes
 from .schedules import start_epoch
 from .views import lending
+from .warn import warn
 from .weights import NoSolution
 
 __all__ = ['SWACallback', 'SaveSWAModelCallback', 'is_learners_own']
@@ -362,9 +362,8 @@ class SWACallback(FitCallback):
             return False
         if not self._stands_aside:
             self._stands_aside = True
-            warnings.warn(
+            warn(
                 f'learn.{self._name} stands aside in fits that another SWACallback of its name is passed to',
-                stacklevel=2,
             )
         return True
 
@@ -620,7 +619,7 @@ class SWACallback(FitCallback):
                 return
             fit.said.add(kind)
         if not rank_distrib():  # once for all processes
-            warnings.warn(sentence, stacklevel=2)
+            warn(sentence)
 
     def _say_infinite(self):
         where = 'in' if self.every else 'at the end of'

@@ -1,7 +1,5 @@
 """`Learner` methods."""
 
-import warnings
-
 import numpy as np
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
@@ -17,6 +15,7 @@ from .landscape import figures, line, plane, rays
 from .schedules import fge_epochs, fge_lr_factor, snapshot_lr_factor, start_epoch, swa_lr_factor
 from .snapshots import SnapshotCallback
 from .solutions import has_solutions, named_solutions
+from .warn import warn
 
 __all__ = ['EpochScheduler']
 
@@ -274,8 +273,7 @@ def _warn_if_above(swa_lr, lr):
     if highest <= lr * (1 + 1e-9) or rank_distrib():  # rounding is no rise; once for all processes
         return
     given = f'({swa_lr[0]:g}, {swa_lr[1]:g})' if isinstance(swa_lr, tuple) else f'{swa_lr:g}'
-    warnings.warn(
+    warn(
         f'swa_lr={given} is above lr={lr:g}: swa_lr is the learning rate while averaging, to which the rate now rises; '
         'if it was meant as the first epoch to average, that is swa_start',
-        stacklevel=3,
     )

@@ -11,7 +11,7 @@ from fastai_swa import landscape
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'fastai_swa'
 FLOORS = [
-    {'checks', 'interrupts', 'processes', 'version'},
+    {'checks', 'interrupts', 'processes', 'version', 'warn'},
     {'modules', 'files', 'schedules', 'columns', 'journal', 'contents'},
     {'packing', 'probabilities', 'weights', 'replay', 'views', 'plot', 'vision'},
     {'averaging', 'batchnorm', 'walk', 'fitting', 'members'},
@@ -97,7 +97,19 @@ def test_the_package_imports_itself_by_relative_imports_alone(path):
 
 
 @pytest.mark.parametrize(
-    'name', ['checks', 'interrupts', 'modules', 'files', 'processes', 'weights', 'averaging', 'batchnorm', 'schedules']
+    'name',
+    [
+        'checks',
+        'interrupts',
+        'modules',
+        'files',
+        'processes',
+        'warn',
+        'weights',
+        'averaging',
+        'batchnorm',
+        'schedules',
+    ],
 )
 def test_the_lowest_floors_are_plain_pytorch(name):
     for node in ast.walk(ast.parse((ROOT / 'fastai_swa' / f'{name}.py').read_text())):
