@@ -7,7 +7,8 @@ in `fit_average`, the passes in `passes`, what is said before the first step in 
 
 import keyword
 import weakref
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
@@ -30,9 +31,17 @@ from .journal import START
 from .modules import unwrap
 from .packing import pack, unpack
 from .passes import check_engine, refresh_bn, validate_aside
-from .preflight import check_model, remarks_on_data, remarks_on_model, remarks_on_trackers, validated_epochs
+from .preflight import (
+    check_model,
+    most_steps,
+    remarks_on_cycles,
+    remarks_on_data,
+    remarks_on_model,
+    remarks_on_trackers,
+    validated_epochs,
+)
 from .processes import Processes
-from .schedules import start_epoch
+from .schedules import cycle_ends, due_epochs, start_epoch
 from .views import lending
 from .warn import warn
 from .weights import NoSolution
@@ -40,7 +49,7 @@ from .weights import NoSolution
 __all__ = ['SWACallback', 'SaveSWAModelCallback', 'is_learners_own']
 
 _SAVED = 'start', 'n_folds', 'n_epochs', 'n_steps'  # fields of `_Fit` that are in checkpoints
-_N_WEIGHTS = 1001  # a `weight` function is compared by its values at so many points
+_N_COMPARED = 1001  # functions given as `weight` and `cycle_len` are compared by their values at so many points
 
 
 @dataclass
@@ -62,7 +71,8 @@ class _Epoch:
 class _Fit:
     "A fit under way."
 
-    start: int  # the first epoch that is averaged
+    start: int  # the first epoch that may be averaged
+    due: list  # the epochs that are, if they come to their ends
     n_own: int = 0  # the columns of the table before those of the average
     columns: list = field(default_factory=list)  # those of the average; none without a Recorder
     n_folds: int = 0  # points taken into the average
@@ -100,7 +110,9 @@ class SWACallback(FitCallback):
         self,
         swa_start=0.75,  # int: index from 0 of the first epoch averaged. float in [0, 1): that share of the fit
         swa_model: nn.Module = None,  # module to average into; default: a clean copy of the learner's model
-        cycle_len: int = 1,  # average the weights of epoch `swa_start` and of every `cycle_len`-th after it
+        # int: average the weights of epoch `swa_start` and of every `cycle_len`-th after it. For cycles that grow, a
+        # list of epochs, from 0, or a function that is true of them: of these, those from `swa_start` on
+        cycle_len=1,
         # validate the average with its 1st, (1+f)th, (1+2f)th ... point and in the last epoch; 0: last only
         swa_eval_freq: int = 1,
         bn_batches: int = None,  # training batches used to refresh batch norm; None: the whole training set
@@ -114,7 +126,7 @@ class SWACallback(FitCallback):
     ):
         self.swa_start = _check_swa_start(swa_start)
         check_swa_model(swa_model)
-        self.cycle_len = check_count('cycle_len', cycle_len)
+        self.cycle_len = _check_cycle_len(cycle_len)
         self.swa_eval_freq = check_count('swa_eval_freq', swa_eval_freq, least=0)
         self.bn_batches = check_count('bn_batches', bn_batches, optional=True)
         check_weight(weight)
@@ -250,12 +262,20 @@ class SWACallback(FitCallback):
             raise ValueError(
                 f'name={self._name!r} is an attribute of the learner already: give the SWACallback another name'
             )
-        fit = _Fit(start_epoch(self.swa_start, self.n_epoch))
+        start = start_epoch(self.swa_start, self.n_epoch)
+        fit = _Fit(start, self._due_from(start))
         recorder = recorder_of(self.learn)
         if recorder is not None:
             fit.n_own, fit.columns = insert_columns(recorder, self._name)
             setattr(recorder, f'{self._name}_epochs', [])
         self._fit = fit
+
+    def _due_from(self, start: int) -> list[int]:
+        "The epochs of this fit that are averaged."
+        try:
+            return due_epochs(start, self.n_epoch, self.cycle_len)
+        except Exception as e:  # of the user's function
+            raise ValueError(f'cycle_len could not be asked for the epochs {start} to {self.n_epoch - 1}: {e!r}') from e
 
     def before_epoch(self):
         self.unmute_trackers()
@@ -292,8 +312,7 @@ class SWACallback(FitCallback):
     def after_train(self):
         fit, epoch = self._fit, self._fit.epoch
         epoch.trained = True
-        since = epoch.number - fit.start
-        if not self.every and self.enabled and since >= 0 and since % self.cycle_len == 0:
+        if not self.every and self.enabled and epoch.number in fit.due:
             self._fold(if_finite=True)
         self._end_epoch()
         recorder = recorder_of(self.learn)
@@ -374,11 +393,15 @@ class SWACallback(FitCallback):
         check_model(learn, self._given)
         self._open_continued()
         remarks = remarks_on_model(learn) | remarks_on_data(learn, self._what)
-        if fit.start < self.n_epoch:
-            validated = validated_epochs(fit.start, self.n_epoch, self.cycle_len, self.swa_eval_freq)
-            remarks |= remarks_on_trackers(learn, fit.columns, validated, self.swa_start)
-        else:
+        remarks |= remarks_on_cycles(self.cycle_len, fit.due, self.n_epoch)
+        n_steps = most_steps(learn, fit.start)
+        if not fit.due:
             remarks['nothing'] = self._why_nothing_is_averaged()
+        elif self.every and n_steps < self.every:
+            remarks['nothing'] = self._why_nothing_is_averaged(f'has at most {n_steps}')
+        else:
+            validated = validated_epochs(fit.due, self.n_epoch, self.swa_eval_freq)
+            remarks |= remarks_on_trackers(learn, fit.columns, validated, self.swa_start)
         for kind, sentence in remarks.items():
             self._say(kind, sentence)
 
@@ -518,13 +541,11 @@ class SWACallback(FitCallback):
 
     def fit_settings(self) -> dict:
         "What must not change between the parts of one fit."
-        res = {
-            name: getattr(self, name)
-            for name in ('swa_start', 'cycle_len', 'every', 'enabled', 'bn_batches', 'swa_eval_freq')
-        }
+        res = {name: getattr(self, name) for name in ('swa_start', 'every', 'enabled', 'bn_batches', 'swa_eval_freq')}
+        res['cycle_len'] = _plain_cycle_len(self.cycle_len)
         res['going on with an average'] = self._goes_on
         res[START] = start_epoch(self.swa_start, self.n_epoch)
-        res['weight'] = [_weight_of(self.weight, n) for n in range(_N_WEIGHTS)]
+        res['weight'] = [_weight_of(self.weight, n) for n in range(_N_COMPARED)]
         return res
 
     def state_dict(self) -> dict:
@@ -555,6 +576,7 @@ class SWACallback(FitCallback):
                 self._average = average
         if self._fit:
             vars(self._fit).update(state['fit'])
+            self._fit.due = self._due_from(self._fit.start)
             if self._fit.n_folds:
                 self._continued = None
         if state.get('continued'):
@@ -629,15 +651,23 @@ class SWACallback(FitCallback):
             'average',
         )
 
-    def _why_nothing_is_averaged(self):
+    def _why_nothing_is_averaged(self, n_steps=None) -> str:
+        "`n_steps`: of those taken, as in 'took 3'."
         fit = self._fit
-        if self.every and fit.start < self.n_epoch:
+        if self.every and fit.due:
+            n_steps = n_steps or f'took {fit.n_steps}'
             return (
-                f'every={self.every} was not reached: this fit took {fit.n_steps} optimizer steps from epoch '
-                f'{fit.start} on and averages nothing'
+                f'every={self.every} was not reached: this fit {n_steps} optimizer steps from epoch {fit.start} on and '
+                'averages nothing'
             )
+        if not fit.due and fit.start < self.n_epoch:
+            return (
+                f'cycle_len has no epoch from {fit.start} (swa_start={self.swa_start}) to {self.n_epoch - 1}, the last '
+                'one, counted from 0: this fit averages nothing'
+            )
+        first = fit.due[0] if fit.due else fit.start
         return (
-            f'swa_start={self.swa_start} was not reached: epoch {fit.start} (from 0) would be the first one averaged, '
+            f'swa_start={self.swa_start} was not reached: epoch {first} (from 0) would be the first one averaged, '
             f'so this fit of {self.n_epoch} epochs averages nothing'
         )
 
@@ -751,6 +781,38 @@ def _weight_of(weight, n_averaged: int):
         return float(weight(n_averaged))
     except Exception:
         return None
+
+
+def _check_cycle_len(cycle_len):
+    "An int, a list of ints or a function."
+    if callable(cycle_len):
+        return cycle_len
+    if isinstance(cycle_len, Integral) and not isinstance(cycle_len, bool):
+        return check_count('cycle_len', cycle_len)
+    if isinstance(cycle_len, str) or not isinstance(cycle_len, Iterable):
+        raise TypeError(
+            'cycle_len must be an int (epochs), a list of the epochs averaged, or a function that is true of them, not '
+            f'{cycle_len!r}'
+        )
+    epochs = [check_count('cycle_len', epoch, least=0) for epoch in cycle_len]
+    if not epochs:
+        raise ValueError('cycle_len must have one epoch at least, and is empty')
+    if epochs != sorted(set(epochs)):
+        ends = f': of cycles of these lengths they are {cycle_ends(epochs)}' if min(epochs) else ''
+        raise ValueError(f'cycle_len must be epochs, counted from 0, in rising order, not {epochs}{ends}')
+    return epochs
+
+
+def _plain_cycle_len(cycle_len):
+    "What tells it from another one."
+    if not callable(cycle_len):
+        return cycle_len
+    epochs = []
+    for epoch in range(_N_COMPARED):
+        with suppress(Exception):  # the function of a shorter fit
+            if cycle_len(epoch):
+                epochs.append(epoch)
+    return epochs
 
 
 def _check_swa_start(swa_start):

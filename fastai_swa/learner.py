@@ -48,7 +48,7 @@ def fit_swa(
     # default: lr / 10
     swa_lr=None,
     swa_start=0.75,  # as in `SWACallback`
-    cycle_len: int = 1,  # as in `SWACallback`
+    cycle_len=1,  # as in `SWACallback`; an int where `swa_lr` is a pair
     wd: float = None,  # weight decay; default: the learner's
     cbs=None,  # more callbacks for this fit
     **swa_kwargs,  # other arguments of `SWACallback`
@@ -69,6 +69,8 @@ def fit_swa(
     if swa_lr is not None:
         swa_lr = _check_swa_lr(swa_lr)
     swa = SWACallback(swa_start=swa_start, cycle_len=cycle_len, **swa_kwargs)
+    if isinstance(swa_lr, tuple) and not isinstance(swa.cycle_len, int):
+        raise ValueError(f'cycle_len must be an int where swa_lr is a pair (hi, lo), not {cycle_len!r}')
     lr, lrs = _group_lrs(self, 'lr', lr)
     if swa_lr is None:
         factor = 0.1
