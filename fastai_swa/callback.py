@@ -25,12 +25,14 @@ from .checks import check_count, check_known
 from .columns import complete_row, insert_columns, recorder_of
 from .files import save_weights
 from .fit_average import FitAverage, refuse_another_model, state_in_file, weights_with_points
+from .fit_history import FitHistory
 from .fitting import FitCallback, SideWork, no_fit, passed_callbacks
 from .interrupts import uninterrupted
 from .journal import START
 from .modules import unwrap
 from .packing import pack, unpack
 from .passes import check_engine, refresh_bn, validate_aside
+from .plot import plot_history
 from .preflight import (
     check_model,
     most_steps,
@@ -75,6 +77,7 @@ class _Fit:
     due: list  # the epochs that are, if they come to their ends
     n_own: int = 0  # the columns of the table before those of the average
     columns: list = field(default_factory=list)  # those of the average; none without a Recorder
+    history: FitHistory = None  # the table so far; `None` without a Recorder
     n_folds: int = 0  # points taken into the average
     n_epochs: int = 0  # epochs with such
     n_steps: int = 0  # optimizer steps since `start`
@@ -104,7 +107,7 @@ class SWACallback(FitCallback):
     # after the Recorder has logged the epoch, before trackers and the progress table read it
     order = Recorder.order + 5
     remove_on_fetch = True  # as the Recorder has it: not for passes aside from training
-    _stateattrs = '_average', '_given', '_continued', '_fit', '_stands_aside'
+    _stateattrs = '_average', '_given', '_continued', '_fit', '_history', '_stands_aside'
 
     def __init__(
         self,
@@ -155,6 +158,7 @@ class SWACallback(FitCallback):
         self._given = None  # the user's own swa_model
         self._continued = None  # what to go on with: as given; at the first step its packed points; then `None`
         self._fit = None
+        self._history = None  # `FitHistory` of the last fit of which an epoch has ended
         self._stands_aside = False  # whether it was said that this callback stands aside for another
 
     # what a user reads and calls
@@ -241,6 +245,22 @@ class SWACallback(FitCallback):
             with self._average.running.lent_to(learn.model):
                 self._refresh(learn)
 
+    def plot(self, axs=None):
+        """Draw loss and each metric over the epochs of the last fit, for the model in training and for the
+        average; averaged epochs marked.
+
+        `axs`: one axes for the loss and one for each metric; made if `None`. Returns the array of
+        axes. The callback's own history is drawn, whatever was done with the learner since. Raises
+        `RuntimeError` if no fit with this callback, and with a Recorder, has come to the end of an epoch.
+        """
+        self.clean_up()
+        if self._history is None:
+            raise RuntimeError(
+                'plot() needs a fit with this callback and with a Recorder, and there is none yet that has come to the '
+                'end of an epoch'
+            )
+        return plot_history(self._history, axs)
+
     def __repr__(self):
         if self._average is None:
             start = f'epoch {self.swa_start}' if isinstance(self.swa_start, int) else f'{self.swa_start:g} of the fit'
@@ -267,7 +287,9 @@ class SWACallback(FitCallback):
         recorder = recorder_of(self.learn)
         if recorder is not None:
             fit.n_own, fit.columns = insert_columns(recorder, self._name)
-            setattr(recorder, f'{self._name}_epochs', [])
+            names = [name for name in recorder.metric_names if name not in ('epoch', 'time')]
+            fit.history = FitHistory(self._name, fit.columns, names)
+            self._show_history(recorder, fit.history)
         self._fit = fit
 
     def _due_from(self, start: int) -> list[int]:
@@ -315,9 +337,6 @@ class SWACallback(FitCallback):
         if not self.every and self.enabled and epoch.number in fit.due:
             self._fold(if_finite=True)
         self._end_epoch()
-        recorder = recorder_of(self.learn)
-        if recorder is not None:
-            setattr(recorder, f'{self._name}_epochs', self.averaged_epochs)
 
     def after_validate(self):
         fit, epoch = self._fit, self._fit.epoch
@@ -335,6 +354,7 @@ class SWACallback(FitCallback):
             self._log([])
 
     def after_epoch(self):
+        self._keep_row()
         if self._fit.epoch.has_failed:
             self.mute_trackers(self._fit.columns)
 
@@ -555,6 +575,7 @@ class SWACallback(FitCallback):
         res['continued'] = self._continued if isinstance(self._continued, dict) else None
         if fit is not None:
             res['fit'] = {k: getattr(fit, k) for k in _SAVED}
+            res['history'] = None if fit.history is None else vars(fit.history)
         if average is None:
             return res
         return res | {'average': average.state_dict(), 'bn': list(average.bn), 'stale': average.stale}
@@ -577,10 +598,18 @@ class SWACallback(FitCallback):
         if self._fit:
             vars(self._fit).update(state['fit'])
             self._fit.due = self._due_from(self._fit.start)
+            self._take_history(state.get('history'))
             if self._fit.n_folds:
                 self._continued = None
         if state.get('continued'):
             self._continued = state['continued']
+
+    def _take_history(self, history: dict | None):
+        recorder = recorder_of(self.learn)
+        if history is None or recorder is None:  # the former: a file of an earlier version
+            return
+        self._fit.history = FitHistory(**history)
+        self._show_history(recorder, self._fit.history)
 
     # validating the average
 
@@ -606,6 +635,22 @@ class SWACallback(FitCallback):
         for kind, sentence in moments.remarks.items():
             self._say(kind, sentence)
         average.stale = False
+
+    def _keep_row(self):
+        "Take the row that the Recorder has just logged into the history."
+        recorder, history = recorder_of(self.learn), self._fit.history
+        if recorder is None or history is None:
+            return
+        names = list(recorder.metric_names)[1:]
+        history.add(self._fit.epoch.number, dict(zip(names, self.learn.final_record)))
+        n = self._fit.n_epochs
+        history.averaged = self.averaged_epochs[-n:] if n else []  # without those gone on with
+        self._history = history
+        self._show_history(recorder, history)
+
+    def _show_history(self, recorder, history):
+        "For `recorder.plot_swa`, which can be called after this callback is gone, and in a learner that was pickled."
+        setattr(recorder, f'{self._name}_history', vars(history))
 
     def _log(self, values):
         complete_row(recorder_of(self.learn), self._fit.n_own, self._fit.columns, values)

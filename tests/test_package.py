@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'fastai_swa'
 FLOORS = [
     {'checks', 'interrupts', 'processes', 'version', 'warn'},
-    {'modules', 'files', 'schedules', 'columns', 'journal', 'contents'},
+    {'modules', 'files', 'schedules', 'columns', 'journal', 'contents', 'fit_history'},
     {'packing', 'probabilities', 'weights', 'replay', 'views', 'plot', 'vision'},
     {'averaging', 'batchnorm', 'walk', 'fitting', 'members'},
     {'attributes', 'keeping', 'randomness', 'solutions'},
