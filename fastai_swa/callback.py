@@ -22,7 +22,7 @@ from .aside import LOOP
 from .averaging import all_finite, check_swa_model, check_weight, equal
 from .batchnorm import StatisticsWatch, tracked_bn, union
 from .checks import check_count, check_known
-from .columns import complete_row, insert_columns, recorder_of
+from .columns import complete_row, insert_columns, recorder_of, write_below
 from .files import save_weights
 from .fit_average import FitAverage, refuse_another_model, state_in_file, weights_with_points
 from .fit_history import FitHistory
@@ -30,6 +30,7 @@ from .fitting import FitCallback, SideWork, no_fit, passed_callbacks
 from .interrupts import uninterrupted
 from .journal import START
 from .modules import unwrap
+from .outcome import Outcome, lines
 from .packing import pack, unpack
 from .passes import check_engine, refresh_bn, validate_aside
 from .plot import plot_history
@@ -50,7 +51,7 @@ from .weights import NoSolution
 
 __all__ = ['SWACallback', 'SaveSWAModelCallback', 'is_learners_own']
 
-_SAVED = 'start', 'n_folds', 'n_epochs', 'n_steps'  # fields of `_Fit` that are in checkpoints
+_SAVED = 'start', 'n_folds', 'n_epochs', 'n_steps', 'n_before'  # fields of `_Fit` that are in checkpoints
 _N_COMPARED = 1001  # functions given as `weight` and `cycle_len` are compared by their values at so many points
 
 
@@ -81,6 +82,7 @@ class _Fit:
     n_folds: int = 0  # points taken into the average
     n_epochs: int = 0  # epochs with such
     n_steps: int = 0  # optimizer steps since `start`
+    n_before: int = 0  # batches before the first point, by the Recorder
     has_begun: bool = False  # is its first training epoch under way, or behind it?
     side: SideWork = field(default_factory=SideWork)
     said: set = field(default_factory=set)  # kinds of warnings that were given
@@ -265,12 +267,8 @@ class SWACallback(FitCallback):
         if self._average is None:
             start = f'epoch {self.swa_start}' if isinstance(self.swa_start, int) else f'{self.swa_start:g} of the fit'
             return f'SWACallback: nothing averaged yet; averages from {start} on'
-        epochs = _ranges(self._average.epochs)
-        unit, of = ('step', f'epochs {epochs}') if self.every else ('epoch', epochs)
-        plural = '' if self.n_averaged == 1 else 's'
         return (
-            f'SWACallback: average of {self.n_averaged} {unit}{plural} ({of}); use it within `averaged()`, or put it '
-            'into the learner with `apply()`'
+            f'SWACallback: {self._described()}; use it within `averaged()`, or put it into the learner with `apply()`'
         )
 
     # the events of a fit
@@ -370,6 +368,9 @@ class SWACallback(FitCallback):
         fit = self._fit
         if fit.has_begun and not fit.n_folds and not fit.side.failures and 'finite' not in fit.said:
             self._say('nothing', self._why_nothing_is_averaged())
+        if fit.n_folds and fit.history is not None:
+            with fit.side.attempt(f'saying what came of {self._what}'):
+                write_below(self.learn, lines(self._outcome()))
 
     def over(self):
         self._end_epoch(alone=True)
@@ -466,6 +467,8 @@ class SWACallback(FitCallback):
             fit.n_folds += 1
             return
         average = self._average if fit.n_folds else self._new_average()  # complete before the old one goes
+        if not fit.n_folds:
+            fit.n_before = self._n_batches()
         with uninterrupted():
             average.running.update(model)
             average.epochs.append(epoch.number)
@@ -611,6 +614,42 @@ class SWACallback(FitCallback):
         self._fit.history = FitHistory(**history)
         self._show_history(recorder, self._fit.history)
 
+    # what came of it
+
+    def _epochs_of_fit(self) -> list[int]:
+        "The epochs averaged, without those gone on with."
+        n = self._fit.n_epochs
+        return self.averaged_epochs[-n:] if n else []
+
+    def _n_batches(self) -> int:
+        "Training batches of this fit, so far, by the Recorder."
+        recorder = recorder_of(self.learn)
+        return 0 if recorder is None else len(recorder.lrs)
+
+    def _outcome(self) -> Outcome:
+        fit, average = self._fit, self._average
+        fit.history.averaged = self._epochs_of_fit()
+        is_passed = any(cb is self for cb in passed_callbacks(self.learn))
+        return Outcome(
+            history=fit.history,
+            described=self._described(),
+            call=self._name if is_passed else f'learn.{self._name}',
+            n_averaged=self.n_averaged,
+            by_steps=bool(self.every),
+            is_new=not self._goes_on,
+            has_batch_norm=bool(average.bn),
+            weight=self.weight,
+            lrs=recorder_of(self.learn).lrs,
+            n_before=fit.n_before,
+        )
+
+    def _described(self) -> str:
+        "As in 'average of 3 epochs (2-4)'."
+        epochs = _ranges(self._average.epochs)
+        unit, of = ('step', f'epochs {epochs}') if self.every else ('epoch', epochs)
+        plural = '' if self.n_averaged == 1 else 's'
+        return f'average of {self.n_averaged} {unit}{plural} ({of})'
+
     # validating the average
 
     def _evaluate(self) -> list:
@@ -643,8 +682,7 @@ class SWACallback(FitCallback):
             return
         names = list(recorder.metric_names)[1:]
         history.add(self._fit.epoch.number, dict(zip(names, self.learn.final_record)))
-        n = self._fit.n_epochs
-        history.averaged = self.averaged_epochs[-n:] if n else []  # without those gone on with
+        history.averaged = self._epochs_of_fit()
         self._history = history
         self._show_history(recorder, history)
 

@@ -3,7 +3,7 @@ on a folder of images."""
 
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -148,11 +148,9 @@ def _train(task, fits, lr, seed) -> tuple[dict, dict]:
         learn = task.learner(loss_func=CrossEntropyLossFlat(), **settings)
         if seed == 0:
             print(f'\n{name}, seed 0:')
-        with _progress(shown=seed == 0):
+        with _progress(learn, shown=seed == 0):
             returned[name] = fit(learn)
         runs[name] = _columns(learn)
-        if seed == 0 and name == 'SWA':
-            print(f'\n{returned[name]}')
     if seed == 0:
         print()
     return runs, returned
@@ -216,19 +214,18 @@ def _columns(learn) -> dict:
 
 
 @contextmanager
-def _progress(shown):
+def _progress(learn, shown):
     "fastai's table without bars where the output is not a terminal; nothing at all unless `shown`."
     bar = fastprogress.ConsoleProgressBar
-    old = fastprogress.NO_BAR, fastprogress.WRITER_FN, bar.fill
+    old = fastprogress.NO_BAR, bar.fill
     if not shown or not sys.stdout.isatty():
         fastprogress.NO_BAR = True
         bar.fill = ''  # a bar prints its first mark even so
-    if not shown:
-        fastprogress.WRITER_FN = lambda *args, **kwargs: None
     try:
-        yield
+        with nullcontext() if shown else learn.no_logging():
+            yield
     finally:
-        fastprogress.NO_BAR, fastprogress.WRITER_FN, bar.fill = old
+        fastprogress.NO_BAR, bar.fill = old
 
 
 _CURVES = {  # label -> run, prefix of its columns, style

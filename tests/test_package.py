@@ -13,7 +13,7 @@ PACKAGE = ROOT / 'fastai_swa'
 FLOORS = [
     {'checks', 'interrupts', 'processes', 'version', 'warn'},
     {'modules', 'files', 'schedules', 'columns', 'journal', 'contents', 'fit_history'},
-    {'packing', 'probabilities', 'weights', 'replay', 'views', 'plot', 'vision'},
+    {'outcome', 'packing', 'probabilities', 'weights', 'replay', 'views', 'plot', 'vision'},
     {'averaging', 'batchnorm', 'walk', 'fitting', 'members'},
     {'attributes', 'keeping', 'randomness', 'solutions'},
     {'state', 'aside', 'fit_average'},
