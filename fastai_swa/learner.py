@@ -4,7 +4,7 @@ import numpy as np
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
-from fastcore.basics import patch
+from fastcore.basics import GetAttr, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 
@@ -18,6 +18,23 @@ from .solutions import has_solutions, named_solutions
 from .warn import warn
 
 __all__ = ['EpochScheduler']
+
+
+def _attribute(self, name):
+    "As fastai has it, but that `learn.swa` before `to_swa` is said to be that, and not a lack of the model's."
+    try:
+        return GetAttr.__getattr__(self, name)
+    except AttributeError:
+        if name != 'swa':
+            raise
+    raise AttributeError(
+        'learn.swa is there after learn.to_swa(); the SWACallback of a single fit is what was passed as cbs, or what '
+        'fit_swa returned'
+    )
+
+
+# not by `patch`, which would leave that name in this module, where Python takes it for the module's
+Learner.__getattr__ = _attribute
 
 
 @patch
@@ -231,7 +248,14 @@ def plot_plane(
 
 
 def _beside_own(learn, solutions):
-    return {'own weights': learn, 'average': solutions} if isinstance(solutions, SWACallback) else solutions
+    if not isinstance(solutions, SWACallback):
+        return solutions
+    if not solutions.n_averaged:
+        raise ValueError(
+            'this SWACallback has averaged nothing yet: pass it to a fit first, as in learn.fit(5, cbs=swa), that '
+            f'comes to its swa_start={solutions.swa_start}'
+        )
+    return {'own weights': learn, 'average': solutions}
 
 
 class EpochScheduler(ParamScheduler):
