@@ -6,6 +6,7 @@ fastai and torch are imported when a command runs: `--help`, `--version` and mis
 import argparse
 import re
 import sys
+from contextlib import suppress
 from time import time
 
 from .version import __version__
@@ -152,7 +153,8 @@ def _demo(args, start):
     _without_windows()
     from .demo import demo
 
-    sys.stdout.reconfigure(line_buffering=True)  # or a pipe would see nothing for minutes
+    with suppress(AttributeError):  # a stream that is no file
+        sys.stdout.reconfigure(line_buffering=True)  # or a pipe would see nothing for minutes
 
     if args['data'] is None:
         torch.set_num_threads(1)  # the network is tiny: a second thread only waits
