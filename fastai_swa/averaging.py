@@ -3,7 +3,6 @@ PyTorch."""
 
 import copy
 import math
-import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +33,7 @@ from .modules import (
     unwrap,
     written_in_train_mode,
 )
+from .warn import warn
 from .weights import NoSolution
 
 __all__ = ['WeightAverage', 'equal', 'ema', 'lent', 'all_finite', 'check_match']
@@ -253,9 +253,7 @@ class WeightAverage:
         left = {name for a in some for name in a.follow()} - self._left
         self._left |= left
         if left:
-            warnings.warn(
-                f'swa_model keeps its own {_some(left)}: what the model has there now cannot be copied', stacklevel=3
-            )
+            warn(f'swa_model keeps its own {_some(left)}: what the model has there now cannot be copied')
 
     def _read(self, model):
         "A context in which the weights of `model` are as training has them."

@@ -6,9 +6,9 @@ in `fit_average`, the passes in `passes`, what is said before the first step in 
 """
 
 import keyword
-import warnings
 import weakref
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
@@ -22,25 +22,37 @@ from .aside import LOOP
 from .averaging import all_finite, check_swa_model, check_weight, equal
 from .batchnorm import StatisticsWatch, tracked_bn, union
 from .checks import check_count, check_known
-from .columns import complete_row, insert_columns, recorder_of
+from .columns import complete_row, insert_columns, recorder_of, write_below
 from .files import save_weights
 from .fit_average import FitAverage, refuse_another_model, state_in_file, weights_with_points
+from .fit_history import FitHistory
 from .fitting import FitCallback, SideWork, no_fit, passed_callbacks
 from .interrupts import uninterrupted
 from .journal import START
 from .modules import unwrap
+from .outcome import Outcome, lines
 from .packing import pack, unpack
 from .passes import check_engine, refresh_bn, validate_aside
-from .preflight import check_model, remarks_on_data, remarks_on_model, remarks_on_trackers, validated_epochs
+from .plot import plot_history
+from .preflight import (
+    check_model,
+    most_steps,
+    remarks_on_cycles,
+    remarks_on_data,
+    remarks_on_model,
+    remarks_on_trackers,
+    validated_epochs,
+)
 from .processes import Processes
-from .schedules import start_epoch
+from .schedules import cycle_ends, due_epochs, start_epoch
 from .views import lending
+from .warn import warn
 from .weights import NoSolution
 
 __all__ = ['SWACallback', 'SaveSWAModelCallback', 'is_learners_own']
 
-_SAVED = 'start', 'n_folds', 'n_epochs', 'n_steps'  # fields of `_Fit` that are in checkpoints
-_N_WEIGHTS = 1001  # a `weight` function is compared by its values at so many points
+_SAVED = 'start', 'n_folds', 'n_epochs', 'n_steps', 'n_before'  # fields of `_Fit` that are in checkpoints
+_N_COMPARED = 1001  # functions given as `weight` and `cycle_len` are compared by their values at so many points
 
 
 @dataclass
@@ -62,12 +74,15 @@ class _Epoch:
 class _Fit:
     "A fit under way."
 
-    start: int  # the first epoch that is averaged
+    start: int  # the first epoch that may be averaged
+    due: list  # the epochs that are, if they come to their ends
     n_own: int = 0  # the columns of the table before those of the average
     columns: list = field(default_factory=list)  # those of the average; none without a Recorder
+    history: FitHistory = None  # the table so far; `None` without a Recorder
     n_folds: int = 0  # points taken into the average
     n_epochs: int = 0  # epochs with such
     n_steps: int = 0  # optimizer steps since `start`
+    n_before: int = 0  # batches before the first point, by the Recorder
     has_begun: bool = False  # is its first training epoch under way, or behind it?
     side: SideWork = field(default_factory=SideWork)
     said: set = field(default_factory=set)  # kinds of warnings that were given
@@ -94,13 +109,15 @@ class SWACallback(FitCallback):
     # after the Recorder has logged the epoch, before trackers and the progress table read it
     order = Recorder.order + 5
     remove_on_fetch = True  # as the Recorder has it: not for passes aside from training
-    _stateattrs = '_average', '_given', '_continued', '_fit', '_stands_aside'
+    _stateattrs = '_average', '_given', '_continued', '_fit', '_history', '_stands_aside'
 
     def __init__(
         self,
         swa_start=0.75,  # int: index from 0 of the first epoch averaged. float in [0, 1): that share of the fit
         swa_model: nn.Module = None,  # module to average into; default: a clean copy of the learner's model
-        cycle_len: int = 1,  # average the weights of epoch `swa_start` and of every `cycle_len`-th after it
+        # int: average the weights of epoch `swa_start` and of every `cycle_len`-th after it. For cycles that grow, a
+        # list of epochs, from 0, or a function that is true of them: of these, those from `swa_start` on
+        cycle_len=1,
         # validate the average with its 1st, (1+f)th, (1+2f)th ... point and in the last epoch; 0: last only
         swa_eval_freq: int = 1,
         bn_batches: int = None,  # training batches used to refresh batch norm; None: the whole training set
@@ -114,7 +131,7 @@ class SWACallback(FitCallback):
     ):
         self.swa_start = _check_swa_start(swa_start)
         check_swa_model(swa_model)
-        self.cycle_len = check_count('cycle_len', cycle_len)
+        self.cycle_len = _check_cycle_len(cycle_len)
         self.swa_eval_freq = check_count('swa_eval_freq', swa_eval_freq, least=0)
         self.bn_batches = check_count('bn_batches', bn_batches, optional=True)
         check_weight(weight)
@@ -143,6 +160,7 @@ class SWACallback(FitCallback):
         self._given = None  # the user's own swa_model
         self._continued = None  # what to go on with: as given; at the first step its packed points; then `None`
         self._fit = None
+        self._history = None  # `FitHistory` of the last fit of which an epoch has ended
         self._stands_aside = False  # whether it was said that this callback stands aside for another
 
     # what a user reads and calls
@@ -229,16 +247,28 @@ class SWACallback(FitCallback):
             with self._average.running.lent_to(learn.model):
                 self._refresh(learn)
 
+    def plot(self, axs=None):
+        """Draw loss and each metric over the epochs of the last fit, for the model in training and for the
+        average; averaged epochs marked.
+
+        `axs`: one axes for the loss and one for each metric; made if `None`. Returns the array of
+        axes. The callback's own history is drawn, whatever was done with the learner since. Raises
+        `RuntimeError` if no fit with this callback, and with a Recorder, has come to the end of an epoch.
+        """
+        self.clean_up()
+        if self._history is None:
+            raise RuntimeError(
+                'plot() needs a fit with this callback and with a Recorder, and there is none yet that has come to the '
+                'end of an epoch'
+            )
+        return plot_history(self._history, axs)
+
     def __repr__(self):
         if self._average is None:
             start = f'epoch {self.swa_start}' if isinstance(self.swa_start, int) else f'{self.swa_start:g} of the fit'
             return f'SWACallback: nothing averaged yet; averages from {start} on'
-        epochs = _ranges(self._average.epochs)
-        unit, of = ('step', f'epochs {epochs}') if self.every else ('epoch', epochs)
-        plural = '' if self.n_averaged == 1 else 's'
         return (
-            f'SWACallback: average of {self.n_averaged} {unit}{plural} ({of}); use it within `averaged()`, or put it '
-            'into the learner with `apply()`'
+            f'SWACallback: {self._described()}; use it within `averaged()`, or put it into the learner with `apply()`'
         )
 
     # the events of a fit
@@ -250,12 +280,22 @@ class SWACallback(FitCallback):
             raise ValueError(
                 f'name={self._name!r} is an attribute of the learner already: give the SWACallback another name'
             )
-        fit = _Fit(start_epoch(self.swa_start, self.n_epoch))
+        start = start_epoch(self.swa_start, self.n_epoch)
+        fit = _Fit(start, self._due_from(start))
         recorder = recorder_of(self.learn)
         if recorder is not None:
             fit.n_own, fit.columns = insert_columns(recorder, self._name)
-            setattr(recorder, f'{self._name}_epochs', [])
+            names = [name for name in recorder.metric_names if name not in ('epoch', 'time')]
+            fit.history = FitHistory(self._name, fit.columns, names)
+            self._show_history(recorder, fit.history)
         self._fit = fit
+
+    def _due_from(self, start: int) -> list[int]:
+        "The epochs of this fit that are averaged."
+        try:
+            return due_epochs(start, self.n_epoch, self.cycle_len)
+        except Exception as e:  # of the user's function
+            raise ValueError(f'cycle_len could not be asked for the epochs {start} to {self.n_epoch - 1}: {e!r}') from e
 
     def before_epoch(self):
         self.unmute_trackers()
@@ -292,13 +332,9 @@ class SWACallback(FitCallback):
     def after_train(self):
         fit, epoch = self._fit, self._fit.epoch
         epoch.trained = True
-        since = epoch.number - fit.start
-        if not self.every and self.enabled and since >= 0 and since % self.cycle_len == 0:
+        if not self.every and self.enabled and epoch.number in fit.due:
             self._fold(if_finite=True)
         self._end_epoch()
-        recorder = recorder_of(self.learn)
-        if recorder is not None:
-            setattr(recorder, f'{self._name}_epochs', self.averaged_epochs)
 
     def after_validate(self):
         fit, epoch = self._fit, self._fit.epoch
@@ -316,6 +352,7 @@ class SWACallback(FitCallback):
             self._log([])
 
     def after_epoch(self):
+        self._keep_row()
         if self._fit.epoch.has_failed:
             self.mute_trackers(self._fit.columns)
 
@@ -331,6 +368,9 @@ class SWACallback(FitCallback):
         fit = self._fit
         if fit.has_begun and not fit.n_folds and not fit.side.failures and 'finite' not in fit.said:
             self._say('nothing', self._why_nothing_is_averaged())
+        if fit.n_folds and fit.history is not None:
+            with fit.side.attempt(f'saying what came of {self._what}'):
+                write_below(self.learn, lines(self._outcome()))
 
     def over(self):
         self._end_epoch(alone=True)
@@ -362,9 +402,8 @@ class SWACallback(FitCallback):
             return False
         if not self._stands_aside:
             self._stands_aside = True
-            warnings.warn(
+            warn(
                 f'learn.{self._name} stands aside in fits that another SWACallback of its name is passed to',
-                stacklevel=2,
             )
         return True
 
@@ -375,11 +414,15 @@ class SWACallback(FitCallback):
         check_model(learn, self._given)
         self._open_continued()
         remarks = remarks_on_model(learn) | remarks_on_data(learn, self._what)
-        if fit.start < self.n_epoch:
-            validated = validated_epochs(fit.start, self.n_epoch, self.cycle_len, self.swa_eval_freq)
-            remarks |= remarks_on_trackers(learn, fit.columns, validated, self.swa_start)
-        else:
+        remarks |= remarks_on_cycles(self.cycle_len, fit.due, self.n_epoch)
+        n_steps = most_steps(learn, fit.start)
+        if not fit.due:
             remarks['nothing'] = self._why_nothing_is_averaged()
+        elif self.every and n_steps < self.every:
+            remarks['nothing'] = self._why_nothing_is_averaged(f'has at most {n_steps}')
+        else:
+            validated = validated_epochs(fit.due, self.n_epoch, self.swa_eval_freq)
+            remarks |= remarks_on_trackers(learn, fit.columns, validated, self.swa_start)
         for kind, sentence in remarks.items():
             self._say(kind, sentence)
 
@@ -424,6 +467,8 @@ class SWACallback(FitCallback):
             fit.n_folds += 1
             return
         average = self._average if fit.n_folds else self._new_average()  # complete before the old one goes
+        if not fit.n_folds:
+            fit.n_before = self._n_batches()
         with uninterrupted():
             average.running.update(model)
             average.epochs.append(epoch.number)
@@ -519,13 +564,11 @@ class SWACallback(FitCallback):
 
     def fit_settings(self) -> dict:
         "What must not change between the parts of one fit."
-        res = {
-            name: getattr(self, name)
-            for name in ('swa_start', 'cycle_len', 'every', 'enabled', 'bn_batches', 'swa_eval_freq')
-        }
+        res = {name: getattr(self, name) for name in ('swa_start', 'every', 'enabled', 'bn_batches', 'swa_eval_freq')}
+        res['cycle_len'] = _plain_cycle_len(self.cycle_len)
         res['going on with an average'] = self._goes_on
         res[START] = start_epoch(self.swa_start, self.n_epoch)
-        res['weight'] = [_weight_of(self.weight, n) for n in range(_N_WEIGHTS)]
+        res['weight'] = [_weight_of(self.weight, n) for n in range(_N_COMPARED)]
         return res
 
     def state_dict(self) -> dict:
@@ -535,6 +578,7 @@ class SWACallback(FitCallback):
         res['continued'] = self._continued if isinstance(self._continued, dict) else None
         if fit is not None:
             res['fit'] = {k: getattr(fit, k) for k in _SAVED}
+            res['history'] = None if fit.history is None else vars(fit.history)
         if average is None:
             return res
         return res | {'average': average.state_dict(), 'bn': list(average.bn), 'stale': average.stale}
@@ -556,10 +600,55 @@ class SWACallback(FitCallback):
                 self._average = average
         if self._fit:
             vars(self._fit).update(state['fit'])
+            self._fit.due = self._due_from(self._fit.start)
+            self._take_history(state.get('history'))
             if self._fit.n_folds:
                 self._continued = None
         if state.get('continued'):
             self._continued = state['continued']
+
+    def _take_history(self, history: dict | None):
+        recorder = recorder_of(self.learn)
+        if history is None or recorder is None:  # the former: a file of an earlier version
+            return
+        self._fit.history = FitHistory(**history)
+        self._show_history(recorder, self._fit.history)
+
+    # what came of it
+
+    def _epochs_of_fit(self) -> list[int]:
+        "The epochs averaged, without those gone on with."
+        n = self._fit.n_epochs
+        return self.averaged_epochs[-n:] if n else []
+
+    def _n_batches(self) -> int:
+        "Training batches of this fit, so far, by the Recorder."
+        recorder = recorder_of(self.learn)
+        return 0 if recorder is None else len(recorder.lrs)
+
+    def _outcome(self) -> Outcome:
+        fit, average = self._fit, self._average
+        fit.history.averaged = self._epochs_of_fit()
+        is_passed = any(cb is self for cb in passed_callbacks(self.learn))
+        return Outcome(
+            history=fit.history,
+            described=self._described(),
+            call=self._name if is_passed else f'learn.{self._name}',
+            n_averaged=self.n_averaged,
+            by_steps=bool(self.every),
+            is_new=not self._goes_on,
+            has_batch_norm=bool(average.bn),
+            weight=self.weight,
+            lrs=recorder_of(self.learn).lrs,
+            n_before=fit.n_before,
+        )
+
+    def _described(self) -> str:
+        "As in 'average of 3 epochs (2-4)'."
+        epochs = _ranges(self._average.epochs)
+        unit, of = ('step', f'epochs {epochs}') if self.every else ('epoch', epochs)
+        plural = '' if self.n_averaged == 1 else 's'
+        return f'average of {self.n_averaged} {unit}{plural} ({of})'
 
     # validating the average
 
@@ -585,6 +674,21 @@ class SWACallback(FitCallback):
         for kind, sentence in moments.remarks.items():
             self._say(kind, sentence)
         average.stale = False
+
+    def _keep_row(self):
+        "Take the row that the Recorder has just logged into the history."
+        recorder, history = recorder_of(self.learn), self._fit.history
+        if recorder is None or history is None:
+            return
+        names = list(recorder.metric_names)[1:]
+        history.add(self._fit.epoch.number, dict(zip(names, self.learn.final_record)))
+        history.averaged = self._epochs_of_fit()
+        self._history = history
+        self._show_history(recorder, history)
+
+    def _show_history(self, recorder, history):
+        "For `recorder.plot_swa`, which can be called after this callback is gone, and in a learner that was pickled."
+        setattr(recorder, f'{self._name}_history', vars(history))
 
     def _log(self, values):
         complete_row(recorder_of(self.learn), self._fit.n_own, self._fit.columns, values)
@@ -620,7 +724,7 @@ class SWACallback(FitCallback):
                 return
             fit.said.add(kind)
         if not rank_distrib():  # once for all processes
-            warnings.warn(sentence, stacklevel=2)
+            warn(sentence)
 
     def _say_infinite(self):
         where = 'in' if self.every else 'at the end of'
@@ -630,15 +734,23 @@ class SWACallback(FitCallback):
             'average',
         )
 
-    def _why_nothing_is_averaged(self):
+    def _why_nothing_is_averaged(self, n_steps=None) -> str:
+        "`n_steps`: of those taken, as in 'took 3'."
         fit = self._fit
-        if self.every and fit.start < self.n_epoch:
+        if self.every and fit.due:
+            n_steps = n_steps or f'took {fit.n_steps}'
             return (
-                f'every={self.every} was not reached: this fit took {fit.n_steps} optimizer steps from epoch '
-                f'{fit.start} on and averages nothing'
+                f'every={self.every} was not reached: this fit {n_steps} optimizer steps from epoch {fit.start} on and '
+                'averages nothing'
             )
+        if not fit.due and fit.start < self.n_epoch:
+            return (
+                f'cycle_len has no epoch from {fit.start} (swa_start={self.swa_start}) to {self.n_epoch - 1}, the last '
+                'one, counted from 0: this fit averages nothing'
+            )
+        first = fit.due[0] if fit.due else fit.start
         return (
-            f'swa_start={self.swa_start} was not reached: epoch {fit.start} (from 0) would be the first one averaged, '
+            f'swa_start={self.swa_start} was not reached: epoch {first} (from 0) would be the first one averaged, '
             f'so this fit of {self.n_epoch} epochs averages nothing'
         )
 
@@ -752,6 +864,38 @@ def _weight_of(weight, n_averaged: int):
         return float(weight(n_averaged))
     except Exception:
         return None
+
+
+def _check_cycle_len(cycle_len):
+    "An int, a list of ints or a function."
+    if callable(cycle_len):
+        return cycle_len
+    if isinstance(cycle_len, Integral) and not isinstance(cycle_len, bool):
+        return check_count('cycle_len', cycle_len)
+    if isinstance(cycle_len, str) or not isinstance(cycle_len, Iterable):
+        raise TypeError(
+            'cycle_len must be an int (epochs), a list of the epochs averaged, or a function that is true of them, not '
+            f'{cycle_len!r}'
+        )
+    epochs = [check_count('cycle_len', epoch, least=0) for epoch in cycle_len]
+    if not epochs:
+        raise ValueError('cycle_len must have one epoch at least, and is empty')
+    if epochs != sorted(set(epochs)):
+        ends = f': of cycles of these lengths they are {cycle_ends(epochs)}' if min(epochs) else ''
+        raise ValueError(f'cycle_len must be epochs, counted from 0, in rising order, not {epochs}{ends}')
+    return epochs
+
+
+def _plain_cycle_len(cycle_len):
+    "What tells it from another one."
+    if not callable(cycle_len):
+        return cycle_len
+    epochs = []
+    for epoch in range(_N_COMPARED):
+        with suppress(Exception):  # the function of a shorter fit
+            if cycle_len(epoch):
+                epochs.append(epoch)
+    return epochs
 
 
 def _check_swa_start(swa_start):

@@ -1,6 +1,5 @@
 """`CheckpointCallback`: a fit that is killed goes on where it was, bit for bit."""
 
-import warnings
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from .packing import pack
 from .processes import Processes
 from .state import restore, take
 from .walk import keeps_state, loaders, named_callbacks
+from .warn import warn
 
 __all__ = ['CheckpointCallback']
 
@@ -213,7 +213,7 @@ class CheckpointCallback(FitCallback):
         self._tell(f'the file is of a fit of {was[N_EPOCHS]} epochs, which now becomes one of {n}')
         reasons = why_not_the_longer_fit(was, now, self._fit.to_restore['epoch'])
         if reasons:
-            warnings.warn(
+            warn(
                 f'{self.file.name}: {" and ".join(reasons)}: the fit does not end where one of {n} epochs from the '
                 'beginning would'
             )
@@ -246,15 +246,13 @@ class CheckpointCallback(FitCallback):
                 self._not_written(e)
 
     def _not_written(self, error):
-        warnings.warn(f'{error}; training goes on, and the file keeps an earlier epoch')
+        warn(f'{error}; training goes on, and the file keeps an earlier epoch')
 
     def _remove(self):
         try:
             self.file.unlink(missing_ok=True)
         except OSError as e:
-            warnings.warn(
-                f'{self.file} could not be removed ({e}): remove it, or the same fit called again goes on from it'
-            )
+            warn(f'{self.file} could not be removed ({e}): remove it, or the same fit called again goes on from it')
 
     def _tell(self, text):
         if self._fit.processes.rank == 0:
@@ -448,7 +446,7 @@ def _len(o):
 
 def _warn_of_workers(learn):
     if any(getattr(dl, 'persistent_workers', False) for dl in loaders(learn)):
-        warnings.warn(
+        warn(
             'a loader has persistent_workers, whose random state is not in the checkpoint: a resumed fit draws other '
             'augmentations'
         )

@@ -1,6 +1,5 @@
 """`Ensemble`: many models, one prediction. They are combined in a learner's place, stacked, saved."""
 
-import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from .samples import Overlaps, length
 from .solutions import by_epoch, gathered, source_of
 from .views import lending
 from .walk import not_copied
+from .warn import warn
 from .weights import check_weights_file, load_into, read_index, replace_files, weights_of
 
 __all__ = ['Ensemble']
@@ -243,16 +243,14 @@ class Ensemble:
             return
         n_found, n_members = self._in_training_sets(dl, self._trained_on)
         if n_found:
-            warnings.warn(
+            warn(
                 f'{n_found} of the {n} samples are training data of {n_members} of the {len(self)} members: what the '
                 'ensemble scores there flatters it',
-                stacklevel=2,
             )
         n_found, _ = self._overlaps.count(scored, [self._stacked_on] if self.combine == 'stack' else [])
         if n_found:
-            warnings.warn(
+            warn(
                 f'stack() was fitted on {n_found} of the {n} samples: what the ensemble scores there flatters it',
-                stacklevel=2,
             )
 
     # files

@@ -5,7 +5,6 @@ import os
 import secrets
 import stat
 import sys
-import warnings
 import zipfile
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .interrupts import uninterrupted, unwound_whole
+from .warn import warn
 
 try:
     import fcntl
@@ -266,7 +266,7 @@ class Lock:
                 raise InUse(refused)
         except OSError as e:
             file = Path(file)
-            warnings.warn(f'{file.parent} cannot lock files ({e}): take care that no other run uses {file.name}')
+            warn(f'{file.parent} cannot lock files ({e}): take care that no other run uses {file.name}')
         return _is_at(handle, self.path)
 
     def release(self):

@@ -2,7 +2,6 @@
 what may not end it."""
 
 import sys
-import warnings
 import weakref
 from collections import Counter
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch import nn
 
 from .files import Lock
 from .interrupts import uninterrupted
+from .warn import warn
 
 __all__ = ['FitCallback', 'SideWork', 'is_fitting', 'locked_for', 'no_fit', 'passed_callbacks']
 
@@ -221,14 +221,14 @@ class SideWork:
         if self.failures[work] == 1:
             text = ' '.join(str(error).split()) or 'no message'
             then = f'; {consequence}' if consequence else ''
-            warnings.warn(f'{work} failed, and training goes on{then}: {type(error).__name__}: {text}', stacklevel=2)
+            warn(f'{work} failed, and training goes on{then}: {type(error).__name__}: {text}')
 
     def conclude(self):
         "Say how often each kind of work failed, if any did."
         for work, n in self.failures.items():
             text = f'{work} failed {n} time{"s" if n > 1 else ""} in this fit'
             try:
-                warnings.warn(text, stacklevel=2)
+                warn(text)
             except Warning:  # made an error by the user; here it would leave the learner half tidied up
                 print(text, file=sys.stderr)
 

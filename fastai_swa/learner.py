@@ -1,12 +1,10 @@
 """`Learner` methods."""
 
-import warnings
-
 import numpy as np
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
-from fastcore.basics import patch
+from fastcore.basics import GetAttr, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 
@@ -17,8 +15,26 @@ from .landscape import figures, line, plane, rays
 from .schedules import fge_epochs, fge_lr_factor, snapshot_lr_factor, start_epoch, swa_lr_factor
 from .snapshots import SnapshotCallback
 from .solutions import has_solutions, named_solutions
+from .warn import warn
 
 __all__ = ['EpochScheduler']
+
+
+def _attribute(self, name):
+    "As fastai has it, but that `learn.swa` before `to_swa` is said to be that, and not a lack of the model's."
+    try:
+        return GetAttr.__getattr__(self, name)
+    except AttributeError:
+        if name != 'swa':
+            raise
+    raise AttributeError(
+        'learn.swa is there after learn.to_swa(); the SWACallback of a single fit is what was passed as cbs, or what '
+        'fit_swa returned'
+    )
+
+
+# not by `patch`, which would leave that name in this module, where Python takes it for the module's
+Learner.__getattr__ = _attribute
 
 
 @patch
@@ -49,7 +65,7 @@ def fit_swa(
     # default: lr / 10
     swa_lr=None,
     swa_start=0.75,  # as in `SWACallback`
-    cycle_len: int = 1,  # as in `SWACallback`
+    cycle_len=1,  # as in `SWACallback`; an int where `swa_lr` is a pair
     wd: float = None,  # weight decay; default: the learner's
     cbs=None,  # more callbacks for this fit
     **swa_kwargs,  # other arguments of `SWACallback`
@@ -70,6 +86,8 @@ def fit_swa(
     if swa_lr is not None:
         swa_lr = _check_swa_lr(swa_lr)
     swa = SWACallback(swa_start=swa_start, cycle_len=cycle_len, **swa_kwargs)
+    if isinstance(swa_lr, tuple) and not isinstance(swa.cycle_len, int):
+        raise ValueError(f'cycle_len must be an int where swa_lr is a pair (hi, lo), not {cycle_len!r}')
     lr, lrs = _group_lrs(self, 'lr', lr)
     if swa_lr is None:
         factor = 0.1
@@ -230,7 +248,14 @@ def plot_plane(
 
 
 def _beside_own(learn, solutions):
-    return {'own weights': learn, 'average': solutions} if isinstance(solutions, SWACallback) else solutions
+    if not isinstance(solutions, SWACallback):
+        return solutions
+    if not solutions.n_averaged:
+        raise ValueError(
+            'this SWACallback has averaged nothing yet: pass it to a fit first, as in learn.fit(5, cbs=swa), that '
+            f'comes to its swa_start={solutions.swa_start}'
+        )
+    return {'own weights': learn, 'average': solutions}
 
 
 class EpochScheduler(ParamScheduler):
@@ -274,8 +299,7 @@ def _warn_if_above(swa_lr, lr):
     if highest <= lr * (1 + 1e-9) or rank_distrib():  # rounding is no rise; once for all processes
         return
     given = f'({swa_lr[0]:g}, {swa_lr[1]:g})' if isinstance(swa_lr, tuple) else f'{swa_lr:g}'
-    warnings.warn(
+    warn(
         f'swa_lr={given} is above lr={lr:g}: swa_lr is the learning rate while averaging, to which the rate now rises; '
         'if it was meant as the first epoch to average, that is swa_start',
-        stacklevel=3,
     )

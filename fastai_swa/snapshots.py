@@ -3,7 +3,6 @@
 """
 
 import secrets
-import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from .probabilities import Probabilities
 from .processes import Processes
 from .solutions import by_epoch, check_solution, gathered, source_of
 from .walk import not_copied
+from .warn import warn
 from .weights import NoSolution, load_into, read_index, weights_of, write_index
 
 __all__ = ['SnapshotCallback', 'average_checkpoints']
@@ -292,9 +292,7 @@ class SnapshotCallback(FitCallback):
             learn.pred, learn.loss, learn.loss_grad = kept
 
     def _give_up(self, why: str):
-        warnings.warn(
-            f'{why}: from there on the growing ensemble is not validated, and its columns are nan', stacklevel=2
-        )
+        warn(f'{why}: from there on the growing ensemble is not validated, and its columns are nan', stacklevel=2)
         self._fit.is_given_up = True
 
     def _log(self, values):

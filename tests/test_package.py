@@ -11,9 +11,9 @@ from fastai_swa import landscape
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'fastai_swa'
 FLOORS = [
-    {'checks', 'interrupts', 'processes', 'version'},
-    {'modules', 'files', 'schedules', 'columns', 'journal', 'contents'},
-    {'packing', 'probabilities', 'weights', 'replay', 'views', 'plot', 'vision'},
+    {'checks', 'interrupts', 'processes', 'version', 'warn'},
+    {'modules', 'files', 'schedules', 'columns', 'journal', 'contents', 'fit_history'},
+    {'outcome', 'packing', 'probabilities', 'weights', 'replay', 'views', 'plot', 'vision'},
     {'averaging', 'batchnorm', 'walk', 'fitting', 'members'},
     {'attributes', 'keeping', 'randomness', 'solutions'},
     {'state', 'aside', 'fit_average'},
@@ -34,7 +34,7 @@ FLOORS_WITHIN = {
         {'progress', 'scores', 'store', 'tables', 'tasks'},
         {'machine', 'recipes'},
         {'pool', 'recipe_learner', 'record', 'rows'},
-        {'compare_ensembles', 'report_trainings', 'surface_record', 'train'},
+        {'compare_ensembles', 'listing', 'report_trainings', 'surface_record', 'train'},
         {'measure_surfaces', 'report_ensembles', 'report_surfaces'},
         {'jobs', 'report'},
         {'run'},
@@ -97,7 +97,19 @@ def test_the_package_imports_itself_by_relative_imports_alone(path):
 
 
 @pytest.mark.parametrize(
-    'name', ['checks', 'interrupts', 'modules', 'files', 'processes', 'weights', 'averaging', 'batchnorm', 'schedules']
+    'name',
+    [
+        'checks',
+        'interrupts',
+        'modules',
+        'files',
+        'processes',
+        'warn',
+        'weights',
+        'averaging',
+        'batchnorm',
+        'schedules',
+    ],
 )
 def test_the_lowest_floors_are_plain_pytorch(name):
     for node in ast.walk(ast.parse((ROOT / 'fastai_swa' / f'{name}.py').read_text())):

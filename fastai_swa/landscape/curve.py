@@ -1,7 +1,6 @@
 """`Curve`: a way between two solutions along which the loss stays low."""
 
 import copy
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from ..fitting import FitCallback
 from ..interrupts import uninterrupted, unwound_whole
 from ..modules import in_train_mode, named_tensors, plain_name, unwrap
 from ..solutions import named_solutions
+from ..warn import warn
 from .geometry import CURVES, arc_lengths, inner_products
 from .measure import line, measured
 from .space import Grid, Point, Space, as_real, check_ts, fingerprint, modes_put_back, weighted_sum
@@ -155,9 +155,7 @@ class Curve:
         if all_finite(bends):
             self._points[1:-1] = bends
         else:
-            warnings.warn(
-                'the bends are not finite after this training, and stay as they were before it: a smaller lr may help'
-            )
+            warn('the bends are not finite after this training, and stay as they were before it: a smaller lr may help')
 
     @delegates(measured)
     def evaluate(self, ts=61, **kwargs) -> Profile:

@@ -1,6 +1,5 @@
 """Loss and metrics around and between solutions, by the learner's own loop: along rays, on a line, in a plane."""
 
-import warnings
 from collections import Counter
 
 import numpy as np
@@ -16,6 +15,7 @@ from ..interrupts import unwound_whole
 from ..modules import in_train_mode
 from ..passes import PassCancelled, kept_batches, refresh_bn, refreshable, validate_aside
 from ..walk import loaders
+from ..warn import warn
 from .space import Grid, Space, line_grid, modes_put_back, plane_grid, rays_grid
 from .surfaces import MemoryRows, Plane, PointFile, Profile, Rays, Surface
 
@@ -80,7 +80,7 @@ def measured(
         rows.close()
     for what, sentence in remarks.items():
         if what != 'infinite':  # far from the solutions that is no surprise, and the loss shows it
-            warnings.warn(sentence)
+            warn(sentence)
     return rows.surface
 
 

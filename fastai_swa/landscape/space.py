@@ -2,7 +2,6 @@
 pass is made here."""
 
 import hashlib
-import warnings
 from collections.abc import Callable, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from ..passes import refreshable
 from ..processes import Processes
 from ..solutions import named_solutions, source_of
 from ..walk import not_copied
+from ..warn import warn
 from ..weights import load_into
 from .geometry import Frame, direction
 from .surfaces import Plane, Profile, Rays, Surface
@@ -121,9 +121,7 @@ class Space:
             if not b.is_floating_point() or k in recomputed:
                 continue
             if not all(torch.equal(b, other[k]) for other in others):
-                warnings.warn(
-                    f'{k} is not recomputed and differs between the solutions: all points have that of the first'
-                )
+                warn(f'{k} is not recomputed and differs between the solutions: all points have that of the first')
                 break
         return first
 
