@@ -20,6 +20,7 @@ from torch import nn
 
 from .aside import LOOP
 from .averaging import all_finite, check_swa_model, check_weight, equal
+from .batches import Taken
 from .batchnorm import StatisticsWatch, tracked_bn, union
 from .checks import check_count, check_known
 from .columns import complete_row, insert_columns, recorder_of
@@ -53,6 +54,9 @@ class _Epoch:
     folded: bool = False  # are points of it in the average?
     has_failed: bool = False  # does an error, and not the schedule, leave its columns nan?
     step_cancelled: bool = False  # was the optimizer step under way left out?
+    was_cut: bool = False  # did a callback end its training part?
+    validation_cut: bool = False  # or its validation?
+    validated: Taken = field(default_factory=Taken)  # batches, by the learner's own validation
     train_iter_before: int = 0  # `learn.train_iter` at its beginning
     watch: StatisticsWatch = None  # on the statistics of batch norm; `None` where it could not be made
     backup: dict = None  # the callback's state at its beginning, where points are taken before it is known to be whole
@@ -68,6 +72,7 @@ class _Fit:
     n_folds: int = 0  # points taken into the average
     n_epochs: int = 0  # epochs with such
     n_steps: int = 0  # optimizer steps since `start`
+    taken: Taken = field(default_factory=Taken)  # training batches of its epochs
     has_begun: bool = False  # is its first training epoch under way, or behind it?
     side: SideWork = field(default_factory=SideWork)
     said: set = field(default_factory=set)  # kinds of warnings that were given
@@ -289,9 +294,13 @@ class SWACallback(FitCallback):
         if fit.n_steps % self.every == 0:
             self._fold()
 
+    def after_cancel_train(self):
+        self._fit.epoch.was_cut = True
+
     def after_train(self):
         fit, epoch = self._fit, self._fit.epoch
         epoch.trained = True
+        fit.taken.add(self._n_batches(), epoch.was_cut)
         since = epoch.number - fit.start
         if not self.every and self.enabled and since >= 0 and since % self.cycle_len == 0:
             self._fold(if_finite=True)
@@ -299,6 +308,9 @@ class SWACallback(FitCallback):
         recorder = recorder_of(self.learn)
         if recorder is not None:
             setattr(recorder, f'{self._name}_epochs', self.averaged_epochs)
+
+    def after_cancel_validate(self):
+        self._fit.epoch.validation_cut = True
 
     def after_validate(self):
         fit, epoch = self._fit, self._fit.epoch
@@ -308,6 +320,7 @@ class SWACallback(FitCallback):
         is_last = epoch.number == self.n_epoch - 1
         is_turn = epoch.folded and self.swa_eval_freq and (fit.n_epochs - 1) % self.swa_eval_freq == 0
         is_due = fit.n_folds and (is_turn or is_last)
+        epoch.validated.add(self.learn.iter + 1, epoch.validation_cut)
         self._log(self._evaluate() if is_due else [])
 
     def after_cancel_epoch(self):
@@ -448,12 +461,18 @@ class SWACallback(FitCallback):
         fit, epoch = self._fit, self._fit.epoch
         if not epoch.is_open:
             return
+        if not epoch.trained:
+            fit.taken.add(self._n_batches(), was_cut=True)
         gather = (lambda o: [o]) if alone else Processes(self.learn).gather
         with fit.side.attempt(f'closing an epoch of {self._what}', 'its batch norm may be of other weights'):
             self._close_epoch(gather)
         # last: what was interrupted above is done again at the end of the fit
         epoch.watch = epoch.backup = None
         epoch.is_open = False
+
+    def _n_batches(self) -> int:
+        "That the epoch under way has trained on."
+        return self.learn.train_iter - self._fit.epoch.train_iter_before
 
     def _close_epoch(self, gather):
         """Take back an epoch that not all processes averaged, or of whose steps some are not finite;
@@ -479,7 +498,8 @@ class SWACallback(FitCallback):
     def _note_statistics(self, gather):
         epoch, average = self._fit.epoch, self._average
         model = unwrap(self.learn.model)
-        has_run = self.learn.train_iter > epoch.train_iter_before
+        average.taken = self._fit.taken
+        has_run = self._n_batches() > 0
         moved = gather(epoch.watch.moved() if has_run and epoch.watch is not None else None)
         known = [names for names in moved if names is not None]
         if known:
@@ -532,6 +552,8 @@ class SWACallback(FitCallback):
         "Average, counters and where it stands in a fit, as plain data; tensors are live."
         fit, average = self._fit, self._average
         res = {'average': None, 'epochs': self.averaged_epochs, 'bn': [], 'stale': False, 'fit': {}}
+        taken = fit.taken if fit is not None else getattr(average, 'taken', None)
+        res['taken'] = None if taken is None else [taken.n, taken.reached_end]
         res['continued'] = self._continued if isinstance(self._continued, dict) else None
         if fit is not None:
             res['fit'] = {k: getattr(fit, k) for k in _SAVED}
@@ -543,6 +565,7 @@ class SWACallback(FitCallback):
         """Take over a `state_dict`. Raises `ValueError` if its average is not one of the learner's
         model.
         """
+        taken = Taken(*state['taken']) if state.get('taken') else None
         if state['average'] is None:
             self._average = None
         else:
@@ -553,9 +576,11 @@ class SWACallback(FitCallback):
                 average.epochs = list(state['epochs'])
                 average.bn = list(state['bn'])
                 average.stale = state['stale']
+                average.taken = taken
                 self._average = average
         if self._fit:
             vars(self._fit).update(state['fit'])
+            self._fit.taken = taken or Taken()
             if self._fit.n_folds:
                 self._continued = None
         if state.get('continued'):
@@ -569,7 +594,7 @@ class SWACallback(FitCallback):
         with fit.side.attempt(f'validating {self._what}', 'its columns are nan in that epoch'):
             with self._average.running.lent_to(self.learn.model):
                 self._refresh(self.learn, in_fit=True)
-                values = validate_aside(self.learn)
+                values = validate_aside(self.learn, taken=fit.epoch.validated)
             fit.epoch.has_failed = False
             return values
         # an exception has ended the attempt
@@ -581,7 +606,7 @@ class SWACallback(FitCallback):
         average = self._average
         if not average.stale or not average.bn:
             return
-        moments = refresh_bn(learn, average.bn, self.bn_batches, in_fit)
+        moments = refresh_bn(learn, average.bn, self.bn_batches, in_fit, taken=average.taken)
         for kind, sentence in moments.remarks.items():
             self._say(kind, sentence)
         average.stale = False
