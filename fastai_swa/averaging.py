@@ -117,6 +117,10 @@ class WeightAverage:
     moving. Buffers and plain attributes are those of the latest model: the statistics of batch norm
     belong to those weights, not to the average, until `update_bn` has recomputed them.
 
+    Frozen parameters are copied as well, although they do not move: a weight that is shared with the
+    model and edited there later (unfrozen, merged, cast, loaded into) would change in the average,
+    and not every such edit can be seen. So a LoRA on a large model costs the whole model once more.
+
     Beyond the first 128 points the average is summed in two levels, which costs one more float32
     set of weights: points go into the mean of a block of at most 128, and the block into the
     average; what that merge loses to rounding goes into the next block. So the error does not grow

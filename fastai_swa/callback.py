@@ -91,6 +91,9 @@ class SWACallback(FitCallback):
     is then also what their columns begin with. Izmailov et al. 2018, "Averaging Weights Leads to
     Wider Optima and Better Generalization", Algorithm 1.
 
+    All parameters of the model are averaged, and so copied, frozen ones too (`WeightAverage` says
+    why).
+
     If averaging the weights, a pass or a validation of them fails, that is a warning, and the
     columns are `nan`; training goes on. Raises `TypeError` or `ValueError`, naming the
     argument, for one that cannot be used, at the latest before the first step.

@@ -1172,3 +1172,17 @@ def test_an_average_that_is_released_does_not_keep_the_model_it_was_lent_to():
     del model
     gc.collect()
     assert gone() is None
+
+
+def test_frozen_parameters_are_copied_so_that_no_edit_of_the_models_reaches_the_average():
+    model = net().requires_grad_(False)
+    model[7].requires_grad_(True)
+    average = WeightAverage(model)
+    average.update(model)
+    averaged = [p.clone() for p in average.swa_model.parameters()]
+    storages = {p.data_ptr() for p in model.parameters()}
+    assert not storages & {p.data_ptr() for p in average.swa_model.parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.data.add_(1)  # of which no counter tells
+    assert all(map(torch.equal, average.swa_model.parameters(), averaged))
