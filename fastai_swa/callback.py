@@ -32,9 +32,17 @@ from .journal import START
 from .modules import unwrap
 from .packing import pack, unpack
 from .passes import check_engine, refresh_bn, validate_aside
-from .preflight import check_model, remarks_on_data, remarks_on_model, remarks_on_trackers, validated_epochs
+from .preflight import (
+    check_model,
+    remarks_on_data,
+    remarks_on_loss,
+    remarks_on_model,
+    remarks_on_trackers,
+    validated_epochs,
+)
 from .processes import Processes
 from .schedules import start_epoch
+from .unaveraged import SampleWatch, buffers_sentence, loss_parameters, loss_sentence, weightlike_buffers
 from .views import lending
 from .weights import NoSolution
 
@@ -59,6 +67,7 @@ class _Epoch:
     validated: Taken = field(default_factory=Taken)  # batches, by the learner's own validation
     train_iter_before: int = 0  # `learn.train_iter` at its beginning
     watch: StatisticsWatch = None  # on the statistics of batch norm; `None` where it could not be made
+    beside: SampleWatch = None  # on what training may move beside the weights; in the first averaged epoch alone
     backup: dict = None  # the callback's state at its beginning, where points are taken before it is known to be whole
 
 
@@ -92,7 +101,8 @@ class SWACallback(FitCallback):
     Wider Optima and Better Generalization", Algorithm 1.
 
     All parameters of the model are averaged, and so copied, frozen ones too (`WeightAverage` says
-    why).
+    why). Parameters of the loss are not, nor are buffers that act as weights, such as a codebook:
+    where training moves such, a warning names them.
 
     If averaging the weights, a pass or a validation of them fails, that is a warning, and the
     columns are `nan`; training goes on. Raises `TypeError` or `ValueError`, naming the
@@ -280,6 +290,8 @@ class SWACallback(FitCallback):
         epoch.is_open = True
         with fit.side.attempt(f'preparing an epoch of {self._what}', 'its batch norm may be of other weights'):
             epoch.watch = StatisticsWatch(unwrap(self.learn.model))
+            if not fit.n_folds:
+                epoch.beside = SampleWatch(self._beside_weights())
         if self.enabled and (self.every or Processes(self.learn).size > 1):
             with fit.side.attempt(f'a copy of {self._what}', 'steps that are not finite cannot be taken back'):
                 epoch.backup = pack(self.state_dict())  # in the host's memory
@@ -391,6 +403,7 @@ class SWACallback(FitCallback):
         check_model(learn, self._given)
         self._open_continued()
         remarks = remarks_on_model(learn) | remarks_on_data(learn, self._what)
+        remarks |= remarks_on_loss(learn, self._loss_func, self._what)
         if fit.start < self.n_epoch:
             validated = validated_epochs(fit.start, self.n_epoch, self.cycle_len, self.swa_eval_freq)
             remarks |= remarks_on_trackers(learn, fit.columns, validated, self.swa_start)
@@ -470,7 +483,7 @@ class SWACallback(FitCallback):
         with fit.side.attempt(f'closing an epoch of {self._what}', 'its batch norm may be of other weights'):
             self._close_epoch(gather)
         # last: what was interrupted above is done again at the end of the fit
-        epoch.watch = epoch.backup = None
+        epoch.watch = epoch.beside = epoch.backup = None
         epoch.is_open = False
 
     def _n_batches(self) -> int:
@@ -511,6 +524,26 @@ class SWACallback(FitCallback):
             average.bn = list(tracked_bn(model))
         self._follow(average)
         average.stale = bool(average.bn)
+        self._say_what_is_left_out()
+
+    def _beside_weights(self) -> dict:
+        "(kind of remark, name) -> tensor: what training may move beside the weights, where only training tells."
+        model = unwrap(self.learn.model)
+        res = {('buffers', name): b for name, b in weightlike_buffers(model).items()}
+        if 'loss' not in self._fit.said:
+            res |= {('loss', name): p for name, p in loss_parameters(self._loss_func, model).items()}
+        return res
+
+    def _say_what_is_left_out(self):
+        "Name, once, what training has moved beside the weights in the first averaged epoch."
+        epoch = self._fit.epoch
+        if epoch.beside is None:
+            return
+        moved = epoch.beside.moved(self._beside_weights())
+        for kind, sentence in {'buffers': buffers_sentence, 'loss': loss_sentence}.items():
+            names = [name for of_kind, name in moved if of_kind == kind]
+            if names:
+                self._say(kind, sentence(self._what, names))
 
     def _follow(self, average):
         """Give `swa_model` the attributes, and where they changed the modules and hooks, that the model

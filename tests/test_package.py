@@ -15,7 +15,7 @@ FLOORS = [
     {'modules', 'files', 'schedules', 'columns', 'journal', 'contents'},
     {'packing', 'probabilities', 'weights', 'replay', 'views', 'plot', 'vision'},
     {'averaging', 'batchnorm', 'walk', 'fitting', 'members'},
-    {'attributes', 'keeping', 'randomness', 'solutions'},
+    {'attributes', 'keeping', 'randomness', 'solutions', 'unaveraged'},
     {'state', 'aside'},
     {'batches', 'samples'},
     {'passes', 'ensemble', 'fit_average'},
