@@ -240,7 +240,7 @@ def union(lists: list[list[str]]) -> list[str]:
     return list(dict.fromkeys(itertools.chain.from_iterable(lists)))
 
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: what bits are compared as
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: what bits are compared as
 
 
 def _bits(model) -> dict:
@@ -254,7 +254,7 @@ def _bits(model) -> dict:
     res = {}
     for (device, dtype), group in groups.items():
         layout = [(name, t.numel()) for name, t in group]
-        res[device, dtype] = layout, torch.cat([t for _, t in group]).view(_INTEGERS[dtype.itemsize])
+        res[device, dtype] = layout, torch.cat([t for _, t in group]).view(INTEGERS[dtype.itemsize])
     return res
 
 

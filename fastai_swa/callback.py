@@ -20,6 +20,7 @@ from torch import nn
 
 from .aside import LOOP
 from .averaging import all_finite, check_swa_model, check_weight, equal
+from .batches import Taken
 from .batchnorm import StatisticsWatch, tracked_bn, union
 from .checks import check_count, check_known
 from .columns import complete_row, insert_columns, recorder_of, write_below
@@ -39,12 +40,14 @@ from .preflight import (
     most_steps,
     remarks_on_cycles,
     remarks_on_data,
+    remarks_on_loss,
     remarks_on_model,
     remarks_on_trackers,
     validated_epochs,
 )
 from .processes import Processes
 from .schedules import cycle_ends, due_epochs, start_epoch
+from .unaveraged import SampleWatch, buffers_sentence, loss_parameters, loss_sentence, weightlike_buffers
 from .views import lending
 from .warn import warn
 from .weights import NoSolution
@@ -65,8 +68,12 @@ class _Epoch:
     folded: bool = False  # are points of it in the average?
     has_failed: bool = False  # does an error, and not the schedule, leave its columns nan?
     step_cancelled: bool = False  # was the optimizer step under way left out?
+    was_cut: bool = False  # did a callback end its training part?
+    validation_cut: bool = False  # or its validation?
+    validated: Taken = field(default_factory=Taken)  # batches, by the learner's own validation
     train_iter_before: int = 0  # `learn.train_iter` at its beginning
     watch: StatisticsWatch = None  # on the statistics of batch norm; `None` where it could not be made
+    beside: SampleWatch = None  # on what training may move beside the weights; in the first averaged epoch alone
     backup: dict = None  # the callback's state at its beginning, where points are taken before it is known to be whole
 
 
@@ -83,6 +90,7 @@ class _Fit:
     n_epochs: int = 0  # epochs with such
     n_steps: int = 0  # optimizer steps since `start`
     n_before: int = 0  # batches before the first point, by the Recorder
+    taken: Taken = field(default_factory=Taken)  # training batches of its epochs
     has_begun: bool = False  # is its first training epoch under way, or behind it?
     side: SideWork = field(default_factory=SideWork)
     said: set = field(default_factory=set)  # kinds of warnings that were given
@@ -100,6 +108,10 @@ class SWACallback(FitCallback):
     with such steps. Several averages are kept in one fit by callbacks of different `name`s, which
     is then also what their columns begin with. Izmailov et al. 2018, "Averaging Weights Leads to
     Wider Optima and Better Generalization", Algorithm 1.
+
+    All parameters of the model are averaged, and so copied, frozen ones too (`WeightAverage` says
+    why). Parameters of the loss are not, nor are buffers that act as weights, such as a codebook:
+    where training moves such, a warning names them.
 
     If averaging the weights, a pass or a validation of them fails, that is a warning, and the
     columns are `nan`; training goes on. Raises `TypeError` or `ValueError`, naming the
@@ -312,6 +324,8 @@ class SWACallback(FitCallback):
         epoch.is_open = True
         with fit.side.attempt(f'preparing an epoch of {self._what}', 'its batch norm may be of other weights'):
             epoch.watch = StatisticsWatch(unwrap(self.learn.model))
+            if not fit.n_folds:
+                epoch.beside = SampleWatch(self._beside_weights())
         if self.enabled and (self.every or Processes(self.learn).size > 1):
             with fit.side.attempt(f'a copy of {self._what}', 'steps that are not finite cannot be taken back'):
                 epoch.backup = pack(self.state_dict())  # in the host's memory
@@ -329,12 +343,19 @@ class SWACallback(FitCallback):
         if fit.n_steps % self.every == 0:
             self._fold()
 
+    def after_cancel_train(self):
+        self._fit.epoch.was_cut = True
+
     def after_train(self):
         fit, epoch = self._fit, self._fit.epoch
         epoch.trained = True
+        fit.taken.add(self._n_batches(), epoch.was_cut)
         if not self.every and self.enabled and epoch.number in fit.due:
             self._fold(if_finite=True)
         self._end_epoch()
+
+    def after_cancel_validate(self):
+        self._fit.epoch.validation_cut = True
 
     def after_validate(self):
         fit, epoch = self._fit, self._fit.epoch
@@ -344,6 +365,7 @@ class SWACallback(FitCallback):
         is_last = epoch.number == self.n_epoch - 1
         is_turn = epoch.folded and self.swa_eval_freq and (fit.n_epochs - 1) % self.swa_eval_freq == 0
         is_due = fit.n_folds and (is_turn or is_last)
+        epoch.validated.add(self.learn.iter + 1, epoch.validation_cut)
         self._log(self._evaluate() if is_due else [])
 
     def after_cancel_epoch(self):
@@ -414,6 +436,7 @@ class SWACallback(FitCallback):
         check_model(learn, self._given)
         self._open_continued()
         remarks = remarks_on_model(learn) | remarks_on_data(learn, self._what)
+        remarks |= remarks_on_loss(learn, self._loss_func, self._what)
         remarks |= remarks_on_cycles(self.cycle_len, fit.due, self.n_epoch)
         n_steps = most_steps(learn, fit.start)
         if not fit.due:
@@ -493,12 +516,18 @@ class SWACallback(FitCallback):
         fit, epoch = self._fit, self._fit.epoch
         if not epoch.is_open:
             return
+        if not epoch.trained:
+            fit.taken.add(self._n_batches(), was_cut=True)
         gather = (lambda o: [o]) if alone else Processes(self.learn).gather
         with fit.side.attempt(f'closing an epoch of {self._what}', 'its batch norm may be of other weights'):
             self._close_epoch(gather)
         # last: what was interrupted above is done again at the end of the fit
-        epoch.watch = epoch.backup = None
+        epoch.watch = epoch.beside = epoch.backup = None
         epoch.is_open = False
+
+    def _n_batches(self) -> int:
+        "That the epoch under way has trained on."
+        return self.learn.train_iter - self._fit.epoch.train_iter_before
 
     def _close_epoch(self, gather):
         """Take back an epoch that not all processes averaged, or of whose steps some are not finite;
@@ -524,7 +553,8 @@ class SWACallback(FitCallback):
     def _note_statistics(self, gather):
         epoch, average = self._fit.epoch, self._average
         model = unwrap(self.learn.model)
-        has_run = self.learn.train_iter > epoch.train_iter_before
+        average.taken = self._fit.taken
+        has_run = self._n_batches() > 0
         moved = gather(epoch.watch.moved() if has_run and epoch.watch is not None else None)
         known = [names for names in moved if names is not None]
         if known:
@@ -533,6 +563,26 @@ class SWACallback(FitCallback):
             average.bn = list(tracked_bn(model))
         self._follow(average)
         average.stale = bool(average.bn)
+        self._say_what_is_left_out()
+
+    def _beside_weights(self) -> dict:
+        "(kind of remark, name) -> tensor: what training may move beside the weights, where only training tells."
+        model = unwrap(self.learn.model)
+        res = {('buffers', name): b for name, b in weightlike_buffers(model).items()}
+        if 'loss' not in self._fit.said:
+            res |= {('loss', name): p for name, p in loss_parameters(self._loss_func, model).items()}
+        return res
+
+    def _say_what_is_left_out(self):
+        "Name, once, what training has moved beside the weights in the first averaged epoch."
+        epoch = self._fit.epoch
+        if epoch.beside is None:
+            return
+        moved = epoch.beside.moved(self._beside_weights())
+        for kind, sentence in {'buffers': buffers_sentence, 'loss': loss_sentence}.items():
+            names = [name for of_kind, name in moved if of_kind == kind]
+            if names:
+                self._say(kind, sentence(self._what, names))
 
     def _follow(self, average):
         """Give `swa_model` the attributes, and where they changed the modules and hooks, that the model
@@ -575,6 +625,8 @@ class SWACallback(FitCallback):
         "Average, counters and where it stands in a fit, as plain data; tensors are live."
         fit, average = self._fit, self._average
         res = {'average': None, 'epochs': self.averaged_epochs, 'bn': [], 'stale': False, 'fit': {}}
+        taken = fit.taken if fit is not None else getattr(average, 'taken', None)
+        res['taken'] = None if taken is None else [taken.n, taken.reached_end]
         res['continued'] = self._continued if isinstance(self._continued, dict) else None
         if fit is not None:
             res['fit'] = {k: getattr(fit, k) for k in _SAVED}
@@ -587,6 +639,7 @@ class SWACallback(FitCallback):
         """Take over a `state_dict`. Raises `ValueError` if its average is not one of the learner's
         model.
         """
+        taken = Taken(*state['taken']) if state.get('taken') else None
         if state['average'] is None:
             self._average = None
         else:
@@ -597,11 +650,13 @@ class SWACallback(FitCallback):
                 average.epochs = list(state['epochs'])
                 average.bn = list(state['bn'])
                 average.stale = state['stale']
+                average.taken = taken
                 self._average = average
         if self._fit:
             vars(self._fit).update(state['fit'])
             self._fit.due = self._due_from(self._fit.start)
             self._take_history(state.get('history'))
+            self._fit.taken = taken or Taken()
             if self._fit.n_folds:
                 self._continued = None
         if state.get('continued'):
@@ -658,7 +713,7 @@ class SWACallback(FitCallback):
         with fit.side.attempt(f'validating {self._what}', 'its columns are nan in that epoch'):
             with self._average.running.lent_to(self.learn.model):
                 self._refresh(self.learn, in_fit=True)
-                values = validate_aside(self.learn)
+                values = validate_aside(self.learn, taken=fit.epoch.validated)
             fit.epoch.has_failed = False
             return values
         # an exception has ended the attempt
@@ -670,7 +725,7 @@ class SWACallback(FitCallback):
         average = self._average
         if not average.stale or not average.bn:
             return
-        moments = refresh_bn(learn, average.bn, self.bn_batches, in_fit)
+        moments = refresh_bn(learn, average.bn, self.bn_batches, in_fit, taken=average.taken)
         for kind, sentence in moments.remarks.items():
             self._say(kind, sentence)
         average.stale = False

@@ -13,6 +13,7 @@ from fastai.learner import Learner
 from torch import nn
 
 from .averaging import WeightAverage, refuse_mismatch
+from .batches import Taken
 from .interrupts import uninterrupted
 from .modules import clean_copy, named_tensors, plain_data, plain_name, unwrap
 from .packing import pack, unpack
@@ -32,6 +33,7 @@ class FitAverage:
     epochs: list = field(default_factory=list)  # with points in it, from 0
     bn: list = field(default_factory=list)  # names of the layers whose statistics follow the weights
     stale: bool = False  # whether these statistics are of other weights
+    taken: Taken | None = None  # training batches of the epochs of its fit; `None`: not known
 
     @classmethod
     def begin(cls, learn: Learner, weight, swa_model: nn.Module | None, continued: dict | None) -> 'FitAverage':

@@ -15,12 +15,14 @@ from .modules import check_copyable, clean_copy, dropped_hooks, unwrap
 from .passes import same_output
 from .processes import Processes
 from .schedules import cycle_ends
+from .unaveraged import loss_parameters, loss_sentence
 from .walk import not_copied
 
 __all__ = [
     'check_model',
     'most_steps',
     'remarks_on_model',
+    'remarks_on_loss',
     'remarks_on_data',
     'remarks_on_cycles',
     'remarks_on_trackers',
@@ -62,6 +64,13 @@ def remarks_on_model(learn: Learner) -> dict:
     "Running statistics that are no buffers cannot be refreshed."
     outside = statistics_outside_buffers(unwrap(learn.model))
     return {'outside': outside_sentence(outside)} if outside else {}
+
+
+def remarks_on_loss(learn: Learner, loss_func, what: str) -> dict:
+    "Parameters of the loss that the learner's optimizer trains, and `what` does not hold."
+    optimized = {id(p) for group in learn.opt.param_lists for p in group}
+    trained = [name for name, p in loss_parameters(loss_func, unwrap(learn.model)).items() if id(p) in optimized]
+    return {'loss': loss_sentence(what, trained)} if trained else {}
 
 
 def remarks_on_data(learn: Learner, what: str) -> dict:

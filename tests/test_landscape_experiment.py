@@ -83,11 +83,11 @@ def test_the_level_of_a_width_is_the_reports_alone(stored, tmp_path, monkeypatch
     folder = tmp_path / 'width'
     shutil.copytree(stored / 'width-longer', folder)
     file = folder / 'runs.jsonl'
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert all('level' not in line['landscape'] for line in lines)
-    for line in lines:
-        line['landscape']['level'] = 0.5
-    file.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    records = [json.loads(text) for text in file.read_text().splitlines()]
+    assert all('level' not in record['landscape'] for record in records)
+    for record in records:
+        record['landscape']['level'] = 0.5
+    file.write_text(''.join(json.dumps(record) + '\n' for record in records))
     monkeypatch.setitem(LANDSCAPES, 'width-longer', replace(SMALL['width'], level=0.85))
     assert 'distance to 85 % test error' in report(folder)
     assert go('width', stored, folder, solutions=stored / 'longer') == {}
