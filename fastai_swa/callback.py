@@ -491,7 +491,7 @@ class SWACallback(FitCallback):
             return
         average = self._average if fit.n_folds else self._new_average()  # complete before the old one goes
         if not fit.n_folds:
-            fit.n_before = self._n_batches()
+            fit.n_before = self._n_recorded()
         with uninterrupted():
             average.running.update(model)
             average.epochs.append(epoch.number)
@@ -676,7 +676,7 @@ class SWACallback(FitCallback):
         n = self._fit.n_epochs
         return self.averaged_epochs[-n:] if n else []
 
-    def _n_batches(self) -> int:
+    def _n_recorded(self) -> int:
         "Training batches of this fit, so far, by the Recorder."
         recorder = recorder_of(self.learn)
         return 0 if recorder is None else len(recorder.lrs)
