@@ -46,8 +46,8 @@ class _Described:
 class Ensemble:
     """Several trained models that predict as one, with a learner's own methods.
 
-    - `members`: a list of learners, modules, state dicts and paths to these (what
-      `learn.save(with_opt=False)` or `torch.save` wrote), of one architecture or several; the
+    - `members`: a list of learners, modules, state dicts and paths to these (what `learn.save`,
+      `torch.save` or safetensors wrote; see `solutions.py`), of one architecture or several; the
       folder that `fit_snapshots`, `fit_fge` or `save` wrote; or another `Ensemble`. What has
       `solutions()` stands for these, alone or in the list: a `SnapshotCallback`, or a `SWACallback`
       for its `swa_model` as it is. Instead of the list there may be a dict.

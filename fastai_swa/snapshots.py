@@ -431,7 +431,7 @@ def average_checkpoints(paths, model, loader=None, **kwargs) -> nn.Module:
     """The mean of the weights in the files `paths`, in a clean copy of `model`, with batch norm
     refreshed.
 
-    - `paths`: the files; or what else `rays` takes as solutions, such as state dicts, learners, a
+    - `paths`: the files, as `solutions.py` says; or what else `rays` takes as solutions, such as state dicts, learners, a
       `SnapshotCallback`, an `Ensemble` or its folder.
     - `model`: a learner with a model of their architecture, on whose training set batch norm is
       refreshed as a `SWACallback` does it; or a module, with a `loader` of training batches and

@@ -1,7 +1,9 @@
 """Solutions, the weights that trainings leave: of whatever a user gives, name -> solution.
 
-A solution is a state dict, a module, a learner, or a path to what `learn.save(with_opt=False)` or
-`torch.save` wrote. What has a method `solutions()`, which gives such by name, holds solutions:
+A solution is a state dict, a module, a learner, or a path to what `learn.save`, `torch.save` or
+safetensors wrote: a state dict, alone or as `model`, `state_dict` or `model_state_dict` beside what
+else a training keeps, with names as they are or with `module.` in front. No code in it is run, and
+what is neither a tensor nor plain data, such as an optimizer, is left out. What has a method `solutions()`, which gives such by name, holds solutions:
 `WeightAverage`, `SWACallback`, `SnapshotCallback`, `Ensemble`, and any object of a user's.
 """
 

@@ -1,7 +1,6 @@
 """Files of weights and the index of a folder of them; loading them into a module. Plain PyTorch."""
 
 import json
-import zipfile
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ from torch import nn
 
 from .files import save_weights, write_text
 from .modules import in_train_mode, plain_name, unwrap, written_in_train_mode
+from .weight_formats import Left, check_any, read_any
 
 __all__ = [
     'NoSolution',
@@ -17,6 +17,7 @@ __all__ = [
     'read_index',
     'read_weights',
     'replace_files',
+    'state_dict_in',
     'weights_of',
     'write_index',
 ]
@@ -36,22 +37,16 @@ class NoSolution(ValueError):
 
 
 def read_weights(file: Path) -> dict:
-    """The state dict in `file`, on the CPU; no code in it is run. Raises `FileNotFoundError` or
-    `ValueError`, naming it.
+    """The state dict in `file`, on the CPU; no code in it is run. It may stand alone, or beside what
+    else a training keeps, as `learn.save` writes an optimizer: see `state_dict_in`. Raises
+    `FileNotFoundError` or `ValueError`, naming it.
     """
     check_weights_file(file)
     try:
-        weights = torch.load(file, map_location='cpu', weights_only=True)
+        found = read_any(file)
     except Exception:
-        raise ValueError(
-            f'{file} holds more than weights, such as an optimizer: save them with learn.save(name, with_opt=False), '
-            'or torch.save(model.state_dict(), file)'
-        ) from None
-    if isinstance(weights, dict):
-        weights = weights.get('model', weights)
-    if not isinstance(weights, dict):
-        raise ValueError(f'{file} holds no state dict')
-    return weights
+        found = None
+    return state_dict_in(found, file)
 
 
 def check_weights_file(file: Path):
@@ -59,28 +54,55 @@ def check_weights_file(file: Path):
     if not file.is_file():
         raise FileNotFoundError(f'{file} is missing')
     try:
-        with zipfile.ZipFile(file) as z:
-            damaged = z.testzip()  # torch.load does not look at the checksums
-    except zipfile.BadZipFile:  # torch's format before 1.6, perhaps, which has none
-        try:
-            damaged = not isinstance(torch.load(file, map_location='cpu', weights_only=True), dict)
-        except Exception:
-            damaged = True
-    if damaged:
-        raise ValueError(f'{file} is damaged, or it holds no weights')
+        check_any(file)
+    except Exception:
+        raise ValueError(f'{file} is damaged, or it holds no weights') from None
 
 
-def weights_of(source) -> dict:
-    """The state dict in a file, of a module, or one under plain names; on the CPU.
+_NAMES = 'model', 'state_dict', 'model_state_dict'  # of weights in checkpoints: fastai's, Lightning's, PyTorch's
+
+
+def state_dict_in(found, name) -> dict:
+    """The state dict that `found` is, or holds under one of the names that checkpoints have for it.
+    Raises `ValueError`, by `name`, for something else, or several.
+    """
+    if isinstance(found, dict) and (not found or _has_tensors(found)):
+        weights = [found]
+    elif isinstance(found, dict):
+        weights = [found[k] for k in _NAMES if isinstance(found.get(k), dict) and _has_tensors(found[k])]
+    else:
+        weights = []
+    if len(weights) > 1:
+        raise ValueError(f'{name} holds several state dicts: give the one that is meant, by itself')
+    if not weights or not all(isinstance(k, str) and not isinstance(v, Left) for k, v in weights[0].items()):
+        raise ValueError(
+            f'{name} holds no state dict: save one with learn.save(name), or torch.save(model.state_dict(), file)'
+        )
+    return weights[0]
+
+
+def _has_tensors(o: dict) -> bool:
+    return any(isinstance(v, torch.Tensor) for v in o.values())
+
+
+def weights_of(source, name: str = 'the dict') -> dict:
+    """The state dict in a file, of a module, or one called `name`, under plain names; on the CPU.
 
     Of a module it is a copy, of the weights as training has them, where its `eval()` moves them.
     """
     if isinstance(source, str | Path):
-        return read_weights(Path(source))
+        return _plain(read_weights(Path(source)))
     if isinstance(source, dict):
-        return {plain_name(k): v for k, v in source.items()}
+        return _plain(state_dict_in(source, name))
     with in_train_mode(source):
         return {k: _copied(v) for k, v in unwrap(source).state_dict().items()}
+
+
+def _plain(weights: dict) -> dict:
+    "`weights` under plain names; the same dict, with what torch keeps beside it, where they are plain."
+    if all(plain_name(k) == k for k in weights):
+        return weights
+    return {plain_name(k): v for k, v in weights.items()}
 
 
 def _copied(value):
@@ -88,13 +110,15 @@ def _copied(value):
     return value.detach().to('cpu', copy=True) if isinstance(value, torch.Tensor) else value
 
 
-def load_into(module: nn.Module, weights, name: str = '') -> nn.Module:
+def load_into(module: nn.Module, weights, name: str = 'the dict') -> nn.Module:
     """`module` with the `weights`, a module, a state dict called `name`, or a path; where modes
     move weights, these are the ones in train mode.
 
-    Raises `FileNotFoundError` or `ValueError`, naming it, if they do not serve.
+    Names may have a `module.` in front, as `DataParallel` and `AveragedModel` give them. Of tied
+    weights one will do. Raises `FileNotFoundError` or `ValueError`, naming it, if they do not serve.
     """
-    state = weights_of(weights)
+    own = module.state_dict(keep_vars=True)
+    state = _with_ties(_without_wrapper(weights_of(weights, name), own), own)
     try:
         with written_in_train_mode(module):
             module.load_state_dict(state)
@@ -103,6 +127,24 @@ def load_into(module: nn.Module, weights, name: str = '') -> nn.Module:
         fault = ' '.join(str(e).split())[:200]
         raise ValueError(f'{name} does not hold weights of this architecture: {fault}') from None
     return module
+
+
+_WRAPPER = 'module.'
+
+
+def _without_wrapper(state: dict, own: dict) -> dict:
+    "`state` under the names in `own`, if a wrapper has put `module.` in front of them, and a counter beside."
+    inner = {k.removeprefix(_WRAPPER): v for k, v in state.items() if k.startswith(_WRAPPER)}
+    others = [k for k in state if not k.startswith(_WRAPPER) and k != 'n_averaged']
+    is_models_own = any(k.startswith(_WRAPPER) for k in own) and inner.keys() != own.keys()
+    return inner if inner and not others and not is_models_own else state
+
+
+def _with_ties(state: dict, own: dict) -> dict:
+    "`state` with the names it leaves out of tensors that are tied in `own`: safetensors has each tensor once."
+    held = {id(own[name]): value for name, value in state.items() if name in own}
+    missing = {k: held[id(t)] for k, t in own.items() if k not in state and id(t) in held}
+    return {**state, **missing} if missing else state
 
 
 def write_index(folder: Path, files: list[str], **content):

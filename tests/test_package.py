@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'fastai_swa'
 FLOORS = [
     {'checks', 'interrupts', 'processes', 'version'},
-    {'modules', 'files', 'schedules', 'columns', 'journal', 'contents'},
+    {'modules', 'files', 'schedules', 'columns', 'journal', 'contents', 'weight_formats'},
     {'packing', 'probabilities', 'weights', 'replay', 'views', 'plot', 'vision'},
     {'averaging', 'batchnorm', 'walk', 'fitting', 'members'},
     {'attributes', 'keeping', 'randomness', 'solutions'},
@@ -97,7 +97,19 @@ def test_the_package_imports_itself_by_relative_imports_alone(path):
 
 
 @pytest.mark.parametrize(
-    'name', ['checks', 'interrupts', 'modules', 'files', 'processes', 'weights', 'averaging', 'batchnorm', 'schedules']
+    'name',
+    [
+        'checks',
+        'interrupts',
+        'modules',
+        'files',
+        'processes',
+        'weights',
+        'weight_formats',
+        'averaging',
+        'batchnorm',
+        'schedules',
+    ],
 )
 def test_the_lowest_floors_are_plain_pytorch(name):
     for node in ast.walk(ast.parse((ROOT / 'fastai_swa' / f'{name}.py').read_text())):
