@@ -27,7 +27,7 @@ from .probabilities import Probabilities
 from .processes import Processes
 from .solutions import by_epoch, check_solution, gathered, source_of
 from .walk import not_copied
-from .weights import NoSolution, load_into, read_index, weights_of, write_index
+from .weights import NoSolution, folder_lock, load_into, read_index, weights_of, write_index
 
 __all__ = ['SnapshotCallback', 'average_checkpoints']
 
@@ -309,7 +309,7 @@ class SnapshotCallback(FitCallback):
         except OSError as e:
             raise ValueError(f'folder {self.folder} cannot be made: {e}') from None
         try:
-            self._fit.lock = locked_for(self, self.folder, _folder_lock)
+            self._fit.lock = locked_for(self, self.folder, folder_lock)
         except InUse:
             raise InUse(
                 f'another run is writing its snapshots to {self.folder}: wait for it, or give each run a folder of its '
@@ -398,14 +398,6 @@ class SnapshotCallback(FitCallback):
         if self._fit is not None:
             self._fit.is_resumed = True
             self._fit.id = state['fit']
-
-
-def _folder_lock(folder: Path) -> Lock:
-    "Beside the folder, in which there are models alone; within it, where only that can be written."
-    try:
-        return Lock(folder.with_name(f'{folder.name}.snapshots'))
-    except OSError:
-        return Lock(folder / 'index.json')
 
 
 def _index_of(folder: Path) -> dict:

@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .files import save_weights, write_text
+from .files import Lock, save_weights, write_text
 from .modules import in_train_mode, plain_name, unwrap, written_in_train_mode
 from .weight_formats import Left, check_any, read_any
 
 __all__ = [
     'NoSolution',
     'check_weights_file',
+    'folder_lock',
     'load_into',
     'read_index',
     'read_weights',
@@ -167,6 +168,14 @@ def read_index(folder: Path) -> dict:
     if not isinstance(index, dict) or index.get('format') != _FORMAT:
         raise ValueError(f'{file} is damaged, or it is no index of an ensemble')
     return index
+
+
+def folder_lock(folder: Path) -> Lock:
+    "Beside the folder, in which there are models alone; within it, where only that can be written."
+    try:
+        return Lock(folder.with_name(f'{folder.name}.snapshots'))
+    except OSError:
+        return Lock(folder / 'index.json')
 
 
 def replace_files(folder: Path, weights: list[dict], **content) -> tuple[list[str], list[str]]:
