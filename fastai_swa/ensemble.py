@@ -23,7 +23,7 @@ from .samples import Overlaps, length
 from .solutions import by_epoch, gathered, source_of
 from .views import lending
 from .walk import not_copied
-from .weights import check_weights_file, load_into, read_index, replace_files, weights_of
+from .weights import check_weights_file, load_into, read_index, refuse_nan, replace_files, weights_of
 
 __all__ = ['Ensemble']
 
@@ -263,12 +263,17 @@ class Ensemble:
 
         The index comes last, in one step. Over a folder that holds an ensemble the members get
         other names, and the old ones go when the index no longer names them: whatever happens,
-        there is the old ensemble or the new. Raises `OSError` if something cannot be written,
-        `ValueError` if the folder has an index of something else.
+        there is the old ensemble or the new. The index has the SHA-256 of each file: what is read has
+        to be what was written. Raises `OSError` if something cannot be written, `ValueError` for a
+        member with a NaN, or if the folder has an index of something else, `files.InUse`, a
+        `RuntimeError`, if another run is writing there.
         """
         folder = Path(folder)
         # all are read before any is written: they may be of that folder
-        weights = [weights_of(source_of(m)) for m in self.members]
+        weights = []
+        for i, member in enumerate(self.members):
+            weights.append(weights_of(source_of(member), f'member {i}'))
+            refuse_nan(weights[i], f'member {i}')
         old, files = replace_files(
             folder,
             weights,
@@ -297,7 +302,10 @@ class Ensemble:
         if isinstance(source, nn.Module):
             return unwrap(source)
         module = clean_copy(self.learn.model if self.archs[i] is None else self.archs[i], not_copied(self.learn))
-        return load_into(module, source, f'member {i}')
+        name = source if isinstance(source, str | Path) else f'member {i}'
+        weights = weights_of(source, name)
+        refuse_nan(weights, name)
+        return load_into(module, weights, str(name))
 
     def _version(self):
         "What changes when the ensemble would predict with something else. (Not what is in files.)"
@@ -383,6 +391,12 @@ def _described(given) -> _Described:
     members = list(gathered(given).values())
     if isinstance(given, str | Path) and Path(given).is_dir():
         index = read_index(Path(given))
+        if index.get('combine') == 'stack' and 'sha256' not in index:
+            warnings.warn(
+                f'{given} is of an earlier version, which kept no SHA-256 of its files: whether they are those that '
+                'stack() weighed, in their order, cannot be checked',
+                stacklevel=3,
+            )
         return _Described(
             members,
             combine=index.get('combine'),

@@ -350,12 +350,14 @@ class SnapshotCallback(FitCallback):
         return str(file)
 
     def _write_index(self, new: Path | None = None):
-        files = [Path(s).name for s in self.snapshots]
+        unchanged = [Path(s).name for s in self.snapshots]
+        files = list(unchanged)
         epochs = list(self.epochs)
         if new is not None:
             files.append(new.name)
             epochs.append(self._fit.epoch)
-        write_index(self.folder, files, epochs=epochs, activation=self._fit.probabilities.kind, fit=self._fit.id)
+        content = {'epochs': epochs, 'activation': self._fit.probabilities.kind, 'fit': self._fit.id}
+        write_index(self.folder, files, unchanged=unchanged, **content)
 
     def _file(self, i: int) -> Path:
         return self.folder / f'snapshot-{i + 1:02}.pth'
@@ -423,8 +425,8 @@ def average_checkpoints(paths, model, loader=None, **kwargs) -> nn.Module:
     """The mean of the weights in the files `paths`, in a clean copy of `model`, with batch norm
     refreshed.
 
-    - `paths`: the files, as `solutions.py` says; or what else `rays` takes as solutions, such as state dicts, learners, a
-      `SnapshotCallback`, an `Ensemble` or its folder.
+    - `paths`: the files, as `solutions.py` says; or what else `rays` takes as solutions, such as
+      state dicts, learners, a `SnapshotCallback`, an `Ensemble` or its folder.
     - `model`: a learner with a model of their architecture, on whose training set batch norm is
       refreshed as a `SWACallback` does it; or a module, with a `loader` of training batches and
       `kwargs` for `update_bn`, if it has batch norm. Neither is changed.

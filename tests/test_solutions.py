@@ -70,6 +70,8 @@ def test_whatever_is_given_becomes_solutions_by_name(given, expected):
 
 def test_a_folder_of_an_ensemble_stands_for_its_files_alone_and_among_others(tmp_path):
     (tmp_path / 'ens').mkdir()
+    for name, weights in {'a.pth': ONE, 'b.pth': TWO}.items():
+        torch.save(weights, tmp_path / 'ens' / name)
     write_index(tmp_path / 'ens', ['a.pth', 'b.pth'], epochs=[1, 3])
     a, b = tmp_path / 'ens' / 'a.pth', tmp_path / 'ens' / 'b.pth'
     assert gathered(tmp_path / 'ens') == gathered(str(tmp_path / 'ens')) == {'epoch 1': a, 'epoch 3': b}
