@@ -3,6 +3,7 @@
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -193,8 +194,8 @@ class Ensemble:
         """Find weights for the members' probabilities by ridge regression on one-hot targets, and
         combine by them from now on.
 
-        `dl`, or data set `ds_idx` of the learner: samples that no member was trained on (the
-        arguments may also come in the order `dl`, `ds_idx`). The penalty is the one of `alphas`
+        `dl`, or data set `ds_idx` of the learner, 1 being its validation set: samples that no member
+        was trained on (a loader may also come first: `stack(dl)`). The penalty is the one of `alphas`
         with the least error in leave-one-out cross-validation. What the ensemble then scores on the
         same samples flatters it: judge it on others.
 
@@ -202,14 +203,11 @@ class Ensemble:
         member's, where all members are right and no weight can be learned. (What a file or a module
         was trained on is not known. See `samples.Samples` for how samples are known again.) Also if
         they have no targets, or the targets are not one class, label vector or value for each
-        sample.
+        sample, and for a `ds_idx` that the learner does not have; `TypeError` for what is no loader.
         """
         from sklearn.linear_model import RidgeCV  # comes with fastai; slow to import
 
-        if not isinstance(ds_idx, int):  # `stack(dl)`, from before `ds_idx` came first
-            ds_idx, dl = 1 if dl is None else dl, ds_idx
-        if dl is None:
-            dl = self.learn.dls[ds_idx]
+        dl = _loader_of(self.learn, ds_idx, dl)
         if self._in_training_sets(dl, [*self._trained_on, None])[0]:
             raise ValueError(
                 'stack needs data that no member was trained on, and these are the training set of one: hold samples '
@@ -424,6 +422,25 @@ def _first_learner(members) -> Learner:
         if isinstance(m, Learner):
             return m
     raise ValueError('learn is needed for its data, its loss and its metrics: no member is a Learner')
+
+
+def _loader_of(learn, ds_idx, dl):
+    "`dl`, or the learner's loader `ds_idx`; the two may come in the other order."
+    if ds_idx is None:
+        ds_idx = 1
+    elif not isinstance(ds_idx, Integral):
+        ds_idx, dl = 1 if dl is None else dl, ds_idx
+    if dl is None:
+        n = len(learn.dls.loaders)
+        if isinstance(ds_idx, bool) or ds_idx not in range(-n, n):
+            raise ValueError(f'ds_idx must be one of the {n} data sets of the learner, from 0, not {ds_idx!r}')
+        return learn.dls[ds_idx]
+    if isinstance(dl, str) or not hasattr(dl, '__iter__') or not hasattr(dl, '__len__'):
+        raise TypeError(
+            'stack needs a loader, such as learn.dls.test_dl(items, with_labels=True), or the number of a data set of '
+            f'the learner, not {repr(dl)[:60]}'
+        )
+    return dl
 
 
 def _stacking_targets(preds, targets, kind):

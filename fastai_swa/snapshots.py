@@ -433,8 +433,14 @@ def average_checkpoints(paths, model, loader=None, **kwargs) -> nn.Module:
 
     Izmailov et al. 2018, Algorithm 1. Raises `ValueError` if `paths` is empty, if weights do not
     fit or a file is damaged, or without the loader that is needed; `FileNotFoundError` for a
-    missing file; `TypeError` for what has no weights. They name it.
+    missing file; `TypeError` for what has no weights, and for arguments in the other order. They
+    name it.
     """
+    if not isinstance(model, Learner | nn.Module):
+        raise TypeError(
+            f'model must be a learner or a module, not {repr(model)[:60]}; the files come first: '
+            'average_checkpoints(paths, model)'
+        )
     found = gathered(paths)
     if not found:
         raise ValueError('paths is empty: there is nothing to average')

@@ -218,6 +218,16 @@ def test_what_has_no_weights_is_refused_before_anything_is_averaged(fit):
         average_checkpoints(SnapshotCallback(0), learn)
 
 
+@pytest.mark.parametrize('paths', [['a.pth', 'b.pth'], 'a.pth', [ONE], ONE, None])
+def test_files_and_learner_in_the_other_order_are_one_sentence_that_gives_the_order(fit, paths):
+    learn, _, _ = fit
+    for model in learn, learn.model:
+        with pytest.raises(
+            TypeError, match=r'^model must be .* the files come first: average_checkpoints\(paths, model'
+        ):
+            average_checkpoints(model, paths)
+
+
 def test_a_line_and_a_curve_take_two_holders_of_one_solution(fit):
     learn, swa, _ = fit
     found = line(learn, {'last': learn, 'SWA': swa}, ts=[0, 1], sets='valid')
