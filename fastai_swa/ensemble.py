@@ -3,6 +3,7 @@
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from numbers import Integral
 from pathlib import Path
 
@@ -15,11 +16,13 @@ from torch.nn import functional as F
 
 from .aside import autocast_left, whole
 from .checks import check_choice
+from .files import replacing
 from .fitting import no_fit
 from .interrupts import uninterrupted
-from .members import Combination, EachMember, Members
+from .members import Combination, EachMember, Members, as_graph
 from .modules import Kept, clean_copy, has_own_modes, unwrap
 from .probabilities import Probabilities, features
+from .randomness import randomness_kept
 from .samples import Overlaps, length
 from .solutions import by_epoch, gathered, source_of
 from .views import lending
@@ -27,6 +30,8 @@ from .walk import not_copied
 from .weights import check_weights_file, load_into, read_index, refuse_nan, replace_files, weights_of
 
 __all__ = ['Ensemble']
+
+_PICKLE = signature(Learner.export).parameters['pickle_module'].default  # as this version of fastai exports
 
 
 @dataclass
@@ -178,6 +183,17 @@ class Ensemble:
         with self._in_learner() as learn, learn.no_bar(), learn.no_logging():
             return learn.validate(ds_idx, dl, cbs)
 
+    def tta(self, ds_idx: int = 1, dl=None, **kwargs):
+        """Combined probabilities, averaged over augmented versions of the samples, and targets, as
+        `Learner.tta` gives them; `kwargs` as there."""
+        with self._in_learner() as learn, learn.no_bar(), learn.no_logging():
+            return learn.tta(ds_idx, dl, **kwargs)
+
+    def show_results(self, ds_idx: int = 1, dl=None, **kwargs):
+        "Show samples, their targets and what the ensemble predicts, as `Learner.show_results`; `kwargs` as there."
+        with self._in_learner() as learn, learn.no_bar(), learn.no_logging():
+            learn.show_results(ds_idx, dl, **kwargs)
+
     def member_preds(self, ds_idx: int = 1, dl=None, cbs=None):
         """Probabilities of each member, shape (members, samples, ...), and the targets; one member
         at a time is on the device."""
@@ -284,6 +300,67 @@ class Ensemble:
         for i, member in enumerate(self.members):  # one that was read from there is now where its copy is
             if isinstance(member, str | Path) and Path(member).resolve() in gone:
                 self.members[i] = folder / files[i]
+
+    def export(self, fname='export.pkl') -> Path:
+        """Write a learner that is the ensemble, as `Learner.export` writes one, to `learn.path /
+        fname`: `load_learner` reads it. Gives the path.
+
+        Its model is a plain module of PyTorch's own classes (`torch.fx`), which calls each member, so
+        that the file needs no more than one of `learn.export()` would: not this package, but the
+        classes of the members, of the loss and the like. What the model gives is one output whose
+        softmax (sigmoid, or itself) is the combined prediction.
+
+        Raises `ValueError` for what one model cannot do, of which the first validation batch is the
+        test: where the learner's callbacks change or take apart what the members give, or the members
+        differ from each other by it. `RuntimeError` inside `active()`; `OSError` if it cannot be
+        written.
+        """
+        learn = self.learn
+        if isinstance(unwrap(learn.model), Members):
+            raise RuntimeError('export inside active() is not possible: call it outside')
+        with randomness_kept(learn):
+            batch = learn.dls[1].one_batch()
+            expected = self.get_preds(dl=[batch])[0]
+            modules = [self._module(i) for i in range(len(self))]
+            with _modes_kept(modules):
+                graph = self._graph(modules, batch, expected)
+                for m in (*modules, graph):
+                    m.eval()
+                return self._write_learner(graph, learn.path / fname)
+
+    def _graph(self, modules: list, batch, expected) -> nn.Module:
+        "One module in the place of `modules`. Raises `ValueError` if it does not predict `expected` of `batch`."
+        learn = self.learn
+        why = ''
+        try:
+            inputs = batch[: getattr(learn.dls, 'n_inp', len(batch) - 1)]
+            graph = as_graph(modules, Combination(self.probabilities, self.combine, self.stacking), inputs)
+            with _attributes(learn, model=graph), learn.no_bar(), learn.no_logging():
+                found = learn.get_preds(dl=[batch], act=self.probabilities.of)[0]
+            is_same = found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
+        except Exception as e:
+            is_same = False
+            why = f' ({type(e).__name__}: {" ".join(str(e).split())[:200]})'
+        if not is_same:
+            raise ValueError(
+                'export is not possible: one model in the place of the members does not predict what they do; do '
+                f'callbacks of the learner change their outputs, or take them apart?{why} Let the members give one '
+                'tensor by themselves'
+            )
+        return graph
+
+    def _write_learner(self, model: nn.Module, file: Path) -> Path:
+        "As `Learner.export`, with `model`; the learner keeps its own, its data and its optimizer."
+        learn = self.learn
+        learn._end_cleanup()
+        with (
+            _attributes(learn, model=model, opt=None, dls=learn.dls.new_empty()),
+            warnings.catch_warnings(),
+            replacing(file) as f,
+        ):
+            warnings.simplefilter('ignore')  # PyTorch's, that it cannot look at the code of the model
+            torch.save(learn, f, pickle_module=_PICKLE, pickle_protocol=2)
+        return file
 
     @classmethod
     def load(cls, folder, learn: Learner, archs=None, **kwargs):
