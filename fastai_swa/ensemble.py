@@ -310,10 +310,9 @@ class Ensemble:
         classes of the members, of the loss and the like. What the model gives is one output whose
         softmax (sigmoid, or itself) is the combined prediction.
 
-        Raises `ValueError` for what one model cannot do, of which the first validation batch is the
-        test: where the learner's callbacks change or take apart what the members give, or the members
-        differ from each other by it. `RuntimeError` inside `active()`; `OSError` if it cannot be
-        written.
+        Raises `ValueError` for a member with a NaN, and where that model does not predict what the
+        ensemble does on the first validation batch, as with callbacks that change the members' outputs
+        or take them apart; `RuntimeError` inside `active()`; `OSError` if it cannot be written.
         """
         learn = self.learn
         if isinstance(unwrap(learn.model), Members):
@@ -322,6 +321,8 @@ class Ensemble:
             batch = learn.dls[1].one_batch()
             expected = self.get_preds(dl=[batch])[0]
             modules = [self._module(i) for i in range(len(self))]
+            for i, m in enumerate(modules):
+                refuse_nan(m.state_dict(), f'member {i}')
             with _modes_kept(modules):
                 graph = self._graph(modules, batch, expected)
                 for m in (*modules, graph):

@@ -169,6 +169,13 @@ def test_an_export_draws_nothing_from_the_random_generators(tmp_path):
     assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python
 
 
+def test_a_member_with_a_nan_is_not_exported(tmp_path):
+    learn, models = images(tmp_path)
+    models[1][0].weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="member 1 has a NaN in '0.weight'"):
+        Ensemble(models, learn).export()
+
+
 def test_to_export_inside_active_is_refused(tmp_path):
     learn, models = images(tmp_path)
     ens = Ensemble(models, learn)
