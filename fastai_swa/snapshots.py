@@ -27,7 +27,7 @@ from .processes import Processes
 from .solutions import by_epoch, check_solution, gathered, source_of
 from .walk import not_copied
 from .warn import warn
-from .weights import NoSolution, load_into, read_index, weights_of, write_index
+from .weights import NoSolution, folder_lock, load_into, read_index, weights_of, write_index
 
 __all__ = ['SnapshotCallback', 'average_checkpoints']
 
@@ -292,7 +292,7 @@ class SnapshotCallback(FitCallback):
             learn.pred, learn.loss, learn.loss_grad = kept
 
     def _give_up(self, why: str):
-        warn(f'{why}: from there on the growing ensemble is not validated, and its columns are nan', stacklevel=2)
+        warn(f'{why}: from there on the growing ensemble is not validated, and its columns are nan')
         self._fit.is_given_up = True
 
     def _log(self, values):
@@ -307,7 +307,7 @@ class SnapshotCallback(FitCallback):
         except OSError as e:
             raise ValueError(f'folder {self.folder} cannot be made: {e}') from None
         try:
-            self._fit.lock = locked_for(self, self.folder, _folder_lock)
+            self._fit.lock = locked_for(self, self.folder, folder_lock)
         except InUse:
             raise InUse(
                 f'another run is writing its snapshots to {self.folder}: wait for it, or give each run a folder of its '
@@ -348,12 +348,14 @@ class SnapshotCallback(FitCallback):
         return str(file)
 
     def _write_index(self, new: Path | None = None):
-        files = [Path(s).name for s in self.snapshots]
+        unchanged = [Path(s).name for s in self.snapshots]
+        files = list(unchanged)
         epochs = list(self.epochs)
         if new is not None:
             files.append(new.name)
             epochs.append(self._fit.epoch)
-        write_index(self.folder, files, epochs=epochs, activation=self._fit.probabilities.kind, fit=self._fit.id)
+        content = {'epochs': epochs, 'activation': self._fit.probabilities.kind, 'fit': self._fit.id}
+        write_index(self.folder, files, unchanged=unchanged, **content)
 
     def _file(self, i: int) -> Path:
         return self.folder / f'snapshot-{i + 1:02}.pth'
@@ -398,14 +400,6 @@ class SnapshotCallback(FitCallback):
             self._fit.id = state['fit']
 
 
-def _folder_lock(folder: Path) -> Lock:
-    "Beside the folder, in which there are models alone; within it, where only that can be written."
-    try:
-        return Lock(folder.with_name(f'{folder.name}.snapshots'))
-    except OSError:
-        return Lock(folder / 'index.json')
-
-
 def _index_of(folder: Path) -> dict:
     "The index in `folder`; empty if there is none that can be read."
     try:
@@ -429,16 +423,22 @@ def average_checkpoints(paths, model, loader=None, **kwargs) -> nn.Module:
     """The mean of the weights in the files `paths`, in a clean copy of `model`, with batch norm
     refreshed.
 
-    - `paths`: the files; or what else `rays` takes as solutions, such as state dicts, learners, a
-      `SnapshotCallback`, an `Ensemble` or its folder.
+    - `paths`: the files, as `solutions.py` says; or what else `rays` takes as solutions, such as
+      state dicts, learners, a `SnapshotCallback`, an `Ensemble` or its folder.
     - `model`: a learner with a model of their architecture, on whose training set batch norm is
       refreshed as a `SWACallback` does it; or a module, with a `loader` of training batches and
       `kwargs` for `update_bn`, if it has batch norm. Neither is changed.
 
     Izmailov et al. 2018, Algorithm 1. Raises `ValueError` if `paths` is empty, if weights do not
     fit or a file is damaged, or without the loader that is needed; `FileNotFoundError` for a
-    missing file; `TypeError` for what has no weights. They name it.
+    missing file; `TypeError` for what has no weights, and for arguments in the other order. They
+    name it.
     """
+    if not isinstance(model, Learner | nn.Module):
+        raise TypeError(
+            f'model must be a learner or a module, not {repr(model)[:60]}; the files come first: '
+            'average_checkpoints(paths, model)'
+        )
     found = gathered(paths)
     if not found:
         raise ValueError('paths is empty: there is nothing to average')

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'fastai_swa'
 FLOORS = [
     {'checks', 'interrupts', 'processes', 'version', 'warn'},
-    {'modules', 'files', 'schedules', 'columns', 'journal', 'contents', 'fit_history'},
+    {'modules', 'files', 'schedules', 'columns', 'journal', 'contents', 'fit_history', 'weight_formats'},
     {'outcome', 'packing', 'probabilities', 'weights', 'replay', 'views', 'plot', 'vision'},
     {'averaging', 'batchnorm', 'walk', 'fitting', 'members'},
     {'attributes', 'keeping', 'randomness', 'solutions', 'unaveraged'},
@@ -106,6 +106,7 @@ def test_the_package_imports_itself_by_relative_imports_alone(path):
         'processes',
         'warn',
         'weights',
+        'weight_formats',
         'averaging',
         'batchnorm',
         'schedules',
