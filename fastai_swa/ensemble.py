@@ -1,5 +1,6 @@
 """`Ensemble`: many models, one prediction. They are combined in a learner's place, stacked, saved."""
 
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
@@ -468,7 +469,7 @@ def _described(given) -> _Described:
         if index.get('combine') == 'stack' and 'sha256' not in index:
             warn(
                 f'{given} is of an earlier version, which kept no SHA-256 of its files: whether they are those that '
-                'stack() weighed, in their order, cannot be checked',
+                'stack() weighed, in their order, cannot be checked'
             )
         return _Described(
             members,
