@@ -88,13 +88,21 @@ def _measured_at(grid, i, names, batches, remarks) -> dict:
     "Column -> value at point `i`; adds to the `remarks`."
     space = grid.space
     model = space.learn.model
-    weights, buffers = grid.at(i)
-    space.put(weights, buffers)
+    norm_there = _go_to(grid, i)
     with lent(space.scratch, model), modes_put_back(model):
         # here, so that what it merges is merged once: passes put attributes back, not weights
         model.eval()
         row = _measure(space.learn, names, batches, remarks)
-    return row | {'norm': norm(weights)}
+    return row | {'norm': norm_there}
+
+
+def _go_to(grid, i) -> float:
+    """Give the space's model the weights of point `i`; the norm of these. They are held no longer:
+    what runs the model makes cycles of references, which may keep its callers' variables for a while.
+    """
+    weights, buffers = grid.at(i)
+    grid.space.put(weights, buffers)
+    return norm(weights)
 
 
 @delegates(measured)
