@@ -83,7 +83,7 @@ def files(width, folder, n) -> list[Path]:
 
 
 class Stop(Callback):
-    "Ends the fit at the start of an epoch as a crash would."
+    "Ends the fit before the first step of an epoch as a crash would."
 
     def before_train(self):
         if self.epoch == 1:
@@ -122,28 +122,41 @@ def fit_again(width, folder):
 def fit_checkpointed(width, folder):
     learn = learner(width)
     yield
-    learn.fit(2, cbs=[SWACallback(0), CheckpointCallback(folder / 'fit.ckpt')])
+    learn.fit(2, cbs=CheckpointCallback(folder / 'fit.ckpt'))
 
 
 def fit_four_times(width, folder):
     learn = learner(width)
     yield
     for _ in range(4):
-        learn.fit(1, cbs=[SWACallback(0), CheckpointCallback(folder / 'fit.ckpt')])
+        learn.fit(1, cbs=CheckpointCallback(folder / 'fit.ckpt'))
+
+
+def fit_until_stopped(learn, folder, *cbs):
+    try:
+        learn.fit(3, cbs=[*cbs, CheckpointCallback(folder / 'fit.ckpt'), Stop()])
+    except KeyboardInterrupt:
+        pass
 
 
 def interrupt(width, folder):
-    learn = learner(width, n_epoch=0)
-    try:
-        learn.fit(3, cbs=[SWACallback(0), CheckpointCallback(folder / 'fit.ckpt'), Stop()])
-    except KeyboardInterrupt:
-        pass
+    fit_until_stopped(learner(width, n_epoch=0), folder)
 
 
 def resume(width, folder):
     learn = learner(width, n_epoch=0)  # as a new run of the program makes it
     yield
-    learn.fit(3, cbs=[SWACallback(0), CheckpointCallback(folder / 'fit.ckpt')])
+    fit_until_stopped(learn, folder)
+
+
+def interrupt_swa(width, folder):
+    fit_until_stopped(learner(width, n_epoch=0), folder, SWACallback(0))
+
+
+def resume_swa(width, folder):
+    learn = learner(width, n_epoch=0)
+    yield
+    fit_until_stopped(learn, folder, SWACallback(0))
 
 
 def update_batchnorm(width, folder):
@@ -256,9 +269,10 @@ ROWS = {
     '`SWACallback`': fit_swa,
     '`SWACallback(every=1)`, more than 128 steps': fit_steps,
     '`SWACallback`, a further fit': fit_again,
-    '`SWACallback` and `CheckpointCallback`': fit_checkpointed,
-    'the same, four fits on one path': fit_four_times,
-    'the same, resumed': resume,
+    '`CheckpointCallback`': fit_checkpointed,
+    '`CheckpointCallback`, four fits on one path': fit_four_times,
+    '`CheckpointCallback`, resumed, up to the first step': resume,
+    'the same, beside a `SWACallback`': resume_swa,
     '`WeightAverage`, three updates': weight_average,
     '`update_bn`': update_batchnorm,
     '`fit_snapshots`, 4 in memory': snapshots,
@@ -275,7 +289,10 @@ ROWS = {
     '`Curve`, made and fitted': curve_fitted,
     '`Curve.evaluate`': curve_evaluated,
 }
-PREPARED = {'the same, resumed': interrupt}
+PREPARED = {
+    '`CheckpointCallback`, resumed, up to the first step': interrupt,
+    'the same, beside a `SWACallback`': interrupt_swa,
+}
 
 
 # measuring
