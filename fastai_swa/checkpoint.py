@@ -1,5 +1,6 @@
 """`CheckpointCallback`: a fit that is killed goes on where it was, bit for bit."""
 
+import copy
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,7 +191,7 @@ class CheckpointCallback(FitCallback):
         "Lock the path; what the file there holds, if that counts."
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self._fit.lock = locked_for(self, self.file)
-        saved = read(self.file, _KIND, _VERSION) if self.file.exists() else None
+        saved = read(self.file, _KIND, _VERSION, mapped=True) if self.file.exists() else None
         return saved if self.resume else None
 
     def _go_to_place(self, saved: dict, settings: dict) -> dict:
@@ -199,6 +200,9 @@ class CheckpointCallback(FitCallback):
         """
         fit = self._fit
         place = fit.journal.open(saved, settings)
+        # what is kept for later writing must not go with the file
+        fit.journal.end = copy.deepcopy(fit.journal.end)
+        fit.journal.kept = copy.deepcopy(fit.journal.kept)
         fit.to_restore = saved['state']
         fit.is_past = place.is_past
         if place.settings[N_EPOCHS] == settings[N_EPOCHS]:

@@ -192,14 +192,18 @@ def _first_line(e) -> str:
 # reading
 
 
-def read(file: Path, kind: str, version: int) -> dict:
+def read(file: Path, kind: str, version: int, mapped: bool = False) -> dict:
     """What `write` wrote. Raises `ValueError` if `file` is damaged, of another kind or newer than
     `version`.
+
+    - `mapped`: tensors stay in the file, and take no memory. They hold as long as the file is not
+      changed in place; replacing it does no harm but on Windows, where it cannot be replaced
+      meanwhile. So they are for copying from them, soon.
     """
     try:
         with zipfile.ZipFile(file) as z:
             damaged = z.testzip()  # torch.load does not look at the checksums
-        saved = None if damaged else torch.load(file, map_location='cpu', weights_only=True)
+        saved = None if damaged else torch.load(str(file), map_location='cpu', weights_only=True, mmap=mapped)
     except (PermissionError, FileNotFoundError):
         raise
     except Exception:

@@ -116,11 +116,13 @@ def fit_snapshots(
     wd: float = None,  # weight decay; default: the learner's
     cbs=None,  # more callbacks for this fit
     activation: str = None,  # as in `SnapshotCallback`
+    max_preds_mb: float = 256,  # of validation predictions to keep for the columns; 0: no columns
 ) -> Ensemble:
     """Fit in cycles of a cosine that falls to zero, and keep the weights at the end of each;
     returns them as an `Ensemble`.
 
-    The columns `ens_valid_loss` and `ens_<metric>` are of all snapshots so far.
+    The columns `ens_valid_loss` and `ens_<metric>` are of all snapshots so far; what they take of
+    memory, and `max_preds_mb`: see `SnapshotCallback`.
     `SWACallback(cycle_len - 1, cycle_len=cycle_len)` in `cbs` averages the same weights. Huang et
     al. 2017 (arXiv 1704.00109), `schedules.snapshot_lr_factor`.
 
@@ -128,7 +130,7 @@ def fit_snapshots(
     """
     n_cycles = check_count('n_cycles', n_cycles)
     cycle_len = check_count('cycle_len', cycle_len)
-    snapshots = SnapshotCallback(cycle_len - 1, cycle_len, folder, activation)
+    snapshots = SnapshotCallback(cycle_len - 1, cycle_len, folder, activation, max_preds_mb)
     lr, lrs = _group_lrs(self, 'lr', lr)
     n_epoch = n_cycles * cycle_len
 
@@ -150,6 +152,7 @@ def fit_fge(
     wd: float = None,
     cbs=None,
     activation: str = None,  # as in `fit_snapshots`
+    max_preds_mb: float = 256,
 ) -> Ensemble:
     """Fast geometric ensembling: go on from a trained model in short cycles, and keep the weights
     at their low points; returns an `Ensemble`.
@@ -168,7 +171,7 @@ def fit_fge(
         raise ValueError(
             f'cycle_len must be an even number of epochs, with the snapshot in the middle, not {cycle_len}'
         )
-    snapshots = SnapshotCallback(cycle_len // 2 - 1, cycle_len, folder, activation)
+    snapshots = SnapshotCallback(cycle_len // 2 - 1, cycle_len, folder, activation, max_preds_mb)
     if lr_min is not None:
         check_positive('lr_min', lr_min)
     lr, lrs = _group_lrs(self, 'lr_max', lr_max)

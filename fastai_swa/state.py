@@ -82,7 +82,7 @@ def restore(learn: Learner, state: dict, unchanged: dict | None = None):
     """
     model = unwrap(learn.model)
     opt = learn.opt
-    weights = unpack(state['model'])
+    weights = state['model']  # names and tensors, which are copied one by one
     params = [p for group in opt.param_lists for p in group]
     check_tensors(model, weights)
     own = {id(p) for p in model.parameters()}
@@ -181,7 +181,7 @@ def _set_tensors(module, tensors):
             t.copy_(value)
         else:  # a buffer that came, or changed, since the module was made
             device = next((p.device for p in module.parameters()), value.device)
-            _module_of(module, name)._buffers[name.rpartition('.')[2]] = value.to(device)
+            _module_of(module, name)._buffers[name.rpartition('.')[2]] = value.to(device, copy=True)
 
 
 def _gradients(params) -> list:

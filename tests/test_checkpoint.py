@@ -5,6 +5,7 @@ import random
 import zipfile
 from collections import deque
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -599,6 +600,28 @@ def test_ctrl_c_and_the_same_cell_again_goes_on_in_the_same_learner(tmp_path):
     whole = learner(path=tmp_path / 'whole')
     whole.fit(4, cbs=SWACallback(1))
     assert_same(fingerprint(learn), fingerprint(whole))
+
+
+@pytest.mark.skipif(not Path('/proc/self/maps').exists(), reason='needs /proc')
+def test_a_file_is_read_where_it_lies_and_nothing_of_that_is_left_when_its_fit_goes_on(tmp_path):
+    "So nobody can take from the fit, by what they do to the file, what was read from it."
+    how = dict(method='fine_tune', swa=lambda: SWACallback(0))
+    run = Run(tmp_path / 'parts', **how)
+    with pytest.raises(Killed):
+        run.start(killer=kill_in_fit(2, 1))
+    mapped = []
+
+    class Look(Callback):
+        order = 70
+
+        def look(self):
+            mapped.append('run.ckpt' in Path('/proc/self/maps').read_text())
+
+        before_fit = before_train = look
+
+    run.start(seed=99, killer=Look())
+    assert mapped == [True, True, False]  # the first stage is skipped, the second goes on
+    assert_same(run.fingerprint(), expected(tmp_path, **how))
 
 
 @pytest.mark.parametrize('stage', [1, 2])
