@@ -32,12 +32,32 @@ _VERSION = 2  # of the file's format
 _FIRST = -1000  # the `order` of what sees an event before all others
 _LAST = 1000
 
-# learner -> file -> Journal: fastai forgets a callback that is passed to a fit when that is over
-_journals = weakref.WeakKeyDictionary()
+_JOURNALS = '_fastai_swa_journals'  # the learner's attribute that holds them
 # Plain attributes before the first fit. There are two kinds of keys: a callback, to its own attributes, and a learner,
 # to those of all else that it holds. They are settings unless a fit changes them: a new run of the program makes them
 # again.
 _before_first_fit = weakref.WeakKeyDictionary()
+
+
+class _Journals(dict):
+    """File -> `Journal`, of one learner: fastai forgets a callback that is passed to a fit when that is over.
+
+    It lies in the learner. A journal refers to callbacks, and an attached one to its learner: kept anywhere else, the
+    learner would live as long as the program. A copy or an export of the learner has none.
+    """
+
+    def __deepcopy__(self, memo):
+        return _Journals()
+
+    def __reduce__(self):
+        return dict, ()
+
+
+def _journals_of(learn) -> _Journals:
+    journals = vars(learn).get(_JOURNALS)
+    if not isinstance(journals, _Journals):
+        journals = vars(learn)[_JOURNALS] = _Journals()
+    return journals
 
 
 @dataclass
@@ -129,8 +149,7 @@ class CheckpointCallback(FitCallback):
         self._rows = []
         if sum(isinstance(cb, CheckpointCallback) for cb in learn.cbs) > 1:
             raise ValueError('this fit has two CheckpointCallbacks; pass one')
-        journals = _journals.setdefault(learn, {})
-        journal = journals.setdefault(self.file, Journal(self.file))
+        journal = _journals_of(learn).setdefault(self.file, Journal(self.file))
         processes = Processes(learn)
         self._fit = _Fit(processes, journal)  # from here on `over` gives the lock back, whatever happens
         saved = processes.first(self._open)

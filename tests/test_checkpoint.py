@@ -1,7 +1,11 @@
 """`CheckpointCallback`: what is killed goes on bitwise; what cannot go on says why and loses
 nothing."""
 
+import copy
+import gc
+import pickle
 import random
+import weakref
 import zipfile
 from collections import deque
 from functools import partial
@@ -1102,3 +1106,33 @@ def test_workers_that_keep_a_random_state_of_their_own_are_warned_about(tmp_path
     learn = learner(dls=type(dls)(train, dls.valid, device='cpu'))
     with pytest.warns(UserWarning, match='persistent_workers'):
         learn.fit(1, cbs=CheckpointCallback(tmp_path / 'run.ckpt'))
+
+
+# what lives on
+
+
+@pytest.mark.parametrize('attached', [True, False])
+def test_a_loop_over_learners_with_an_attached_average_and_a_checkpoint_keeps_none_of_them(tmp_path, attached):
+    gone = []
+    for i in range(3):
+        learn = learner(seed=i, path=tmp_path).to_swa(swa_start=0)
+        checkpoint = CheckpointCallback(tmp_path / f'{i}.ckpt')
+        if attached:
+            learn.add_cb(checkpoint)
+        learn.fit(1, cbs=[] if attached else checkpoint)
+        gone.append(weakref.ref(learn))
+        del learn, checkpoint
+        gc.collect()
+    assert [ref() for ref in gone] == [None] * 3
+
+
+def test_a_copy_and_an_export_of_a_learner_know_nothing_of_its_fits_on_a_path(tmp_path):
+    learn = learner(path=tmp_path, cbs=CheckpointCallback(tmp_path / 'run.ckpt'))
+    learn.fit(1)
+    twin = copy.deepcopy(learn)
+    again = pickle.loads(pickle.dumps(learn))
+    for other in (twin, again):
+        assert not vars(other)['_fastai_swa_journals']
+    assert len(vars(learn)['_fastai_swa_journals']) == 1
+    twin.fit(1)
+    assert type(vars(twin)['_fastai_swa_journals']) is type(vars(learn)['_fastai_swa_journals'])
