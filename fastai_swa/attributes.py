@@ -8,10 +8,12 @@ from types import FunctionType, MethodType
 import numpy as np
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Recorder
 from fastcore.foundation import L
 
 from .contents import CONTAINERS, MAX_BYTES, MAX_LEAVES, attributes, is_record, nested, set_attribute
+from .histories import Histories
 from .modules import unwrap
 from .packing import Packer, Unpacker, class_name, equal, pack, unpack
 from .replay import is_used_up
@@ -20,12 +22,14 @@ from .walk import LEARNED, OF_PASS, below, can_hold, keeps_state, name_once, rea
 __all__ = ['plain_attributes', 'without_unchanged', 'put_attributes']
 
 
-def plain_attributes(learn) -> dict:
+def plain_attributes(learn, histories: Histories | None = None) -> dict:
     """Name -> attribute -> packed value of what is plain data in callbacks without a `state_dict`,
     under the names of `named_callbacks`, and in loaders, samplers, data sets, transforms, losses,
     modules and the objects of callbacks, under their paths.
 
     What cannot be packed is left out, or leaves a hole in the container that it is in.
+
+    - `histories`: gets the lists of callbacks that only grow, where its tags stand then.
     """
     params = [p for group in learn.opt.param_lists for p in group]
     grads = [p.grad for p in params if p.grad is not None]
@@ -35,14 +39,14 @@ def plain_attributes(learn) -> dict:
     res = {}
     holes = []
     for path, o in found:
-        attrs = _packed_attributes(path, o, own, holes)
+        attrs = _packed_attributes(path, o, own, holes, histories)
         if attrs or isinstance(o, Callback):
             res[path] = attrs
     _name_unkept(learn, [(path, owner, v) for path, owner, v in holes if id(v) not in held])
     return res
 
 
-def _packed_attributes(path, o, own, holes) -> dict:
+def _packed_attributes(path, o, own, holes, histories) -> dict:
     """Attribute -> packed value for the object `o`; (path, owner, value) of what cannot be packed
     is added to `holes`.
     """
@@ -65,13 +69,29 @@ def _packed_attributes(path, o, own, holes) -> dict:
             n_leaves -= size.n_leaves
             n_bytes -= size.n_bytes
         packer.lenient = isinstance(o, Recorder) and k in ('values', 'log')  # a metric may give anything
-        packed = packer(v, f'{path}.{k}')
+        packed = None if histories is None else _history(histories, o, k, v, path, packer)
+        if packed is None:
+            packed = packer(v, f'{path}.{k}')
         if not _is_hole(packed):
             res[k] = packed
     if isinstance(o, Recorder):
         res[_SMOOTH] = pack((o.smooth_loss.count, o.smooth_loss.val))
     holes.extend((where, o, v) for where, v in missed)
     return res
+
+
+_GROWING = {Recorder: ('lrs', 'iters', 'losses', 'values', 'hps'), ParamScheduler: ('hps',)}
+
+
+def _history(histories, o, k, v, path, packer):
+    "What `histories` give for attribute `k` of the callback `o`; `None` if its value `v` is no list that only grows."
+    name = f'{path}.{k}'
+    if any(isinstance(o, cls) and k in names for cls, names in _GROWING.items()):
+        if type(v) is list:
+            return histories.cut(name, v, packer)
+        if type(v) is dict and set(map(type, v.values())) == {list} and set(map(type, v)) == {str}:
+            return {key: histories.cut(f'{name}[{key!r}]', values, packer) for key, values in v.items()}
+    return histories.cut_if_grown(name, v, packer) if type(v) is list and isinstance(o, Callback) else None
 
 
 # the learner, and when the Recorder's clock started

@@ -74,6 +74,8 @@ def unpack(o):
 
 _PLAIN = (type(None), bool, int, float, complex, str, torch.Size, torch.device)
 
+_OF_ONE_VALUE = {type(None), bool, int, float, complex, str}
+
 _TAGS = {  # of this very class: objects of a subclass may hold more
     dict: 'dict',
     defaultdict: 'dict',
@@ -337,6 +339,8 @@ def _read_on(unpacker, content, now, what):
 
 
 def _pack_list(packer, o, what):
+    if set(map(type, o)) <= _OF_ONE_VALUE:  # often, and long
+        return list(o)
     if len(o) > 1 and _are_scalars(o):
         return 'scalars', torch.stack([v.detach().as_subclass(torch.Tensor) for v in o]).cpu()
     if len(o) > 1 and _are_numbers(o):

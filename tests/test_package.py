@@ -13,9 +13,9 @@ PACKAGE = ROOT / 'fastai_swa'
 FLOORS = [
     {'checks', 'interrupts', 'processes', 'version'},
     {'modules', 'files', 'schedules', 'columns', 'journal', 'contents'},
-    {'packing', 'probabilities', 'weights', 'replay', 'views', 'plot', 'vision'},
+    {'packing', 'probabilities', 'weights', 'replay', 'views', 'plot', 'vision', 'histories'},
     {'averaging', 'batchnorm', 'walk', 'fitting', 'members'},
-    {'attributes', 'keeping', 'randomness', 'solutions'},
+    {'attributes', 'checkpoint_files', 'keeping', 'randomness', 'solutions'},
     {'state', 'aside', 'fit_average'},
     {'batches', 'samples'},
     {'passes', 'ensemble'},
