@@ -566,7 +566,10 @@ class SWACallback(FitCallback):
                 average.stale = state['stale']
                 self._average = average
         if self._fit:
-            vars(self._fit).update(state['fit'])
+            counts = {k: state['fit'][k] for k in _SAVED if k in state['fit']}
+            if not all(type(n) is int for n in counts.values()):
+                raise ValueError(f'the state of {self._what} has counts that are none: {counts}')
+            vars(self._fit).update(counts)
             if self._fit.n_folds:
                 self._continued = None
         if state.get('continued'):

@@ -14,7 +14,7 @@ from fastcore.foundation import L
 from torch import nn
 
 from .attributes import plain_attributes
-from .checkpoint_files import CheckpointFiles, remove_checkpoint
+from .checkpoint_files import CheckpointFiles, damaged, remove_checkpoint
 from .checks import check_count
 from .columns import recorder_of
 from .files import Lock
@@ -302,13 +302,24 @@ class CheckpointCallback(FitCallback):
             )
         recorder = recorder_of(learn)
         columns = None if recorder is None else list(recorder.metric_names)
-        restore(learn, {**state, **_own(state, fit.processes)}, _unchanged(learn))
+        self._restore(state, _unchanged(learn))
         if 'rows' in state:  # since format 3
             self._rows = unpack(state['rows'])
         if recorder is not None:
             self._reorder_rows(recorder, columns)
         if fit.processes.rank == 0:
             self._show_rows()
+
+    def _restore(self, state, unchanged):
+        """Put `state` into the learner. Raises `ValueError`, naming the file, if it is of another model or cannot be
+        what was written.
+        """
+        try:
+            restore(self.learn, {**state, **_own(state, self._fit.processes)}, unchanged)
+        except ValueError as e:
+            raise ValueError(f'{self.file} cannot be gone on with: {e}') from e
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as e:
+            raise damaged(self.file, e) from e
 
     def _show_rows(self):
         journal, learn = self._fit.journal, self.learn
@@ -340,8 +351,7 @@ class CheckpointCallback(FitCallback):
         fit.unmute()
         end = fit.journal.end
         kept = fit.journal.pass_by(fit.settings)
-        state = {**end, 'states': end['states'] | kept, **_own(end, fit.processes)}
-        restore(learn, state, _before_first_fit.get(learn))
+        self._restore({**end, 'states': end['states'] | kept}, _before_first_fit.get(learn))
         for cb in learn.cbs:
             if isinstance(cb, TrackerCallback):
                 cb.run = False  # would load or save its best weights now

@@ -16,7 +16,7 @@ from pathlib import Path
 from .files import read, write
 from .histories import Histories, joined
 
-__all__ = ['CheckpointFiles', 'remove_checkpoint']
+__all__ = ['CheckpointFiles', 'damaged', 'remove_checkpoint']
 
 _KIND = 'checkpoint'
 _VERSION = 3  # of the file's format; up to 2 it was one file

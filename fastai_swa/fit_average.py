@@ -111,7 +111,8 @@ class FitAverage:
         for m, mode in zip(swa_model.modules(), state['training']):
             m.training = mode
         for m, attributes in zip(swa_model.modules(), state.get('attributes', ())):
-            vars(m).update({name: unpack(value) for name, value in attributes.items()})
+            known = plain_data(m)
+            vars(m).update({name: unpack(value) for name, value in attributes.items() if name in known})
 
 
 def _structure(model) -> list:

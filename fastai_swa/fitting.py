@@ -41,7 +41,7 @@ class FitCallback(Callback):
       taken from the learner, or, if it is attached for good, when it is needed next.
 
     Pickled, it is a plain `Callback`, which does nothing: an exported learner needs nothing of this package where it is
-    loaded. A deep copy keeps the settings.
+    loaded. A copy keeps the settings.
     """
 
     _fit = None
@@ -95,6 +95,11 @@ class FitCallback(Callback):
 
     def __reduce__(self):
         return Callback, (), {'learn': self.learn}
+
+    def __copy__(self):
+        res = object.__new__(type(self))
+        res.__setstate__(self.__getstate__())
+        return res
 
     def __deepcopy__(self, memo):
         res = memo[id(self)] = object.__new__(type(self))

@@ -133,6 +133,8 @@ class Histories:
         for line in data.splitlines():
             for name, (n, content) in parsed(line).items():
                 parts = lists.setdefault(name, [])
+                if type(n) is not int:
+                    raise ValueError(f'{n!r} is no number of values')
                 if n == 0:
                     parts.clear()
                 parts.append((n, _from_json(content)))

@@ -114,8 +114,9 @@ def _put(learn, state, weights, params, masters, unchanged):
     opt.frozen_idx = state['frozen_idx']
     if state['scaler'] and getattr(learn, 'scaler', None) is not None:
         learn.scaler.load_state_dict(unpack(state['scaler']))
-    for k, v in state['learner'].items():
-        setattr(learn, k, unpack(v))
+    for k in _COUNTERS:
+        if k in state['learner']:
+            setattr(learn, k, unpack(state['learner'][k]))
     for key, cb in named_callbacks(learn):
         if keeps_state(cb) and key in state['states']:
             cb.load_state_dict(unpack(state['states'][key]))
