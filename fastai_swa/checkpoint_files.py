@@ -16,7 +16,7 @@ from pathlib import Path
 from .files import read, write
 from .histories import Histories, joined
 
-__all__ = ['CheckpointFiles', 'damaged', 'remove_checkpoint']
+__all__ = ['CheckpointFiles', 'check_state', 'damaged', 'remove_checkpoint']
 
 _KIND = 'checkpoint'
 _VERSION = 3  # of the file's format; up to 2 it was one file
@@ -36,7 +36,7 @@ _STATE = {  # what a state has -> its types (a tuple: packed); the rest came wit
     'learner': (dict,),
     'callbacks': (dict,),
     'states': (dict,),
-    'random': (list,),  # of each process
+    'random': (list, dict),  # of each process, or of one
 }
 
 
@@ -157,8 +157,12 @@ def _check(saved: dict):
         raise TypeError('its fits are no settings')
     if not isinstance(kept, list) or len(kept) < len(fits) - 1:
         raise TypeError('it does not have what its fits kept')
-    states = [state] if len(fits) == 1 else [state, saved['end']]
-    for s in states:
-        for key, kinds in _STATE.items():
-            if type(s[key]) not in kinds:
-                raise TypeError(f'{key!r} of its state is a {type(s[key]).__name__}, not a {kinds[0].__name__}')
+    for s in [state] if len(fits) == 1 else [state, saved['end']]:
+        check_state(s)
+
+
+def check_state(state: dict):
+    "Raise an error if `state` cannot be what `state.take` gives."
+    for key, kinds in _STATE.items():
+        if type(state[key]) not in kinds:
+            raise TypeError(f'{key!r} of its state is a {type(state[key]).__name__}, not a {kinds[0].__name__}')

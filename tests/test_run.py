@@ -1026,7 +1026,17 @@ def test_a_row_goes_on_after_its_folder_was_moved_and_names_no_place(tmp_path, w
     assert not (tmp_path / 'here').exists()
 
 
-@pytest.mark.parametrize('damage', [lambda f: f.unlink(), lambda f: f.write_bytes(b'half')], ids=['missing', 'damaged'])
+def without_a_model(file):
+    saved = torch.load(file, weights_only=True)
+    del saved['state']['model']
+    torch.save(saved, file)
+
+
+@pytest.mark.parametrize(
+    'damage',
+    [lambda f: f.unlink(), lambda f: f.write_bytes(b'half'), without_a_model],
+    ids=['missing', 'damaged', 'broken'],
+)
 def test_a_part_whose_end_is_lost_is_trained_again(tmp_path, whole, damage):
     with pytest.raises(Stop):
         seed_0(tmp_path, show=lambda seed, line: stop(seed, line) if 'SGD 1.5B  epoch 7' in line else None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from time import monotonic
 
-from ..checkpoint_files import remove_checkpoint
+from ..checkpoint_files import check_state, remove_checkpoint
 from ..files import read, save_weights, write, write_text
 from ..modules import unwrap
 from ..state import take
@@ -141,8 +141,10 @@ class Record:
         self.number = todo[0]
         while (parent := self.parts[self.number].parent) is not None:
             try:
-                return self.number, read(self.file(f'fork{parent}'), 'fork', 1)['state']
-            except (ValueError, KeyError, FileNotFoundError):
+                state = read(self.file(f'fork{parent}'), 'fork', 1)['state']
+                check_state(state)
+                return self.number, state
+            except (ValueError, KeyError, TypeError, FileNotFoundError):
                 self.data['parts'][parent] |= {'done': False, 'epochs': []}
                 self.number = parent
         return self.number, None
