@@ -272,6 +272,18 @@ class WeightAverage:
             self._linked = _Link(model, unwrap(self._swa_model), self._master)
         return self._linked
 
+    def copied(self, swa_model: nn.Module) -> 'WeightAverage':
+        "The same average, held by `swa_model`, which is a copy of this one's module."
+        self.settle()
+        res = WeightAverage.__new__(WeightAverage)
+        vars(res).update(vars(self))
+        res._swa_model = swa_model
+        res._master = {name: t.clone() for name, t in self._master.items()}
+        res._block = _Block()
+        res._linked = res._exchange = None
+        res._left = set(self._left)
+        return res
+
     def release(self):
         """Forget the model averaged last and the memory for blocks, so that the average alone does
         not keep them; the next `update` links again."""

@@ -5,6 +5,7 @@ in `fit_average`, the passes in `passes`, what is said before the first step in 
 `SaveSWAModelCallback`, which saves the average at its best.
 """
 
+import copy
 import keyword
 import weakref
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 
+from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import join_path_file, rank_distrib
@@ -165,7 +167,6 @@ class SWACallback(FitCallback):
                 'swa_model is the module of the average that is gone on with, which stays as it is: pass another one'
             )
 
-    # also what an unpickled callback starts with: an export carries the settings, not the average
     def _init_state(self):
         super()._init_state()
         self._average = None  # the `FitAverage`
@@ -175,6 +176,15 @@ class SWACallback(FitCallback):
         self._history = None  # `FitHistory` of the last fit of which an epoch has ended
         self._stands_aside = False  # whether it was said that this callback stands aside for another
 
+    def __deepcopy__(self, memo):
+        "With the settings and an average of its own, which is of the learner's copy where that is copied with it."
+        res = super().__deepcopy__(memo)
+        res._given = copy.deepcopy(self._given, memo)
+        res._continued = self._continued  # is only read
+        if self._average is not None:
+            res._average = self._average.copied(res._given, memo)
+        return res
+
     # what a user reads and calls
 
     @property
@@ -183,7 +193,8 @@ class SWACallback(FitCallback):
         something else there.
         """
         if self.learn is not None:
-            is_free = vars(self.learn).get(self._name, self) is self and not is_learners_own(self.learn, self._name)
+            there = vars(self.learn).get(self._name, self)
+            is_free = (there is self or _is_from_an_export(there)) and not is_learners_own(self.learn, self._name)
             self._attribute = self._name if is_free else f'other_{self._name}'
         return self._attribute
 
@@ -653,7 +664,10 @@ class SWACallback(FitCallback):
                 average.taken = taken
                 self._average = average
         if self._fit:
-            vars(self._fit).update(state['fit'])
+            counts = {k: state['fit'][k] for k in _SAVED if k in state['fit']}
+            if not all(type(n) is int for n in counts.values()):
+                raise ValueError(f'the state of {self._what} has counts that are none: {counts}')
+            vars(self._fit).update(counts)
             self._fit.due = self._due_from(self._fit.start)
             self._take_history(state.get('history'))
             self._fit.taken = taken or Taken()
@@ -897,8 +911,13 @@ def check_name(name: str) -> str:
 def is_learners_own(learn: Learner, name: str) -> bool:
     "Is `name` something of the learner's, other than a `SWACallback`? Some come and go with a fit."
     if name in vars(learn):
-        return not isinstance(vars(learn)[name], SWACallback)
+        return not isinstance(vars(learn)[name], SWACallback) and not _is_from_an_export(vars(learn)[name])
     return hasattr(type(learn), name) or name in (*LOOP, 'scaler', 'lock', 'lr_finder') or hasattr(learn.model, name)
+
+
+def _is_from_an_export(value) -> bool:
+    "Is it what a `SWACallback` of an exported learner has become?"
+    return type(value) is Callback
 
 
 def _check_average(average):

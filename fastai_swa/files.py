@@ -1,6 +1,7 @@
 """Files that are replaced in one step, checked when they are read, and locked while they are in
 use. Plain PyTorch."""
 
+import json
 import os
 import secrets
 import stat
@@ -20,7 +21,18 @@ try:
 except ImportError:  # Windows
     import msvcrt
 
-__all__ = ['replacing', 'save_weights', 'write', 'write_text', 'read', 'Lock', 'InUse']
+__all__ = [
+    'replacing',
+    'save_weights',
+    'write',
+    'write_text',
+    'append',
+    'read',
+    'check_zip',
+    'parsed',
+    'Lock',
+    'InUse',
+]
 
 _HALF_WRITTEN = '.fastai_swa.tmp'  # the endings of what lies beside a file for a while
 _LOCK = '.fastai_swa.lock'
@@ -93,6 +105,36 @@ def write_text(file: Path, text: str):
     "Replace `file` by `text` in one step. Raises `OSError` if it cannot be done."
     with replacing(file) as f:
         f.write(text.encode())
+
+
+def append(file: Path, data: bytes, at: int):
+    """Let `file` have `data` behind its first `at` bytes, and nothing else: what lies there, of a writer that was
+    killed, goes. Raises `OSError`, naming `file`; then its first `at` bytes are as they were.
+    """
+    try:
+        with unwound_whole(), uninterrupted():
+            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                _append(handle, data, at)
+            finally:
+                os.close(handle)
+    except OSError as e:
+        raise OSError(f'{file} cannot be written: {_first_line(e)}') from e
+
+
+def _append(handle: int, data: bytes, at: int):
+    if os.fstat(handle).st_size < at:
+        raise OSError('it has become shorter')
+    os.ftruncate(handle, at)
+    os.lseek(handle, at, os.SEEK_SET)
+    try:
+        while data:
+            data = data[os.write(handle, data) :]  # a disk with too little room takes a part, and then raises
+        os.fsync(handle)
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(handle, at)
+        raise
 
 
 def _mode(target: Path) -> int | None:
@@ -201,9 +243,8 @@ def read(file: Path, kind: str, version: int, mapped: bool = False) -> dict:
       meanwhile. So they are for copying from them, soon.
     """
     try:
-        with zipfile.ZipFile(file) as z:
-            damaged = z.testzip()  # torch.load does not look at the checksums
-        saved = None if damaged else torch.load(str(file), map_location='cpu', weights_only=True, mmap=mapped)
+        check_zip(file)
+        saved = torch.load(str(file), map_location='cpu', weights_only=True, mmap=mapped)
     except (PermissionError, FileNotFoundError):
         raise
     except Exception:
@@ -211,10 +252,31 @@ def read(file: Path, kind: str, version: int, mapped: bool = False) -> dict:
     advice = 'It is left as it is: move it away, or give another path'
     if not isinstance(saved, dict) or saved.get('format') != f'fastai_swa {kind}':
         raise ValueError(f'{file} is damaged, or it is no {kind} of fastai_swa. {advice}')
+    if type(saved.get('version')) is not int:
+        raise ValueError(f'{file} is damaged: it does not say of which format it is. {advice}')
     if saved['version'] > version:
         versions = f'format {saved["version"]}, this one reads {version}'
         raise ValueError(f'{file} was written by a newer fastai_swa ({versions}). {advice}, or update')
     return saved
+
+
+def check_zip(file: Path):
+    """Raise `ValueError` if a part of the zip `file` is damaged, or compressed: `torch.load` does not look at the
+    checksums, and a file that is written compressed may need a thousand times its size in memory.
+    """
+    with zipfile.ZipFile(file) as z:
+        if any(info.compress_type != zipfile.ZIP_STORED for info in z.infolist()):
+            raise ValueError(f'{file} is compressed')
+        if z.testzip():
+            raise ValueError(f'{file} is damaged')
+
+
+def parsed(text: str | bytes):
+    "The JSON in `text`. Raises `ValueError` if it is none, or nested without end."
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError('it is nested too deeply') from None
 
 
 # locking

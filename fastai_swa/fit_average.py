@@ -3,6 +3,7 @@
 A `SWACallback` holds one; `average=` goes on with one.
 """
 
+import copy
 import weakref
 from collections import OrderedDict
 from contextlib import suppress
@@ -68,6 +69,26 @@ class FitAverage:
             self.running = running
             self.structure = structure
 
+    def copied(self, swa_model: nn.Module | None, memo: dict) -> 'FitAverage':
+        """A copy, for a deep copy of the callback, or of the learner: then it is an average of the latter's copy.
+
+        - `swa_model`: the copy of what it is averaged into, if that was the user's own; `memo`: as `copy.deepcopy` has
+          it.
+        """
+        source = self.learner()
+        learn = memo.get(id(source), source)
+        if swa_model is None and (source is None or self.running.is_lent):
+            swa_model = clean_copy(self.running.swa_model, () if source is None else not_copied(source))
+        elif swa_model is None:
+            swa_model = copy.deepcopy(self.running.swa_model, memo)
+        structure = self.structure
+        if learn is not source:
+            model = unwrap(copy.deepcopy(source.model, memo))
+            structure = _structure(model) if self.has_structure_of(unwrap(source.model)) else []
+        running = self.running.copied(swa_model)
+        of = self.learner if learn is source else weakref.ref(learn)
+        return FitAverage(running, of, structure, list(self.epochs), list(self.bn), self.stale)
+
     # for checkpoints
 
     def state_dict(self) -> dict:
@@ -92,7 +113,8 @@ class FitAverage:
         for m, mode in zip(swa_model.modules(), state['training']):
             m.training = mode
         for m, attributes in zip(swa_model.modules(), state.get('attributes', ())):
-            vars(m).update({name: unpack(value) for name, value in attributes.items()})
+            known = plain_data(m)
+            vars(m).update({name: unpack(value) for name, value in attributes.items() if name in known})
 
 
 def _structure(model) -> list:

@@ -1,6 +1,7 @@
 """Is this a real fit? A base class for callbacks that get the events of one training fit alone, and
 what may not end it."""
 
+import copy
 import sys
 import weakref
 from collections import Counter
@@ -22,6 +23,7 @@ __all__ = ['FitCallback', 'SideWork', 'is_fitting', 'locked_for', 'no_fit', 'pas
 
 _IN_A_BATCH = frozenset(_inner_loop)
 _AROUND_EPOCHS = 'before_fit', 'after_cancel_fit', 'after_fit'
+_OF_FIT = '_fit', '_is_listening', '_loss_func', '_muted'  # attributes of a `FitCallback` that a copy has not
 
 
 class FitCallback(Callback):
@@ -37,6 +39,9 @@ class FitCallback(Callback):
     - `over()`: called when the fit is over, however it ended, and `_fit` is about to become `None`.
       After Ctrl-C or an error, which fastai announces by no event, that is when the callback is
       taken from the learner, or, if it is attached for good, when it is needed next.
+
+    Pickled, it is a plain `Callback`, which does nothing: an exported learner needs nothing of this package where it is
+    loaded. A copy keeps the settings.
     """
 
     _fit = None
@@ -87,6 +92,21 @@ class FitCallback(Callback):
         except BaseException:
             self._end()
             raise
+
+    def __reduce__(self):
+        return Callback, (), {'learn': self.learn}
+
+    def __copy__(self):
+        res = object.__new__(type(self))
+        res.__setstate__(self.__getstate__())
+        return res
+
+    def __deepcopy__(self, memo):
+        res = memo[id(self)] = object.__new__(type(self))
+        settings = {k: v for k, v in self.__getstate__().items() if k not in _OF_FIT}
+        vars(res).update(copy.deepcopy(settings, memo))
+        res._init_state()
+        return res
 
     @property
     def epoch_under_way(self) -> int:

@@ -19,6 +19,7 @@ from .columns import complete_row, insert_columns, plain_values, recorder_of
 from .ensemble import Ensemble
 from .files import InUse, Lock, save_weights
 from .fitting import FitCallback, SideWork, locked_for
+from .journal import FOLDER
 from .members import one_tensor
 from .modules import clean_copy, set_modes
 from .passes import copied_measures, refresh_bn, refreshable
@@ -391,8 +392,9 @@ class SnapshotCallback(FitCallback):
     # for checkpoints
 
     def fit_settings(self) -> dict:
-        folder = None if self.folder is None else str(self.folder)
-        res = {'first': self.first, 'cycle_len': self.cycle_len, 'folder': folder, 'activation': self.activation}
+        # the folder may have been moved since; whose it is says its index
+        has_folder = self.folder is not None
+        res = {'first': self.first, 'cycle_len': self.cycle_len, FOLDER: has_folder, 'activation': self.activation}
         if not self.max_preds_mb:
             res['max_preds_mb'] = 0  # there are no columns; how large the limit is matters to no fit
         return res
@@ -403,7 +405,7 @@ class SnapshotCallback(FitCallback):
             return {'epochs': [], 'snapshots': [], 'sums': [], 'lost': [], 'fit': fit.id, 'is_given_up': False}
         return {
             'epochs': list(self.epochs),
-            'snapshots': list(self.snapshots),
+            'snapshots': [Path(s).name if isinstance(s, str) else s for s in self.snapshots],
             'sums': list(self._sums),
             'lost': [list(pair) for pair in self._lost.items()],
             'fit': self._id,
@@ -413,7 +415,10 @@ class SnapshotCallback(FitCallback):
     def load_state_dict(self, state: dict):
         """Take over a `state_dict`. Raises `ValueError` if one of its files is missing, or the
         folder is another fit's by now."""
-        missing = [s for s in state['snapshots'] if isinstance(s, str) and not Path(s).is_file()]
+        snapshots = list(state['snapshots'])
+        if self.folder is not None:
+            snapshots = [str(self.folder / Path(s).name) for s in snapshots]
+        missing = [s for s in snapshots if isinstance(s, str) and not Path(s).is_file()]
         if missing:
             raise ValueError(f'{missing[0]} is missing: this fit wrote it before it was interrupted')
         index = {} if self.folder is None else _index_of(self.folder)
@@ -423,7 +428,7 @@ class SnapshotCallback(FitCallback):
                 'was interrupted'
             )
         self.epochs = list(state['epochs'])
-        self.snapshots = list(state['snapshots'])
+        self.snapshots = snapshots
         self._sums = list(state['sums'])
         self._lost = dict(map(tuple, state['lost']))
         self._id = state['fit']

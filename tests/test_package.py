@@ -13,9 +13,9 @@ PACKAGE = ROOT / 'fastai_swa'
 FLOORS = [
     {'checks', 'interrupts', 'processes', 'version', 'warn'},
     {'modules', 'files', 'schedules', 'columns', 'journal', 'contents', 'fit_history', 'weight_formats'},
-    {'outcome', 'packing', 'probabilities', 'weights', 'replay', 'views', 'plot', 'vision'},
+    {'outcome', 'packing', 'probabilities', 'weights', 'replay', 'views', 'plot', 'vision', 'histories'},
     {'averaging', 'batchnorm', 'walk', 'fitting', 'members'},
-    {'attributes', 'keeping', 'randomness', 'solutions', 'unaveraged'},
+    {'attributes', 'checkpoint_files', 'keeping', 'randomness', 'solutions', 'unaveraged'},
     {'state', 'aside'},
     {'batches', 'samples'},
     {'passes', 'ensemble', 'fit_average'},

@@ -657,7 +657,7 @@ def test_an_export_leaves_the_snapshots_out(tmp_path):
         learn.export('x.pkl')
         sizes.append((tmp_path / 'x.pkl').stat().st_size)
     assert sizes[1] - sizes[0] < 6000 and len(snapshots.snapshots) == 30  # the recorder's few rows
-    assert load_learner(tmp_path / 'x.pkl').snapshot.snapshots == []
+    assert type(load_learner(tmp_path / 'x.pkl').snapshot) is Callback
 
 
 def test_a_validate_after_ctrl_c_has_no_columns_of_an_ensemble():

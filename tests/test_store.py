@@ -43,7 +43,10 @@ def test_processes_that_write_at_a_time_lose_nothing(tmp_path):
     }
 
 
-@pytest.mark.parametrize('damaged', ['{', '[]', '{"seed": 1}', ''])
+DAMAGED = ['{', '[]', '{"seed": 1}', '', '[' * 100_000, '{"kind": "training", "seed": true}', '{"kind": 3, "seed": 1}']
+
+
+@pytest.mark.parametrize('damaged', DAMAGED)
 def test_a_damaged_line_is_named_and_nothing_is_written_over(tmp_path, damaged):
     store(tmp_path, line(0))
     file = tmp_path / 'runs.jsonl'

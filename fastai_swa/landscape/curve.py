@@ -209,9 +209,12 @@ class Curve:
         architecture than `learn` has.
         """
         saved = read(Path(path), 'curve', 1)
-        curve = cls(learn, saved['ends'], len(saved['bends']), saved['kind'])
-        curve._points[1:-1] = saved['bends']
-        curve._n_fits = saved['n_fits']
+        try:
+            curve = cls(learn, saved['ends'], len(saved['bends']), saved['kind'])
+            curve._points[1:-1] = saved['bends']
+            curve._n_fits = saved['n_fits']
+        except (KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f'{path} is damaged, or it was changed: {type(e).__name__}: {e}') from None
         return curve
 
     def __repr__(self):
