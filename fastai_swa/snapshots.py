@@ -364,9 +364,8 @@ class SnapshotCallback(FitCallback):
     # for checkpoints
 
     def fit_settings(self) -> dict:
-        # the folder may have been moved since; whose it is says its index
-        has_folder = self.folder is not None
-        return {'first': self.first, 'cycle_len': self.cycle_len, FOLDER: has_folder, 'activation': self.activation}
+        folder = None if self.folder is None else self.folder.name  # it may have been moved since
+        return {'first': self.first, 'cycle_len': self.cycle_len, FOLDER: folder, 'activation': self.activation}
 
     def state_dict(self) -> dict:
         fit = self._fit
