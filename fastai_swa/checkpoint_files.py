@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .files import read, write
 from .histories import Histories, joined
+from .journal import N_EPOCHS, SCHEDULE
 
 __all__ = ['CheckpointFiles', 'check_state', 'damaged', 'remove_checkpoint']
 
@@ -153,8 +154,11 @@ def _remove_beside(file: Path, but: str = ''):
 def _check(saved: dict):
     "Raise an error if `saved` cannot be what `CheckpointFiles.read` gives."
     fits, kept, state = saved['fits'], saved['kept'], saved['state']
-    if not isinstance(fits, list) or not fits or not all(isinstance(fit, dict) for fit in fits):
-        raise TypeError('its fits are no settings')
+    if not isinstance(fits, list) or not fits:
+        raise TypeError('it has no fits')
+    for fit in fits:
+        if type(fit[N_EPOCHS]) is not int or type(fit[SCHEDULE]) is not list:
+            raise TypeError('the settings of a fit are none')
     if not isinstance(kept, list) or len(kept) < len(fits) - 1:
         raise TypeError('it does not have what its fits kept')
     for s in [state] if len(fits) == 1 else [state, saved['end']]:

@@ -70,10 +70,18 @@ def write_below(learn, lines: list[str]):
 
 
 def _own_logger(learn):
-    "The learner's, below those that callbacks have put in its place until the fit is over."
+    """The learner's, below those that callbacks have put in its place until the fit is over.
+
+    An interrupted fit leaves a callback's there; the next one then takes it for the learner's own, and what that was
+    is forgotten: it counts as `print`.
+    """
     logger = learn.logger
     owner = getattr(logger, '__self__', None)
+    seen = set()
     while isinstance(owner, Callback) and hasattr(owner, 'old_logger'):
+        if id(owner) in seen:
+            return print
+        seen.add(id(owner))
         logger = owner.old_logger
         owner = getattr(logger, '__self__', None)
     return logger

@@ -16,7 +16,7 @@ from torch import nn
 from .averaging import WeightAverage, refuse_mismatch
 from .batches import Taken
 from .interrupts import uninterrupted
-from .modules import clean_copy, named_tensors, plain_data, plain_name, unwrap
+from .modules import MODULES_OWN, clean_copy, named_tensors, plain_data, plain_name, unwrap
 from .packing import pack, unpack
 from .walk import not_copied
 from .weights import read_weights
@@ -113,8 +113,8 @@ class FitAverage:
         for m, mode in zip(swa_model.modules(), state['training']):
             m.training = mode
         for m, attributes in zip(swa_model.modules(), state.get('attributes', ())):
-            known = plain_data(m)
-            vars(m).update({name: unpack(value) for name, value in attributes.items() if name in known})
+            data = {name: unpack(value) for name, value in attributes.items() if not _is_made(m, name)}
+            vars(m).update(data)
 
 
 def _structure(model) -> list:
@@ -136,6 +136,11 @@ def _packed_attributes(module) -> dict:
             unpack(packed)  # what is made anew from an object that is there is left out
             res[name] = packed
     return res
+
+
+def _is_made(module, name) -> bool:
+    "Is `name` a method of the `module`, or one of PyTorch's own attributes, which no file changes?"
+    return name in MODULES_OWN or callable(getattr(type(module), name, None))
 
 
 # files of weights that say what they are the average of, in what torch keeps beside them for each module

@@ -15,7 +15,7 @@ __all__ = ['Journal', 'Place', 'why_not_the_longer_fit', 'N_EPOCHS', 'SCHEDULE',
 N_EPOCHS = 'the number of epochs'
 SCHEDULE = 'the schedule'
 START = 'the first averaged epoch'
-FOLDER = 'folder'  # of snapshots: is there one?
+FOLDER = 'folder'  # of snapshots: its name
 
 _CHANGING = 'the parameters to train', 'wd'  # what a fit may change by itself
 
@@ -134,14 +134,15 @@ def _without_length(settings: dict) -> dict:
 
 
 def _complete_old(saved: dict, settings: dict):
-    """Files of the formats 1 and 2 name the folder of snapshots, which may have been moved. One of format 1 does not
-    say all that is compared now of a callback's settings: there the fit's own count.
+    """Complete what earlier formats have of a callback's settings.
+
+    Up to 2 they have the whole path of the folder of snapshots, which may have been moved. Format 1 does not say all
+    that is compared now: there the fit's own count.
     """
     for fit in saved['fits'] if saved['version'] < 3 else []:
-        if isinstance(fit.get('SnapshotCallback', {}).get(FOLDER), str):
-            fit['SnapshotCallback'][FOLDER] = True
-        elif 'SnapshotCallback' in fit:
-            fit['SnapshotCallback'][FOLDER] = False
+        folder = fit.get('SnapshotCallback', {}).get(FOLDER)
+        if folder is not None:
+            fit['SnapshotCallback'][FOLDER] = Path(folder).name
     for fit in saved['fits'] if saved['version'] < 2 else []:
         for name in ('SWACallback', 'SnapshotCallback'):
             if name in fit and name in settings:

@@ -392,9 +392,8 @@ class SnapshotCallback(FitCallback):
     # for checkpoints
 
     def fit_settings(self) -> dict:
-        # the folder may have been moved since; whose it is says its index
-        has_folder = self.folder is not None
-        res = {'first': self.first, 'cycle_len': self.cycle_len, FOLDER: has_folder, 'activation': self.activation}
+        folder = None if self.folder is None else self.folder.name  # it may have been moved since
+        res = {'first': self.first, 'cycle_len': self.cycle_len, FOLDER: folder, 'activation': self.activation}
         if not self.max_preds_mb:
             res['max_preds_mb'] = 0  # there are no columns; how large the limit is matters to no fit
         return res

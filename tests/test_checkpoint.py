@@ -1283,7 +1283,7 @@ def as_format_2(path):
     state['states'][key] = {'rows': state.pop('rows')}
     for fit in saved['fits']:
         if 'SnapshotCallback' in fit:
-            fit['SnapshotCallback']['folder'] = fit['SnapshotCallback']['folder'] and str(path.parent / 'snapshots')
+            fit['SnapshotCallback']['folder'] = str(path.parent / fit['SnapshotCallback']['folder'])
     torch.save({'format': 'fastai_swa checkpoint', **saved, 'version': 2}, path)
     for file in path.parent.glob(f'{path.name}.*'):
         file.unlink()
@@ -1434,6 +1434,7 @@ BROKEN = {
     **{f'no {key} in the state': without(key, state_of) for key in ('epoch', 'model', 'callbacks', 'random', 'rows')},
     'a version in words': instead('version', '3'),
     'a fit in words': instead('fit', 'the first one'),
+    'a fit of no length': without('the number of epochs', lambda saved: saved['fit']),
     'an id that leads elsewhere': instead('id', '../../../../etc'),
     'bytes in words': instead('steps', {'bytes': 'all', 'sha256': ''}),
     'epoch true': instead('epoch', True, state_of),

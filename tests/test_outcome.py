@@ -335,3 +335,13 @@ def test_no_pass_and_no_read_from_the_device_is_made_for_it(monkeypatch):
 
     learner().fit(3, cbs=[SWACallback(swa_start=1), Before(), After()])
     assert not calls
+
+
+def test_a_fit_after_an_interrupted_one_ends_with_its_lines(capsys, ctrl_c):
+    "fastai's progress callback then has its own logger for the one before."
+    learn = learner(cbs=ProgressCallback())
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(2, cbs=[SWACallback(0), At('before_batch', 1, raising(KeyboardInterrupt))])
+    capsys.readouterr()
+    learn.fit(2, cbs=SWACallback(0))
+    assert 'swa: average of 2 epochs' in capsys.readouterr().out
