@@ -6,6 +6,7 @@ fastai and torch are imported when a command runs: `--help`, `--version` and mis
 import argparse
 import re
 import sys
+import warnings
 from contextlib import suppress
 from time import time
 
@@ -236,5 +237,20 @@ def _int_or_float(text):
         raise argparse.ArgumentTypeError(f'expected an epoch or a share in [0, 1), not {text!r}') from None
 
 
+# what the libraries say of each other, and the user of a command cannot mend: the message's start, its kind
+_OF_LIBRARIES = (
+    ('`torch.jit.script` is deprecated', FutureWarning),  # fastai.layers, with newer torch
+    ("The 'mode.chained_assignment' option is deprecated", DeprecationWarning),  # fastai.tabular, with pandas >= 3
+)
+
+
+def _hide_warnings_of_libraries():
+    "In this process, and in those that it starts."
+    for message, category in _OF_LIBRARIES:
+        warnings.filterwarnings('ignore', re.escape(message), category)
+        sys.warnoptions.append(f'ignore:{message}:{category.__name__}')
+
+
 if __name__ == '__main__':
+    _hide_warnings_of_libraries()
     main()

@@ -109,7 +109,7 @@ def callbacks_kept(learn):
     finally:
         learn.cbs = cbs
         learn.model = model
-        cbs[:] = items
+        cbs.items[:] = items  # of the `L`: older fastcore sets no slice
         added = [k for k, v in vars(learn).items() if isinstance(v, Callback) and k not in own]
         for name in added:
             del vars(learn)[name]

@@ -87,7 +87,8 @@ def _packed_attributes(path, o, own, holes, histories, folder) -> dict:
         if not _is_hole(packed):
             res[k] = packed
     if isinstance(o, Recorder):
-        res[_SMOOTH] = pack((o.smooth_loss.count, o.smooth_loss.val))
+        smooth = vars(o.smooth_loss)  # empty before its first reset, before fastai 2.8.8
+        res[_SMOOTH] = pack((smooth.get('count', 0), smooth.get('val', torch.tensor(0.0))))
     holes.extend((where, o, v) for where, v in missed)
     return res
 

@@ -8,8 +8,16 @@ import pytest
 import torch
 from fastprogress import fastprogress
 
+from .core import is_core
+
 matplotlib.use('agg')
 torch.set_num_threads(1)  # the networks are tiny: a second thread only waits
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if is_core(item.path.stem, item.originalname):
+            item.add_marker('core')
 
 
 @pytest.fixture(autouse=True)

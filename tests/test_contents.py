@@ -97,6 +97,19 @@ def test_what_is_set_in_a_cell_is_what_the_function_sees():
     assert f() == 7
 
 
+def test_the_functions_in_fastais_transforms_are_seen_and_set_compiled_or_not():  # plum-dispatch 2.10 compiles them
+    plum = pytest.importorskip('plum')
+
+    def f(x):
+        return x
+
+    function = plum.Function(f)
+    assert {'_f', '_pending', '_cache'} <= {name for name, _ in attributes(function)}
+    assert dict(attributes(function))['_f'] is f
+    set_attribute(function, '_pending', [(f, None, 7)])
+    assert dict(attributes(function))['_pending'] == [(f, None, 7)] == function._pending
+
+
 def test_what_cannot_be_exchanged_is_refused_by_name():
     with pytest.raises(TypeError, match='args of a partial'):
         set_attribute(partial(print, 1), 'args', (2,))

@@ -1,4 +1,5 @@
 import ast
+import configparser
 import inspect
 import re
 from pathlib import Path
@@ -7,6 +8,8 @@ import pytest
 
 import fastai_swa
 from fastai_swa import landscape
+
+from .core import CORE
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'fastai_swa'
@@ -198,3 +201,19 @@ def test_the_readmes_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
 
 def test_the_version_is_in_the_changelog():
     assert f'## {fastai_swa.__version__}' in (ROOT / 'CHANGELOG.md').read_text()
+
+
+def test_the_lower_bounds_are_the_versions_tested():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / 'setup.cfg')
+    bounds = dict(line.split('>=') for line in setup['options']['install_requires'].split())
+    lines = (ROOT / 'constraints-lowest.txt').read_text().splitlines()
+    tested = dict(line.split('==') for line in lines if not line.startswith('#'))
+    assert bounds.items() <= tested.items()
+
+
+def test_the_core_set_is_there():
+    for files in CORE.values():
+        for file, names in files.items():
+            functions = re.findall(r'^def (test_\w+)', (ROOT / 'tests' / f'{file}.py').read_text(), re.M)
+            assert functions and set(names or ()) <= set(functions), file
