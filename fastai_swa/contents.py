@@ -22,6 +22,7 @@ __all__ = [
     'elements',
     'values_of',
     'put_elements',
+    'set_items',
     'shared_memory',
     'is_record',
     'record_fields',
@@ -74,6 +75,12 @@ def put_elements(o, values: list):
     else:
         base.extend(o, values)
     return o
+
+
+def set_items(sequence, values: list):
+    "Let a list or fastcore's `L` hold `values`, in one step. (An `L` of fastcore 1.8 or older takes no slice.)"
+    items = sequence.items if isinstance(sequence, L) else sequence
+    items[:] = values
 
 
 def shared_memory(o) -> memoryview | None:

@@ -9,6 +9,7 @@ import torch
 from fastai.torch_core import get_random_states, set_random_states, set_seed
 from fastcore.xtras import ReindexCollection
 
+from .contents import set_items
 from .walk import below, found_in, keeps_state, walk
 from .warn import warn
 
@@ -210,7 +211,7 @@ def _(source: ReindexCollection):
 
 @put.register
 def _(source: ReindexCollection, state):
-    source.idxs[:] = state  # in place: a language model's loader shares it between its texts and their lengths
+    set_items(source.idxs, state)  # in place: a language model's loader shares it between its texts and their lengths
 
 
 @seed.register

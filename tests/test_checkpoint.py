@@ -440,11 +440,11 @@ def test_resume_is_exact_for_generators_deep_in_the_data(tmp_path, monkeypatch):
 @pytest.mark.parametrize('mode', ['fp16', 'bf16'])
 def test_resume_is_exact_in_mixed_precision_with_its_scaler(tmp_path, monkeypatch, mode):
     monkeypatch.setattr(
-        'fastai.callback.fp16.autocast', lambda device, dtype: torch.autocast('cpu', dtype=torch.bfloat16)
+        'fastai.callback.fp16.autocast', lambda device=None, dtype=None: torch.autocast('cpu', dtype=torch.bfloat16)
     )
     monkeypatch.setattr(
         'fastai.callback.fp16.GradScaler',
-        lambda device, **kwargs: torch.amp.GradScaler('cpu', **kwargs | {'growth_interval': 4}),
+        lambda device=None, **kwargs: torch.amp.GradScaler('cpu', **kwargs | {'growth_interval': 4}),
     )
     scales = {}
 

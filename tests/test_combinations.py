@@ -169,7 +169,9 @@ def test_activation_stats_are_those_of_training_and_nothing_of_the_learner_is_co
 
 @pytest.fixture
 def cpu_autocast(monkeypatch):
-    monkeypatch.setattr('fastai.callback.fp16.autocast', lambda device, dtype: torch.autocast('cpu', torch.bfloat16))
+    monkeypatch.setattr(
+        'fastai.callback.fp16.autocast', lambda device=None, dtype=None: torch.autocast('cpu', torch.bfloat16)
+    )
 
 
 class Watched(nn.Module):

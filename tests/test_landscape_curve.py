@@ -329,9 +329,11 @@ def test_interrupted_without_a_checkpoint_the_curve_keeps_what_it_has_learned():
 
 
 def test_the_learners_callbacks_work_there_as_they_do_here(monkeypatch):
-    monkeypatch.setattr('fastai.callback.fp16.autocast', lambda device, dtype: torch.autocast('cpu', torch.bfloat16))
     monkeypatch.setattr(
-        'fastai.callback.fp16.GradScaler', lambda device, **kwargs: torch.amp.GradScaler('cpu', enabled=False)
+        'fastai.callback.fp16.autocast', lambda device=None, dtype=None: torch.autocast('cpu', torch.bfloat16)
+    )
+    monkeypatch.setattr(
+        'fastai.callback.fp16.GradScaler', lambda device=None, **kwargs: torch.amp.GradScaler('cpu', enabled=False)
     )
     seen = []
 
