@@ -1284,7 +1284,9 @@ def as_format_2(path):
     for fit in saved['fits']:
         if 'SnapshotCallback' in fit:
             fit['SnapshotCallback']['folder'] = str(path.parent / fit['SnapshotCallback']['folder'])
-    torch.save({'format': 'fastai_swa checkpoint', **saved, 'version': 2}, path)
+    new = path.with_name('new')  # what was read is still in the file
+    torch.save({'format': 'fastai_swa checkpoint', **saved, 'version': 2}, new)
+    new.replace(path)
     for file in path.parent.glob(f'{path.name}.*'):
         file.unlink()
 
