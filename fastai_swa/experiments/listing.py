@@ -41,7 +41,7 @@ def _of_recipe(recipe: Recipe, folder: Path) -> tuple:
 
 def _of_landscape(landscape: Landscape, folder: Path) -> tuple:
     records = stored(folder, 'landscape').values()
-    seconds = [sum(session['seconds'] for session in record['sessions']) for record in records]
+    seconds = [sum(session.get('seconds', 0) for session in record['sessions']) for record in records]
     of_curve = str(landscape.epochs) if landscape.kind == 'curve' else '-'
     return landscape.name, '-', '-', of_curve, _took(records, seconds)
 
