@@ -1,3 +1,4 @@
+import gc
 import os
 import random
 import signal
@@ -18,6 +19,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if is_core(item.path.stem, item.originalname):
             item.add_marker('core')
+
+
+def pytest_collection_finish():
+    "No collection of garbage goes through what is imported: the experiments ask for one after each run."
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
