@@ -78,5 +78,7 @@ def _check_recipe(name: str):
     if name in known:
         return
     near = get_close_matches(name, known)
+    if not near:  # a network, or a data set
+        near = [k for k in known if get_close_matches(name, k.split('-'))][:3]
     meant = f'did you mean {" or ".join(near)}? ' if near else ''
     raise ValueError(f'there is no recipe of the name {name!r}; {meant}`reproduce --list` prints all {len(known)}')
