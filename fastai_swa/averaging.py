@@ -3,11 +3,12 @@ PyTorch."""
 
 import copy
 import math
+import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
-from operator import attrgetter, getitem, is_
+from operator import getitem, is_
 
 import torch
 from torch import nn
@@ -115,7 +116,8 @@ class WeightAverage:
     `swa_model` follows the model's dtypes and devices. Where the model is in low precision (under
     32 bits) the average is kept in float32 beside it, since an average in bfloat16 soon stops
     moving. Buffers and plain attributes are those of the latest model: the statistics of batch norm
-    belong to those weights, not to the average, until `update_bn` has recomputed them.
+    belong to those weights, not to the average, until `update_bn` has recomputed them. (They are
+    many, and stale anyway: they are not copied in `update`, but with the block that is open.)
 
     Frozen parameters are copied as well, although they do not move: a weight that is shared with the
     model and edited there later (unfrozen, merged, cast, loaded into) would change in the average,
@@ -137,6 +139,8 @@ class WeightAverage:
     Raises `TypeError` for arguments of the wrong kind and `ValueError`, naming the tensors, for a
     `swa_model` that does not match.
     """
+
+    block_len = BLOCK
 
     def __init__(self, model: nn.Module, weight=equal, swa_model: nn.Module | None = None):
         if not isinstance(model, nn.Module):
@@ -181,8 +185,11 @@ class WeightAverage:
         "Are the average's tensors in a model, within `lent_to`?"
         return self._exchange is not None and self._exchange.is_out
 
-    def update(self, model: nn.Module):
+    def update(self, model: nn.Module, step=None):
         """Take the weights of `model` into the average. Nothing is read back from the device.
+
+        - `step`: what tells this optimizer step from all others, until the average is used. Where several averages
+          take the weights of one step, it is looked at once whether the model is still made of the same tensors.
 
         Raises `ValueError` before anything changes if the parameters of `model` no longer match the
         average's, naming them, or if `weight` gives something outside [0, 1]; `RuntimeError` while
@@ -193,13 +200,15 @@ class WeightAverage:
         if self.is_lent:
             raise RuntimeError('the average cannot be updated while its weights are lent to the model')
         weight = self._next_weight()
+        model = unwrap(model)
         with self._read(model):
-            link = self._link(model)
+            link = self._link_in_step(model, weight, step)
             with uninterrupted(), torch.no_grad():
                 if link.is_average_away:
                     to_train_form(link.swa_model)
                 self._fold(link, weight)
                 self.n_averaged += 1
+                link.is_behind = True
                 self._take_attributes(link.changing)
 
     def _next_weight(self) -> float:
@@ -208,9 +217,13 @@ class WeightAverage:
             raise ValueError(f'weight({self.n_averaged}) must be a number in [0, 1], not {weight!r}')
         return float(weight)
 
+    def _is_direct(self, weight) -> bool:
+        "Does the next point go into the average itself, not into the block?"
+        return weight == 1 or self.n_averaged < self.block_len
+
     def _fold(self, link, weight):
         block = self._block
-        if weight == 1 or self.n_averaged < BLOCK:
+        if self._is_direct(weight):
             link.fold(weight)
             if weight == 1:
                 self._block = _Block()  # nothing of what was before is left
@@ -222,7 +235,7 @@ class WeightAverage:
                 link.collect(weight / total)
             block.weight = total
             block.n += 1
-            if block.n == BLOCK:
+            if block.n == self.block_len:
                 self._merge(carries=True)
         link.copy_latest()
 
@@ -232,15 +245,19 @@ class WeightAverage:
 
         - `model`: the model averaged last, as it was then. All its plain attributes are taken over;
           `update` passes over those of PyTorch's own layers with parameters, which are settings
-          that no training changes.
+          that no training changes, and of modules that had none at first.
         """
-        if self._block.n:
+        link = self._linked
+        if link is not None and (self._block.n or link.is_behind):
             with uninterrupted(), torch.no_grad():
-                if self._linked.is_average_away:
-                    to_train_form(self._linked.swa_model)
-                self._merge()
+                if link.is_average_away:
+                    to_train_form(link.swa_model)
+                if self._block.n:
+                    self._merge()
+                link.catch_up()
         self._block.carries = False  # whoever goes on from a saved average knows nothing of it
         if model is not None:
+            model = unwrap(model)
             with self._read(model):
                 link = self._link(model)
                 with uninterrupted():
@@ -251,17 +268,14 @@ class WeightAverage:
         self._block = _Block(carries=carries)
 
     def _take_attributes(self, attributes):
-        some = [a for a in attributes if len(a.source) > _N_OWN or a.names]  # most modules have none
-        if not some:
-            return
-        left = {name for a in some for name in a.follow()} - self._left
+        left = {name for a in attributes for name in a.follow()} - self._left
         self._left |= left
         if left:
             warn(f'swa_model keeps its own {_some(left)}: what the model has there now cannot be copied')
 
     def _read(self, model):
         "A context in which the weights of `model` are as training has them."
-        if self._linked is not None and self._linked.has_train_form(unwrap(model)):
+        if self._linked is not None and self._linked.has_train_form(model):
             return nullcontext()
         return in_train_mode(model)
 
@@ -270,7 +284,21 @@ class WeightAverage:
         if self._linked is None or not self._linked.holds(model):
             self.settle()
             self._linked = _Link(model, unwrap(self._swa_model), self._master)
+        self._linked.look()
         return self._linked
+
+    def _link_in_step(self, model, weight, step):
+        "As `_link`, but of what it looks at only what a fold needs."
+        link = self._linked
+        needs_average = self._is_direct(weight) or self._block.n + 1 >= self.block_len
+        if (
+            link is not None
+            and model is link.model
+            and link.source.is_unchanged(step)
+            and (not needs_average or link.average.is_unchanged())
+        ):
+            return link
+        return self._link(model)
 
     def copied(self, swa_model: nn.Module) -> 'WeightAverage':
         "The same average, held by `swa_model`, which is a copy of this one's module."
@@ -315,6 +343,7 @@ class WeightAverage:
         self.settle()
         with in_train_mode(self._swa_model), written_in_train_mode(model):
             link = self._link(model)
+            _catch_up(link.model)
             with uninterrupted(), torch.no_grad():
                 for average, own in (link.params, *link.buffers):
                     torch._foreach_copy_(own, average)
@@ -373,6 +402,98 @@ def check_match(model: nn.Module, swa_model: nn.Module):
     _pair_params(unwrap(model), unwrap(swa_model))
 
 
+class _Tensors:
+    """What a module is made of, and whether it still is.
+
+    That is asked in each fold, so it is told by identity and by address alone: other parameters, submodules, and
+    buffers that are no statistics of batch norm; other memory under a parameter, as after a cast. The averages of a
+    model share one.
+    """
+
+    def __init__(self, module):
+        self.module = module
+        self.params = list(module.parameters())
+        self.pointers = _pointers(self.params)
+        modules = list(module.modules())
+        self.slots = [d for m in modules for d in (m._parameters, m._modules) if d]
+        self.slots += [m._buffers for m in modules if m._buffers and not isinstance(m, _NormBase)]
+        self.snapshot = [dict(d) for d in self.slots]
+        self.single = _single(self.slots)
+        self.resizable = _resizable(module)
+        self.kinds = list(map(_kind, self.resizable))
+        self.links = weakref.WeakSet()  # of the averages of this module
+        self.seen_in = None  # the step in which it was found unchanged
+
+    def is_unchanged(self, step=None) -> bool:
+        "`step`: where it was found so in this one, it is not looked at again."
+        if step is not None and step == self.seen_in:
+            return True
+        self.seen_in = None
+        if (
+            _pointers(self.params) != self.pointers
+            or not _are_as_before(self.slots, self.snapshot, self.single)
+            or list(map(_kind, self.resizable)) != self.kinds
+        ):
+            return False
+        self.seen_in = step
+        return True
+
+    def look(self):
+        "The parameters may have other memory by now, of the same kinds."
+        self.pointers = _pointers(self.params)
+        self.seen_in = None
+
+
+_in_training = weakref.WeakValueDictionary()  # id of a model -> its `_Tensors`, while an average is linked to it
+
+
+def _tensors_of(model) -> _Tensors:
+    known = _in_training.get(id(model))
+    if known is None or not known.is_unchanged():
+        known = _in_training[id(model)] = _Tensors(model)
+    return known
+
+
+def _catch_up(model):
+    "The averages of `model` take over what they need of it, before it is given other tensors or values."
+    known = _in_training.get(id(model))
+    for link in [] if known is None else list(known.links):
+        with torch.no_grad():
+            link.catch_up()
+
+
+def _pointers(tensors):
+    return list(map(torch.Tensor.data_ptr, tensors))
+
+
+def _are_as_before(slots, snapshot, single) -> bool:
+    # dicts compare by identity first: no tensor is read while all is as it was
+    try:
+        same = slots == snapshot
+    # "truth value of a tensor is ambiguous": there is another tensor in its place
+    except RuntimeError:
+        return False
+    dicts, keys, tensors = single
+    return same and all(map(is_, map(getitem, dicts, keys), tensors))
+
+
+def _single(slots):
+    """(dicts, keys, tensors) for those tensors in `slots` that a comparison of dicts takes for equal where their values
+    are.
+    """
+    single = [(d, k, t) for d in slots for k, t in d.items() if isinstance(t, torch.Tensor) and t.numel() <= 1]
+    return list(zip(*single)) or ((), (), ())
+
+
+def _resizable(module) -> list:
+    "Buffers that may change their shape in place."
+    res = []
+    for m in module.modules():
+        if not isinstance(m, _NormBase):
+            res += [b for b in m._buffers.values() if b is not None]
+    return res
+
+
 class _Link:
     """The tensors of a model beside those of its average, in lists for the multi-tensor kernels.
 
@@ -388,29 +509,35 @@ class _Link:
             del master[name]
         self.model, self.swa_model = model, swa_model
         self.params = [d for d, _ in pairs.values()], [p for _, p in pairs.values()]
-        self.buffers = _group(_pair_buffers(model, swa_model))
+        buffers = _pair_buffers(model, swa_model)
+        self.buffers = _group(buffers)
+        self.source = _tensors_of(model)
+        self.average = _Tensors(swa_model)
+        self.source.links.add(self)
         inexact = [(d, p) for d, p in pairs.values() if _is_inexact(p) and not is_low(p)]
+        vectors = _group([pair for pair in inexact if _is_short_vector(pair[0])])
+        others = _group([pair for pair in inexact if not _is_short_vector(pair[0])])
         low = [(d, p, master[name]) for name, (d, p) in pairs.items() if is_low(p)]
-        self.groups = [_Group(*group) for group in _group(inexact)] + _low_groups(low)
-        self.integers = _group([(d, p) for d, p in pairs.values() if not _is_inexact(p)])
+        self.groups = [*(_Group(*group) for group in others), *_low_groups(low), *(_Vectors(*g) for g in vectors)]
+        integers = [(d, p) for d, p in pairs.values() if not _is_inexact(p)]
+        statistics = {id(b) for m in model.modules() if isinstance(m, _NormBase) for b in m._buffers.values()}
+        self.latest = _group([*integers, *((d, b) for d, b in buffers if id(b) not in statistics)])
+        self.is_behind = False  # are the statistics of batch norm those of an earlier model?
         self.movers = [m for m in model.modules() if has_own_modes(m)]
         self.swa_movers = [m for m in swa_model.modules() if has_own_modes(m)]
-        self.attributes, self.changing = [], []
+        self.attributes, self.changing, self.norms = [], [], []
         for m, s in paired_modules(model.named_modules(), swa_model.named_modules()):
             attributes = _Attributes(vars(m), vars(s))
             self.attributes.append(attributes)
-            if not _is_constant(m):
+            if not _is_constant(m) and len(vars(m)) > _N_OWN:
                 self.changing.append(attributes)
+            if isinstance(m, _NormBase):
+                self.norms.append((m, s))
         # what `holds` compares
         self.slots = _slots(model) + _slots(swa_model)
         self.snapshot = [dict(d) for d in self.slots]
-        single = [(d, k, t) for d in self.slots for k, t in d.items() if isinstance(t, torch.Tensor) and t.numel() <= 1]
-        # those that a comparison of dicts takes for equal where their values are
-        self.single = list(zip(*single)) or ((), (), ())
-        self.resizable = []
-        for m in model.modules():
-            if not isinstance(m, _NormBase):
-                self.resizable += [b for b in m._buffers.values() if b is not None]
+        self.single = _single(self.slots)
+        self.resizable = _resizable(model)
         self.kinds = list(map(_kind, self.resizable))
         self.low_ptrs = self._low_ptrs()
         self._exchange = None
@@ -430,38 +557,29 @@ class _Link:
         """Is `model` still made of the linked tensors, and are the two sides of one dtype and
         device?
         """
-        # dicts compare by identity first: no tensor is read while all is as it was
-        try:
-            same = self.slots == self.snapshot
-        # "truth value of a tensor is ambiguous": there is another tensor in its place
-        except RuntimeError:
-            same = False
         dst, src = self.params
-        dicts, keys, tensors = self.single
         return (
             model is self.model
-            and same
-            and all(map(is_, map(getitem, dicts, keys), tensors))
-            and list(map(_dtype, dst)) == list(map(_dtype, src))
-            and list(map(_device, dst)) == list(map(_device, src))
-            and list(map(_numel, dst)) == list(map(_numel, src))
+            and _are_as_before(self.slots, self.snapshot, self.single)
+            and list(map(_kind, dst)) == list(map(_kind, src))
             and list(map(_kind, self.resizable)) == self.kinds
             and self._low_ptrs() == self.low_ptrs
         )
 
     def has_train_form(self, model) -> bool:
         "Is `model` the linked one, with its weights as training has them?"
-        return model is self.model and all(m.training for m in self.movers)
+        return model is self.model and (not self.movers or all(m.training for m in self.movers))
 
     @property
     def is_average_away(self) -> bool:
         "Was `swa_model` put into eval mode, where that moves weights?"
-        return not all(m.training for m in self.swa_movers)
+        return bool(self.swa_movers) and not all(m.training for m in self.swa_movers)
 
     def fold(self, weight):
         "average <- average + weight * (model - average)"
-        for group in self.groups:
-            group.fold(weight)
+        with torch.inference_mode():  # some per cent faster than without gradients
+            for group in self.groups:
+                group.fold(weight)
 
     def open_block(self, weight, carries):
         """mean of the block <- model, a point of `weight`, and if the block `carries` it, what was
@@ -471,20 +589,37 @@ class _Link:
 
     def collect(self, weight):
         "mean of the block <- mean + weight * (model - mean)"
-        for group in self.groups:
-            group.collect(weight)
+        with torch.inference_mode():
+            for group in self.groups:
+                group.collect(weight)
 
     def merge(self, weight):
         """average <- average + weight * (mean of the block - average); what is lost to rounding is
         left in place of the mean.
         """
+        self.average.look()
         for group in self.groups:
-            group.merge(weight)
+            group.merge(weight, self.average.pointers)
 
     def copy_latest(self):
-        "What has no mean is that of the latest model."
-        for average, model in self.integers + self.buffers:
+        "What has no mean is that of the latest model; of batch norm, see `catch_up`."
+        for average, model in self.latest:
             torch._foreach_copy_(average, model)
+
+    def catch_up(self):
+        "The statistics of batch norm are those of the latest model."
+        if not self.is_behind:
+            return
+        for name in _STATISTICS:
+            pairs = [(s._buffers.get(name), m._buffers.get(name)) for m, s in self.norms]
+            for average, model in _group([(d, p) for d, p in pairs if _are_alike(d, p)]):
+                torch._foreach_copy_(average, model)
+        self.is_behind = False
+
+    def look(self):
+        "Where it still `holds`, parameters may have other memory by now."
+        for tensors in (self.source, self.average):
+            tensors.look()
 
 
 # weight of a block's first point; beside a smaller one what is carried, divided by it, would drown the point
@@ -498,6 +633,8 @@ class _Group:
     average: list  # tensors of swa_model
     model: list  # tensors of the model in training
     means: list = field(default_factory=list)  # of the block, once there was one
+    pieces: list | None = None  # what is merged at once: of the average, of the means, and room for as much
+    pointers: list = field(default_factory=list)  # of the average when these were made
 
     def fold(self, weight):
         _lerp(self.average, self.model, weight)
@@ -508,8 +645,44 @@ class _Group:
     def collect(self, weight):
         _lerp(self.means, self.model, weight)
 
-    def merge(self, weight):
-        _merge(self.average, self.means, weight)
+    def merge(self, weight, pointers):
+        if self.pieces is None or pointers != self.pointers:
+            self.pieces = _pieces(self.average, self.means)
+            self.pointers = pointers
+        _merge(self.pieces, weight)
+
+
+@dataclass
+class _Vectors:
+    """Short vectors of one dtype on a CPU, such as biases and the weights of norms. In small networks
+    they are most of the tensors, and a kernel that is called for each costs more than its work; so the
+    mean of the block is one long vector.
+    """
+
+    average: list  # tensors of swa_model
+    model: list  # tensors of the model in training
+    means: list = field(default_factory=list)  # one vector, once there was a block
+    joined: list = field(default_factory=list)  # one vector, with room for the model's
+
+    def fold(self, weight):
+        _lerp(self.average, self.model, weight)
+
+    def open_block(self, carried):
+        if not self.means:
+            whole = torch.cat(self.model)
+            self.means = [torch.empty_like(whole)]
+            self.joined = [whole]
+        torch.cat(self.model, out=self.joined[0])
+        _open_block(self, self.means, self.joined, carried)
+
+    def collect(self, weight):
+        torch.cat(self.model, out=self.joined[0])
+        _lerp(self.means, self.joined, weight)
+
+    def merge(self, weight, pointers):
+        own = torch.cat(self.average)
+        _merge([([own], self.means, self.joined)], weight)
+        torch._foreach_copy_(self.average, list(own.split([t.numel() for t in self.average])))
 
 
 @dataclass
@@ -521,6 +694,7 @@ class _LowGroup:
     master: list  # the average itself, in float32
     scratch: list  # room for the model's in float32
     means: list = field(default_factory=list)  # of the block, in float32, once there was one
+    pieces: list | None = None  # what is merged at once: of the master, of the means, and room for as much
 
     def fold(self, weight):
         torch._foreach_copy_(self.scratch, self.model)
@@ -534,8 +708,10 @@ class _LowGroup:
         torch._foreach_copy_(self.scratch, self.model)
         _lerp(self.means, self.scratch, weight)
 
-    def merge(self, weight):
-        _merge(self.master, self.means, weight)
+    def merge(self, weight, pointers):
+        if self.pieces is None:
+            self.pieces = _pieces(self.master, self.means)
+        _merge(self.pieces, weight)
         torch._foreach_copy_(self.average, self.master)
 
 
@@ -558,20 +734,36 @@ def _open_block(group, like, model, carried):
     torch._foreach_add_(group.means, model)
 
 
-def _merge(average, means, weight):
-    """average <- average + weight * (means - average); then `means` holds how much more it should
-    be (a compensated sum, Dekker 1971).
-
-    In pieces: a whole set of sums would be another set of weights in memory.
+def _merge(pieces, weight):
+    """average <- average + weight * (means - average), for `pieces`: lists of tensors of the average, of
+    the means, and of room for as much. Then the means hold how much more the average should be (a
+    compensated sum, Dekker 1971).
     """
-    for group in _runs(zip(average, means)):
-        own, change = map(list, zip(*group))
+    for own, change, total in pieces:
         torch._foreach_sub_(change, own)
         torch._foreach_mul_(change, weight)
-        total = torch._foreach_add(own, change)
+        torch._foreach_copy_(total, own)
+        torch._foreach_add_(total, change)
         torch._foreach_sub_(own, total)
         torch._foreach_add_(change, own)
         torch._foreach_copy_(own, total)
+
+
+def _pieces(average, means) -> list:
+    """For `_merge`; the room is that of the largest list. In pieces: room for a whole set of sums
+    would be another set of weights in memory.
+    """
+    n = _SCRATCH if average[0].is_cuda else _CACHED
+    runs = [list(map(list, zip(*run))) for run in _runs(zip(average, means), n)]
+    size = max(sum(t.numel() for t in own) for own, _ in runs)
+    room = torch.empty(size, dtype=average[0].dtype, device=average[0].device)
+    return [(own, change, _laid_out(room, own)) for own, change in runs]
+
+
+def _laid_out(room, tensors) -> list:
+    "Views of `room`, a vector, in the shapes of `tensors`."
+    sizes = [t.numel() for t in tensors]
+    return [s.view(t.shape) for s, t in zip(room[: sum(sizes)].split(sizes), tensors)]
 
 
 @dataclass
@@ -624,9 +816,11 @@ def _is_constant(module) -> bool:
     return type(module).__module__.startswith('torch.nn.modules.') and bool(module._parameters)
 
 
-_dtype = attrgetter('dtype')
-_device = torch.Tensor.get_device
-_numel = torch.Tensor.numel
+_STATISTICS = 'running_mean', 'running_var', 'num_batches_tracked'
+
+
+def _are_alike(a, b) -> bool:
+    return a is not None and b is not None and a.shape == b.shape
 
 
 def _kind(t):
@@ -640,6 +834,10 @@ def _shape(o):
 
 def _slots(model):
     return [d for m in model.modules() for d in (m._parameters, m._buffers, m._modules)]
+
+
+def _is_short_vector(t) -> bool:
+    return t.dim() == 1 and t.numel() <= _SHORT and t.device.type == 'cpu'
 
 
 def _is_inexact(t):
@@ -735,19 +933,21 @@ def _group(pairs):
     return list(groups.values())
 
 
-_SCRATCH = 2**20  # elements: enough to fill a GPU, few enough to stay in a CPU's cache
+_SCRATCH = 2**20  # elements: enough to fill a GPU, few enough for a CPU's outer cache
+_SHORT = 2**12  # elements: above it a kernel's work is more than its call
+_CACHED = 2**16  # elements: few enough to stay in the inner cache of a CPU's core through several kernels
 
 
-def _runs(tuples):
-    """Pieces of the tensors in `tuples`, each of tensors of one shape, in lists of at most
-    `_SCRATCH` elements or one row together.
+def _runs(tuples, size=_SCRATCH):
+    """Pieces of the tensors in `tuples`, each of tensors of one shape, in lists of at most `size`
+    elements or one row together.
     """
     run, n = [], 0
     for tensors in tuples:
         first = tensors[0]
-        rows = max(1, _SCRATCH * len(first) // max(1, first.numel())) if first.dim() else 1
+        rows = max(1, size * len(first) // max(1, first.numel())) if first.dim() else 1
         for piece in zip(*(t.detach().split(rows) if t.dim() else (t.detach(),) for t in tensors)):
-            if run and n + piece[0].numel() > _SCRATCH:
+            if run and n + piece[0].numel() > size:
                 yield run
                 run, n = [], 0
             run.append(piece)
@@ -768,9 +968,7 @@ def _low_groups(triples):
         scratch[device] = max(scratch.get(device, 0), sum(t.numel() for t in average))
     scratch = {device: torch.empty(n, device=device) for device, n in scratch.items()}
     for device, (average, model, master) in runs:
-        sizes = [t.numel() for t in average]
-        views = [s.view(t.shape) for s, t in zip(scratch[device][: sum(sizes)].split(sizes), average)]
-        groups.append(_LowGroup(average, model, master, views))
+        groups.append(_LowGroup(average, model, master, _laid_out(scratch[device], average)))
     return groups
 
 
@@ -839,6 +1037,7 @@ class _Exchange:
                 self._take_back()  # for an interruption that arrived just before the line above
 
     def _lend(self):
+        _catch_up(self.model)
         self.own_data = [(t, t.data) for t, _ in self.tensors.values()]
         self.own_attributes = []  # (attributes of a module, name, value)
         self.own_movers = Kept(self.movers, bits=False)

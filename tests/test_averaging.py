@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastai_swa import WeightAverage, ema, equal
+from fastai_swa import WeightAverage, averaging, ema, equal
 from fastai_swa.averaging import all_finite, lent
 
 from . import lora
@@ -704,6 +704,142 @@ def test_conversions_within_a_block_lose_no_point():
             snapshots.append([t.double().clone() for t in parameters(model)])
             average.update(model)
     assert_close(parameters(average.swa_model), twins.mean(snapshots), 1e-2)
+
+
+# what a fold looks at, and what it leaves for later
+
+
+def watched(monkeypatch):
+    "Counts how often it is looked at what a model is made of."
+    looks = []
+    pointers = averaging._pointers
+    monkeypatch.setattr(averaging, '_pointers', lambda tensors: looks.append(len(tensors)) or pointers(tensors))
+    return looks
+
+
+def test_several_averages_of_a_model_share_what_they_know_of_it_and_look_once_a_step(monkeypatch):
+    torch.manual_seed(0)
+    model = conv_net()
+    averages = [WeightAverage(model, weight) for weight in (equal, ema(0.9), ema(0.99), ema(0.999))]
+    for i in range(140):
+        step(model, 0.1)
+        for average in averages:
+            average.update(model, step=i)
+    assert len({id(average._linked.source) for average in averages}) == 1
+    looks = watched(monkeypatch)
+    for average in averages:
+        average.update(model, step=140)
+    assert len(looks) == 1
+    for average in averages:  # nobody says that it is one step
+        average.update(model)
+    assert len(looks) == 5
+
+
+@pytest.mark.parametrize('n', [3, 140])
+def test_a_change_between_steps_is_seen_by_all_averages(n):
+    torch.manual_seed(0)
+    model, lone = conv_net(), conv_net()
+    lone.load_state_dict(model.state_dict())
+    averages = [WeightAverage(model, weight) for weight in (equal, ema(0.9))]
+    expected = [WeightAverage(lone, weight) for weight in (equal, ema(0.9))]
+
+    def fold(i):
+        with torch.no_grad():
+            for p, q in zip(model.parameters(), lone.parameters()):
+                q.add_(torch.randn_like(q) / 10)
+                p.copy_(q)
+        for average in averages:
+            average.update(model, step=i)
+        for average in expected:
+            average.update(lone)
+
+    def new_parameter():
+        model[4].weight = nn.Parameter(model[4].weight.detach().clone())
+
+    def new_layer():
+        model[0] = copy.deepcopy(model[0])
+
+    def new_memory():
+        model[4].bias.data = model[4].bias.data.clone()
+
+    for i in range(n):
+        fold(i)
+    for i, change in enumerate((new_parameter, new_layer, new_memory)):
+        change()
+        fold(n + i)
+    for a, b in zip(averages, expected):
+        assert_close(parameters(a.swa_model), parameters(b.swa_model), 1e-5)
+
+
+def test_new_memory_of_a_parameter_is_followed_without_linking_anew():
+    model = conv_net()
+    average = WeightAverage(model)
+    average.update(model)
+    link = average._linked
+    for _ in range(3):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.data = p.data + 1  # as some optimizers step
+        average.update(model)
+    assert average._linked is link
+    assert_close(parameters(average.swa_model), [p - 1.5 for p in model.parameters()])
+
+
+def test_statistics_of_batch_norm_are_the_latest_models_whenever_the_average_is_used():
+    torch.manual_seed(0)
+    model = conv_net()
+    a, b = WeightAverage(model), WeightAverage(model)
+    module = a.swa_model
+    for use in (
+        lambda: a.swa_model,
+        a.settle,
+        a.state_dict,
+        a.release,
+        lambda: a.copy_to(conv_net()),
+        lambda: a.lent_to(conv_net()).__enter__(),
+    ):
+        step(model)
+        a.update(model)
+        use()
+        for x, y in zip(module[1].buffers(), model[1].buffers()):
+            assert torch.equal(x, y)
+        if a.is_lent:
+            break
+    step(model)
+    b.update(model)
+    statistics = [t.clone() for t in model[1].buffers()]
+    other = WeightAverage(conv_net())
+    other.update(conv_net())
+    with other.lent_to(model):  # the model holds those of another average meanwhile
+        assert all(map(torch.equal, b.swa_model[1].buffers(), statistics))
+    step(model)
+    b.update(model)
+    statistics = [t.clone() for t in model[1].buffers()]
+    other.copy_to(model)
+    assert all(map(torch.equal, b.swa_model[1].buffers(), statistics))
+
+
+def test_statistics_that_are_rebound_in_training_are_followed():
+    model = conv_net()
+    average = WeightAverage(model)
+    for _ in range(3):
+        model[1].running_mean = model[1].running_mean + 1
+        average.update(model)
+    assert torch.equal(average.swa_model[1].running_mean, model[1].running_mean)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_an_average_can_be_trained_and_copied_after_folds(dtype):
+    model = conv_net().to(dtype)
+    average = WeightAverage(model)
+    for _ in range(140):
+        average.update(model)
+    twin = copy.deepcopy(average)
+    twin.update(model)
+    assert not any(t.is_inference() for t in (*average.swa_model.parameters(), *average.swa_model.buffers()))
+    swa_model = average.swa_model.float()
+    swa_model(torch.randn(2, 3, 8, 8)).sum().backward()
+    torch.optim.SGD(swa_model.parameters(), lr=0.1).step()
 
 
 # whole or not at all
