@@ -290,15 +290,21 @@ class WeightAverage:
     def _link_in_step(self, model, weight, step):
         "As `_link`, but of what it looks at only what a fold needs."
         link = self._linked
-        needs_average = self._is_direct(weight) or self._block.n + 1 >= self.block_len
+        is_direct = self._is_direct(weight)
+        needs_average = is_direct or self._block.n + 1 >= self.block_len
         if (
-            link is not None
-            and model is link.model
-            and link.source.is_unchanged(step)
-            and (not needs_average or link.average.is_unchanged())
+            link is None
+            or model is not link.model
+            or not link.source.is_unchanged(step, vectors=is_direct)
+            or needs_average
+            and not link.average.is_unchanged()
+            or not is_direct
+            and not link.join()
         ):
-            return link
-        return self._link(model)
+            link = self._link(model)
+            if not is_direct:
+                link.join()
+        return link
 
     def copied(self, swa_model: nn.Module) -> 'WeightAverage':
         "The same average, held by `swa_model`, which is a copy of this one's module."
@@ -412,8 +418,9 @@ class _Tensors:
 
     def __init__(self, module):
         self.module = module
-        self.params = list(module.parameters())
-        self.pointers = _pointers(self.params)
+        params = list(module.parameters())
+        self.vectors = [p for p in params if _is_short_vector(p)]
+        self.others = [p for p in params if not _is_short_vector(p)]
         modules = list(module.modules())
         self.slots = [d for m in modules for d in (m._parameters, m._modules) if d]
         self.slots += [m._buffers for m in modules if m._buffers and not isinstance(m, _NormBase)]
@@ -422,26 +429,33 @@ class _Tensors:
         self.resizable = _resizable(module)
         self.kinds = list(map(_kind, self.resizable))
         self.links = weakref.WeakSet()  # of the averages of this module
-        self.seen_in = None  # the step in which it was found unchanged
+        self.look()
 
-    def is_unchanged(self, step=None) -> bool:
-        "`step`: where it was found so in this one, it is not looked at again."
-        if step is not None and step == self.seen_in:
+    def look(self):
+        "The parameters may have other memory by now, of the same kinds."
+        self.pointers = _pointers(self.others)
+        self.vector_pointers = _pointers(self.vectors)
+        self.seen_in = None  # the step in which it was found unchanged, and whether the vectors were looked at
+
+    def is_unchanged(self, step=None, vectors=True) -> bool:
+        """Is `module` what it was, as far as is looked at in each fold?
+
+        - `step`: where it was found so in this one, it is not looked at again.
+        - `vectors`: whether the memory of short vectors is, too.
+        """
+        if step is not None and self.seen_in in ((step, True), (step, vectors)):
             return True
         self.seen_in = None
         if (
-            _pointers(self.params) != self.pointers
+            _pointers(self.others) != self.pointers
+            or vectors
+            and _pointers(self.vectors) != self.vector_pointers
             or not _are_as_before(self.slots, self.snapshot, self.single)
             or list(map(_kind, self.resizable)) != self.kinds
         ):
             return False
-        self.seen_in = step
+        self.seen_in = step, vectors
         return True
-
-    def look(self):
-        "The parameters may have other memory by now, of the same kinds."
-        self.pointers = _pointers(self.params)
-        self.seen_in = None
 
 
 _in_training = weakref.WeakValueDictionary()  # id of a model -> its `_Tensors`, while an average is linked to it
@@ -518,7 +532,8 @@ class _Link:
         vectors = _group([pair for pair in inexact if _is_short_vector(pair[0])])
         others = _group([pair for pair in inexact if not _is_short_vector(pair[0])])
         low = [(d, p, master[name]) for name, (d, p) in pairs.items() if is_low(p)]
-        self.groups = [*(_Group(*group) for group in others), *_low_groups(low), *(_Vectors(*g) for g in vectors)]
+        self.vectors = [_Vectors(*group) for group in vectors]
+        self.groups = [*(_Group(*group) for group in others), *_low_groups(low), *self.vectors]
         integers = [(d, p) for d, p in pairs.values() if not _is_inexact(p)]
         statistics = {id(b) for m in model.modules() if isinstance(m, _NormBase) for b in m._buffers.values()}
         self.latest = _group([*integers, *((d, b) for d, b in buffers if id(b) not in statistics)])
@@ -574,6 +589,10 @@ class _Link:
     def is_average_away(self) -> bool:
         "Was `swa_model` put into eval mode, where that moves weights?"
         return bool(self.swa_movers) and not all(m.training for m in self.swa_movers)
+
+    def join(self) -> bool:
+        "Put short vectors of the model together, for a block; `False` if they cannot be what they were."
+        return all(group.join() for group in self.vectors)
 
     def fold(self, weight):
         "average <- average + weight * (model - average)"
@@ -656,32 +675,41 @@ class _Group:
 class _Vectors:
     """Short vectors of one dtype on a CPU, such as biases and the weights of norms. In small networks
     they are most of the tensors, and a kernel that is called for each costs more than its work; so the
-    mean of the block is one long vector.
+    mean of the block is one long vector. (Whether they are still as long as they were shows when they
+    are put together.)
     """
 
     average: list  # tensors of swa_model
     model: list  # tensors of the model in training
     means: list = field(default_factory=list)  # one vector, once there was a block
-    joined: list = field(default_factory=list)  # one vector, with room for the model's
+    joined: list = field(default_factory=list)  # one vector, once there was a block: the model's
+
+    def join(self) -> bool:
+        "Put the model's vectors together; `False` if they are not of one kind and as long as they were."
+        if not self.joined:
+            self.joined = [torch.empty(sum(t.numel() for t in self.average), dtype=self.average[0].dtype)]
+        n = self.joined[0].numel()
+        try:
+            with torch.inference_mode():
+                torch.cat(self.model, out=self.joined[0])  # which makes room for more, or less
+        except RuntimeError:
+            n = None
+        if self.joined[0].numel() != n:
+            self.joined = []
+        return bool(self.joined)
 
     def fold(self, weight):
         _lerp(self.average, self.model, weight)
 
     def open_block(self, carried):
-        if not self.means:
-            whole = torch.cat(self.model)
-            self.means = [torch.empty_like(whole)]
-            self.joined = [whole]
-        torch.cat(self.model, out=self.joined[0])
-        _open_block(self, self.means, self.joined, carried)
+        _open_block(self, self.joined, self.joined, carried)
 
     def collect(self, weight):
-        torch.cat(self.model, out=self.joined[0])
         _lerp(self.means, self.joined, weight)
 
     def merge(self, weight, pointers):
         own = torch.cat(self.average)
-        _merge([([own], self.means, self.joined)], weight)
+        _merge([([own], self.means, [torch.empty_like(own)])], weight)
         torch._foreach_copy_(self.average, list(own.split([t.numel() for t in self.average])))
 
 

@@ -771,6 +771,28 @@ def test_a_change_between_steps_is_seen_by_all_averages(n):
         assert_close(parameters(a.swa_model), parameters(b.swa_model), 1e-5)
 
 
+@pytest.mark.parametrize('n', [3, 140])
+@pytest.mark.parametrize('name, shape', [('0.weight', (1, 3, 3, 3)), ('1.weight', (1,)), ('1.weight', (1, 4))])
+@pytest.mark.filterwarnings('ignore:An output with one or more elements was resized')
+def test_another_shape_behind_a_parameter_is_refused_before_anything_changes(n, name, shape):
+    torch.manual_seed(0)
+    model = conv_net()
+    average, control = WeightAverage(model), WeightAverage(model)
+    for _ in range(n):
+        step(model, 0.1)
+        average.update(model), control.update(model)
+    own = model.get_parameter(name).data
+    model.get_parameter(name).data = torch.ones(shape)
+    with pytest.raises(ValueError, match=f"'{name}' of another shape"):
+        average.update(model)
+    model.get_parameter(name).data = own
+    step(model, 0.1)
+    average.update(model), control.update(model)
+    assert average.n_averaged == n + 1
+    for a, b in zip(parameters(average.swa_model), parameters(control.swa_model)):
+        assert_close([a], [b])
+
+
 def test_new_memory_of_a_parameter_is_followed_without_linking_anew():
     model = conv_net()
     average = WeightAverage(model)
