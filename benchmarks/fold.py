@@ -8,7 +8,13 @@ hit all alike. Times are medians over the rounds; multiples of the limit carry i
 middle half of the rounds. Before anything is timed, each contender must have moved every parameter
 of its average. PreResNet-110, whose fold is short, gets five times as many rounds.
 
-    python benchmarks/fold.py [--rounds N] [--threads N] [--device cpu|cuda] [--json FILE]
+`WeightAverage` is timed where it sums in two levels, beyond its first 128 points; what the merge at the end of a
+block of 128 takes is timed by itself, and its share is in "x bare": the multiple of the bare `_foreach_lerp_`.
+
+A second table has one, two and four averages of the PreResNet-110 a step, of different decays, and the memory of all
+tensors that they keep, the model's own left out. `--several` makes this one alone.
+
+    python benchmarks/fold.py [--rounds N] [--threads N] [--device cpu|cuda] [--several] [--json FILE]
 
 The peers come with `pip install timm ema-pytorch torch-ema fastxtend lightning ultralytics`; those
 that are missing are named.
@@ -17,11 +23,13 @@ that are missing are named.
 import argparse
 import copy
 import gc
+import itertools
 import json
 import random
 import statistics
 import time
 import warnings
+from functools import partial
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -30,6 +38,7 @@ from torch import nn
 from torchvision.models import resnet50
 
 from fastai_swa import WeightAverage, ema
+from fastai_swa.averaging import BLOCK
 
 DECAY = 0.99
 
@@ -76,7 +85,11 @@ def cached_lists(model):
 
 def weight_average(model):
     average = WeightAverage(model, ema(DECAY))
-    return lambda: average.update(model), average.swa_model.parameters
+    for _ in range(BLOCK):
+        average.update(model)
+    fold = partial(average.update, model)
+    fold.settle = average.settle
+    return fold, lambda: average.swa_model.parameters()
 
 
 def naive_loop(model):
@@ -180,7 +193,7 @@ def lightning_ema(model):
 CONTENDERS = (  # name, distribution, what becomes of the buffers, dtype of the model, function
     ('one flat `lerp_`: the limit', 'torch', '-', torch.float32, flat),
     ('`_foreach_lerp_` over cached lists, nothing checked', 'torch', 'ignored', torch.float32, cached_lists),
-    ('**WeightAverage.update**', 'fastai_swa', 'all copied', torch.float32, weight_average),
+    ('**WeightAverage.update**', 'fastai_swa', 'copied, batch norm when used', torch.float32, weight_average),
     ('ModelEMA', 'ultralytics', 'floats averaged, integers ignored', torch.float32, ultralytics_ema),
     ('EMACallback, foreach=True', 'fastxtend', 'floats averaged, integers not', torch.float32, fastxtend_foreach),
     ('EMACallback, foreach=False', 'fastxtend', 'ignored', torch.float32, fastxtend_loop),
@@ -196,7 +209,7 @@ CONTENDERS = (  # name, distribution, what becomes of the buffers, dtype of the 
     (
         '**WeightAverage.update**, bf16 model, float32 master',
         'fastai_swa',
-        'all copied',
+        'copied, batch norm when used',
         torch.bfloat16,
         weight_average,
     ),
@@ -242,29 +255,48 @@ def measure(folds, rounds, device):
     return seconds
 
 
-def summary(seconds):
-    "Row number -> median milliseconds, multiple of the limit, and the quartiles of that multiple."
+def merging(fold, device) -> float:
+    "Seconds that each fold takes of the merge at the end of a block; 0 where there are no blocks."
+    settle = getattr(fold, 'settle', None)
+    if settle is None:
+        return 0.0
+    seconds = []
+    for _ in range(11):
+        fold()
+        seconds += measure({0: settle}, 1, device)[0]
+    return statistics.median(seconds) / BLOCK
+
+
+def summary(seconds, merges):
+    "Row number -> median milliseconds, multiples of the limit and of the bare kernel, and the quartiles of the former."
     limit = statistics.median(seconds[0])
+    bare = statistics.median(seconds[1])
     res = {}
     for i, ts in seconds.items():
         low, median, high = statistics.quantiles(ts, n=4)
-        res[i] = {'ms': 1000 * median, 'multiple': median / limit, 'low': low / limit, 'high': high / limit}
+        res[i] = {
+            'ms': 1000 * median,
+            'multiple': median / limit,
+            'low': low / limit,
+            'high': high / limit,
+            'of_bare': (median + merges.get(i, 0.0)) / bare,
+        }
     return res
 
 
 def table(results, missing):
     lines = [
-        '| fold | package | buffers | ' + ' | '.join(f'{name}, ms | x limit' for name in results) + ' |',
-        '|---|---|---|' + '--:|--:|' * len(results),
+        '| fold | package | buffers | ' + ' | '.join(f'{name}, ms | x limit | x bare' for name in results) + ' |',
+        '|---|---|---|' + '--:|--:|--:|' * len(results),
     ]
     for i, (name, package, buffers, *_) in enumerate(CONTENDERS):
-        numbers = ' | '.join(cells(rows[i]) if i in rows else f'{missing[i]} | -' for rows in results.values())
+        numbers = ' | '.join(cells(rows[i]) if i in rows else f'{missing[i]} | - | -' for rows in results.values())
         lines.append(f'| {name} | {label(package)} | {buffers} | {numbers} |')
     return '\n'.join(lines)
 
 
 def cells(row):
-    return f'{row["ms"]:.2f} | {row["multiple"]:.2f} ({row["low"]:.2f}-{row["high"]:.2f})'
+    return f'{row["ms"]:.2f} | {row["multiple"]:.2f} ({row["low"]:.2f}-{row["high"]:.2f}) | {row["of_bare"]:.2f}'
 
 
 def label(package):
@@ -276,11 +308,119 @@ def label(package):
         return package
 
 
+# several averages of one model
+
+
+def averages_in_step(model, decays):
+    averages = [WeightAverage(model, ema(decay)) for decay in decays]
+    steps = itertools.count()
+
+    def fold():
+        step = next(steps)
+        for average in averages:
+            average.update(model, step)
+
+    for _ in range(BLOCK + 2):
+        fold()
+    return fold
+
+
+def lists_in_step(model, decays):
+    averages = [[p.detach().clone() for p in model.parameters()] for _ in decays]
+    points = [p.detach() for p in model.parameters()]
+
+    def fold():
+        for average, decay in zip(averages, decays):
+            torch._foreach_lerp_(average, points, 1 - decay)
+
+    return fold
+
+
+def ultralytics_in_step(model, decays):
+    from ultralytics.utils.torch_utils import ModelEMA
+
+    averages = [ModelEMA(model, decay, tau=1) for decay in decays]
+
+    def fold():
+        for average in averages:
+            average.update(model)
+
+    fold()
+    return fold
+
+
+def multi_in_step(model, decays):
+    averaged = torch.optim.swa_utils.AveragedModel
+    multi = torch.optim.swa_utils.get_ema_multi_avg_fn
+    averages = [averaged(model, multi_avg_fn=multi(decay)) for decay in decays]
+
+    def fold():
+        for average in averages:
+            average.update_parameters(model)
+
+    fold()
+    return fold
+
+
+SEVERAL = {
+    '`_foreach_lerp_` over cached lists, nothing checked': lists_in_step,
+    '**WeightAverage.update**': averages_in_step,
+    'ModelEMA of ultralytics': ultralytics_in_step,
+    'AveragedModel, multi_avg_fn': multi_in_step,
+}
+NUMBERS = 1, 2, 4
+
+
+def tensor_bytes() -> int:
+    "Of all tensors alive, each storage once."
+    gc.collect()
+    storages = {}
+    for o in gc.get_objects():
+        if isinstance(o, torch.Tensor):
+            storages[o.untyped_storage().data_ptr()] = o.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def measure_several(network, rounds, device):
+    "(name, number of averages) -> seconds a step, one for each round; and bytes."
+    folds = {}
+    memory = {}
+    for name, make in SEVERAL.items():
+        for n in NUMBERS:
+            model = copy.deepcopy(network).to(device)
+            before = tensor_bytes()
+            try:
+                folds[name, n] = make(model, [DECAY, 0.999, 0.9, 0.9999][:n])
+            except ImportError:
+                continue
+            memory[name, n] = tensor_bytes() - before
+    return measure(folds, rounds, device), memory
+
+
+def table_of_several(seconds, memory):
+    lines = [
+        '| averages a step | ' + ' | '.join(f'{n}: ms | x bare | MB' for n in NUMBERS) + ' |',
+        '|---|' + '--:|--:|--:|' * len(NUMBERS),
+    ]
+    bare = {n: statistics.median(seconds[next(iter(SEVERAL)), n]) for n in NUMBERS}
+    for name in SEVERAL:
+        row = []
+        for n in NUMBERS:
+            if (name, n) in seconds:
+                median = statistics.median(seconds[name, n])
+                row += [f'{1000 * median:.2f}', f'{median / bare[n]:.2f}', f'{memory[name, n] / 1e6:.1f}']
+            else:
+                row += ['not installed', '-', '-']
+        lines.append(f'| {name} | ' + ' | '.join(row) + ' |')
+    return '\n'.join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=60)
     parser.add_argument('--threads', type=int, help="default: torch's own choice")
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    parser.add_argument('--several', action='store_true', help='only the table of several averages')
     parser.add_argument('--json', help='also write the numbers to this file')
     args = parser.parse_args()
     if args.rounds < 2:
@@ -291,12 +431,23 @@ def main():
     torch.manual_seed(0)
     random.seed(0)
 
+    if not args.several:
+        compare(args)
+    seconds, memory = measure_several(preresnet110(), 5 * args.rounds, args.device)
+    print(f'\nPreResNet-110, {torch.get_num_threads()} threads, {5 * args.rounds} rounds.\n')
+    print(table_of_several(seconds, memory))
+
+
+def compare(args):
+    "The first table."
     results, rounds, sizes = {}, {}, []
     for name, network, times in ('ResNet-50', resnet50, 1), ('PreResNet-110', preresnet110, 5):
         network = network()
         folds, missing = build(network, args.device)
         rounds[name] = args.rounds * times
-        results[name] = summary(measure(folds, rounds[name], args.device))
+        seconds = measure(folds, rounds[name], args.device)
+        merges = {i: merging(fold, args.device) for i, fold in folds.items()}
+        results[name] = summary(seconds, merges)
         numels = [p.numel() for p in network.parameters()]
         sizes.append(
             f'{name}: {sum(numels) / 1e6:.2f} M parameters in {len(numels)} tensors, {len(list(network.buffers()))} '
