@@ -29,6 +29,20 @@ def training_loader(learn, n_batches, taken=None):
     return as_an_epoch(dl, taken) if n_batches is None else FirstBatches(dl, n_batches)
 
 
+def batches_for(learn, n_samples: int, n_processes: int, taken=None) -> int | None:
+    """How many first batches of the training set hold `n_samples`, for each of the processes; `None` where it has fewer
+    than four times as many, or where its loader does not say how large its batches are.
+    """
+    dl = learn.dls.train
+    bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
+    if not bs:
+        return None
+    inner = getattr(dl, 'dl', dl) if hasattr(dl, 'world_size') else dl
+    n = bs * (len(as_an_epoch(inner, taken)) + 1)  # or less: the last batch may be left out
+    n = min(n, getattr(inner, 'n', None) or n)
+    return None if n < 4 * n_samples else math.ceil(n_samples / (bs * n_processes))
+
+
 @dataclass
 class Taken:
     "What epochs of a fit took from a loader."

@@ -35,7 +35,7 @@ from .journal import START
 from .modules import unwrap
 from .outcome import Outcome, lines
 from .packing import pack, unpack
-from .passes import check_engine, refresh_bn, validate_aside
+from .passes import check_engine, provisional_batches, refresh_bn, validate_aside
 from .plot import plot_history
 from .preflight import (
     check_model,
@@ -134,7 +134,9 @@ class SWACallback(FitCallback):
         cycle_len=1,
         # validate the average with its 1st, (1+f)th, (1+2f)th ... point and in the last epoch; 0: last only
         swa_eval_freq: int = 1,
-        bn_batches: int = None,  # training batches used to refresh batch norm; None: the whole training set
+        # training batches used to refresh batch norm. None: the whole training set, but within a fit, for the columns
+        # and the files of SaveSWAModelCallback, its first 2,000 samples in an order of their own if it has 8,000
+        bn_batches: int = None,
         weight=equal,  # function from `n_averaged` to the weight of the new point: `equal`, `ema(decay)` or another
         # average after every so many optimizer steps, from epoch `swa_start` on, instead of at the ends of epochs
         every: int = None,
@@ -221,8 +223,9 @@ class SWACallback(FitCallback):
         """The average, called 'average': so `rays`, `Curve`, `Ensemble` and `average_checkpoints` take
         the callback itself.
 
-        No pass is made. Where the fit ended without a validation of the average, its batch norm is
-        of other weights: `refresh` first, for an `Ensemble`; the others refresh it by themselves.
+        No pass is made. After a fit batch norm is that of its last column, of a part of a large training set, and
+        where the average was not validated, of other weights: `refresh` first, for an `Ensemble`; the others refresh
+        it by themselves.
         Raises `ValueError` if nothing is averaged yet.
         """
         if self._average is None:
@@ -263,12 +266,16 @@ class SWACallback(FitCallback):
 
     def refresh(self):
         """Refresh the batch-norm statistics of `swa_model` now, if the weights averaged last have not
-        had that yet.
+        had that yet, or within a fit alone, where a part of the training set does.
         """
+        self._refresh_aside()
+
+    def _refresh_aside(self, within: bool | None = None):
+        "As `refresh`, while nothing is lent; `within`: as for `_must_refresh`."
         learn = self._averaged_learner('refresh')
-        if self._average.stale:
+        if self._must_refresh(within):
             with self._average.running.lent_to(learn.model):
-                self._refresh(learn)
+                self._refresh(learn, within=within)
 
     def plot(self, axs=None):
         """Draw loss and each metric over the epochs of the last fit, for the model in training and for the
@@ -496,7 +503,7 @@ class SWACallback(FitCallback):
     def _add_point(self, model):
         fit, epoch = self._fit, self._fit.epoch
         if epoch.folded:  # a further step of this epoch: the plain way, since it comes often
-            self._average.running.update(model)
+            self._average.running.update(model, step=(id(self.learn), self.learn.train_iter))
             self._average.stale = True
             fit.n_folds += 1
             return
@@ -644,7 +651,12 @@ class SWACallback(FitCallback):
             res['history'] = None if fit.history is None else vars(fit.history)
         if average is None:
             return res
-        return res | {'average': average.state_dict(), 'bn': list(average.bn), 'stale': average.stale}
+        return res | {
+            'average': average.state_dict(),
+            'bn': list(average.bn),
+            'stale': average.stale,
+            'provisional': average.provisional,
+        }
 
     def load_state_dict(self, state: dict):
         """Take over a `state_dict`. Raises `ValueError` if its average is not one of the learner's
@@ -661,6 +673,7 @@ class SWACallback(FitCallback):
                 average.epochs = list(state['epochs'])
                 average.bn = list(state['bn'])
                 average.stale = state['stale']
+                average.provisional = state.get('provisional', False)  # a file of an earlier version has none
                 average.taken = taken
                 self._average = average
         if self._fit:
@@ -734,15 +747,36 @@ class SWACallback(FitCallback):
         fit.epoch.has_failed = True
         return []
 
-    def _refresh(self, learn, in_fit=False):
-        "Refresh the batch norm of `learn.model`, which holds the average, if it needs it."
+    def _must_refresh(self, within: bool | None) -> bool:
+        """Does the average's batch norm need it?
+
+        - `within`: do statistics that are provisional suffice? `None`: as long as the fit is under way.
+        """
         average = self._average
-        if not average.stale or not average.bn:
+        suffices = self._is_under_way if within is None else within
+        return bool(average.bn) and (average.stale or average.provisional and not suffices)
+
+    @property
+    def _is_under_way(self) -> bool:
+        return self._fit is not None
+
+    def _refresh(self, learn, in_fit=False, within: bool | None = None):
+        """Refresh the batch norm of `learn.model`, which holds the average, if it needs it.
+
+        - `in_fit`: as for `refresh_bn`; `within`: as for `_must_refresh`.
+        """
+        average = self._average
+        if not self._must_refresh(within):
             return
-        moments = refresh_bn(learn, average.bn, self.bn_batches, in_fit, taken=average.taken)
+        n_batches = self.bn_batches
+        if n_batches is None and (self._is_under_way if within is None else within):
+            n_batches = provisional_batches(learn, average.taken)
+        is_provisional = n_batches != self.bn_batches
+        moments = refresh_bn(learn, average.bn, n_batches, in_fit, taken=average.taken, is_provisional=is_provisional)
         for kind, sentence in moments.remarks.items():
             self._say(kind, sentence)
         average.stale = False
+        average.provisional = is_provisional
 
     def _keep_row(self):
         "Take the row that the Recorder has just logged into the history."
@@ -881,7 +915,7 @@ class SaveSWAModelCallback(FitCallback, SaveModelCallback):
             return
         with self._fit.side.attempt(f'saving {self._swa._what}', 'the file stays as it was'):
             file = join_path_file(name, self.learn.path / self.learn.model_dir, ext='.pth')
-            self._swa.refresh()
+            self._swa._refresh_aside(within=True)  # so that it equals its column
             if not rank_distrib():
                 swa = self._swa
                 save_weights(file, weights_with_points(swa.swa_model, swa.n_averaged, swa.averaged_epochs))

@@ -34,6 +34,7 @@ class FitAverage:
     epochs: list = field(default_factory=list)  # with points in it, from 0
     bn: list = field(default_factory=list)  # names of the layers whose statistics follow the weights
     stale: bool = False  # whether these statistics are of other weights
+    provisional: bool = False  # whether they are of the part of the training set that does within a fit
     taken: Taken | None = None  # training batches of the epochs of its fit; `None`: not known
 
     @classmethod
@@ -87,7 +88,7 @@ class FitAverage:
             structure = _structure(model) if self.has_structure_of(unwrap(source.model)) else []
         running = self.running.copied(swa_model)
         of = self.learner if learn is source else weakref.ref(learn)
-        return FitAverage(running, of, structure, list(self.epochs), list(self.bn), self.stale)
+        return FitAverage(running, of, structure, list(self.epochs), list(self.bn), self.stale, self.provisional)
 
     # for checkpoints
 

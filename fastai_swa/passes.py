@@ -18,14 +18,14 @@ from fastai.torch_core import num_distrib, to_detach
 from torch.nn.parallel import DistributedDataParallel
 
 from .aside import aside, buffers_kept
-from .batches import FirstBatches, KeptBatches, Taken, as_an_epoch, fresh_loader, share, training_loader
+from .batches import FirstBatches, KeptBatches, Taken, as_an_epoch, batches_for, fresh_loader, share, training_loader
 from .batchnorm import Moments, batch_moments, tracked_bn
 from .columns import plain_values
 from .fitting import is_fitting
 from .keeping import holders_kept, unrepeatable
 from .modules import in_train_mode, unwrap
 from .processes import PassFailed, Processes, Together
-from .randomness import randomness_kept
+from .randomness import randomness_kept, seed_all
 
 __all__ = [
     'PassCancelled',
@@ -33,6 +33,7 @@ __all__ = [
     'copied_measures',
     'validate_aside',
     'refresh_bn',
+    'provisional_batches',
     'refreshable',
     'kept_batches',
     'same_output',
@@ -149,7 +150,29 @@ def _without_collectives(model, processes):
 # batch norm
 
 
-def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None, taken: Taken | None = None) -> Moments:
+# samples of which a column of an average is what the whole training set gives, but for .12 points of error from draw
+# to draw, and .1 % of the loss: results/README.md, "How many samples batch norm needs"
+_ENOUGH = 2000
+_SEED = 0  # of the order in which a part of the training set is drawn
+
+
+def provisional_batches(learn, taken: Taken | None = None) -> int | None:
+    """How many training batches give statistics that do within a fit; `None`: all, where the training set is small.
+
+    `taken`: as for `refresh_bn`.
+    """
+    return batches_for(learn, _ENOUGH, Processes(learn).size, taken)
+
+
+def refresh_bn(
+    learn,
+    names,
+    n_batches: int | None,
+    in_fit: bool,
+    dl=None,
+    taken: Taken | None = None,
+    is_provisional: bool = False,
+) -> Moments:
     """Refresh the batch-norm layers `names` of `learn.model` on the training set, or `n_batches` of
     it, each sample once; or on `dl`. Other buffers are afterwards what they were.
 
@@ -163,23 +186,24 @@ def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None, taken
       (`after_cancel_fit` needs it said: fastai sends it when the epochs are over.)
     - `taken`: what the learner's own epochs took; more is not taken of a stream, which may have no
       end. `None`: what its length says.
+    - `is_provisional`: the batches are the same in each such pass.
     """
     if dl is None:
         _check_repeatable(learn, _TRAINING)
     names = set(names)
     model = unwrap(learn.model)  # data-parallel replicas would each keep statistics of their own
-    layers = {name: m for name, m in model.named_modules() if name in names}
-    refreshed = [t for m in layers.values() for t in m._buffers.values()]
-    with (
-        aside(learn, buffers_kept(model, but=refreshed)),
-        _events_around(learn, in_fit),
-        _together(learn) as processes,
-    ):
+    with aside(learn), _events_around(learn, in_fit), _together(learn) as processes:
+        if is_provisional:
+            seed_all(learn, _SEED)
         if dl is None and processes.size > 1:
             dl = share(learn.dls.train, processes, n_batches)
         elif dl is None:
             dl = training_loader(learn, n_batches, taken)
+        # only here: of several processes, the events around a validation exchange the buffers for others
+        layers = {name: m for name, m in model.named_modules() if name in names}
+        refreshed = [t for m in layers.values() for t in m._buffers.values()]
         with (
+            buffers_kept(model, but=refreshed),
             batch_moments(model, layers, processes.gather if processes.size > 1 else None) as moments,
             _with_model(learn, model),
             _gan_put_back(learn),

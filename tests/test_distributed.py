@@ -17,7 +17,7 @@ from fastai.optimizer import SGD
 from torch import distributed, nn
 from torch.nn import functional as F
 
-from fastai_swa import CheckpointCallback, SaveSWAModelCallback, SWACallback
+from fastai_swa import CheckpointCallback, SaveSWAModelCallback, SWACallback, passes
 from fastai_swa.batchnorm import batch_moments, tracked_bn
 
 from .helpers import At, assert_close, column, fingerprint, learner, loaders, net, raising
@@ -256,6 +256,24 @@ def test_the_average_is_of_use_and_saved_once_by_the_first_process(tmp_path):
     assert a == b and saved and all(torch.equal(state[k], other[k]) for k in state)
     on_disk = torch.load(tmp_path / 'models' / 'swa_model.pth')
     assert all(torch.equal(state[k], on_disk[k]) for k in state)
+
+
+def with_provisional_statistics(rank):
+    passes._ENOUGH = 20  # of 90
+    learn, swa = two_processes(net), SWACallback(1)
+    with context(learn):
+        learn.fit(3, cbs=swa)
+        within = {k: t.clone() for k, t in swa.swa_model.state_dict().items()}
+        swa.refresh()
+    return within, swa.swa_model.state_dict(), column(learn, 'swa_valid_loss')
+
+
+def test_within_a_fit_each_process_takes_its_part_of_the_first_batches(tmp_path):
+    (within, after, values), (other_within, other_after, other_values) = run(tmp_path, with_provisional_statistics)
+    assert all(torch.equal(within[k], other_within[k]) and torch.equal(after[k], other_after[k]) for k in after)
+    assert values[-1] == other_values[-1]
+    assert within['1.num_batches_tracked'] < after['1.num_batches_tracked']
+    assert not torch.equal(within['1.running_mean'], after['1.running_mean'])
 
 
 class Stop(BaseException):

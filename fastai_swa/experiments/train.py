@@ -26,6 +26,7 @@ from .record import Record, Settings
 __all__ = ['run_seed']
 
 _SECONDS = 30  # between two checkpoints
+_ALL = 10**9  # batches, more than there are: batch norm is refreshed on the whole training set, within a fit, too
 
 
 def run_seed(
@@ -122,15 +123,16 @@ def _hyper_parameters(part: Part) -> dict:
 def _average_callbacks(part: Part) -> list[SWACallback]:
     "The run's own average, then those beside it."
     run = part.runs[0]
-    own = SWACallback(run.swa_start - part.begin, swa_eval_freq=run.swa_eval_freq)
+    own = SWACallback(run.swa_start - part.begin, swa_eval_freq=run.swa_eval_freq, bn_batches=_ALL)
     return [own, *(_average_beside(average, part.begin) for average in run.beside)]
 
 
 def _average_beside(average: Beside, begin: int) -> SWACallback:
     "The callback that keeps `average` in a part that begins with epoch `begin`."
+    how = dict(swa_eval_freq=0, bn_batches=_ALL, name=average.name)
     if average.decay is None:
-        return SWACallback(average.start - begin, swa_eval_freq=0, name=average.name)
-    return SWACallback(0, swa_eval_freq=0, every=1, weight=ema(average.decay, warmup=True), name=average.name)
+        return SWACallback(average.start - begin, **how)
+    return SWACallback(0, every=1, weight=ema(average.decay, warmup=True), **how)
 
 
 def _snapshot_callback(part: Part, record: Record) -> SnapshotCallback:
