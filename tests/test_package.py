@@ -24,7 +24,7 @@ FLOORS = [
     {'passes', 'ensemble', 'fit_average'},
     {'preflight'},
     {'callback', 'checkpoint', 'snapshots'},
-    {'landscape'},
+    {'landscape', 'saving'},
     {'learner'},
     {'experiments'},
     {'demo'},
