@@ -5,20 +5,15 @@ in `fit_average`, the passes in `passes`, what is said before the first step in 
 """
 
 import copy
-import keyword
 import weakref
-from collections.abc import Iterable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from numbers import Integral, Real
-from pathlib import Path
 
-from fastai.callback.core import Callback
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import rank_distrib
 from torch import nn
 
-from .aside import LOOP
+from .arguments import check_average, check_cycle_len, check_name, check_swa_start, plain_cycle_len, plain_weight
 from .averaging import all_finite, check_swa_model, check_weight, equal
 from .batches import Taken
 from .batchnorm import StatisticsWatch, tracked_bn, union
@@ -30,6 +25,7 @@ from .fitting import FitCallback, SideWork, no_fit, passed_callbacks
 from .interrupts import uninterrupted
 from .journal import START
 from .modules import unwrap
+from .names import is_free, is_learners_own, must_stand_aside
 from .outcome import Outcome, lines
 from .packing import pack, unpack
 from .passes import check_engine, refresh_bn, validate_aside
@@ -45,16 +41,15 @@ from .preflight import (
     validated_epochs,
 )
 from .processes import Processes
-from .schedules import cycle_ends, due_epochs, start_epoch
+from .schedules import due_epochs, start_epoch
 from .unaveraged import SampleWatch, buffers_sentence, loss_parameters, loss_sentence, weightlike_buffers
 from .views import lending
 from .warn import warn
 from .weights import NoSolution
 
-__all__ = ['SWACallback', 'is_learners_own']
+__all__ = ['SWACallback']
 
 _SAVED = 'start', 'n_folds', 'n_epochs', 'n_steps', 'n_before'  # fields of `_Fit` that are in checkpoints
-_N_COMPARED = 1001  # functions given as `weight` and `cycle_len` are compared by their values at so many points
 
 
 @dataclass
@@ -140,9 +135,9 @@ class SWACallback(FitCallback):
         # go on with this average, points and all: an earlier `SWACallback`, or a file of `SaveSWAModelCallback`
         average=None,
     ):
-        self.swa_start = _check_swa_start(swa_start)
+        self.swa_start = check_swa_start(swa_start)
         check_swa_model(swa_model)
-        self.cycle_len = _check_cycle_len(cycle_len)
+        self.cycle_len = check_cycle_len(cycle_len)
         self.swa_eval_freq = check_count('swa_eval_freq', swa_eval_freq, least=0)
         self.bn_batches = check_count('bn_batches', bn_batches, optional=True)
         check_weight(weight)
@@ -157,7 +152,7 @@ class SWACallback(FitCallback):
         self._name = self._attribute = check_name(name)
         self._init_state()
         self._given = swa_model
-        self._continued = _check_average(average)
+        self._continued = average if isinstance(average, SWACallback) else check_average(average)
         self._goes_on = average is not None  # stays true when `_continued` is used up
         if swa_model is not None and isinstance(average, SWACallback) and average.swa_model is swa_model:
             raise ValueError(
@@ -190,9 +185,8 @@ class SWACallback(FitCallback):
         something else there.
         """
         if self.learn is not None:
-            there = vars(self.learn).get(self._name, self)
-            is_free = (there is self or _is_from_an_export(there)) and not is_learners_own(self.learn, self._name)
-            self._attribute = self._name if is_free else f'other_{self._name}'
+            is_own = is_free(self.learn, self._name, self)
+            self._attribute = self._name if is_own else f'other_{self._name}'
         return self._attribute
 
     @property
@@ -296,7 +290,7 @@ class SWACallback(FitCallback):
     def before_fit(self):
         if not self.enabled or self._must_stand_aside():
             return
-        if is_learners_own(self.learn, self._name):
+        if is_learners_own(self.learn, self._name, SWACallback):
             raise ValueError(
                 f'name={self._name!r} is an attribute of the learner already: give the SWACallback another name'
             )
@@ -410,31 +404,15 @@ class SWACallback(FitCallback):
 
     # before the first step
 
-    def _is_namesake(self, cb) -> bool:
-        return isinstance(cb, SWACallback) and cb is not self and cb.enabled and cb._name == self._name
-
     def _must_stand_aside(self) -> bool:
-        """Is another callback of this name passed to the fit, while this one is attached for good?
-        Raises `ValueError` if both are passed, or both attached.
-        """
-        namesakes = [cb for cb in self.learn.cbs if self._is_namesake(cb)]
-        if not namesakes:
-            return False
-        passed = passed_callbacks(self.learn)
-        is_passed = any(cb is self for cb in passed)
-        other_is_passed = any(cb is other for cb in passed for other in namesakes)
-        if is_passed == other_is_passed:
-            raise ValueError(
-                f'this fit has two SWACallbacks of the name {self._name!r}, whose columns would collide: pass one, or '
-                'give them different names'
-            )
-        if is_passed:
+        "Is another callback of this name passed to the fit, while this one is attached for good?"
+        others = [cb for cb in self.learn.cbs if isinstance(cb, SWACallback) and cb is not self]
+        namesakes = [cb for cb in others if cb.enabled and cb._name == self._name]
+        if not namesakes or not must_stand_aside(self, namesakes, self._name):
             return False
         if not self._stands_aside:
             self._stands_aside = True
-            warn(
-                f'learn.{self._name} stands aside in fits that another SWACallback of its name is passed to',
-            )
+            warn(f'learn.{self._name} stands aside in fits that another SWACallback of its name is passed to')
         return True
 
     def _look_ahead(self):
@@ -623,10 +601,10 @@ class SWACallback(FitCallback):
     def fit_settings(self) -> dict:
         "What must not change between the parts of one fit."
         res = {name: getattr(self, name) for name in ('swa_start', 'every', 'enabled', 'bn_batches', 'swa_eval_freq')}
-        res['cycle_len'] = _plain_cycle_len(self.cycle_len)
+        res['cycle_len'] = plain_cycle_len(self.cycle_len)
         res['going on with an average'] = self._goes_on
         res[START] = start_epoch(self.swa_start, self.n_epoch)
-        res['weight'] = [_weight_of(self.weight, n) for n in range(_N_COMPARED)]
+        res['weight'] = plain_weight(self.weight)
         return res
 
     def state_dict(self) -> dict:
@@ -819,100 +797,6 @@ class SWACallback(FitCallback):
             f'swa_start={self.swa_start} was not reached: epoch {first} (from 0) would be the first one averaged, '
             f'so this fit of {self.n_epoch} epochs averages nothing'
         )
-
-
-# arguments, and what is known of others' averages
-
-
-def check_name(name: str) -> str:
-    "`name`; raises `TypeError` or `ValueError` unless it can be an attribute."
-    if not isinstance(name, str):
-        raise TypeError(f'name must be a str, not {name!r}')
-    if not name.isidentifier() or keyword.iskeyword(name):
-        raise ValueError(
-            f'name must be an identifier such as swa or ema, for learn.<name> and the columns, not {name!r}'
-        )
-    return name
-
-
-def is_learners_own(learn: Learner, name: str) -> bool:
-    "Is `name` something of the learner's, other than a `SWACallback`? Some come and go with a fit."
-    if name in vars(learn):
-        return not isinstance(vars(learn)[name], SWACallback) and not _is_from_an_export(vars(learn)[name])
-    return hasattr(type(learn), name) or name in (*LOOP, 'scaler', 'lock', 'lr_finder') or hasattr(learn.model, name)
-
-
-def _is_from_an_export(value) -> bool:
-    "Is it what a `SWACallback` of an exported learner has become?"
-    return type(value) is Callback
-
-
-def _check_average(average):
-    if average is None or isinstance(average, SWACallback):
-        return average
-    if not isinstance(average, str | Path):
-        raise TypeError(f'average must be a SWACallback or a file of SaveSWAModelCallback, not {average!r}')
-    if not Path(average).is_file():
-        raise FileNotFoundError(f'average={str(average)!r} is no file')
-    return Path(average)
-
-
-def _weight_of(weight, n_averaged: int):
-    "The weight of point number `n_averaged`, from 0; `None` where the function has none."
-    if n_averaged == 0:
-        return 1.0
-    try:
-        return float(weight(n_averaged))
-    except Exception:
-        return None
-
-
-def _check_cycle_len(cycle_len):
-    "An int, a list of ints or a function."
-    if callable(cycle_len):
-        return cycle_len
-    if isinstance(cycle_len, Integral) and not isinstance(cycle_len, bool):
-        return check_count('cycle_len', cycle_len)
-    if isinstance(cycle_len, str) or not isinstance(cycle_len, Iterable):
-        raise TypeError(
-            'cycle_len must be an int (epochs), a list of the epochs averaged, or a function that is true of them, not '
-            f'{cycle_len!r}'
-        )
-    epochs = [check_count('cycle_len', epoch, least=0) for epoch in cycle_len]
-    if not epochs:
-        raise ValueError('cycle_len must have one epoch at least, and is empty')
-    if epochs != sorted(set(epochs)):
-        ends = f': of cycles of these lengths they are {cycle_ends(epochs)}' if min(epochs) else ''
-        raise ValueError(f'cycle_len must be epochs, counted from 0, in rising order, not {epochs}{ends}')
-    return epochs
-
-
-def _plain_cycle_len(cycle_len):
-    "What tells it from another one."
-    if not callable(cycle_len):
-        return cycle_len
-    epochs = []
-    for epoch in range(_N_COMPARED):
-        with suppress(Exception):  # the function of a shorter fit
-            if cycle_len(epoch):
-                epochs.append(epoch)
-    return epochs
-
-
-def _check_swa_start(swa_start):
-    if isinstance(swa_start, bool) or not isinstance(swa_start, Real):
-        raise TypeError(
-            f'swa_start must be an int (an epoch, from 0) or a float in [0, 1) (a share of the fit), not {swa_start!r}'
-        )
-    if isinstance(swa_start, Integral):
-        if swa_start < 0:
-            raise ValueError(f'swa_start must be an epoch counted from 0, not {swa_start}')
-        return int(swa_start)
-    if not 0 <= swa_start < 1:
-        raise ValueError(
-            f'swa_start must be in [0, 1) where it is a share of the fit, not {swa_start}; pass an int for an epoch'
-        )
-    return float(swa_start)
 
 
 def _ranges(epochs) -> str:

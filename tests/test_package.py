@@ -16,11 +16,11 @@ PACKAGE = ROOT / 'fastai_swa'
 FLOORS = [
     {'checks', 'interrupts', 'processes', 'version', 'warn'},
     {'modules', 'files', 'schedules', 'columns', 'journal', 'contents', 'fit_history', 'weight_formats'},
-    {'outcome', 'packing', 'probabilities', 'weights', 'replay', 'views', 'plot', 'vision', 'histories'},
+    {'arguments', 'outcome', 'packing', 'probabilities', 'weights', 'replay', 'views', 'plot', 'vision', 'histories'},
     {'averaging', 'batchnorm', 'walk', 'fitting', 'members'},
     {'attributes', 'checkpoint_files', 'keeping', 'randomness', 'solutions', 'unaveraged'},
     {'state', 'aside'},
-    {'batches', 'samples'},
+    {'batches', 'names', 'samples'},
     {'passes', 'ensemble', 'fit_average'},
     {'preflight'},
     {'callback', 'checkpoint', 'snapshots'},
