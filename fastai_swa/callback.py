@@ -18,9 +18,9 @@ from .averaging import all_finite, check_swa_model, check_weight, equal
 from .batches import Taken
 from .batchnorm import StatisticsWatch, tracked_bn, union
 from .checks import check_count
-from .columns import complete_row, insert_columns, recorder_of, write_below
+from .columns import recorder_of, write_below
 from .fit_average import FitAverage, refuse_another_model, state_in_file
-from .fit_history import FitHistory
+from .fit_history import FitHistory, FitTable
 from .fitting import FitCallback, SideWork, no_fit, passed_callbacks
 from .interrupts import uninterrupted
 from .journal import START
@@ -77,9 +77,7 @@ class _Fit:
 
     start: int  # the first epoch that may be averaged
     due: list  # the epochs that are, if they come to their ends
-    n_own: int = 0  # the columns of the table before those of the average
-    columns: list = field(default_factory=list)  # those of the average; none without a Recorder
-    history: FitHistory = None  # the table so far; `None` without a Recorder
+    table: FitTable = None  # `None` without a Recorder
     n_folds: int = 0  # points taken into the average
     n_epochs: int = 0  # epochs with such
     n_steps: int = 0  # optimizer steps since `start`
@@ -89,6 +87,11 @@ class _Fit:
     side: SideWork = field(default_factory=SideWork)
     said: set = field(default_factory=set)  # kinds of warnings that were given
     epoch: _Epoch = field(default_factory=lambda: _Epoch(-1))  # the one under way
+
+    @property
+    def columns(self) -> list[str]:
+        "Those of the average; none without a Recorder."
+        return [] if self.table is None else self.table.columns
 
 
 class SWACallback(FitCallback):
@@ -298,10 +301,7 @@ class SWACallback(FitCallback):
         fit = _Fit(start, self._due_from(start))
         recorder = recorder_of(self.learn)
         if recorder is not None:
-            fit.n_own, fit.columns = insert_columns(recorder, self._name)
-            names = [name for name in recorder.metric_names if name not in ('epoch', 'time')]
-            fit.history = FitHistory(self._name, fit.columns, names)
-            self._show_history(recorder, fit.history)
+            fit.table = FitTable(recorder, self._name)
         self._fit = fit
 
     def _due_from(self, start: int) -> list[int]:
@@ -362,23 +362,27 @@ class SWACallback(FitCallback):
     def after_validate(self):
         fit, epoch = self._fit, self._fit.epoch
         is_of_another = not epoch.trained  # of a callback that validates while training goes on
-        if is_of_another or recorder_of(self.learn) is None:
+        if is_of_another or fit.table is None:
             return
         is_last = epoch.number == self.n_epoch - 1
         is_turn = epoch.folded and self.swa_eval_freq and (fit.n_epochs - 1) % self.swa_eval_freq == 0
         is_due = fit.n_folds and (is_turn or is_last)
         epoch.validated.add(self.learn.iter + 1, epoch.validation_cut)
-        self._log(self._evaluate() if is_due else [])
+        fit.table.complete_row(self._evaluate() if is_due else [])
 
     def after_cancel_epoch(self):
         self._end_epoch()
-        if recorder_of(self.learn) is not None:
-            self._log([])
+        if self._fit.table is not None:
+            self._fit.table.complete_row([])
 
     def after_epoch(self):
-        self._keep_row()
-        if self._fit.epoch.has_failed:
-            self.mute_trackers(self._fit.columns)
+        fit = self._fit
+        if fit.table is None:
+            return
+        fit.table.keep_row(fit.epoch.number, self._epochs_of_fit())
+        self._history = fit.table.history
+        if fit.epoch.has_failed:
+            self.mute_trackers(fit.table.columns)
 
     def after_cancel_fit(self):
         self._end_epoch()
@@ -392,7 +396,7 @@ class SWACallback(FitCallback):
         fit = self._fit
         if fit.has_begun and not fit.n_folds and not fit.side.failures and 'finite' not in fit.said:
             self._say('nothing', self._why_nothing_is_averaged())
-        if fit.n_folds and fit.history is not None:
+        if fit.n_folds and fit.table is not None:
             with fit.side.attempt(f'saying what came of {self._what}'):
                 write_below(self.learn, lines(self._outcome()))
 
@@ -477,7 +481,7 @@ class SWACallback(FitCallback):
             return
         average = self._average if fit.n_folds else self._new_average()  # complete before the old one goes
         if not fit.n_folds:
-            fit.n_before = self._n_recorded()
+            fit.n_before = 0 if fit.table is None else len(fit.table.recorder.lrs)
         with uninterrupted():
             average.running.update(model)
             average.epochs.append(epoch.number)
@@ -616,7 +620,7 @@ class SWACallback(FitCallback):
         res['continued'] = self._continued if isinstance(self._continued, dict) else None
         if fit is not None:
             res['fit'] = {k: getattr(fit, k) for k in _SAVED}
-            res['history'] = None if fit.history is None else vars(fit.history)
+            res['history'] = None if fit.table is None else vars(fit.table.history)
         if average is None:
             return res
         return res | {'average': average.state_dict(), 'bn': list(average.bn), 'stale': average.stale}
@@ -644,19 +648,13 @@ class SWACallback(FitCallback):
                 raise ValueError(f'the state of {self._what} has counts that are none: {counts}')
             vars(self._fit).update(counts)
             self._fit.due = self._due_from(self._fit.start)
-            self._take_history(state.get('history'))
+            if self._fit.table is not None and state.get('history') is not None:  # files of earlier versions have none
+                self._fit.table.go_on(FitHistory(**state['history']))
             self._fit.taken = taken or Taken()
             if self._fit.n_folds:
                 self._continued = None
         if state.get('continued'):
             self._continued = state['continued']
-
-    def _take_history(self, history: dict | None):
-        recorder = recorder_of(self.learn)
-        if history is None or recorder is None:  # the former: a file of an earlier version
-            return
-        self._fit.history = FitHistory(**history)
-        self._show_history(recorder, self._fit.history)
 
     # what came of it
 
@@ -665,17 +663,13 @@ class SWACallback(FitCallback):
         n = self._fit.n_epochs
         return self.averaged_epochs[-n:] if n else []
 
-    def _n_recorded(self) -> int:
-        "Training batches of this fit, so far, by the Recorder."
-        recorder = recorder_of(self.learn)
-        return 0 if recorder is None else len(recorder.lrs)
-
     def _outcome(self) -> Outcome:
         fit, average = self._fit, self._average
-        fit.history.averaged = self._epochs_of_fit()
+        history = fit.table.history
+        history.averaged = self._epochs_of_fit()
         is_passed = any(cb is self for cb in passed_callbacks(self.learn))
         return Outcome(
-            history=fit.history,
+            history=history,
             described=self._described(),
             call=self._name if is_passed else f'learn.{self._name}',
             n_averaged=self.n_averaged,
@@ -683,7 +677,7 @@ class SWACallback(FitCallback):
             is_new=not self._goes_on,
             has_batch_norm=bool(average.bn),
             weight=self.weight,
-            lrs=recorder_of(self.learn).lrs,
+            lrs=fit.table.recorder.lrs,
             n_before=fit.n_before,
         )
 
@@ -718,24 +712,6 @@ class SWACallback(FitCallback):
         for kind, sentence in moments.remarks.items():
             self._say(kind, sentence)
         average.stale = False
-
-    def _keep_row(self):
-        "Take the row that the Recorder has just logged into the history."
-        recorder, history = recorder_of(self.learn), self._fit.history
-        if recorder is None or history is None:
-            return
-        names = list(recorder.metric_names)[1:]
-        history.add(self._fit.epoch.number, dict(zip(names, self.learn.final_record)))
-        history.averaged = self._epochs_of_fit()
-        self._history = history
-        self._show_history(recorder, history)
-
-    def _show_history(self, recorder, history):
-        "For `recorder.plot_swa`, which can be called after this callback is gone, and in a learner that was pickled."
-        setattr(recorder, f'{self._name}_history', vars(history))
-
-    def _log(self, values):
-        complete_row(recorder_of(self.learn), self._fit.n_own, self._fit.columns, values)
 
     # small helpers
 

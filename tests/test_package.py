@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'fastai_swa'
 FLOORS = [
     {'checks', 'interrupts', 'processes', 'version', 'warn'},
-    {'modules', 'files', 'schedules', 'columns', 'journal', 'contents', 'fit_history', 'weight_formats'},
-    {'arguments', 'outcome', 'packing', 'probabilities', 'weights', 'replay', 'views', 'plot', 'vision', 'histories'},
-    {'averaging', 'batchnorm', 'walk', 'fitting', 'members'},
+    {'modules', 'files', 'schedules', 'columns', 'journal', 'contents', 'weight_formats'},
+    {'arguments', 'fit_history', 'packing', 'probabilities', 'weights', 'replay', 'views', 'vision', 'histories'},
+    {'averaging', 'batchnorm', 'walk', 'fitting', 'members', 'outcome', 'plot'},
     {'attributes', 'checkpoint_files', 'keeping', 'randomness', 'solutions', 'unaveraged'},
     {'state', 'aside'},
     {'batches', 'names', 'samples'},
