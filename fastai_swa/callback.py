@@ -26,13 +26,14 @@ from .interrupts import uninterrupted
 from .journal import START
 from .modules import unwrap
 from .names import is_free, is_learners_own, must_stand_aside
-from .outcome import Outcome, lines
+from .outcome import Outcome, described, lines
 from .packing import pack, unpack
 from .passes import check_engine, refresh_bn, validate_aside
 from .plot import plot_history
 from .preflight import (
     check_model,
     most_steps,
+    nothing_sentence,
     remarks_on_cycles,
     remarks_on_data,
     remarks_on_loss,
@@ -42,7 +43,7 @@ from .preflight import (
 )
 from .processes import Processes
 from .schedules import due_epochs, start_epoch
-from .unaveraged import SampleWatch, buffers_sentence, loss_parameters, loss_sentence, weightlike_buffers
+from .unaveraged import SampleWatch, beside_weights, infinite_sentence, sentences_on_moved
 from .views import lending
 from .warn import warn
 from .weights import NoSolution
@@ -284,9 +285,8 @@ class SWACallback(FitCallback):
         if self._average is None:
             start = f'epoch {self.swa_start}' if isinstance(self.swa_start, int) else f'{self.swa_start:g} of the fit'
             return f'SWACallback: nothing averaged yet; averages from {start} on'
-        return (
-            f'SWACallback: {self._described()}; use it within `averaged()`, or put it into the learner with `apply()`'
-        )
+        what = described(self.n_averaged, self.averaged_epochs, bool(self.every))
+        return f'SWACallback: {what}; use it within `averaged()`, or put it into the learner with `apply()`'
 
     # the events of a fit
 
@@ -395,7 +395,7 @@ class SWACallback(FitCallback):
     def after_fit(self):
         fit = self._fit
         if fit.has_begun and not fit.n_folds and not fit.side.failures and 'finite' not in fit.said:
-            self._say('nothing', self._why_nothing_is_averaged())
+            self._say('nothing', self._why_nothing_is_averaged(f'took {fit.n_steps}'))
         if fit.n_folds and fit.table is not None:
             with fit.side.attempt(f'saying what came of {self._what}'):
                 write_below(self.learn, lines(self._outcome()))
@@ -429,9 +429,7 @@ class SWACallback(FitCallback):
         remarks |= remarks_on_loss(learn, self._loss_func, self._what)
         remarks |= remarks_on_cycles(self.cycle_len, fit.due, self.n_epoch)
         n_steps = most_steps(learn, fit.start)
-        if not fit.due:
-            remarks['nothing'] = self._why_nothing_is_averaged()
-        elif self.every and n_steps < self.every:
+        if not fit.due or self.every and n_steps < self.every:
             remarks['nothing'] = self._why_nothing_is_averaged(f'has at most {n_steps}')
         else:
             validated = validated_epochs(fit.due, self.n_epoch, self.swa_eval_freq)
@@ -556,23 +554,16 @@ class SWACallback(FitCallback):
         self._say_what_is_left_out()
 
     def _beside_weights(self) -> dict:
-        "(kind of remark, name) -> tensor: what training may move beside the weights, where only training tells."
-        model = unwrap(self.learn.model)
-        res = {('buffers', name): b for name, b in weightlike_buffers(model).items()}
-        if 'loss' not in self._fit.said:
-            res |= {('loss', name): p for name, p in loss_parameters(self._loss_func, model).items()}
-        return res
+        return beside_weights(unwrap(self.learn.model), None if 'loss' in self._fit.said else self._loss_func)
 
     def _say_what_is_left_out(self):
         "Name, once, what training has moved beside the weights in the first averaged epoch."
-        epoch = self._fit.epoch
-        if epoch.beside is None:
+        beside = self._fit.epoch.beside
+        if beside is None:
             return
-        moved = epoch.beside.moved(self._beside_weights())
-        for kind, sentence in {'buffers': buffers_sentence, 'loss': loss_sentence}.items():
-            names = [name for of_kind, name in moved if of_kind == kind]
-            if names:
-                self._say(kind, sentence(self._what, names))
+        moved = beside.moved(self._beside_weights())
+        for kind, sentence in sentences_on_moved(self._what, moved).items():
+            self._say(kind, sentence)
 
     def _follow(self, average):
         """Give `swa_model` the attributes, and where they changed the modules and hooks, that the model
@@ -670,7 +661,7 @@ class SWACallback(FitCallback):
         is_passed = any(cb is self for cb in passed_callbacks(self.learn))
         return Outcome(
             history=history,
-            described=self._described(),
+            described=described(self.n_averaged, self.averaged_epochs, bool(self.every)),
             call=self._name if is_passed else f'learn.{self._name}',
             n_averaged=self.n_averaged,
             by_steps=bool(self.every),
@@ -680,13 +671,6 @@ class SWACallback(FitCallback):
             lrs=fit.table.recorder.lrs,
             n_before=fit.n_before,
         )
-
-    def _described(self) -> str:
-        "As in 'average of 3 epochs (2-4)'."
-        epochs = _ranges(self._average.epochs)
-        unit, of = ('step', f'epochs {epochs}') if self.every else ('epoch', epochs)
-        plural = '' if self.n_averaged == 1 else 's'
-        return f'average of {self.n_averaged} {unit}{plural} ({of})'
 
     # validating the average
 
@@ -747,40 +731,9 @@ class SWACallback(FitCallback):
             warn(sentence)
 
     def _say_infinite(self):
-        where = 'in' if self.every else 'at the end of'
-        self._say(
-            'finite',
-            f'the weights {where} epoch {self._fit.epoch.number} are not finite; such epochs are left out of the '
-            'average',
-        )
+        self._say('finite', infinite_sentence(self._fit.epoch.number, bool(self.every)))
 
-    def _why_nothing_is_averaged(self, n_steps=None) -> str:
-        "`n_steps`: of those taken, as in 'took 3'."
+    def _why_nothing_is_averaged(self, n_steps: str) -> str:
+        "`n_steps`: optimizer steps from the first epoch that may be averaged on, as in 'took 3'."
         fit = self._fit
-        if self.every and fit.due:
-            n_steps = n_steps or f'took {fit.n_steps}'
-            return (
-                f'every={self.every} was not reached: this fit {n_steps} optimizer steps from epoch {fit.start} on and '
-                'averages nothing'
-            )
-        if not fit.due and fit.start < self.n_epoch:
-            return (
-                f'cycle_len has no epoch from {fit.start} (swa_start={self.swa_start}) to {self.n_epoch - 1}, the last '
-                'one, counted from 0: this fit averages nothing'
-            )
-        first = fit.due[0] if fit.due else fit.start
-        return (
-            f'swa_start={self.swa_start} was not reached: epoch {first} (from 0) would be the first one averaged, '
-            f'so this fit of {self.n_epoch} epochs averages nothing'
-        )
-
-
-def _ranges(epochs) -> str:
-    "[3, 4, 5, 9] -> '3-5, 9'"
-    runs = []
-    for e in epochs:
-        if runs and runs[-1][1] == e - 1:
-            runs[-1][1] = e
-        else:
-            runs.append([e, e])
-    return ', '.join(str(a) if a == b else f'{a}-{b}' for a, b in runs)
+        return nothing_sentence(self.swa_start, self.every, fit.start, fit.due, self.n_epoch, n_steps)

@@ -27,6 +27,7 @@ __all__ = [
     'remarks_on_cycles',
     'remarks_on_trackers',
     'validated_epochs',
+    'nothing_sentence',
 ]
 
 
@@ -137,3 +138,26 @@ def remarks_on_trackers(learn: Learner, columns: list, validated: list[int], swa
                 'SaveSWAModelCallback'
             )
     return res
+
+
+def nothing_sentence(swa_start, every: int | None, start: int, due: list[int], n_epoch: int, n_steps: str) -> str:
+    """Why a fit of `n_epoch` epochs averages nothing.
+
+    - `start`: the first epoch that may be averaged; `due`: those that are, if they come to their ends.
+    - `n_steps`: optimizer steps from epoch `start` on, as in 'took 3'.
+    """
+    if every and due:
+        return (
+            f'every={every} was not reached: this fit {n_steps} optimizer steps from epoch {start} on and averages '
+            'nothing'
+        )
+    if not due and start < n_epoch:
+        return (
+            f'cycle_len has no epoch from {start} (swa_start={swa_start}) to {n_epoch - 1}, the last one, counted from '
+            '0: this fit averages nothing'
+        )
+    first = due[0] if due else start
+    return (
+        f'swa_start={swa_start} was not reached: epoch {first} (from 0) would be the first one averaged, so this fit '
+        f'of {n_epoch} epochs averages nothing'
+    )
