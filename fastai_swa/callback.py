@@ -1,13 +1,13 @@
 """`SWACallback`: the running average of a fit, validated beside the model in training.
 
-When to average, and what to do if that fails, is here; the mathematics is in `averaging`, the average and what it is of
-in `fit_average`, the passes in `passes`, what is said before the first step in `preflight`.
+What a user calls, and what is done at each event of a fit, is here; the mathematics is in `averaging`, the average and
+what it is of in `fit_average`, how far the fit has come in `fit_progress`, its table in `fit_history`, the passes in
+`passes`, the arguments in `arguments`, and what is said in `preflight`, `unaveraged` and `outcome`.
 """
 
 import copy
 import weakref
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import rank_distrib
@@ -16,12 +16,13 @@ from torch import nn
 from .arguments import check_average, check_cycle_len, check_name, check_swa_start, plain_cycle_len, plain_weight
 from .averaging import all_finite, check_swa_model, check_weight, equal
 from .batches import Taken
-from .batchnorm import StatisticsWatch, tracked_bn, union
+from .batchnorm import StatisticsWatch
 from .checks import check_count
 from .columns import recorder_of, write_below
-from .fit_average import FitAverage, refuse_another_model, state_in_file
-from .fit_history import FitHistory, FitTable
-from .fitting import FitCallback, SideWork, no_fit, passed_callbacks
+from .fit_average import FitAverage, packed_points
+from .fit_history import FitTable
+from .fit_progress import Epoch, Fit
+from .fitting import FitCallback, no_fit, passed_callbacks
 from .interrupts import uninterrupted
 from .journal import START
 from .modules import unwrap
@@ -32,12 +33,10 @@ from .passes import check_engine, refresh_bn, validate_aside
 from .plot import plot_history
 from .preflight import (
     check_model,
-    most_steps,
     nothing_sentence,
     remarks_on_cycles,
-    remarks_on_data,
-    remarks_on_loss,
-    remarks_on_model,
+    remarks_on_learner,
+    remarks_on_points,
     remarks_on_trackers,
     validated_epochs,
 )
@@ -50,70 +49,24 @@ from .weights import NoSolution
 
 __all__ = ['SWACallback']
 
-_SAVED = 'start', 'n_folds', 'n_epochs', 'n_steps', 'n_before'  # fields of `_Fit` that are in checkpoints
-
-
-@dataclass
-class _Epoch:
-    "An epoch of a fit."
-
-    number: int  # from 0; `learn.epoch` is 0 after a validation within the fit
-    is_open: bool = False  # is its training part under way, where that is averaged?
-    trained: bool = False  # has its training part ended?
-    folded: bool = False  # are points of it in the average?
-    has_failed: bool = False  # does an error, and not the schedule, leave its columns nan?
-    step_cancelled: bool = False  # was the optimizer step under way left out?
-    was_cut: bool = False  # did a callback end its training part?
-    validation_cut: bool = False  # or its validation?
-    validated: Taken = field(default_factory=Taken)  # batches, by the learner's own validation
-    train_iter_before: int = 0  # `learn.train_iter` at its beginning
-    watch: StatisticsWatch = None  # on the statistics of batch norm; `None` where it could not be made
-    beside: SampleWatch = None  # on what training may move beside the weights; in the first averaged epoch alone
-    backup: dict = None  # the callback's state at its beginning, where points are taken before it is known to be whole
-
-
-@dataclass
-class _Fit:
-    "A fit under way."
-
-    start: int  # the first epoch that may be averaged
-    due: list  # the epochs that are, if they come to their ends
-    table: FitTable = None  # `None` without a Recorder
-    n_folds: int = 0  # points taken into the average
-    n_epochs: int = 0  # epochs with such
-    n_steps: int = 0  # optimizer steps since `start`
-    n_before: int = 0  # batches before the first point, by the Recorder
-    taken: Taken = field(default_factory=Taken)  # training batches of its epochs
-    has_begun: bool = False  # is its first training epoch under way, or behind it?
-    side: SideWork = field(default_factory=SideWork)
-    said: set = field(default_factory=set)  # kinds of warnings that were given
-    epoch: _Epoch = field(default_factory=lambda: _Epoch(-1))  # the one under way
-
-    @property
-    def columns(self) -> list[str]:
-        "Those of the average; none without a Recorder."
-        return [] if self.table is None else self.table.columns
-
 
 class SWACallback(FitCallback):
-    """Average the weights at the ends of epochs into `swa_model` and validate it beside the model
-    in training.
+    """Average the weights at the ends of epochs into `swa_model` and validate it beside the model in training.
 
-    Training itself is left exactly as it is. The columns `swa_valid_loss` and `swa_<metric>` are
-    added to the learner's table, `nan` in epochs that did not validate the average. A later fit
-    starts a new average at its first averaged epoch; until then the old one stays. With `every=k` it is the
-    weights after each k-th optimizer step that are averaged, and `averaged_epochs` are the epochs
-    with such steps. Several averages are kept in one fit by callbacks of different `name`s, which
-    is then also what their columns begin with. Izmailov et al. 2018, "Averaging Weights Leads to
-    Wider Optima and Better Generalization", Algorithm 1.
+    Training itself is left exactly as it is. The columns `swa_valid_loss` and `swa_<metric>` are added to the learner's
+    table, `nan` in epochs that did not validate the average. A later fit starts a new average at its first averaged
+    epoch; until then the old one stays. With `every=k` it is the weights after each k-th optimizer step that are
+    averaged, and `averaged_epochs` are the epochs with such steps. Several averages are kept in one fit by callbacks of
+    different `name`s, which is then also what their columns begin with. Izmailov et al. 2018, "Averaging Weights Leads
+    to Wider Optima and Better Generalization", Algorithm 1.
 
-    All parameters of the model are averaged, and so copied, frozen ones too (`WeightAverage` says
-    why). Parameters of the loss are not, nor are buffers that act as weights, such as a codebook:
-    where training moves such, a warning names them.
+    All parameters of the model are averaged, and so copied, frozen ones too (`WeightAverage` says why). Parameters of
+    the loss are not, nor are buffers that act as weights, such as a codebook: where training moves such, a warning
+    names them.
 
-    If averaging the weights, a pass or a validation of them fails, that is a warning, and the
-    columns are `nan`; training goes on. Raises `TypeError` or `ValueError`, naming the
-    argument, for one that cannot be used, at the latest before the first step.
+    If averaging the weights, a pass or a validation of them fails, that is a warning, and the columns are `nan`;
+    training goes on. Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used, at the
+    latest before the first step.
     """
 
     # after the Recorder has logged the epoch, before trackers and the progress table read it
@@ -185,9 +138,7 @@ class SWACallback(FitCallback):
 
     @property
     def name(self) -> str:
-        """The learner's attribute for this callback: what was passed as `name`, unless that is
-        something else there.
-        """
+        "The learner's attribute for this callback: what was passed as `name`, unless that is something else there."
         if self.learn is not None:
             is_own = is_free(self.learn, self._name, self)
             self._attribute = self._name if is_own else f'other_{self._name}'
@@ -195,8 +146,8 @@ class SWACallback(FitCallback):
 
     @property
     def swa_model(self) -> nn.Module | None:
-        """The module that holds the average, with plain state-dict keys; `None` (or the one passed)
-        before the first averaged epoch.
+        """The module that holds the average, with plain state-dict keys; `None` (or the one passed) before the first
+        averaged epoch.
         """
         return self._given if self._average is None else self._average.running.swa_model
 
@@ -207,18 +158,16 @@ class SWACallback(FitCallback):
 
     @property
     def averaged_epochs(self) -> list[int]:
-        """The epochs averaged, counted from 0; where an earlier average was gone on with, those of
-        its fit come first.
-        """
+        "The epochs averaged, counted from 0; where an earlier average was gone on with, those of its fit come first."
         return [] if self._average is None else list(self._average.epochs)
 
     def solutions(self) -> dict[str, nn.Module]:
-        """The average, called 'average': so `rays`, `Curve`, `Ensemble` and `average_checkpoints` take
-        the callback itself.
+        """The average, called 'average': so `rays`, `Curve`, `Ensemble` and `average_checkpoints` take the callback
+        itself.
 
-        No pass is made. Where the fit ended without a validation of the average, its batch norm is
-        of other weights: `refresh` first, for an `Ensemble`; the others refresh it by themselves.
-        Raises `ValueError` if nothing is averaged yet.
+        No pass is made. Where the fit ended without a validation of the average, its batch norm is of other weights:
+        `refresh` first, for an `Ensemble`; the others refresh it by themselves. Raises `ValueError` if nothing is
+        averaged yet.
         """
         if self._average is None:
             raise NoSolution('average', 'has averaged nothing yet')
@@ -226,15 +175,14 @@ class SWACallback(FitCallback):
 
     @contextmanager
     def averaged(self):
-        """Within this context the learner predicts, validates, shows, saves and exports with the
-        average; gives the learner.
+        """Within this context the learner predicts, validates, shows, saves and exports with the average; gives the
+        learner.
 
-        Nothing is copied: the learner's own model holds the average's tensors, and gets its own
-        back at the end. Batch norm is refreshed first if it needs it. Raises `RuntimeError` if
-        there is no average or the context is entered twice; a `fit` inside is refused with one,
-        too. (`learn.load` inside would load into the average.) Interpretations made inside go on
-        with the average outside; for other objects that keep the learner for later there is
-        `views.as_lent`.
+        Nothing is copied: the learner's own model holds the average's tensors, and gets its own back at the end. Batch
+        norm is refreshed first if it needs it. Raises `RuntimeError` if there is no average or the context is entered
+        twice; a `fit` inside is refused with one, too. (`learn.load` inside would load into the average.)
+        Interpretations made inside go on with the average outside; for other objects that keep the learner for later
+        there is `views.as_lent`.
         """
         learn = self._averaged_learner('averaged')
         running = self._average.running
@@ -247,8 +195,7 @@ class SWACallback(FitCallback):
         return weakref.ref(self._average.running), self.n_averaged
 
     def apply(self):
-        """Put the average into `learn.model` for good, in place: the optimizer goes on with the
-        same parameters.
+        """Put the average into `learn.model` for good, in place: the optimizer goes on with the same parameters.
 
         Raises `RuntimeError` if there is no average yet, or inside `averaged()`.
         """
@@ -257,21 +204,19 @@ class SWACallback(FitCallback):
         self._average.running.copy_to(learn.model)
 
     def refresh(self):
-        """Refresh the batch-norm statistics of `swa_model` now, if the weights averaged last have not
-        had that yet.
-        """
+        "Refresh the batch-norm statistics of `swa_model` now, if the weights averaged last have not had that yet."
         learn = self._averaged_learner('refresh')
         if self._average.stale:
             with self._average.running.lent_to(learn.model):
                 self._refresh(learn)
 
     def plot(self, axs=None):
-        """Draw loss and each metric over the epochs of the last fit, for the model in training and for the
-        average; averaged epochs marked.
+        """Draw loss and each metric over the epochs of the last fit, for the model in training and for the average;
+        averaged epochs marked.
 
-        `axs`: one axes for the loss and one for each metric; made if `None`. Returns the array of
-        axes. The callback's own history is drawn, whatever was done with the learner since. Raises
-        `RuntimeError` if no fit with this callback, and with a Recorder, has come to the end of an epoch.
+        `axs`: one axes for the loss and one for each metric; made if `None`. Returns the array of axes. The callback's
+        own history is drawn, whatever was done with the learner since. Raises `RuntimeError` if no fit with this
+        callback, and with a Recorder, has come to the end of an epoch.
         """
         self.clean_up()
         if self._history is None:
@@ -298,22 +243,15 @@ class SWACallback(FitCallback):
                 f'name={self._name!r} is an attribute of the learner already: give the SWACallback another name'
             )
         start = start_epoch(self.swa_start, self.n_epoch)
-        fit = _Fit(start, self._due_from(start))
+        fit = Fit(start, due_epochs(start, self.n_epoch, self.cycle_len))
         recorder = recorder_of(self.learn)
         if recorder is not None:
             fit.table = FitTable(recorder, self._name)
         self._fit = fit
 
-    def _due_from(self, start: int) -> list[int]:
-        "The epochs of this fit that are averaged."
-        try:
-            return due_epochs(start, self.n_epoch, self.cycle_len)
-        except Exception as e:  # of the user's function
-            raise ValueError(f'cycle_len could not be asked for the epochs {start} to {self.n_epoch - 1}: {e!r}') from e
-
     def before_epoch(self):
         self.unmute_trackers()
-        self._fit.epoch = _Epoch(self.epoch_under_way)
+        self._fit.epoch = Epoch(self.epoch_under_way)
 
     def before_train(self):
         fit, epoch = self._fit, self._fit.epoch
@@ -351,7 +289,7 @@ class SWACallback(FitCallback):
     def after_train(self):
         fit, epoch = self._fit, self._fit.epoch
         epoch.trained = True
-        fit.taken.add(self._n_batches(), epoch.was_cut)
+        fit.taken.add(epoch.n_batches(self.learn), epoch.was_cut)
         if not self.every and self.enabled and epoch.number in fit.due:
             self._fold(if_finite=True)
         self._end_epoch()
@@ -364,10 +302,8 @@ class SWACallback(FitCallback):
         is_of_another = not epoch.trained  # of a callback that validates while training goes on
         if is_of_another or fit.table is None:
             return
-        is_last = epoch.number == self.n_epoch - 1
-        is_turn = epoch.folded and self.swa_eval_freq and (fit.n_epochs - 1) % self.swa_eval_freq == 0
-        is_due = fit.n_folds and (is_turn or is_last)
         epoch.validated.add(self.learn.iter + 1, epoch.validation_cut)
+        is_due = fit.is_validated(self.swa_eval_freq, is_last=epoch.number == self.n_epoch - 1)
         fit.table.complete_row(self._evaluate() if is_due else [])
 
     def after_cancel_epoch(self):
@@ -395,7 +331,8 @@ class SWACallback(FitCallback):
     def after_fit(self):
         fit = self._fit
         if fit.has_begun and not fit.n_folds and not fit.side.failures and 'finite' not in fit.said:
-            self._say('nothing', self._why_nothing_is_averaged(f'took {fit.n_steps}'))
+            taken = f'took {fit.n_steps}'
+            self._say('nothing', nothing_sentence(self.swa_start, self.every, fit.start, fit.due, self.n_epoch, taken))
         if fit.n_folds and fit.table is not None:
             with fit.side.attempt(f'saying what came of {self._what}'):
                 write_below(self.learn, lines(self._outcome()))
@@ -425,21 +362,18 @@ class SWACallback(FitCallback):
         check_engine(learn)
         check_model(learn, self._given)
         self._open_continued()
-        remarks = remarks_on_model(learn) | remarks_on_data(learn, self._what)
-        remarks |= remarks_on_loss(learn, self._loss_func, self._what)
+        remarks = remarks_on_learner(learn, self._loss_func, self._what)
         remarks |= remarks_on_cycles(self.cycle_len, fit.due, self.n_epoch)
-        n_steps = most_steps(learn, fit.start)
-        if not fit.due or self.every and n_steps < self.every:
-            remarks['nothing'] = self._why_nothing_is_averaged(f'has at most {n_steps}')
-        else:
+        remarks |= remarks_on_points(learn, self.swa_start, self.every, fit.start, fit.due)
+        if 'nothing' not in remarks:
             validated = validated_epochs(fit.due, self.n_epoch, self.swa_eval_freq)
             remarks |= remarks_on_trackers(learn, fit.columns, validated, self.swa_start)
         for kind, sentence in remarks.items():
             self._say(kind, sentence)
 
     def _open_continued(self):
-        """Read the average to go on with now: its callback may begin another one in this fit, its
-        file be written again.
+        """Read the average to go on with now: its callback may begin another one in this fit, its file be written
+        again.
         """
         continued = self._continued
         if continued is None or isinstance(continued, dict):
@@ -448,12 +382,8 @@ class SWACallback(FitCallback):
             continued.clean_up()
             if not continued.n_averaged:
                 raise ValueError('average is a SWACallback that has averaged nothing: there is nothing to go on with')
-            state = continued._average.running.state_dict()
-            epochs = continued.averaged_epochs
-        else:
-            state, epochs = state_in_file(continued)
-        refuse_another_model(state, self.learn.model)
-        self._continued = {'state': pack(state), 'epochs': epochs}
+            continued = continued._average
+        self._continued = packed_points(continued, self.learn.model)
 
     # taking points
 
@@ -498,28 +428,22 @@ class SWACallback(FitCallback):
     def _end_epoch(self, alone=False):
         """The training part of an epoch is over.
 
-        - `alone`: other processes, if there are any, are not asked; they may be elsewhere, as after
-          an error.
+        - `alone`: other processes, if there are any, are not asked; they may be elsewhere, as after an error.
         """
         fit, epoch = self._fit, self._fit.epoch
         if not epoch.is_open:
             return
         if not epoch.trained:
-            fit.taken.add(self._n_batches(), was_cut=True)
+            fit.taken.add(epoch.n_batches(self.learn), was_cut=True)
         gather = (lambda o: [o]) if alone else Processes(self.learn).gather
         with fit.side.attempt(f'closing an epoch of {self._what}', 'its batch norm may be of other weights'):
             self._close_epoch(gather)
         # last: what was interrupted above is done again at the end of the fit
-        epoch.watch = epoch.beside = epoch.backup = None
-        epoch.is_open = False
-
-    def _n_batches(self) -> int:
-        "That the epoch under way has trained on."
-        return self.learn.train_iter - self._fit.epoch.train_iter_before
+        epoch.close()
 
     def _close_epoch(self, gather):
-        """Take back an epoch that not all processes averaged, or of whose steps some are not finite;
-        of others note which statistics follow the weights.
+        """Take back an epoch that not all processes averaged, or of whose steps some are not finite; those of others
+        stay.
 
         What is done follows from what all processes know, so that they gather equally often.
         """
@@ -536,45 +460,24 @@ class SWACallback(FitCallback):
             self._take_back()
             self._say_infinite()
         else:
-            self._note_statistics(gather)
+            self._keep_points(gather)
 
-    def _note_statistics(self, gather):
-        epoch, average = self._fit.epoch, self._average
+    def _keep_points(self, gather):
+        "The points of the epoch under way stay: what else of the model is theirs?"
+        fit, epoch, average = self._fit, self._fit.epoch, self._average
         model = unwrap(self.learn.model)
-        average.taken = self._fit.taken
-        has_run = self._n_batches() > 0
-        moved = gather(epoch.watch.moved() if has_run and epoch.watch is not None else None)
-        known = [names for names in moved if names is not None]
-        if known:
-            average.bn = union(known)
-        elif not average.bn:  # no batch ran, and no epoch before tells
-            average.bn = list(tracked_bn(model))
-        self._follow(average)
-        average.stale = bool(average.bn)
-        self._say_what_is_left_out()
+        average.taken = fit.taken
+        average.follow(model, gather(epoch.statistics_moved(self.learn)))
+        if self._given is None and not average.has_structure_of(model):
+            with fit.side.attempt(f'following a change of the model in {self._what}', 'it is still made as before'):
+                average.copy_anew(self.learn, self.weight)
+        if epoch.beside is not None:
+            moved = epoch.beside.moved(self._beside_weights())
+            for kind, sentence in sentences_on_moved(self._what, moved).items():
+                self._say(kind, sentence)
 
     def _beside_weights(self) -> dict:
         return beside_weights(unwrap(self.learn.model), None if 'loss' in self._fit.said else self._loss_func)
-
-    def _say_what_is_left_out(self):
-        "Name, once, what training has moved beside the weights in the first averaged epoch."
-        beside = self._fit.epoch.beside
-        if beside is None:
-            return
-        moved = beside.moved(self._beside_weights())
-        for kind, sentence in sentences_on_moved(self._what, moved).items():
-            self._say(kind, sentence)
-
-    def _follow(self, average):
-        """Give `swa_model` the attributes, and where they changed the modules and hooks, that the model
-        has now.
-        """
-        model = unwrap(self.learn.model)
-        average.running.settle(model)
-        if self._given is not None or average.has_structure_of(model):
-            return
-        with self._fit.side.attempt(f'following a change of the model in {self._what}', 'it is still made as before'):
-            average.copy_anew(self.learn, self.weight)
 
     def _take_back(self):
         "The average, and what is counted, is again what it was before the epoch under way."
@@ -588,8 +491,8 @@ class SWACallback(FitCallback):
 
     @property
     def key(self) -> str:
-        """By what a checkpoint tells it from the fit's other averages; of 'swa' it is '0', the number
-        that `walk.named_callbacks` gives the only callback of a class.
+        """By what a checkpoint tells it from the fit's other averages; of 'swa' it is '0', the number that
+        `walk.named_callbacks` gives the only callback of a class.
         """
         return '0' if self._name == 'swa' else self._name
 
@@ -605,44 +508,29 @@ class SWACallback(FitCallback):
     def state_dict(self) -> dict:
         "Average, counters and where it stands in a fit, as plain data; tensors are live."
         fit, average = self._fit, self._average
-        res = {'average': None, 'epochs': self.averaged_epochs, 'bn': [], 'stale': False, 'fit': {}}
-        taken = fit.taken if fit is not None else getattr(average, 'taken', None)
+        res = {'average': None, 'epochs': [], 'bn': [], 'stale': False} if average is None else average.state_dict()
+        taken = getattr(average, 'taken', None) if fit is None else fit.taken
+        res |= {'fit': {}} if fit is None else fit.state_dict()
         res['taken'] = None if taken is None else [taken.n, taken.reached_end]
         res['continued'] = self._continued if isinstance(self._continued, dict) else None
-        if fit is not None:
-            res['fit'] = {k: getattr(fit, k) for k in _SAVED}
-            res['history'] = None if fit.table is None else vars(fit.table.history)
-        if average is None:
-            return res
-        return res | {'average': average.state_dict(), 'bn': list(average.bn), 'stale': average.stale}
+        return res
 
     def load_state_dict(self, state: dict):
-        """Take over a `state_dict`. Raises `ValueError` if its average is not one of the learner's
-        model.
-        """
+        "Take over a `state_dict`. Raises `ValueError` if its average is not one of the learner's model."
+        fit = self._fit
         taken = Taken(*state['taken']) if state.get('taken') else None
-        if state['average'] is None:
-            self._average = None
-        else:
+        average = None
+        if state['average'] is not None:
             average = self._average or self._new_average()
-            with uninterrupted():
-                average.load_state_dict(state['average'])
-                average.learner = weakref.ref(self.learn)
-                average.epochs = list(state['epochs'])
-                average.bn = list(state['bn'])
-                average.stale = state['stale']
-                average.taken = taken
-                self._average = average
-        if self._fit:
-            counts = {k: state['fit'][k] for k in _SAVED if k in state['fit']}
-            if not all(type(n) is int for n in counts.values()):
-                raise ValueError(f'the state of {self._what} has counts that are none: {counts}')
-            vars(self._fit).update(counts)
-            self._fit.due = self._due_from(self._fit.start)
-            if self._fit.table is not None and state.get('history') is not None:  # files of earlier versions have none
-                self._fit.table.go_on(FitHistory(**state['history']))
-            self._fit.taken = taken or Taken()
-            if self._fit.n_folds:
+        with uninterrupted():
+            if average is not None:
+                average.load_state_dict(state, self.learn, taken)
+            self._average = average
+        if fit is not None:
+            fit.load_state_dict(state, self._what)
+            fit.due = due_epochs(fit.start, self.n_epoch, self.cycle_len)
+            fit.taken = taken or Taken()
+            if fit.n_folds:
                 self._continued = None
         if state.get('continued'):
             self._continued = state['continued']
@@ -705,8 +593,8 @@ class SWACallback(FitCallback):
         return 'the average' if self._name == 'swa' else f'the average {self._name!r}'
 
     def _averaged_learner(self, call) -> Learner:
-        """The learner whose weights were averaged. Raises `RuntimeError`, naming `call`, if there is no
-        average, or that learner is gone.
+        """The learner whose weights were averaged. Raises `RuntimeError`, naming `call`, if there is no average, or
+        that learner is gone.
         """
         self.clean_up()
         if self._average is None:
@@ -732,8 +620,3 @@ class SWACallback(FitCallback):
 
     def _say_infinite(self):
         self._say('finite', infinite_sentence(self._fit.epoch.number, bool(self.every)))
-
-    def _why_nothing_is_averaged(self, n_steps: str) -> str:
-        "`n_steps`: optimizer steps from the first epoch that may be averaged on, as in 'took 3'."
-        fit = self._fit
-        return nothing_sentence(self.swa_start, self.every, fit.start, fit.due, self.n_epoch, n_steps)

@@ -21,7 +21,7 @@ FLOORS = [
     {'attributes', 'checkpoint_files', 'keeping', 'randomness', 'solutions', 'unaveraged'},
     {'state', 'aside'},
     {'batches', 'names', 'samples'},
-    {'passes', 'ensemble', 'fit_average'},
+    {'passes', 'ensemble', 'fit_average', 'fit_progress'},
     {'preflight'},
     {'callback', 'checkpoint', 'snapshots'},
     {'landscape', 'saving'},
