@@ -487,6 +487,56 @@ class SWACallback(FitCallback):
             epoch.folded = False
         epoch.has_failed = True
 
+    # validating the average
+
+    def _evaluate(self) -> list:
+        "The values of the average's columns now; none if they cannot be had."
+        fit = self._fit
+        with fit.side.attempt(f'validating {self._what}', 'its columns are nan in that epoch'):
+            with self._average.running.lent_to(self.learn.model):
+                self._refresh(self.learn, in_fit=True)
+                values = validate_aside(self.learn, taken=fit.epoch.validated)
+            fit.epoch.has_failed = False
+            return values
+        # an exception has ended the attempt
+        fit.epoch.has_failed = True
+        return []
+
+    def _refresh(self, learn, in_fit=False):
+        "Refresh the batch norm of `learn.model`, which holds the average, if it needs it."
+        average = self._average
+        if not average.stale or not average.bn:
+            return
+        moments = refresh_bn(learn, average.bn, self.bn_batches, in_fit, taken=average.taken)
+        for kind, sentence in moments.remarks.items():
+            self._say(kind, sentence)
+        average.stale = False
+
+    # what came of it
+
+    def _epochs_of_fit(self) -> list[int]:
+        "The epochs averaged, without those gone on with."
+        n = self._fit.n_epochs
+        return self.averaged_epochs[-n:] if n else []
+
+    def _outcome(self) -> Outcome:
+        fit, average = self._fit, self._average
+        history = fit.table.history
+        history.averaged = self._epochs_of_fit()
+        is_passed = any(cb is self for cb in passed_callbacks(self.learn))
+        return Outcome(
+            history=history,
+            described=described(self.n_averaged, self.averaged_epochs, bool(self.every)),
+            call=self._name if is_passed else f'learn.{self._name}',
+            n_averaged=self.n_averaged,
+            by_steps=bool(self.every),
+            is_new=not self._goes_on,
+            has_batch_norm=bool(average.bn),
+            weight=self.weight,
+            lrs=fit.table.recorder.lrs,
+            n_before=fit.n_before,
+        )
+
     # its state, for checkpoints
 
     @property
@@ -534,56 +584,6 @@ class SWACallback(FitCallback):
                 self._continued = None
         if state.get('continued'):
             self._continued = state['continued']
-
-    # what came of it
-
-    def _epochs_of_fit(self) -> list[int]:
-        "The epochs averaged, without those gone on with."
-        n = self._fit.n_epochs
-        return self.averaged_epochs[-n:] if n else []
-
-    def _outcome(self) -> Outcome:
-        fit, average = self._fit, self._average
-        history = fit.table.history
-        history.averaged = self._epochs_of_fit()
-        is_passed = any(cb is self for cb in passed_callbacks(self.learn))
-        return Outcome(
-            history=history,
-            described=described(self.n_averaged, self.averaged_epochs, bool(self.every)),
-            call=self._name if is_passed else f'learn.{self._name}',
-            n_averaged=self.n_averaged,
-            by_steps=bool(self.every),
-            is_new=not self._goes_on,
-            has_batch_norm=bool(average.bn),
-            weight=self.weight,
-            lrs=fit.table.recorder.lrs,
-            n_before=fit.n_before,
-        )
-
-    # validating the average
-
-    def _evaluate(self) -> list:
-        "The values of the average's columns now; none if they cannot be had."
-        fit = self._fit
-        with fit.side.attempt(f'validating {self._what}', 'its columns are nan in that epoch'):
-            with self._average.running.lent_to(self.learn.model):
-                self._refresh(self.learn, in_fit=True)
-                values = validate_aside(self.learn, taken=fit.epoch.validated)
-            fit.epoch.has_failed = False
-            return values
-        # an exception has ended the attempt
-        fit.epoch.has_failed = True
-        return []
-
-    def _refresh(self, learn, in_fit=False):
-        "Refresh the batch norm of `learn.model`, which holds the average, if it needs it."
-        average = self._average
-        if not average.stale or not average.bn:
-            return
-        moments = refresh_bn(learn, average.bn, self.bn_batches, in_fit, taken=average.taken)
-        for kind, sentence in moments.remarks.items():
-            self._say(kind, sentence)
-        average.stale = False
 
     # small helpers
 

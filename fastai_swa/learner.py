@@ -305,5 +305,5 @@ def _warn_if_above(swa_lr, lr):
     given = f'({swa_lr[0]:g}, {swa_lr[1]:g})' if isinstance(swa_lr, tuple) else f'{swa_lr:g}'
     warn(
         f'swa_lr={given} is above lr={lr:g}: swa_lr is the learning rate while averaging, to which the rate now rises; '
-        'if it was meant as the first epoch to average, that is swa_start',
+        'if it was meant as the first epoch to average, that is swa_start'
     )
