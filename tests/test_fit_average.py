@@ -69,8 +69,8 @@ def test_its_state_is_put_into_an_average_of_another_learner():
     learn = learner()
     average, mean = averaged(learn)
     average.bn, average.stale = ['5'], True
-    other = learner(seed=3)
-    res, taken = FitAverage.begin(other, equal, None, None), Taken(4, True)
+    other, taken = learner(seed=3), Taken(4, True)
+    res = FitAverage.begin(learner(seed=4), equal, None, None)
     res.load_state_dict(average.state_dict(), other, taken)
     assert_is(res, mean, [0, 1, 2])
     assert res.bn == ['5'] and res.stale and res.taken is taken and res.learner == weakref.ref(other)
