@@ -1433,13 +1433,19 @@ def average_of(saved):
 
 BROKEN = {
     **{f'no {key}': without(key) for key in ('fit', 'state', 'steps', 'id', 'has_past', 'version')},
-    **{f'no {key} in the state': without(key, state_of) for key in ('epoch', 'model', 'callbacks', 'random', 'rows')},
+    **{
+        f'no {key} in the state': without(key, state_of)
+        for key in ('epoch', 'model', 'callbacks', 'random', 'data', 'rows')
+    },
     'a version in words': instead('version', '3'),
     'a fit in words': instead('fit', 'the first one'),
     'a fit of no length': without('the number of epochs', lambda saved: saved['fit']),
     'an id that leads elsewhere': instead('id', '../../../../etc'),
     'bytes in words': instead('steps', {'bytes': 'all', 'sha256': ''}),
     'epoch true': instead('epoch', True, state_of),
+    'an epoch after the last': instead('epoch', 99, state_of),
+    'an epoch before the first': instead('epoch', -1, state_of),
+    'no table': instead('rows', None, state_of),
     'a model in words': instead('model', 'resnet', state_of),
     'a model of words': instead('0.weight', 'heavy', lambda saved: saved['state']['model']),
     'an unknown tag': instead('optimizer', ('magic', 3), state_of),
