@@ -230,10 +230,16 @@ def _is_index(o) -> bool:
     "Is `o` as `write_index` has it? One of an earlier version has no SHA-256."
     if not isinstance(o, dict) or o.get('format') != _FORMAT or not _is_list(o.get('files'), str):
         return False
+    if o.get('combine') not in (None, 'mean', 'vote', 'stack'):
+        return False
+    if o.get('activation') not in (None, 'softmax', 'sigmoid', 'none'):
+        return False
     hashes = o.get('sha256', [''] * len(o['files']))
     if not _is_list(hashes, str) or len(hashes) != len(o['files']) or not _is_list(o.get('epochs', []), int):
         return False
-    return o.get('stacking') is None or _is_stacking(o['stacking'], len(o['files']))
+    if o.get('stacking') is None:
+        return o.get('combine') != 'stack'
+    return _is_stacking(o['stacking'], len(o['files']))
 
 
 def _is_list(o, cls) -> bool:
@@ -247,9 +253,8 @@ def _is_stacking(o, n_members: int) -> bool:
     rows = [*o['weights'], o['bias']]
     if not all(isinstance(row, list) and all(_is_finite(x) for x in row) for row in rows):
         return False
-    sizes = {len(row) for row in o['weights']}
-    is_even = len(sizes) == 1 and n_members > 0 and sizes.pop() % n_members == 0
-    return is_even and len(o['weights']) == len(o['bias'])
+    n_outputs = len(o['bias'])
+    return n_outputs == len(o['weights']) > 0 and all(len(row) == n_members * n_outputs for row in o['weights'])
 
 
 def _is_finite(x) -> bool:
