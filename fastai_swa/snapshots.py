@@ -28,7 +28,7 @@ from .processes import Processes
 from .solutions import by_epoch, check_solution, gathered, source_of
 from .walk import not_copied
 from .warn import warn
-from .weights import NoSolution, folder_lock, load_into, read_index, weights_of, write_index
+from .weights import NoSolution, folder_lock, load_into, read_index, refuse_nan, weights_of, write_index
 
 __all__ = ['SnapshotCallback', 'average_checkpoints']
 
@@ -467,7 +467,7 @@ def average_checkpoints(paths, model, loader=None, **kwargs) -> nn.Module:
       `kwargs` for `update_bn`, if it has batch norm. Neither is changed.
 
     Izmailov et al. 2018, Algorithm 1. Raises `ValueError` if `paths` is empty, if weights do not
-    fit or a file is damaged, or without the loader that is needed; `FileNotFoundError` for a
+    fit or have a NaN, if a file is damaged, or without the loader that is needed; `FileNotFoundError` for a
     missing file; `TypeError` for what has no weights, and for arguments in the other order. They
     name it.
     """
@@ -488,7 +488,10 @@ def average_checkpoints(paths, model, loader=None, **kwargs) -> nn.Module:
     modes = [m.training for m in current.modules()]
     average = WeightAverage(current)
     for name, solution in found.items():
-        average.update(load_into(current, source_of(solution), name))
+        source = source_of(solution)
+        load_into(current, source, name)
+        refuse_nan(current.state_dict(), source if isinstance(source, str | Path) else name)
+        average.update(current)
     swa_model = average.swa_model
     if learn is not None and loader is None:
         names = refreshable(learn)

@@ -328,6 +328,15 @@ def test_a_validation_that_is_skipped_or_cut_at_a_snapshot_is_said_and_nothing_f
 # beside other callbacks
 
 
+def test_average_checkpoints_refuses_weights_with_a_nan_by_name(tmp_path):
+    diverged = net()
+    with torch.no_grad():
+        diverged[0].weight[0, 0] = float('nan')
+    torch.save(diverged.state_dict(), tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match="a.pth has a NaN in '0.weight'"):
+        average_checkpoints([net().state_dict(), tmp_path / 'a.pth'], learner())
+
+
 def test_average_checkpoints_leaves_the_batch_norm_alone_that_a_bnfreeze_of_the_learner_keeps_from_moving(tmp_path):
     learn = learner(cbs=BnFreeze())
     for p in learn.model[1].parameters():
