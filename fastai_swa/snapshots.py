@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner, Recorder
 from torch import nn
 
@@ -163,8 +164,21 @@ class SnapshotCallback(FitCallback):
         if self.folder is not None:
             processes.first(self._lock)
         recorder = recorder_of(self.learn)
-        if recorder is not None and self.max_preds_mb:
+        if not self.max_preds_mb:
+            self._refuse_trackers([] if recorder is None else list(recorder.metric_names))
+        elif recorder is not None:
             self._fit.n_own, self._fit.columns = insert_columns(recorder, 'ens')
+
+    def _refuse_trackers(self, columns: list):
+        "Raise `ValueError` for a tracker of a column that is left out, which would end the fit without a word on why."
+        for cb in self.learn.cbs:
+            if not isinstance(cb, TrackerCallback) or cb.monitor in columns:
+                continue
+            if str(cb.monitor).startswith('ens_'):
+                raise ValueError(
+                    f'max_preds_mb=0 leaves out the columns of the growing ensemble, and the {type(cb).__name__} '
+                    f'monitors {cb.monitor!r}: give it another column, or max_preds_mb more'
+                )
 
     def before_epoch(self):
         fit = self._fit
