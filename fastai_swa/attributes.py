@@ -3,6 +3,7 @@ attributes, as plain data; and that put back into the objects that have the same
 
 import inspect
 import weakref
+from collections import defaultdict
 from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
@@ -134,9 +135,26 @@ def _history(histories, o, k, v, path, packer):
     if any(isinstance(o, cls) and k in names for cls, names in _GROWING.items()):
         if type(v) is list:
             return histories.cut(name, v, packer)
-        if type(v) is dict and set(map(type, v.values())) == {list} and set(map(type, v)) == {str}:
+        if _is_of_lists(v):
             return {key: histories.cut(f'{name}[{key!r}]', values, packer) for key, values in v.items()}
-    return histories.cut_if_grown(name, v, packer) if type(v) is list and isinstance(o, Callback) else None
+    if not isinstance(o, Callback):
+        return None
+    if type(v) is list:
+        return histories.cut_if_grown(name, v, packer)
+    return _history_of_dict(histories, v, name, packer) if _is_of_lists(v) else None
+
+
+def _is_of_lists(v) -> bool:
+    "Is it a dict of lists under names, as of losses and rates?"
+    return type(v) in (dict, defaultdict) and set(map(type, v.values())) == {list} and set(map(type, v)) == {str}
+
+
+def _history_of_dict(histories, v, name, packer):
+    "The same for the dict `v` of lists, if some of these only grow."
+    cut = {key: histories.cut_if_grown(f'{name}[{key!r}]', values, packer) for key, values in v.items()}
+    if all(part is None for part in cut.values()):
+        return None
+    return {key: packer(v[key], f'{name}[{key!r}]') if part is None else part for key, part in cut.items()}
 
 
 # the learner, and when the Recorder's clock started

@@ -1337,6 +1337,33 @@ def test_a_fit_with_snapshots_and_trackers_goes_on_after_its_folder_was_moved(tm
     assert not (tmp_path / 'here').exists()
 
 
+def test_what_a_callback_collects_in_a_dict_of_lists_is_written_once(tmp_path):
+    file, sizes = tmp_path / 'run.ckpt', []
+
+    class Collects(Callback):
+        def before_fit(self):
+            self.seen = {'loss': [0.5] * 1200, 'rows': [], 'few': []}
+
+        def before_train(self):
+            self.seen['few'] = [self.epoch]
+            sizes.append(file.stat().st_size)
+
+        def after_batch(self):
+            self.seen['loss'] += [float(self.loss.detach())] * 300
+            self.seen['rows'] += [(self.epoch, 0.25)] * 300
+
+    def start(*more):
+        collects = Collects()
+        learner(path=tmp_path).fit(8, 0.05, cbs=[collects, CheckpointCallback(file), *more])
+        return collects.seen
+
+    with pytest.raises(Killed):
+        start(kill(6))
+    assert sizes[6] < 1.05 * sizes[5] < 1.1 * sizes[4]
+    got = start()
+    assert not file.exists() and got == start()
+
+
 def test_paths_that_a_callback_collects_go_on_after_their_folder_was_moved(tmp_path):
     class KeepsTwo(Callback):
         def before_fit(self):
