@@ -344,6 +344,8 @@ class WeightAverage:
             raise RuntimeError('a state cannot be loaded while the average is lent to a model')
         if not isinstance(state, dict) or not {'swa_model', 'n_averaged', 'master'} <= set(state):
             raise ValueError('not the state of a WeightAverage: expected a dict with swa_model, n_averaged and master')
+        if type(state['n_averaged']) is not int or state['n_averaged'] < 0:
+            raise ValueError(f'not the state of a WeightAverage: n_averaged is {state["n_averaged"]!r}, no number')
         model = unwrap(self._swa_model)
         own = {plain_name(k): (k, v) for k, v in model.state_dict().items()}
         refuse_mismatch('the state', state['swa_model'], {name: v for name, (_, v) in own.items()})

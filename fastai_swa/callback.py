@@ -130,6 +130,7 @@ class SWACallback(FitCallback):
         res = super().__deepcopy__(memo)
         res._given = copy.deepcopy(self._given, memo)
         res._continued = self._continued  # is only read
+        res._history = copy.deepcopy(self._history)
         if self._average is not None:
             res._average = self._average.copied(res._given, memo)
         return res

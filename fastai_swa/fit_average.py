@@ -124,6 +124,8 @@ class FitAverage:
 
     def load_state_dict(self, state: dict, learn: Learner, taken: Taken | None):
         "Take over a `state_dict`, as an average of `learn`. Raises `ValueError` if it is not one of its model."
+        if not all(type(epoch) is int for epoch in state['epochs']):
+            raise ValueError(f'the epochs of an average are not {state["epochs"]}')
         self._load_running(state['average'])
         self.learner = weakref.ref(learn)
         self.epochs = list(state['epochs'])

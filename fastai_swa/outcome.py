@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .checks import counted
 from .fit_history import FitHistory
 
 __all__ = [
@@ -65,9 +66,10 @@ def lines(fit: Outcome) -> list[str]:
 
 def described(n_averaged: int, epochs: list[int], by_steps: bool) -> str:
     "As in 'average of 3 epochs (2-4)', or 'average of 30 steps (epochs 2-4)'."
-    unit, of = ('step', f'epochs {_ranges(epochs)}') if by_steps else ('epoch', _ranges(epochs))
-    plural = '' if n_averaged == 1 else 's'
-    return f'average of {n_averaged} {unit}{plural} ({of})'
+    if not by_steps:
+        return f'average of {counted(n_averaged, "epoch")} ({_ranges(epochs)})'
+    label = 'epoch' if len(epochs) == 1 else 'epochs'
+    return f'average of {counted(n_averaged, "step")} ({label} {_ranges(epochs)})'
 
 
 def _ranges(epochs) -> str:

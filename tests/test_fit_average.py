@@ -76,6 +76,21 @@ def test_its_state_is_put_into_an_average_of_another_learner():
     assert res.bn == ['5'] and res.stale and res.taken is taken and res.learner == weakref.ref(other)
 
 
+@pytest.mark.parametrize(
+    'changes', [{'epochs': ['a']}, {'average': {'n_averaged': -5}}, {'average': {'n_averaged': 'x'}}]
+)
+def test_a_state_with_points_that_cannot_be_counted_is_refused(changes):
+    learn = learner()
+    average, _ = averaged(learn)
+    state = average.state_dict()
+    for key, value in changes.items():
+        state[key] = state[key] | value if isinstance(value, dict) else value
+    res = FitAverage.begin(learner(seed=4), equal, None, None)
+    with pytest.raises(ValueError, match='n_averaged is|epochs of an average are not'):
+        res.load_state_dict(state, learn, None)
+    assert res.running.n_averaged == 0 and res.epochs == []
+
+
 @pytest.mark.parametrize('as_file', [False, True])
 def test_points_are_gone_on_with_from_an_average_and_from_a_file(as_file, tmp_path):
     average, mean = averaged(learner())

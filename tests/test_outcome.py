@@ -50,7 +50,7 @@ def history(raw, average, averaged, first=0):
         (3, [2, 3, 4], False, 'average of 3 epochs (2-4)'),
         (6, [0, 3, 4, 5, 9, 11], False, 'average of 6 epochs (0, 3-5, 9, 11)'),
         (5, [7, 8, 3, 4, 5], False, 'average of 5 epochs (7-8, 3-5)'),  # the former gone on with
-        (1, [2], True, 'average of 1 step (epochs 2)'),
+        (1, [2], True, 'average of 1 step (epoch 2)'),
         (30, [2, 3], True, 'average of 30 steps (epochs 2-3)'),
     ],
 )

@@ -1,3 +1,4 @@
+import copy
 import json
 from contextlib import suppress
 
@@ -71,6 +72,15 @@ def test_the_callback_and_the_recorder_draw_the_fit_after_a_validation_and_after
     learn.fit(2, cbs=swa)
     assert drawn(swa.plot()) == drawn(learn.recorder.plot_swa()) != right_after
     assert list(line(swa.plot()[0], 'model in training').get_xdata()) == [0, 1]
+
+
+def test_a_deep_copy_of_a_learner_draws_the_fit_too_and_keeps_it_when_the_other_is_fitted():
+    learn = learner().to_swa(swa_start=1)
+    learn.fit(3)
+    twin = copy.deepcopy(learn)
+    expected = drawn(learn.swa.plot())
+    learn.fit(2)
+    assert drawn(twin.swa.plot()) == expected
 
 
 def test_each_of_several_averages_draws_its_own_columns():

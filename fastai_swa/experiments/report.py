@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
+from ..checks import counted
 from . import report_ensembles, report_trainings
 from .compare_ensembles import load_comparison
 from .machine import hardware_text, versions_text
@@ -15,7 +16,7 @@ from .report_surfaces import has_surfaces, report_surfaces
 from .report_trainings import has_learned_nothing
 from .rows import REFRESHED, values
 from .store import write_figure, write_report
-from .tables import counted, difference_rows, markdown_table, spread
+from .tables import difference_rows, markdown_table, spread
 
 __all__ = ['report', 'compare', 'papers_table', 'is_of_budgets', 'load_records']
 

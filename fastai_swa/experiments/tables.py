@@ -8,7 +8,6 @@ from scipy.stats import t
 
 __all__ = [
     'markdown_table',
-    'counted',
     'spread',
     'mean_and_half',
     'difference_rows',
@@ -23,10 +22,6 @@ def markdown_table(rows: list[list[str]]) -> str:
     head, *body = [f'| {" | ".join(row)} |' for row in rows]
     line = '|---' * len(rows[0]) + '|'
     return '\n'.join([head, line, *body])
-
-
-def counted(n: int, noun: str) -> str:
-    return f'{n} {noun}' if n == 1 else f'{n} {noun}s'
 
 
 def mean_and_half(x: np.ndarray) -> tuple[float, float]:
