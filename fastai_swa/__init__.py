@@ -1,11 +1,12 @@
 """Weight averaging for fastai: one callback, two models side by side."""
 
 from . import learner  # noqa: F401  (patches Learner)
-from .averaging import WeightAverage, ema, equal
+from .averaging import WeightAverage, ema, equal, power_ema
 from .batchnorm import update_bn
 from .callback import SaveSWAModelCallback, SWACallback
 from .checkpoint import CheckpointCallback
 from .ensemble import Ensemble
+from .history import WeightHistory
 from .landscape import (
     Curve,
     Surface,
@@ -32,6 +33,8 @@ __all__ = [
     'WeightAverage',
     'equal',
     'ema',
+    'power_ema',
+    'WeightHistory',
     'update_bn',
     'rays',
     'line',

@@ -239,6 +239,9 @@ class CheckpointCallback(FitCallback):
             _gather(state, fit.processes)
             state['data'] = _sizes(learn)
             fit.processes.first(write, self.file, _KIND, _VERSION, fit.journal.content(fit.settings, state))
+            for cb in learn.cbs:
+                if hasattr(type(cb), 'after_checkpoint'):
+                    cb.after_checkpoint()
         except Exception as e:
             if learn.epoch == 0:
                 raise  # before the first step

@@ -15,6 +15,7 @@ from fastai.callback.core import Callback, CancelEpochException, CancelFitExcept
 from fastai.callback.training import BnFreeze, bn_types
 from fastai.learner import AvgLoss, Recorder
 from fastai.torch_core import num_distrib, to_detach
+from fastcore.foundation import L
 from torch.nn.parallel import DistributedDataParallel
 
 from .aside import aside, buffers_kept
@@ -54,14 +55,14 @@ class _PassCallback(Callback):
 # validation
 
 
-def validate_aside(learn, dl=None, in_fit: bool = True) -> list:
+def validate_aside(learn, dl=None, in_fit: bool = True, also=()) -> list:
     """Loss and metrics of `learn.model` on the validation set, or on `dl`, as floats (`nan` where
     there is no value).
 
     The model's buffers are afterwards what they were, also where a callback validates in train
     mode.
 
-    - `in_fit`: as in `refresh_bn`.
+    - `in_fit`: as in `refresh_bn`; `also`: more callbacks for this pass.
 
     Raises `PassCancelled` if a callback cancels it, `ValueError` if the validation set can be gone
     through only once, and `PassFailed` if it failed in another process.
@@ -73,7 +74,7 @@ def validate_aside(learn, dl=None, in_fit: bool = True) -> list:
             dl = fresh_loader(learn.dls[1], processes=processes)
         collector = _Collector(learn.metrics, processes)
         model = _without_collectives(learn.model, processes)
-        with _with_model(learn, model), learn.added_cbs(collector):
+        with _with_model(learn, model), learn.added_cbs([collector, *L(also)]):
             _run(learn, dl)
         return plain_values(collector.measured)
 
