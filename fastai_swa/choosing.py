@@ -250,8 +250,8 @@ def _sentence(found, scores, gains, best, by, dl, n_samples) -> str:
     better, error = gains[best]
     chance = f' +- {2 * error:.4f}' if error == error else ', without a measure of chance'
     return (
-        f'Chosen: {called(found[best].which)}, {by} {scores[best].values[by]:.4f} against {last:.4f} of the last weights '
-        f'(better by {better:.4f}{chance}), on {where}.'
+        f'Chosen: {called(found[best].which)}, {by} {scores[best].values[by]:.4f} against {last:.4f} of the last '
+        f'weights (better by {better:.4f}{chance}), on {where}.'
     )
 
 

@@ -409,8 +409,8 @@ class WeightHistory(FitCallback):
             free = shutil.disk_usage(_nearest(folder)).free
             if free < size:
                 raise OSError(
-                    f'{folder} has room for {_readable(free)}, and the history may take {_readable(size)}: give another '
-                    'folder, a smaller n_segments, or dtype=torch.float16'
+                    f'{folder} has room for {_readable(free)}, and the history may take {_readable(size)}: give '
+                    'another folder, a smaller n_segments, or dtype=torch.float16'
                 )
 
     def _claim(self):

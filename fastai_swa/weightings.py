@@ -44,7 +44,7 @@ def window_of_share(n_points: int, share: float) -> int:
 
 
 def ema_weights(n_points: int, decay: float, every: int = 1) -> np.ndarray:
-    "A point weighs `decay` to the power of the optimizer steps after it, of which there are `every` between two points."
+    "A point weighs `decay` to the power of the optimizer steps after it; `every`: steps from one point to the next."
     weights = decay ** (every * np.arange(n_points - 1, -1, -1.0))
     return weights / weights.sum()
 

@@ -123,6 +123,8 @@ def test_a_star_import_brings_the_public_names_and_nothing_else():
         'update_bn',
         'plot_swa',
         'CheckpointCallback',
+        'power_ema',
+        'WeightHistory',
         'SnapshotCallback',
         'Ensemble',
         'average_checkpoints',
