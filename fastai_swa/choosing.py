@@ -39,7 +39,7 @@ _FEWEST_BATCHES = 10  # from which a standard error over batches is taken
 class Candidate(NamedTuple):
     "An average to compare."
 
-    kind: str  # 'last', 'single', 'window', 'ema' or 'power'
+    kind: str  # 'last', 'refreshed' (the last weights, their batch norm refreshed), 'single', 'window', 'ema', 'power'
     which: dict  # its keywords; {}: the last weights
     points: float  # how many it is the mean of; where they weigh differently, 1 / sum of the squared weights
 
@@ -48,7 +48,8 @@ def candidates(ends, epochs: list, every: int, with_ends: bool = True) -> list[C
     """At most 60 averages to compare; the first is the last weights.
 
     Windows begin and end where segments do, so that they are exact: a grid of starts and ends, finer towards the end
-    of the fit, and single segments; EMAs and power EMAs of several lengths.
+    of the fit, and single segments; EMAs and power EMAs of several lengths. The last point alone is the control of
+    models with batch norm, which is refreshed for all candidates but the first.
 
     - `ends`: of each segment, the number of points up to its end; `epochs`: pairs of an epoch's number and the points
       up to its end; `every`: optimizer steps from one point to the next. `with_ends`: also windows that end before
@@ -69,6 +70,8 @@ def candidates(ends, epochs: list, every: int, with_ends: bool = True) -> list[C
             if first < after:
                 windows.setdefault((first, after), 'window')
     res = [Candidate('last', {}, 1)]
+    if (n_points - 1, n_points) in windows:
+        windows[n_points - 1, n_points] = 'refreshed'
     for (first, after), kind in windows.items():
         pair = place_in_epochs(first, epochs), place_in_epochs(after, epochs)
         res.append(Candidate(kind, {'epochs': pair}, after - first))
@@ -249,8 +252,11 @@ def _sentence(found, scores, gains, best, by, dl, n_samples) -> str:
         )
     better, error = gains[best]
     chance = f' +- {2 * error:.4f}' if error == error else ', without a measure of chance'
+    name = called(found[best].which)
+    if found[best].kind == 'refreshed':
+        name += ', which are the last weights, their batch norm refreshed'
     return (
-        f'Chosen: {called(found[best].which)}, {by} {scores[best].values[by]:.4f} against {last:.4f} of the last '
+        f'Chosen: {name}, {by} {scores[best].values[by]:.4f} against {last:.4f} of the last '
         f'weights (better by {better:.4f}{chance}), on {where}.'
     )
 
@@ -264,7 +270,7 @@ def plot_choice(table: pd.DataFrame, axs=None):
     best_of = np.min if table.attrs['less_is_better'] else np.max
     if axs is None:
         _, axs = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
-    windows = table[table['kind'].isin(['single', 'window'])]
+    windows = table[table['kind'].isin(['refreshed', 'single', 'window'])]
     starts, ends = np.array([table.attrs['epochs'][number] for number in windows.index]).T
     values = windows[by].to_numpy()
     shown = axs[0].scatter(starts, ends, c=values, s=60, cmap='viridis')
