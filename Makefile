@@ -1,12 +1,16 @@
 python := .venv/bin/python
+lowest := .venv-lowest/bin/python
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-lowest lint format clean
 
 demo: .venv/ready    ## SGD and SWA side by side on digits
-	$(python) -W ignore::FutureWarning -m fastai_swa demo
+	$(python) -m fastai_swa demo
 
 test: .venv/ready    ## the whole suite, notebooks included
 	$(python) -m pytest
+
+test-lowest: .venv-lowest/ready    ## the core tests, with the lowest versions supported
+	$(lowest) -m pytest -m core
 
 lint: .venv/ready
 	$(python) -m ruff check .
@@ -20,5 +24,10 @@ format: .venv/ready
 	$(python) -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+.venv-lowest/ready: setup.cfg constraints-lowest.txt    # with the lowest Python, where the machine has it
+	test -x $(lowest) || python3.10 -m venv .venv-lowest 2> /dev/null || python3 -m venv .venv-lowest
+	$(lowest) -m pip install --quiet --editable '.[dev]' --constraint constraints-lowest.txt
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-lowest build dist *.egg-info

@@ -8,10 +8,11 @@ the callback's events take: copying the model, finite checks, lending tensors, p
 Rest and fold together are the overhead; beside the timed one stands the difference of the two fits,
 which is right as well but much noisier. In the same way: what folding optimizer steps adds, and
 what `CheckpointCallback` does; and the state of a ResNet-50 with Adam and an average, taken and
-written, beside a bare `torch.save` of the same bytes.
+written, beside a bare `torch.save` of the same bytes. With `--tensors N`, instead: what lending the
+average to a model of N small parameters takes, beside a fold of it.
 
     python benchmarks/overhead.py [--epochs N] [--repeats N] [--threads N] [--device cpu|cuda]
-    [--json FILE]
+    [--tensors N] [--json FILE]
 """
 
 import argparse
@@ -33,6 +34,7 @@ from torch.utils.data import TensorDataset
 from torchvision.models import resnet50
 
 from fastai_swa import CheckpointCallback, SWACallback, WeightAverage, files, update_bn
+from fastai_swa.averaging import lent
 from fastai_swa.state import take
 
 N_TRAIN, N_VALID, BATCH = 1024, 256, 64
@@ -271,6 +273,39 @@ def measure_bn(repeats, device):
     return seconds, n
 
 
+def measure_lending(n_tensors, repeats, device):
+    """What is done -> seconds, one for each repeat, with a model of so many small parameters: a fold, and lending the
+    average to the model and taking it back.
+    """
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(n_tensors // 2)]).to(device)
+    average = WeightAverage(model)
+    average.update(model)
+
+    def lend():
+        with average.lent_to(model):
+            pass
+
+    def lend_anew():
+        with lent(average.swa_model, model):
+            pass
+
+    ways = {
+        'fold: `WeightAverage.update`': lambda: average.update(model),
+        '`WeightAverage.lent_to`': lend,
+        '`lent`, nothing kept from the time before': lend_anew,
+    }
+    seconds, order = {name: [] for name in ways}, list(ways)
+    for i in range(repeats + 1):  # the first round builds caches
+        random.shuffle(order)
+        for name in order:
+            clock = Clock(device)
+            with clock('way'):
+                ways[name]()
+            if i:
+                seconds[name].append(clock.seconds['way'])
+    return seconds
+
+
 def table(title, seconds, unit):
     """Medians of `seconds`, and in proportion to those of `unit` with the middle half of the
     repeats.
@@ -291,23 +326,33 @@ def main():
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--threads', type=int, help="default: torch's own choice")
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    parser.add_argument('--tensors', type=int, help='only lend the average of a model of so many parameters')
     parser.add_argument('--json', help='also write the numbers to this file')
     args = parser.parse_args()
+    if args.tensors is not None and args.tensors < 2:
+        parser.error('--tensors must be at least 2')
     if args.epochs < 2 or args.repeats < 2:
         parser.error('--epochs and --repeats must be at least 2')
     if args.threads:
         torch.set_num_threads(args.threads)
     warnings.filterwarnings('ignore')
+    device = torch.cuda.get_device_name() if args.device == 'cuda' else 'cpu'
+    versions = f'torch {torch.__version__}, {device}, {torch.get_num_threads()} threads.'
+    if args.tensors:
+        lending = measure_lending(args.tensors, 4 * args.repeats, args.device)
+        print(f'{versions} {args.tensors} parameters of at most 16 elements; {4 * args.repeats} repeats.\n')
+        print(table('done once', lending, 'fold: `WeightAverage.update`'))
+        if args.json:
+            write_json(args, device, {'tensors': args.tensors, 'lending': lending})
+        return
 
     fits, first = measure_fits(args.epochs, args.repeats, args.device)
     more = measure_steps_and_checkpoints(args.epochs, args.repeats, args.device)
     writing, size = measure_writing(args.repeats, args.device)
     passes, n_batches = measure_bn(2 * args.repeats, args.device)
-    device = torch.cuda.get_device_name() if args.device == 'cuda' else 'cpu'
     print(
-        f'torch {torch.__version__}, {device}, {torch.get_num_threads()} threads. {args.epochs} epochs of {N_TRAIN} '
-        'images, '
-        f'validated on {N_VALID}, {args.epochs - 1} of them folded; {args.repeats} repeats.\n'
+        f'{versions} {args.epochs} epochs of {N_TRAIN} images, validated on {N_VALID}, {args.epochs - 1} of them '
+        f'folded; {args.repeats} repeats.\n'
     )
     print(table('part of the fit', fits, 'plain fit'))
     print(f'\nThe first such fit of a process, not counted above: {first:.2f} seconds beside its passes.')
@@ -321,23 +366,26 @@ def main():
     print(f'\n{n_batches} batches of {BATCH}, {2 * args.repeats} repeats.\n')
     print(table('batch-norm pass', passes, 'torch `update_bn`'))
     if args.json:
-        with open(args.json, 'w') as f:
-            json.dump(
-                {
-                    'torch': torch.__version__,
-                    'device': device,
-                    'threads': torch.get_num_threads(),
-                    'epochs': args.epochs,
-                    'fits': fits,
-                    'first': first,
-                    'steps and checkpoints': more,
-                    'writing': writing,
-                    'MB': size,
-                    'passes': passes,
-                },
-                f,
-                indent=1,
-            )
+        write_json(
+            args,
+            device,
+            {
+                'epochs': args.epochs,
+                'fits': fits,
+                'first': first,
+                'steps and checkpoints': more,
+                'writing': writing,
+                'MB': size,
+                'passes': passes,
+            },
+        )
+
+
+def write_json(args, device, numbers):
+    with open(args.json, 'w') as f:
+        json.dump(
+            {'torch': torch.__version__, 'device': device, 'threads': torch.get_num_threads()} | numbers, f, indent=1
+        )
 
 
 if __name__ == '__main__':

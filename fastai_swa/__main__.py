@@ -1,12 +1,16 @@
-"""`python -m fastai_swa demo`, `reproduce` and `report`."""
+"""`python -m fastai_swa demo`, `reproduce` and `report`.
+
+fastai and torch are imported when a command runs: `--help`, `--version` and mistakes are there at once.
+"""
 
 import argparse
 import re
 import sys
+import warnings
+from contextlib import suppress
 from time import time
 
-import matplotlib
-import torch
+from .version import __version__
 
 
 def main(argv=None):
@@ -17,12 +21,12 @@ def main(argv=None):
     """
     start = time()
     parser = argparse.ArgumentParser(prog='python -m fastai_swa', description='Weight averaging for fastai.')
+    parser.add_argument('--version', action='version', version=f'fastai_swa {__version__}')
     commands = parser.add_subparsers(dest='command', required=True)
     _add_demo(commands)
     _add_reproduce(commands)
     _add_report(commands)
     args = vars(parser.parse_args(argv))
-    matplotlib.use('agg')
     name = args.pop('command')
     p = commands.choices[name]
     run = {'demo': _demo, 'reproduce': _reproduce, 'report': _report}[name]
@@ -38,7 +42,7 @@ def _add_demo(commands):
     p = commands.add_parser(
         'demo',
         help='SWA, SGD and one-cycle side by side, on digits or on your images',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Defaults,
     )
     p.add_argument(
         '--data', metavar='FOLDER', help='images as train/<class>/* and test|valid/<class>/*; without it: digits'
@@ -66,9 +70,10 @@ def _add_reproduce(commands):
     p = commands.add_parser(
         'reproduce',
         help="train one of the papers' recipes, seed by seed; the same command goes on with an interrupted one",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Defaults,
     )
-    p.add_argument('name', help='the recipe, such as vgg16-cifar10; a wrong one prints them all')
+    p.add_argument('name', nargs='?', help='the recipe, such as small-cifar100')
+    p.add_argument('--list', action='store_true', help='print all recipes, with their sizes and times, and end')
     p.add_argument('--seeds', type=_positive, default=1, help='the seeds 0 to SEEDS - 1; those that are complete stay')
     p.add_argument('--out', help='folder for what is found and kept (default: results/NAME)')
     p.add_argument(
@@ -125,11 +130,32 @@ def _add_report(commands):
     p.add_argument('folders', nargs='+', metavar='FOLDER', help='what reproduce was given as --out')
 
 
+class _Defaults(argparse.HelpFormatter):
+    "Adds a default where there is one and the help does not say it already."
+
+    def _get_help_string(self, action):
+        is_said = '(default' in action.help
+        is_none = action.default in (None, False, argparse.SUPPRESS)
+        return action.help if is_said or is_none else f'{action.help} (default: %(default)s)'
+
+
 # each imports fastai, which takes seconds
 
 
+def _without_windows():
+    import matplotlib
+
+    matplotlib.use('agg')
+
+
 def _demo(args, start):
+    import torch
+
+    _without_windows()
     from .demo import demo
+
+    with suppress(AttributeError):  # a stream that is no file
+        sys.stdout.reconfigure(line_buffering=True)  # or a pipe would see nothing for minutes
 
     if args['data'] is None:
         torch.set_num_threads(1)  # the network is tiny: a second thread only waits
@@ -137,6 +163,14 @@ def _demo(args, start):
 
 
 def _reproduce(args, start):
+    if args.pop('list'):
+        _list()
+        return 0
+    if args['name'] is None:
+        raise ValueError('name is missing: which recipe? `reproduce --list` prints them')
+    import torch
+
+    _without_windows()
     from .experiments import Settings, reproduce
     from .experiments.pool import STOPPED
 
@@ -163,7 +197,14 @@ def _reproduce(args, start):
     return int(any(s != STOPPED for s in missing.values()))
 
 
+def _list():
+    from .experiments.listing import listing
+
+    print(listing())
+
+
 def _report(args, start):
+    _without_windows()
     from .experiments.report import compare, is_of_budgets, papers_table, report
 
     folders = args['folders']
@@ -196,5 +237,20 @@ def _int_or_float(text):
         raise argparse.ArgumentTypeError(f'expected an epoch or a share in [0, 1), not {text!r}') from None
 
 
+# what the libraries say of each other, and the user of a command cannot mend: the message's start, its kind
+_OF_LIBRARIES = (
+    ('`torch.jit.script` is deprecated', FutureWarning),  # fastai.layers, with newer torch
+    ("The 'mode.chained_assignment' option is deprecated", DeprecationWarning),  # fastai.tabular, with pandas >= 3
+)
+
+
+def _hide_warnings_of_libraries():
+    "In this process, and in those that it starts."
+    for message, category in _OF_LIBRARIES:
+        warnings.filterwarnings('ignore', re.escape(message), category)
+        sys.warnoptions.append(f'ignore:{message}:{category.__name__}')
+
+
 if __name__ == '__main__':
+    _hide_warnings_of_libraries()
     main()

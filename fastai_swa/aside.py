@@ -13,6 +13,7 @@ from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.callback.training import ShortEpochCallback
 from fastcore.foundation import L
 
+from .contents import set_items
 from .interrupts import uninterrupted, unwound_whole
 from .keeping import holder_kept, holders_kept, put_tensor
 from .modules import has_own_modes, modes_of, set_modes, unwrap
@@ -109,7 +110,7 @@ def callbacks_kept(learn):
     finally:
         learn.cbs = cbs
         learn.model = model
-        cbs[:] = items
+        set_items(cbs, items)
         added = [k for k, v in vars(learn).items() if isinstance(v, Callback) and k not in own]
         for name in added:
             del vars(learn)[name]

@@ -1,17 +1,22 @@
 """What callbacks, loaders, samplers, data sets, transforms, losses and modules keep in their
 attributes, as plain data; and that put back into the objects that have the same places."""
 
+import inspect
 import weakref
-from functools import partial
+from contextlib import suppress
+from functools import lru_cache, partial
+from pathlib import Path, PurePosixPath
 from types import FunctionType, MethodType
 
 import numpy as np
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Recorder
 from fastcore.foundation import L
 
 from .contents import CONTAINERS, MAX_BYTES, MAX_LEAVES, attributes, is_record, nested, set_attribute
+from .histories import Histories
 from .modules import unwrap
 from .packing import Packer, Unpacker, class_name, equal, pack, unpack
 from .replay import is_used_up
@@ -20,13 +25,16 @@ from .walk import LEARNED, OF_PASS, below, can_hold, keeps_state, name_once, rea
 __all__ = ['plain_attributes', 'without_unchanged', 'put_attributes']
 
 
-def plain_attributes(learn) -> dict:
+def plain_attributes(learn, histories: Histories | None = None) -> dict:
     """Name -> attribute -> packed value of what is plain data in callbacks without a `state_dict`,
     under the names of `named_callbacks`, and in loaders, samplers, data sets, transforms, losses,
     modules and the objects of callbacks, under their paths.
 
     What cannot be packed is left out, or leaves a hole in the container that it is in.
+
+    - `histories`: gets the lists of callbacks that only grow, where its tags stand then.
     """
+    folder = getattr(learn, 'path', None)
     params = [p for group in learn.opt.param_lists for p in group]
     grads = [p.grad for p in params if p.grad is not None]
     own = {t.data_ptr() for t in (*_tensors(learn), *params, *grads)} - {0}
@@ -35,14 +43,14 @@ def plain_attributes(learn) -> dict:
     res = {}
     holes = []
     for path, o in found:
-        attrs = _packed_attributes(path, o, own, holes)
+        attrs = _packed_attributes(path, o, own, holes, histories, folder)
         if attrs or isinstance(o, Callback):
             res[path] = attrs
     _name_unkept(learn, [(path, owner, v) for path, owner, v in holes if id(v) not in held])
     return res
 
 
-def _packed_attributes(path, o, own, holes) -> dict:
+def _packed_attributes(path, o, own, holes, histories, folder) -> dict:
     """Attribute -> packed value for the object `o`; (path, owner, value) of what cannot be packed
     is added to `holes`.
     """
@@ -55,6 +63,14 @@ def _packed_attributes(path, o, own, holes) -> dict:
         k = str(k)
         if k in _OF_LOADERS or isinstance(o, Callback) and k in _OF_CALLBACKS:
             continue
+        if isinstance(v, Path):
+            below = _below(folder, v)
+            if below is not None:
+                res[k] = _BELOW, below
+            continue
+        if is_setting(o, k, v):
+            holes.append((f'{path}.{k}', o, v))
+            continue
         if _has_a_path(v):
             holes.append((f'{path}.{k}', o, v))
             continue
@@ -65,13 +81,78 @@ def _packed_attributes(path, o, own, holes) -> dict:
             n_leaves -= size.n_leaves
             n_bytes -= size.n_bytes
         packer.lenient = isinstance(o, Recorder) and k in ('values', 'log')  # a metric may give anything
-        packed = packer(v, f'{path}.{k}')
+        packed = None if histories is None else _history(histories, o, k, v, path, packer)
+        if packed is None:
+            packed = packer(v, f'{path}.{k}')
         if not _is_hole(packed):
             res[k] = packed
     if isinstance(o, Recorder):
-        res[_SMOOTH] = pack((o.smooth_loss.count, o.smooth_loss.val))
+        smooth = vars(o.smooth_loss)  # empty before its first reset, before fastai 2.8.8
+        res[_SMOOTH] = pack((smooth.get('count', 0), smooth.get('val', torch.tensor(0.0))))
     holes.extend((where, o, v) for where, v in missed)
     return res
+
+
+# settings: a file never changes what a user has passed, nor where files are
+
+
+def is_setting(o, name: str, value) -> bool:
+    """Is attribute `name` of `o` a setting, which the call makes again, rather than state?
+
+    It is if the constructor has an argument of that name, and `o` is a callback of a library's class (those change
+    other attributes alone), or the `value` a string, such as a file's name.
+    """
+    if isinstance(o, Callback) and name in _arguments(type(o), True):
+        return True
+    return isinstance(value, str) and name in _arguments(type(o), False)
+
+
+@lru_cache(5000)
+def _arguments(cls, of_libraries: bool) -> set:
+    "The names of the arguments of the constructors of a class and its bases, of all or of those in libraries alone."
+    res = set()
+    for base in cls.__mro__:
+        is_meant = not of_libraries or base.__module__.split('.')[0] in _LIBRARIES
+        init = vars(base).get('__init__')
+        if is_meant and init is not None:
+            with suppress(TypeError, ValueError):
+                res |= {p.name for p in inspect.signature(init).parameters.values() if p.kind not in _VARIADIC}
+    return res
+
+
+_VARIADIC = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+
+_BELOW = 'below'  # the tag of a path, with its way from the learner's own
+
+
+def _below(folder, path: Path) -> str | None:
+    "The way from the learner's folder to `path`; `None` if that is elsewhere."
+    try:
+        return Path(path).relative_to(folder).as_posix()
+    except (TypeError, ValueError):
+        return None
+
+
+def _path_below(folder, way) -> Path | None:
+    "The path of `_below` again; `None` for one that leads out of the folder."
+    parts = PurePosixPath(way).parts if isinstance(way, str) else ('..',)
+    if folder is None or PurePosixPath(way).is_absolute() or '..' in parts or '\\' in way:
+        return None
+    return Path(folder).joinpath(*parts)
+
+
+_GROWING = {Recorder: ('lrs', 'iters', 'losses', 'values', 'hps'), ParamScheduler: ('hps',)}
+
+
+def _history(histories, o, k, v, path, packer):
+    "What `histories` give for attribute `k` of the callback `o`; `None` if its value `v` is no list that only grows."
+    name = f'{path}.{k}'
+    if any(isinstance(o, cls) and k in names for cls, names in _GROWING.items()):
+        if type(v) is list:
+            return histories.cut(name, v, packer)
+        if type(v) is dict and set(map(type, v.values())) == {list} and set(map(type, v)) == {str}:
+            return {key: histories.cut(f'{name}[{key!r}]', values, packer) for key, values in v.items()}
+    return histories.cut_if_grown(name, v, packer) if type(v) is list and isinstance(o, Callback) else None
 
 
 # the learner, and when the Recorder's clock started
@@ -143,11 +224,12 @@ def put_attributes(learn, state, unchanged):
     found = dict(_holders(learn))
     storages = {t.untyped_storage().data_ptr() for t in _tensors(learn)}
     unpacker = Unpacker(storages, {class_name(type(o)): type(o) for o in found.values()})
+    folder = getattr(learn, 'path', None)
     for path in {**unchanged, **state}:
         saved = state.get(path, {})
         attrs = {**unchanged.get(path, {}), **saved}
         if path in found:
-            _put_into(found[path], path, attrs, saved, unpacker)
+            _put_into(found[path], path, attrs, saved, unpacker, folder)
         elif path in state and attrs:
             name_once(
                 learn,
@@ -163,14 +245,20 @@ def put_attributes(learn, state, unchanged):
         )
 
 
-def _put_into(o, path, attrs, saved, unpacker):
+def _put_into(o, path, attrs, saved, unpacker, folder):
     "Put `attrs` into the object `o`; those not in `saved` are what they were when the fit began."
     now = {str(k): v for k, v in attributes(o)}
     for k, packed in attrs.items():
         # None before the fit, an object within it: as the autocast of a MixedPrecision
         if k not in saved and k in now and not _is_plain(now[k]):
             continue
-        if k == _SMOOTH:
+        if is_setting(o, k, packed) or type(packed) is tuple and packed[0] == 'path':
+            continue  # of a file that another version wrote, or that was changed
+        if type(packed) is tuple and packed[0] == _BELOW:
+            value = _path_below(folder, packed[1])
+            if value is not None and (k not in now or isinstance(now[k], Path | None)):
+                set_attribute(o, k, value)
+        elif k == _SMOOTH:
             o.smooth_loss.count, o.smooth_loss.val = unpack(packed)
         elif not k.startswith(_SMOOTH):
             _put_value(o, k, packed, now, path, unpacker)
@@ -200,11 +288,13 @@ def _name_unkept(learn, holes):
         changed = known.setdefault(path, sign) != sign
         if type(owner).__module__.split('.')[0] in _LIBRARIES or not (changed or is_used_up(v)):
             continue
+        what = f'a {type(v).__qualname__}, which a checkpoint cannot hold'
+        if is_setting(owner, path.rpartition('.')[2], v):
+            what = 'an argument of the constructor, which no checkpoint changes, and the fit has changed it'
         name_once(
             learn,
             f'kept {path}',
-            f'{readable(path)} is a {type(v).__qualname__}, which a checkpoint cannot hold: a fit that is killed and '
-            'goes on has the one that the new run makes',
+            f'{readable(path)} is {what}: a fit that is killed and goes on has the one that the new run makes',
         )
 
 

@@ -3,7 +3,6 @@ PyTorch."""
 
 import copy
 import math
-import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +33,7 @@ from .modules import (
     unwrap,
     written_in_train_mode,
 )
+from .warn import warn
 from .weightings import power_gamma
 from .weights import NoSolution
 
@@ -134,6 +134,10 @@ class WeightAverage:
     32 bits) the average is kept in float32 beside it, since an average in bfloat16 soon stops
     moving. Buffers and plain attributes are those of the latest model: the statistics of batch norm
     belong to those weights, not to the average, until `update_bn` has recomputed them.
+
+    Frozen parameters are copied as well, although they do not move: a weight that is shared with the
+    model and edited there later (unfrozen, merged, cast, loaded into) would change in the average,
+    and not every such edit can be seen. So a LoRA on a large model costs the whole model once more.
 
     Beyond the first 128 points the average is summed in two levels, which costs one more float32
     set of weights: points go into the mean of a block of at most 128, and the block into the
@@ -273,9 +277,7 @@ class WeightAverage:
         left = {name for a in some for name in a.follow()} - self._left
         self._left |= left
         if left:
-            warnings.warn(
-                f'swa_model keeps its own {_some(left)}: what the model has there now cannot be copied', stacklevel=3
-            )
+            warn(f'swa_model keeps its own {_some(left)}: what the model has there now cannot be copied')
 
     def _read(self, model):
         "A context in which the weights of `model` are as training has them."
@@ -290,11 +292,25 @@ class WeightAverage:
             self._linked = _Link(model, unwrap(self._swa_model), self._master)
         return self._linked
 
+    def copied(self, swa_model: nn.Module) -> 'WeightAverage':
+        "The same average, held by `swa_model`, which is a copy of this one's module."
+        self.settle()
+        res = WeightAverage.__new__(WeightAverage)
+        vars(res).update(vars(self))
+        res._swa_model = swa_model
+        res._master = {name: t.clone() for name, t in self._master.items()}
+        res._block = _Block()
+        res._linked = res._exchange = None
+        res._left = set(self._left)
+        return res
+
     def release(self):
         """Forget the model averaged last and the memory for blocks, so that the average alone does
         not keep them; the next `update` links again."""
         self.settle()
         self._linked = None
+        if not self.is_lent:
+            self._exchange = None
 
     @contextmanager
     def lent_to(self, model: nn.Module):
@@ -307,8 +323,7 @@ class WeightAverage:
         if self.is_lent:
             raise RuntimeError('the average is lent to a model already; leave that context first')
         self.settle()
-        self._link(model)
-        self._exchange = _Exchange(self._swa_model, model)
+        self._exchange = self._link(model).exchange
         with self._exchange.out():
             yield self._swa_model
 
@@ -401,7 +416,7 @@ class _Link:
         self.movers = [m for m in model.modules() if has_own_modes(m)]
         self.swa_movers = [m for m in swa_model.modules() if has_own_modes(m)]
         self.attributes, self.changing = [], []
-        for m, s in paired_modules(model, swa_model):
+        for m, s in paired_modules(model.named_modules(), swa_model.named_modules()):
             attributes = _Attributes(vars(m), vars(s))
             self.attributes.append(attributes)
             if not _is_constant(m):
@@ -418,6 +433,14 @@ class _Link:
                 self.resizable += [b for b in m._buffers.values() if b is not None]
         self.kinds = list(map(_kind, self.resizable))
         self.low_ptrs = self._low_ptrs()
+        self._exchange = None
+
+    @property
+    def exchange(self) -> '_Exchange':
+        "For lending the average to the model; made once, since it stays right as long as this link `holds`."
+        if self._exchange is None:
+            self._exchange = _Exchange(self.swa_model, self.model)
+        return self._exchange
 
     def _low_ptrs(self):
         has_low = any(isinstance(group, _LowGroup) for group in self.groups)
@@ -660,7 +683,7 @@ def refuse_mismatch(what, src, dst):
     wrong = {
         'missing': dst.keys() - src.keys(),
         'not in the average': src.keys() - dst.keys(),
-        'of another shape': {k for k in src.keys() & dst.keys() if _shape(src[k]) != _shape(dst[k])},
+        'of another shape': {k for k, t in src.items() if k in dst and _shape(t) != _shape(dst[k])},
     }
     faults = [f'{_some(names)} {fault}' for fault, names in wrong.items() if names]
     if faults:
@@ -726,8 +749,10 @@ def _group(pairs):
     """
     groups = {}
     for d, p in pairs:
-        groups.setdefault((p.dtype, p.device), []).append((d, p))
-    return [tuple(map(list, zip(*group))) for group in groups.values()]
+        dst, src = groups.setdefault((p.dtype, p.device), ([], []))
+        dst.append(d)
+        src.append(p)
+    return list(groups.values())
 
 
 _SCRATCH = 2**20  # elements: enough to fill a GPU, few enough to stay in a CPU's cache
@@ -792,30 +817,37 @@ def lent(source: nn.Module, model: nn.Module):
 
 
 class _Exchange:
-    """A model and the source whose tensors it is lent. Raises `ValueError`, naming the parameters,
-    if the two do not match.
+    """A model and the source whose tensors it is lent, again and again as long as both are made of
+    the same modules and tensors. Raises `ValueError`, naming the parameters, if the two do not
+    match.
     """
 
     def __init__(self, source, model):
         self.source, self.model = unwrap(source), unwrap(model)
         self.is_out = False  # does the model hold the source's tensors?
-        own = named_tensors(self.model.named_parameters)
-        other = named_tensors(self.source.named_parameters)
-        refuse_mismatch('the model', own, other)
-        self.buffers = named_tensors(self.source.named_buffers)
+        theirs = list(self.source.named_modules(remove_duplicate=False))
+        own = list(self.model.named_modules(remove_duplicate=False))
+        own_params = _tensors_at(own, '_parameters')
+        params = _tensors_at(theirs, '_parameters')
+        refuse_mismatch('the model', own_params, params)
+        self.buffers = _tensors_at(theirs, '_buffers')
         self.slots = [
             (m, plain_name(f'{path}.{leaf}' if path else leaf), leaf, t)
-            for path, m in self.model.named_modules(remove_duplicate=False)
+            for path, m in own
             for leaf, t in m._buffers.items()
             if t is not None
         ]
-        self.tensors = {id(t): (t, other[name]) for name, t in own.items()}  # (the model's, the source's)
+        # id -> (the model's, the source's): each tensor once, under however many names
+        self.tensors = {id(t): (t, params[name]) for name, t in own_params.items()}
         self.tensors |= {id(t): (t, self.buffers[name]) for _, name, _, t in self.slots if name in self.buffers}
-        self.movers = [m for m in self.model.modules() if has_own_modes(m)]
+        self.pairs = paired_modules(theirs, own)
+        self.movers = list(dict.fromkeys(m for _, m in own if has_own_modes(m)))
+        self.source_moves = any(has_own_modes(m) for _, m in theirs)
+        self.moved = self._moved_tensors()
 
     @contextmanager
     def out(self):
-        with unwound_whole(), written_in_train_mode(self.source):
+        with unwound_whole(), written_in_train_mode(self.source) if self.source_moves else nullcontext():
             try:
                 try:
                     with uninterrupted():
@@ -830,21 +862,23 @@ class _Exchange:
         self.own_data = [(t, t.data) for t, _ in self.tensors.values()]
         self.own_attributes = []  # (attributes of a module, name, value)
         self.own_movers = Kept(self.movers, bits=False)
-        self.bits = [(t, t.detach().clone()) for t in self._moved_tensors()]  # of the source
-        self.own_modes = modes_of(self.model)
+        self.bits = [(t, t.detach().clone()) for t in self.moved]  # of the source
+        self.own_modes = modes_of(self.model) if self.movers else {}
         self.is_out = True
         for t, theirs in self.tensors.values():
             t.data = theirs.data
-        for theirs, m in paired_modules(self.source, self.model):
+        for theirs, m in self.pairs:
             self._lend_attributes(vars(theirs), vars(m))
-            if has_own_modes(m):
-                m.training = theirs.training  # as its weights are now
         if self.movers:
+            for theirs, m in self.pairs:
+                if has_own_modes(m):
+                    m.training = theirs.training  # as its weights are now
             set_modes(self.model, self.own_modes)
 
     def _lend_attributes(self, theirs, own):
-        for name, value in theirs.items():
-            if name in MODULES_OWN or name not in own or value is own[name] or not _may_follow(value, own[name]):
+        for name in theirs.keys() - MODULES_OWN:
+            value = theirs[name]
+            if name not in own or value is own[name] or not _may_follow(value, own[name]):
                 continue
             self.own_attributes.append((own, name, own[name]))
             try:
@@ -854,6 +888,8 @@ class _Exchange:
 
     def _moved_tensors(self) -> list:
         "The source's counterparts of what `train` and `eval` may move in the model."
+        if not self.movers:
+            return []
         inner = {m for outer in self.movers for m in outer.modules()}
         moved = {id(t) for m in inner for t in m._parameters.values()}
         moved |= {id(t) for m in self.movers if not isinstance(m, _NormBase) for t in m._buffers.values()}
@@ -874,9 +910,8 @@ class _Exchange:
                 for own, name, value in self.own_attributes:
                     own[name] = value
                 self.own_movers.put_back()
-                if self.movers:  # the weights are those of these modes
-                    for m, mode in self.own_modes.items():
-                        m.training = mode
+                for m, mode in self.own_modes.items():  # the weights are those of these modes
+                    m.training = mode
                 for t, data in self.own_data:
                     t.data = data
                 self.is_out = False
@@ -891,6 +926,17 @@ class _Exchange:
             if name in self.buffers:
                 self.buffers[name].data = now.data
             m._buffers[leaf] = t
+
+
+def _tensors_at(modules, kind) -> dict[str, torch.Tensor]:
+    """Plain name -> tensor for the `_parameters` or `_buffers` of `modules`, (name, module) pairs:
+    what `named_tensors` gives, without a walk of its own."""
+    return {
+        plain_name(f'{path}.{leaf}' if path else leaf): t
+        for path, m in modules
+        for leaf, t in getattr(m, kind).items()
+        if t is not None
+    }
 
 
 def all_finite(tensors) -> bool:

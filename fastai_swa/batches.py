@@ -2,28 +2,66 @@
 kept where they are the same again and again."""
 
 import copy
+import inspect
 import math
 import weakref
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
 import torch
+from fastai.data.core import TfmdDL
 from fastai.data.load import DataLoader
 from fastai.torch_core import apply
 from fastcore.basics import GetAttr
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, sampler
 from torch.utils.data import DataLoader as TorchDataLoader
 
 from .aside import objects_kept
 from .walk import LEARNED
 
-__all__ = ['fresh_loader', 'training_loader', 'share', 'FirstBatches', 'KeptBatches']
+__all__ = ['fresh_loader', 'training_loader', 'as_an_epoch', 'Taken', 'share', 'FirstBatches', 'KeptBatches']
 
 
-def training_loader(learn, n_batches):
-    "The training set, or `n_batches` of it, each sample once."
+def training_loader(learn, n_batches, taken=None):
+    "The training set `as_an_epoch` takes it, or `n_batches` of it, each sample once."
     dl = _each_once(fresh_loader(learn.dls.train, drop_last=False))
-    return dl if n_batches is None else FirstBatches(dl, n_batches)
+    return as_an_epoch(dl, taken) if n_batches is None else FirstBatches(dl, n_batches)
+
+
+@dataclass
+class Taken:
+    "What epochs of a fit took from a loader."
+
+    n: int = 0  # batches, in the longest
+    reached_end: bool = False  # did one go on until the loader ended?
+
+    def add(self, n: int, was_cut: bool):
+        self.n = max(self.n, n)
+        self.reached_end |= not was_cut
+
+
+def as_an_epoch(dl, taken: Taken | None = None):
+    """`dl`, but no more of it than an epoch takes, if it may be a stream without an end.
+
+    - `taken`: by the epochs that were seen. Where these were all cut short, it is what the longest
+      took; else what the length of `dl` says.
+    """
+    if _surely_ends(dl):
+        return dl
+    if taken is None or not taken.n:
+        return FirstBatches(dl, len(dl))
+    return FirstBatches(dl, max(taken.n, len(dl)) if taken.reached_end else taken.n)
+
+
+def _surely_ends(dl) -> bool:
+    "Does it follow from what `dl` is that it ends? A length says nothing: a stream must have one to be trained on."
+    if isinstance(dl, DataLoader):
+        return hasattr(dl, 'world_size') or dl.n is not None  # it has so many indices
+    if not isinstance(dl, TorchDataLoader):
+        return False
+    samplers = [s for s in (dl.sampler, dl.batch_sampler) if s is not None]
+    return all(type(s).__module__ == sampler.__name__ for s in samplers)  # torch's own for a stream is elsewhere
 
 
 class FirstBatches(GetAttr):
@@ -68,7 +106,7 @@ def share(dl, processes, n_batches):
         def __len__(self):
             return math.ceil(len(mine) / self.bs)
 
-    return Share(inner, dl.rank, dl.world_size, dl.device)
+    return _with_settings(Share(inner, dl.rank, dl.world_size, dl.device), dl)
 
 
 def fresh_loader(dl, processes=None, **kwargs):
@@ -80,7 +118,7 @@ def fresh_loader(dl, processes=None, **kwargs):
     """
     if isinstance(dl, DataLoader) and hasattr(dl, 'world_size'):  # fastai's DistributedDL, which has no `new`
         cls = type(dl) if processes is None else _agreeing(type(dl), processes)
-        return cls(fresh_loader(dl.dl, **kwargs), dl.rank, dl.world_size, dl.device)
+        return _with_settings(cls(fresh_loader(dl.dl, **kwargs), dl.rank, dl.world_size, dl.device), dl)
     if isinstance(dl, DataLoader):
         # at its first `new` a loader may send a sample through its transforms: what they draw or count must not depend
         # on whether it is the first
@@ -94,8 +132,42 @@ def fresh_loader(dl, processes=None, **kwargs):
                 _learned[dl] = {k: vars(dl)[k] for k in LEARNED if k in vars(dl)}
         if dl.n is not None and new.dataset is dl.dataset:
             new.n = dl.n  # `new` forgets that the loader stops early
-        return new
+        for name, default in _own_arguments(type(dl)).items():
+            if name not in kwargs and vars(new).get(name, _UNSET) is default and name in vars(dl):
+                vars(new)[name] = vars(dl)[name]
+        return _with_settings(new, dl)
     return _fresh_torch_loader(dl, kwargs.get('drop_last')) if isinstance(dl, TorchDataLoader) else dl
+
+
+_UNSET = object()
+
+
+def _own_arguments(cls) -> dict:
+    """Name -> default for what the constructors of a class of loaders take beyond fastai's own: `new`
+    does not know it, and makes a loader with the default (`PartialDL`'s `partial_n`)."""
+    res = {}
+    for c in cls.__mro__[: cls.__mro__.index(DataLoader)]:
+        if c is not TfmdDL and '__init__' in vars(c):
+            res = _defaults(c) | res
+    return {name: default for name, default in res.items() if name not in _defaults(DataLoader) | _defaults(TfmdDL)}
+
+
+def _defaults(cls) -> dict:
+    return {
+        name: p.default
+        for name, p in inspect.signature(cls.__init__).parameters.items()
+        if p.default is not inspect.Parameter.empty
+    }
+
+
+def _with_settings(new, dl):
+    """`new`, fastai's loader, with what `dl` says about worker processes and pinned memory, such as
+    `prefetch_factor`. Its workers are its own, and end with the pass."""
+    own = new.fake_l
+    own.__class__ = type(dl.fake_l)
+    of_one_loader = 'd', 'dataset', 'default', 'num_workers', 'persistent_workers'
+    vars(own).update({k: v for k, v in vars(dl.fake_l).items() if k not in of_one_loader})
+    return new
 
 
 def _fresh_torch_loader(dl, drop_last):

@@ -2,7 +2,6 @@
 
 import itertools
 import sys
-import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from .checks import check_count
 from .interrupts import uninterrupted, unwound_whole
 from .modules import Kept, has_own_modes, unwrap
+from .warn import warn
 
 __all__ = ['update_bn', 'batch_moments', 'tracked_bn', 'statistics', 'StatisticsWatch', 'union']
 
@@ -55,7 +55,7 @@ def update_bn(loader, model: nn.Module, device=None, n_batches: int | None = Non
     layers = tracked_bn(model)
     if not layers:
         if outside := statistics_outside_buffers(model):
-            warnings.warn(outside_sentence(outside))
+            warn(outside_sentence(outside))
         return
     with batch_moments(model, layers) as moments:
         for batch in itertools.islice(loader, n_batches):
@@ -68,7 +68,7 @@ def update_bn(loader, model: nn.Module, device=None, n_batches: int | None = Non
                 model(*args)
             moments.end_batch()
     for sentence in moments.remarks.values():
-        warnings.warn(sentence)
+        warn(sentence)
 
 
 # which layers
@@ -240,7 +240,7 @@ def union(lists: list[list[str]]) -> list[str]:
     return list(dict.fromkeys(itertools.chain.from_iterable(lists)))
 
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: what bits are compared as
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: what bits are compared as
 
 
 def _bits(model) -> dict:
@@ -254,7 +254,7 @@ def _bits(model) -> dict:
     res = {}
     for (device, dtype), group in groups.items():
         layout = [(name, t.numel()) for name, t in group]
-        res[device, dtype] = layout, torch.cat([t for _, t in group]).view(_INTEGERS[dtype.itemsize])
+        res[device, dtype] = layout, torch.cat([t for _, t in group]).view(INTEGERS[dtype.itemsize])
     return res
 
 

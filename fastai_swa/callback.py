@@ -5,14 +5,16 @@ in `fit_average`, the passes in `passes`, what is said before the first step in 
 `SaveSWAModelCallback`, which saves the average at its best.
 """
 
+import copy
 import keyword
-import warnings
 import weakref
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 
+from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import join_path_file, rank_distrib
@@ -20,27 +22,42 @@ from torch import nn
 
 from .aside import LOOP
 from .averaging import all_finite, check_swa_model, check_weight, equal
+from .batches import Taken
 from .batchnorm import StatisticsWatch, tracked_bn, union
 from .checks import check_count, check_known
-from .columns import complete_row, insert_columns, recorder_of
+from .columns import complete_row, insert_columns, recorder_of, write_below
 from .files import save_weights
 from .fit_average import FitAverage, refuse_another_model, state_in_file, weights_with_points
+from .fit_history import FitHistory
 from .fitting import FitCallback, SideWork, no_fit, passed_callbacks
 from .interrupts import uninterrupted
 from .journal import START
 from .modules import unwrap
+from .outcome import Outcome, lines
 from .packing import pack, unpack
 from .passes import check_engine, refresh_bn, validate_aside
-from .preflight import check_model, remarks_on_data, remarks_on_model, remarks_on_trackers, validated_epochs
+from .plot import plot_history
+from .preflight import (
+    check_model,
+    most_steps,
+    remarks_on_cycles,
+    remarks_on_data,
+    remarks_on_loss,
+    remarks_on_model,
+    remarks_on_trackers,
+    validated_epochs,
+)
 from .processes import Processes
-from .schedules import start_epoch
+from .schedules import cycle_ends, due_epochs, start_epoch
+from .unaveraged import SampleWatch, buffers_sentence, loss_parameters, loss_sentence, weightlike_buffers
 from .views import lending
+from .warn import warn
 from .weights import NoSolution
 
 __all__ = ['SWACallback', 'SaveSWAModelCallback', 'is_learners_own']
 
-_SAVED = 'start', 'n_folds', 'n_epochs', 'n_steps'  # fields of `_Fit` that are in checkpoints
-_N_WEIGHTS = 1001  # a `weight` function is compared by its values at so many points
+_SAVED = 'start', 'n_folds', 'n_epochs', 'n_steps', 'n_before'  # fields of `_Fit` that are in checkpoints
+_N_COMPARED = 1001  # functions given as `weight` and `cycle_len` are compared by their values at so many points
 
 
 @dataclass
@@ -53,8 +70,12 @@ class _Epoch:
     folded: bool = False  # are points of it in the average?
     has_failed: bool = False  # does an error, and not the schedule, leave its columns nan?
     step_cancelled: bool = False  # was the optimizer step under way left out?
+    was_cut: bool = False  # did a callback end its training part?
+    validation_cut: bool = False  # or its validation?
+    validated: Taken = field(default_factory=Taken)  # batches, by the learner's own validation
     train_iter_before: int = 0  # `learn.train_iter` at its beginning
     watch: StatisticsWatch = None  # on the statistics of batch norm; `None` where it could not be made
+    beside: SampleWatch = None  # on what training may move beside the weights; in the first averaged epoch alone
     backup: dict = None  # the callback's state at its beginning, where points are taken before it is known to be whole
 
 
@@ -62,12 +83,16 @@ class _Epoch:
 class _Fit:
     "A fit under way."
 
-    start: int  # the first epoch that is averaged
+    start: int  # the first epoch that may be averaged
+    due: list  # the epochs that are, if they come to their ends
     n_own: int = 0  # the columns of the table before those of the average
     columns: list = field(default_factory=list)  # those of the average; none without a Recorder
+    history: FitHistory = None  # the table so far; `None` without a Recorder
     n_folds: int = 0  # points taken into the average
     n_epochs: int = 0  # epochs with such
     n_steps: int = 0  # optimizer steps since `start`
+    n_before: int = 0  # batches before the first point, by the Recorder
+    taken: Taken = field(default_factory=Taken)  # training batches of its epochs
     has_begun: bool = False  # is its first training epoch under way, or behind it?
     side: SideWork = field(default_factory=SideWork)
     said: set = field(default_factory=set)  # kinds of warnings that were given
@@ -86,6 +111,10 @@ class SWACallback(FitCallback):
     is then also what their columns begin with. Izmailov et al. 2018, "Averaging Weights Leads to
     Wider Optima and Better Generalization", Algorithm 1.
 
+    All parameters of the model are averaged, and so copied, frozen ones too (`WeightAverage` says
+    why). Parameters of the loss are not, nor are buffers that act as weights, such as a codebook:
+    where training moves such, a warning names them.
+
     If averaging the weights, a pass or a validation of them fails, that is a warning, and the
     columns are `nan`; training goes on. Raises `TypeError` or `ValueError`, naming the
     argument, for one that cannot be used, at the latest before the first step.
@@ -94,13 +123,15 @@ class SWACallback(FitCallback):
     # after the Recorder has logged the epoch, before trackers and the progress table read it
     order = Recorder.order + 5
     remove_on_fetch = True  # as the Recorder has it: not for passes aside from training
-    _stateattrs = '_average', '_given', '_continued', '_fit', '_stands_aside'
+    _stateattrs = '_average', '_given', '_continued', '_fit', '_history', '_stands_aside'
 
     def __init__(
         self,
         swa_start=0.75,  # int: index from 0 of the first epoch averaged. float in [0, 1): that share of the fit
         swa_model: nn.Module = None,  # module to average into; default: a clean copy of the learner's model
-        cycle_len: int = 1,  # average the weights of epoch `swa_start` and of every `cycle_len`-th after it
+        # int: average the weights of epoch `swa_start` and of every `cycle_len`-th after it. For cycles that grow, a
+        # list of epochs, from 0, or a function that is true of them: of these, those from `swa_start` on
+        cycle_len=1,
         # validate the average with its 1st, (1+f)th, (1+2f)th ... point and in the last epoch; 0: last only
         swa_eval_freq: int = 1,
         bn_batches: int = None,  # training batches used to refresh batch norm; None: the whole training set
@@ -114,7 +145,7 @@ class SWACallback(FitCallback):
     ):
         self.swa_start = _check_swa_start(swa_start)
         check_swa_model(swa_model)
-        self.cycle_len = check_count('cycle_len', cycle_len)
+        self.cycle_len = _check_cycle_len(cycle_len)
         self.swa_eval_freq = check_count('swa_eval_freq', swa_eval_freq, least=0)
         self.bn_batches = check_count('bn_batches', bn_batches, optional=True)
         check_weight(weight)
@@ -136,14 +167,23 @@ class SWACallback(FitCallback):
                 'swa_model is the module of the average that is gone on with, which stays as it is: pass another one'
             )
 
-    # also what an unpickled callback starts with: an export carries the settings, not the average
     def _init_state(self):
         super()._init_state()
         self._average = None  # the `FitAverage`
         self._given = None  # the user's own swa_model
         self._continued = None  # what to go on with: as given; at the first step its packed points; then `None`
         self._fit = None
+        self._history = None  # `FitHistory` of the last fit of which an epoch has ended
         self._stands_aside = False  # whether it was said that this callback stands aside for another
+
+    def __deepcopy__(self, memo):
+        "With the settings and an average of its own, which is of the learner's copy where that is copied with it."
+        res = super().__deepcopy__(memo)
+        res._given = copy.deepcopy(self._given, memo)
+        res._continued = self._continued  # is only read
+        if self._average is not None:
+            res._average = self._average.copied(res._given, memo)
+        return res
 
     # what a user reads and calls
 
@@ -153,7 +193,8 @@ class SWACallback(FitCallback):
         something else there.
         """
         if self.learn is not None:
-            is_free = vars(self.learn).get(self._name, self) is self and not is_learners_own(self.learn, self._name)
+            there = vars(self.learn).get(self._name, self)
+            is_free = (there is self or _is_from_an_export(there)) and not is_learners_own(self.learn, self._name)
             self._attribute = self._name if is_free else f'other_{self._name}'
         return self._attribute
 
@@ -229,16 +270,28 @@ class SWACallback(FitCallback):
             with self._average.running.lent_to(learn.model):
                 self._refresh(learn)
 
+    def plot(self, axs=None):
+        """Draw loss and each metric over the epochs of the last fit, for the model in training and for the
+        average; averaged epochs marked.
+
+        `axs`: one axes for the loss and one for each metric; made if `None`. Returns the array of
+        axes. The callback's own history is drawn, whatever was done with the learner since. Raises
+        `RuntimeError` if no fit with this callback, and with a Recorder, has come to the end of an epoch.
+        """
+        self.clean_up()
+        if self._history is None:
+            raise RuntimeError(
+                'plot() needs a fit with this callback and with a Recorder, and there is none yet that has come to the '
+                'end of an epoch'
+            )
+        return plot_history(self._history, axs)
+
     def __repr__(self):
         if self._average is None:
             start = f'epoch {self.swa_start}' if isinstance(self.swa_start, int) else f'{self.swa_start:g} of the fit'
             return f'SWACallback: nothing averaged yet; averages from {start} on'
-        epochs = _ranges(self._average.epochs)
-        unit, of = ('step', f'epochs {epochs}') if self.every else ('epoch', epochs)
-        plural = '' if self.n_averaged == 1 else 's'
         return (
-            f'SWACallback: average of {self.n_averaged} {unit}{plural} ({of}); use it within `averaged()`, or put it '
-            'into the learner with `apply()`'
+            f'SWACallback: {self._described()}; use it within `averaged()`, or put it into the learner with `apply()`'
         )
 
     # the events of a fit
@@ -250,12 +303,22 @@ class SWACallback(FitCallback):
             raise ValueError(
                 f'name={self._name!r} is an attribute of the learner already: give the SWACallback another name'
             )
-        fit = _Fit(start_epoch(self.swa_start, self.n_epoch))
+        start = start_epoch(self.swa_start, self.n_epoch)
+        fit = _Fit(start, self._due_from(start))
         recorder = recorder_of(self.learn)
         if recorder is not None:
             fit.n_own, fit.columns = insert_columns(recorder, self._name)
-            setattr(recorder, f'{self._name}_epochs', [])
+            names = [name for name in recorder.metric_names if name not in ('epoch', 'time')]
+            fit.history = FitHistory(self._name, fit.columns, names)
+            self._show_history(recorder, fit.history)
         self._fit = fit
+
+    def _due_from(self, start: int) -> list[int]:
+        "The epochs of this fit that are averaged."
+        try:
+            return due_epochs(start, self.n_epoch, self.cycle_len)
+        except Exception as e:  # of the user's function
+            raise ValueError(f'cycle_len could not be asked for the epochs {start} to {self.n_epoch - 1}: {e!r}') from e
 
     def before_epoch(self):
         self.unmute_trackers()
@@ -272,6 +335,8 @@ class SWACallback(FitCallback):
         epoch.is_open = True
         with fit.side.attempt(f'preparing an epoch of {self._what}', 'its batch norm may be of other weights'):
             epoch.watch = StatisticsWatch(unwrap(self.learn.model))
+            if not fit.n_folds:
+                epoch.beside = SampleWatch(self._beside_weights())
         if self.enabled and (self.every or Processes(self.learn).size > 1):
             with fit.side.attempt(f'a copy of {self._what}', 'steps that are not finite cannot be taken back'):
                 epoch.backup = pack(self.state_dict())  # in the host's memory
@@ -289,16 +354,19 @@ class SWACallback(FitCallback):
         if fit.n_steps % self.every == 0:
             self._fold()
 
+    def after_cancel_train(self):
+        self._fit.epoch.was_cut = True
+
     def after_train(self):
         fit, epoch = self._fit, self._fit.epoch
         epoch.trained = True
-        since = epoch.number - fit.start
-        if not self.every and self.enabled and since >= 0 and since % self.cycle_len == 0:
+        fit.taken.add(self._n_batches(), epoch.was_cut)
+        if not self.every and self.enabled and epoch.number in fit.due:
             self._fold(if_finite=True)
         self._end_epoch()
-        recorder = recorder_of(self.learn)
-        if recorder is not None:
-            setattr(recorder, f'{self._name}_epochs', self.averaged_epochs)
+
+    def after_cancel_validate(self):
+        self._fit.epoch.validation_cut = True
 
     def after_validate(self):
         fit, epoch = self._fit, self._fit.epoch
@@ -308,6 +376,7 @@ class SWACallback(FitCallback):
         is_last = epoch.number == self.n_epoch - 1
         is_turn = epoch.folded and self.swa_eval_freq and (fit.n_epochs - 1) % self.swa_eval_freq == 0
         is_due = fit.n_folds and (is_turn or is_last)
+        epoch.validated.add(self.learn.iter + 1, epoch.validation_cut)
         self._log(self._evaluate() if is_due else [])
 
     def after_cancel_epoch(self):
@@ -316,6 +385,7 @@ class SWACallback(FitCallback):
             self._log([])
 
     def after_epoch(self):
+        self._keep_row()
         if self._fit.epoch.has_failed:
             self.mute_trackers(self._fit.columns)
 
@@ -331,6 +401,9 @@ class SWACallback(FitCallback):
         fit = self._fit
         if fit.has_begun and not fit.n_folds and not fit.side.failures and 'finite' not in fit.said:
             self._say('nothing', self._why_nothing_is_averaged())
+        if fit.n_folds and fit.history is not None:
+            with fit.side.attempt(f'saying what came of {self._what}'):
+                write_below(self.learn, lines(self._outcome()))
 
     def over(self):
         self._end_epoch(alone=True)
@@ -362,9 +435,8 @@ class SWACallback(FitCallback):
             return False
         if not self._stands_aside:
             self._stands_aside = True
-            warnings.warn(
+            warn(
                 f'learn.{self._name} stands aside in fits that another SWACallback of its name is passed to',
-                stacklevel=2,
             )
         return True
 
@@ -375,11 +447,16 @@ class SWACallback(FitCallback):
         check_model(learn, self._given)
         self._open_continued()
         remarks = remarks_on_model(learn) | remarks_on_data(learn, self._what)
-        if fit.start < self.n_epoch:
-            validated = validated_epochs(fit.start, self.n_epoch, self.cycle_len, self.swa_eval_freq)
-            remarks |= remarks_on_trackers(learn, fit.columns, validated, self.swa_start)
-        else:
+        remarks |= remarks_on_loss(learn, self._loss_func, self._what)
+        remarks |= remarks_on_cycles(self.cycle_len, fit.due, self.n_epoch)
+        n_steps = most_steps(learn, fit.start)
+        if not fit.due:
             remarks['nothing'] = self._why_nothing_is_averaged()
+        elif self.every and n_steps < self.every:
+            remarks['nothing'] = self._why_nothing_is_averaged(f'has at most {n_steps}')
+        else:
+            validated = validated_epochs(fit.due, self.n_epoch, self.swa_eval_freq)
+            remarks |= remarks_on_trackers(learn, fit.columns, validated, self.swa_start)
         for kind, sentence in remarks.items():
             self._say(kind, sentence)
 
@@ -424,6 +501,8 @@ class SWACallback(FitCallback):
             fit.n_folds += 1
             return
         average = self._average if fit.n_folds else self._new_average()  # complete before the old one goes
+        if not fit.n_folds:
+            fit.n_before = self._n_recorded()
         with uninterrupted():
             average.running.update(model)
             average.epochs.append(epoch.number)
@@ -448,12 +527,18 @@ class SWACallback(FitCallback):
         fit, epoch = self._fit, self._fit.epoch
         if not epoch.is_open:
             return
+        if not epoch.trained:
+            fit.taken.add(self._n_batches(), was_cut=True)
         gather = (lambda o: [o]) if alone else Processes(self.learn).gather
         with fit.side.attempt(f'closing an epoch of {self._what}', 'its batch norm may be of other weights'):
             self._close_epoch(gather)
         # last: what was interrupted above is done again at the end of the fit
-        epoch.watch = epoch.backup = None
+        epoch.watch = epoch.beside = epoch.backup = None
         epoch.is_open = False
+
+    def _n_batches(self) -> int:
+        "That the epoch under way has trained on."
+        return self.learn.train_iter - self._fit.epoch.train_iter_before
 
     def _close_epoch(self, gather):
         """Take back an epoch that not all processes averaged, or of whose steps some are not finite;
@@ -479,7 +564,8 @@ class SWACallback(FitCallback):
     def _note_statistics(self, gather):
         epoch, average = self._fit.epoch, self._average
         model = unwrap(self.learn.model)
-        has_run = self.learn.train_iter > epoch.train_iter_before
+        average.taken = self._fit.taken
+        has_run = self._n_batches() > 0
         moved = gather(epoch.watch.moved() if has_run and epoch.watch is not None else None)
         known = [names for names in moved if names is not None]
         if known:
@@ -488,6 +574,26 @@ class SWACallback(FitCallback):
             average.bn = list(tracked_bn(model))
         self._follow(average)
         average.stale = bool(average.bn)
+        self._say_what_is_left_out()
+
+    def _beside_weights(self) -> dict:
+        "(kind of remark, name) -> tensor: what training may move beside the weights, where only training tells."
+        model = unwrap(self.learn.model)
+        res = {('buffers', name): b for name, b in weightlike_buffers(model).items()}
+        if 'loss' not in self._fit.said:
+            res |= {('loss', name): p for name, p in loss_parameters(self._loss_func, model).items()}
+        return res
+
+    def _say_what_is_left_out(self):
+        "Name, once, what training has moved beside the weights in the first averaged epoch."
+        epoch = self._fit.epoch
+        if epoch.beside is None:
+            return
+        moved = epoch.beside.moved(self._beside_weights())
+        for kind, sentence in {'buffers': buffers_sentence, 'loss': loss_sentence}.items():
+            names = [name for of_kind, name in moved if of_kind == kind]
+            if names:
+                self._say(kind, sentence(self._what, names))
 
     def _follow(self, average):
         """Give `swa_model` the attributes, and where they changed the modules and hooks, that the model
@@ -519,22 +625,23 @@ class SWACallback(FitCallback):
 
     def fit_settings(self) -> dict:
         "What must not change between the parts of one fit."
-        res = {
-            name: getattr(self, name)
-            for name in ('swa_start', 'cycle_len', 'every', 'enabled', 'bn_batches', 'swa_eval_freq')
-        }
+        res = {name: getattr(self, name) for name in ('swa_start', 'every', 'enabled', 'bn_batches', 'swa_eval_freq')}
+        res['cycle_len'] = _plain_cycle_len(self.cycle_len)
         res['going on with an average'] = self._goes_on
         res[START] = start_epoch(self.swa_start, self.n_epoch)
-        res['weight'] = [_weight_of(self.weight, n) for n in range(_N_WEIGHTS)]
+        res['weight'] = [_weight_of(self.weight, n) for n in range(_N_COMPARED)]
         return res
 
     def state_dict(self) -> dict:
         "Average, counters and where it stands in a fit, as plain data; tensors are live."
         fit, average = self._fit, self._average
         res = {'average': None, 'epochs': self.averaged_epochs, 'bn': [], 'stale': False, 'fit': {}}
+        taken = fit.taken if fit is not None else getattr(average, 'taken', None)
+        res['taken'] = None if taken is None else [taken.n, taken.reached_end]
         res['continued'] = self._continued if isinstance(self._continued, dict) else None
         if fit is not None:
             res['fit'] = {k: getattr(fit, k) for k in _SAVED}
+            res['history'] = None if fit.history is None else vars(fit.history)
         if average is None:
             return res
         return res | {'average': average.state_dict(), 'bn': list(average.bn), 'stale': average.stale}
@@ -543,6 +650,7 @@ class SWACallback(FitCallback):
         """Take over a `state_dict`. Raises `ValueError` if its average is not one of the learner's
         model.
         """
+        taken = Taken(*state['taken']) if state.get('taken') else None
         if state['average'] is None:
             self._average = None
         else:
@@ -553,13 +661,63 @@ class SWACallback(FitCallback):
                 average.epochs = list(state['epochs'])
                 average.bn = list(state['bn'])
                 average.stale = state['stale']
+                average.taken = taken
                 self._average = average
         if self._fit:
-            vars(self._fit).update(state['fit'])
+            counts = {k: state['fit'][k] for k in _SAVED if k in state['fit']}
+            if not all(type(n) is int for n in counts.values()):
+                raise ValueError(f'the state of {self._what} has counts that are none: {counts}')
+            vars(self._fit).update(counts)
+            self._fit.due = self._due_from(self._fit.start)
+            self._take_history(state.get('history'))
+            self._fit.taken = taken or Taken()
             if self._fit.n_folds:
                 self._continued = None
         if state.get('continued'):
             self._continued = state['continued']
+
+    def _take_history(self, history: dict | None):
+        recorder = recorder_of(self.learn)
+        if history is None or recorder is None:  # the former: a file of an earlier version
+            return
+        self._fit.history = FitHistory(**history)
+        self._show_history(recorder, self._fit.history)
+
+    # what came of it
+
+    def _epochs_of_fit(self) -> list[int]:
+        "The epochs averaged, without those gone on with."
+        n = self._fit.n_epochs
+        return self.averaged_epochs[-n:] if n else []
+
+    def _n_recorded(self) -> int:
+        "Training batches of this fit, so far, by the Recorder."
+        recorder = recorder_of(self.learn)
+        return 0 if recorder is None else len(recorder.lrs)
+
+    def _outcome(self) -> Outcome:
+        fit, average = self._fit, self._average
+        fit.history.averaged = self._epochs_of_fit()
+        is_passed = any(cb is self for cb in passed_callbacks(self.learn))
+        return Outcome(
+            history=fit.history,
+            described=self._described(),
+            call=self._name if is_passed else f'learn.{self._name}',
+            n_averaged=self.n_averaged,
+            by_steps=bool(self.every),
+            is_new=not self._goes_on,
+            has_batch_norm=bool(average.bn),
+            weight=self.weight,
+            lrs=recorder_of(self.learn).lrs,
+            n_before=fit.n_before,
+        )
+
+    def _described(self) -> str:
+        "As in 'average of 3 epochs (2-4)'."
+        epochs = _ranges(self._average.epochs)
+        unit, of = ('step', f'epochs {epochs}') if self.every else ('epoch', epochs)
+        plural = '' if self.n_averaged == 1 else 's'
+        return f'average of {self.n_averaged} {unit}{plural} ({of})'
 
     # validating the average
 
@@ -569,7 +727,7 @@ class SWACallback(FitCallback):
         with fit.side.attempt(f'validating {self._what}', 'its columns are nan in that epoch'):
             with self._average.running.lent_to(self.learn.model):
                 self._refresh(self.learn, in_fit=True)
-                values = validate_aside(self.learn)
+                values = validate_aside(self.learn, taken=fit.epoch.validated)
             fit.epoch.has_failed = False
             return values
         # an exception has ended the attempt
@@ -581,10 +739,25 @@ class SWACallback(FitCallback):
         average = self._average
         if not average.stale or not average.bn:
             return
-        moments = refresh_bn(learn, average.bn, self.bn_batches, in_fit)
+        moments = refresh_bn(learn, average.bn, self.bn_batches, in_fit, taken=average.taken)
         for kind, sentence in moments.remarks.items():
             self._say(kind, sentence)
         average.stale = False
+
+    def _keep_row(self):
+        "Take the row that the Recorder has just logged into the history."
+        recorder, history = recorder_of(self.learn), self._fit.history
+        if recorder is None or history is None:
+            return
+        names = list(recorder.metric_names)[1:]
+        history.add(self._fit.epoch.number, dict(zip(names, self.learn.final_record)))
+        history.averaged = self._epochs_of_fit()
+        self._history = history
+        self._show_history(recorder, history)
+
+    def _show_history(self, recorder, history):
+        "For `recorder.plot_swa`, which can be called after this callback is gone, and in a learner that was pickled."
+        setattr(recorder, f'{self._name}_history', vars(history))
 
     def _log(self, values):
         complete_row(recorder_of(self.learn), self._fit.n_own, self._fit.columns, values)
@@ -620,7 +793,7 @@ class SWACallback(FitCallback):
                 return
             fit.said.add(kind)
         if not rank_distrib():  # once for all processes
-            warnings.warn(sentence, stacklevel=2)
+            warn(sentence)
 
     def _say_infinite(self):
         where = 'in' if self.every else 'at the end of'
@@ -630,15 +803,23 @@ class SWACallback(FitCallback):
             'average',
         )
 
-    def _why_nothing_is_averaged(self):
+    def _why_nothing_is_averaged(self, n_steps=None) -> str:
+        "`n_steps`: of those taken, as in 'took 3'."
         fit = self._fit
-        if self.every and fit.start < self.n_epoch:
+        if self.every and fit.due:
+            n_steps = n_steps or f'took {fit.n_steps}'
             return (
-                f'every={self.every} was not reached: this fit took {fit.n_steps} optimizer steps from epoch '
-                f'{fit.start} on and averages nothing'
+                f'every={self.every} was not reached: this fit {n_steps} optimizer steps from epoch {fit.start} on and '
+                'averages nothing'
             )
+        if not fit.due and fit.start < self.n_epoch:
+            return (
+                f'cycle_len has no epoch from {fit.start} (swa_start={self.swa_start}) to {self.n_epoch - 1}, the last '
+                'one, counted from 0: this fit averages nothing'
+            )
+        first = fit.due[0] if fit.due else fit.start
         return (
-            f'swa_start={self.swa_start} was not reached: epoch {fit.start} (from 0) would be the first one averaged, '
+            f'swa_start={self.swa_start} was not reached: epoch {first} (from 0) would be the first one averaged, '
             f'so this fit of {self.n_epoch} epochs averages nothing'
         )
 
@@ -730,8 +911,13 @@ def check_name(name: str) -> str:
 def is_learners_own(learn: Learner, name: str) -> bool:
     "Is `name` something of the learner's, other than a `SWACallback`? Some come and go with a fit."
     if name in vars(learn):
-        return not isinstance(vars(learn)[name], SWACallback)
+        return not isinstance(vars(learn)[name], SWACallback) and not _is_from_an_export(vars(learn)[name])
     return hasattr(type(learn), name) or name in (*LOOP, 'scaler', 'lock', 'lr_finder') or hasattr(learn.model, name)
+
+
+def _is_from_an_export(value) -> bool:
+    "Is it what a `SWACallback` of an exported learner has become?"
+    return type(value) is Callback
 
 
 def _check_average(average):
@@ -752,6 +938,38 @@ def _weight_of(weight, n_averaged: int):
         return float(weight(n_averaged))
     except Exception:
         return None
+
+
+def _check_cycle_len(cycle_len):
+    "An int, a list of ints or a function."
+    if callable(cycle_len):
+        return cycle_len
+    if isinstance(cycle_len, Integral) and not isinstance(cycle_len, bool):
+        return check_count('cycle_len', cycle_len)
+    if isinstance(cycle_len, str) or not isinstance(cycle_len, Iterable):
+        raise TypeError(
+            'cycle_len must be an int (epochs), a list of the epochs averaged, or a function that is true of them, not '
+            f'{cycle_len!r}'
+        )
+    epochs = [check_count('cycle_len', epoch, least=0) for epoch in cycle_len]
+    if not epochs:
+        raise ValueError('cycle_len must have one epoch at least, and is empty')
+    if epochs != sorted(set(epochs)):
+        ends = f': of cycles of these lengths they are {cycle_ends(epochs)}' if min(epochs) else ''
+        raise ValueError(f'cycle_len must be epochs, counted from 0, in rising order, not {epochs}{ends}')
+    return epochs
+
+
+def _plain_cycle_len(cycle_len):
+    "What tells it from another one."
+    if not callable(cycle_len):
+        return cycle_len
+    epochs = []
+    for epoch in range(_N_COMPARED):
+        with suppress(Exception):  # the function of a shorter fit
+            if cycle_len(epoch):
+                epochs.append(epoch)
+    return epochs
 
 
 def _check_swa_start(swa_start):

@@ -1,6 +1,6 @@
 """`CheckpointCallback`: a fit that is killed goes on where it was, bit for bit."""
 
-import warnings
+import copy
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,30 +14,50 @@ from fastcore.foundation import L
 from torch import nn
 
 from .attributes import plain_attributes
+from .checkpoint_files import CheckpointFiles, damaged, remove_checkpoint
 from .checks import check_count
 from .columns import recorder_of
-from .files import Lock, read, write
+from .files import Lock
 from .fitting import FitCallback, locked_for
 from .journal import N_EPOCHS, SCHEDULE, Journal, why_not_the_longer_fit
 from .modules import named_tensors, unwrap
-from .packing import pack
+from .packing import Packer, pack, unpack
 from .processes import Processes
 from .state import restore, take
 from .walk import keeps_state, loaders, named_callbacks
+from .warn import warn
 
 __all__ = ['CheckpointCallback']
 
-_KIND = 'checkpoint'
-_VERSION = 2  # of the file's format
 _FIRST = -1000  # the `order` of what sees an event before all others
 _LAST = 1000
 
-# learner -> file -> Journal: fastai forgets a callback that is passed to a fit when that is over
-_journals = weakref.WeakKeyDictionary()
+_JOURNALS = '_fastai_swa_journals'  # the learner's attribute that holds them
 # Plain attributes before the first fit. There are two kinds of keys: a callback, to its own attributes, and a learner,
 # to those of all else that it holds. They are settings unless a fit changes them: a new run of the program makes them
 # again.
 _before_first_fit = weakref.WeakKeyDictionary()
+
+
+class _Journals(dict):
+    """File -> `Journal`, of one learner: fastai forgets a callback that is passed to a fit when that is over.
+
+    It lies in the learner. A journal refers to callbacks, and an attached one to its learner: kept anywhere else, the
+    learner would live as long as the program. A copy or an export of the learner has none.
+    """
+
+    def __deepcopy__(self, memo):
+        return _Journals()
+
+    def __reduce__(self):
+        return dict, ()
+
+
+def _journals_of(learn) -> _Journals:
+    journals = vars(learn).get(_JOURNALS)
+    if not isinstance(journals, _Journals):
+        journals = vars(learn)[_JOURNALS] = _Journals()
+    return journals
 
 
 @dataclass
@@ -46,6 +66,7 @@ class _Fit:
 
     processes: Processes  # that train together
     journal: Journal  # the fits on the same file
+    files: CheckpointFiles  # in the first process
     settings: dict = None  # what must be the same where it goes on
     to_restore: dict = None  # state in the file, to be put back at its epoch; `None` once done, or for a fit begun anew
     lock: Lock = None  # on the file, in the first process
@@ -71,11 +92,14 @@ class _Fit:
 
 
 class CheckpointCallback(FitCallback):
-    """Keep the whole state of a fit in one file, so that the same call, made again after a crash,
+    """Keep the whole state of a fit in a file, so that the same call, made again after a crash,
     goes on and ends bitwise as without it.
 
     The state is written before the first epoch and before each `every`-th one after it, in one
-    step: the file is always complete. It is removed when the fit completes. Weights, optimizer,
+    step: the file is always complete. It is removed when the fit completes. What only grows, such as
+    the losses of all steps, and what earlier fits have left are written once, to files beside it
+    that go when it goes (`<path>.<id>.steps` and `.past`: who moves the file moves them, too); so a
+    checkpoint does not cost more the longer a fit is. Weights, optimizer,
     averages, the Recorder's history and table, trackers, the gradient scaler and all random
     generators are in it (`state.take`); it loads with `torch.load(weights_only=True)`. Fits of one
     learner on one path are numbered: those before the interrupted one, such as the first stage of
@@ -129,10 +153,10 @@ class CheckpointCallback(FitCallback):
         self._rows = []
         if sum(isinstance(cb, CheckpointCallback) for cb in learn.cbs) > 1:
             raise ValueError('this fit has two CheckpointCallbacks; pass one')
-        journals = _journals.setdefault(learn, {})
-        journal = journals.setdefault(self.file, Journal(self.file))
+        journal = _journals_of(learn).setdefault(self.file, Journal(self.file))
         processes = Processes(learn)
-        self._fit = _Fit(processes, journal)  # from here on `over` gives the lock back, whatever happens
+        files = CheckpointFiles(self.file if processes.rank == 0 else None)
+        self._fit = _Fit(processes, journal, files)  # from here on `over` gives the lock back, whatever happens
         saved = processes.first(self._open)
         settings = _settings(learn, processes)
         if saved:
@@ -190,8 +214,11 @@ class CheckpointCallback(FitCallback):
         "Lock the path; what the file there holds, if that counts."
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self._fit.lock = locked_for(self, self.file)
-        saved = read(self.file, _KIND, _VERSION) if self.file.exists() else None
-        return saved if self.resume else None
+        saved = self._fit.files.read()
+        if self.resume:
+            return saved
+        self._fit.files.begin_anew()
+        return None
 
     def _go_to_place(self, saved: dict, settings: dict) -> dict:
         """Let this fit stand at its place among those of the file. Returns the settings to write from
@@ -199,6 +226,9 @@ class CheckpointCallback(FitCallback):
         """
         fit = self._fit
         place = fit.journal.open(saved, settings)
+        # what is kept for later writing must not go with the file
+        fit.journal.end = copy.deepcopy(fit.journal.end)
+        fit.journal.kept = copy.deepcopy(fit.journal.kept)
         fit.to_restore = saved['state']
         fit.is_past = place.is_past
         if place.settings[N_EPOCHS] == settings[N_EPOCHS]:
@@ -213,7 +243,7 @@ class CheckpointCallback(FitCallback):
         self._tell(f'the file is of a fit of {was[N_EPOCHS]} epochs, which now becomes one of {n}')
         reasons = why_not_the_longer_fit(was, now, self._fit.to_restore['epoch'])
         if reasons:
-            warnings.warn(
+            warn(
                 f'{self.file.name}: {" and ".join(reasons)}: the fit does not end where one of {n} epochs from the '
                 'beginning would'
             )
@@ -227,18 +257,21 @@ class CheckpointCallback(FitCallback):
         "Take the row of the epoch before."
         recorder = recorder_of(self.learn)
         if self.learn.epoch > 0 and recorder is not None:
-            self._rows.append(list(recorder.log))
+            self._rows.append([_plain(cell) for cell in recorder.log])
 
     def _write(self):
         fit, learn = self._fit, self.learn
+        histories = fit.files.histories
         for cb in learn.cbs:
             if isinstance(cb, FitCallback):
                 cb.unmute_trackers()  # of the epoch before, which is over
         try:
-            state = take(learn, _unchanged(learn))
+            histories.begin()
+            state = take(learn, _unchanged(learn), histories)
             _gather(state, fit.processes)
             state['data'] = _sizes(learn)
-            fit.processes.first(write, self.file, _KIND, _VERSION, fit.journal.content(fit.settings, state))
+            state['rows'] = histories.cut('rows', self._rows, Packer())
+            fit.processes.first(fit.files.write, fit.journal.content(fit.settings, state))
             for cb in learn.cbs:
                 if hasattr(type(cb), 'after_checkpoint'):
                     cb.after_checkpoint()
@@ -249,15 +282,13 @@ class CheckpointCallback(FitCallback):
                 self._not_written(e)
 
     def _not_written(self, error):
-        warnings.warn(f'{error}; training goes on, and the file keeps an earlier epoch')
+        warn(f'{error}; training goes on, and the file keeps an earlier epoch')
 
     def _remove(self):
         try:
-            self.file.unlink(missing_ok=True)
+            remove_checkpoint(self.file)
         except OSError as e:
-            warnings.warn(
-                f'{self.file} could not be removed ({e}): remove it, or the same fit called again goes on from it'
-            )
+            warn(f'{self.file} could not be removed ({e}): remove it, or the same fit called again goes on from it')
 
     def _tell(self, text):
         if self._fit.processes.rank == 0:
@@ -276,11 +307,24 @@ class CheckpointCallback(FitCallback):
             )
         recorder = recorder_of(learn)
         columns = None if recorder is None else list(recorder.metric_names)
-        restore(learn, {**state, **_own(state, fit.processes)}, _unchanged(learn))
+        self._restore(state, _unchanged(learn))
+        if 'rows' in state:  # since format 3
+            self._rows = unpack(state['rows'])
         if recorder is not None:
             self._reorder_rows(recorder, columns)
         if fit.processes.rank == 0:
             self._show_rows()
+
+    def _restore(self, state, unchanged):
+        """Put `state` into the learner. Raises `ValueError`, naming the file, if it is of another model or cannot be
+        what was written.
+        """
+        try:
+            restore(self.learn, {**state, **_own(state, self._fit.processes)}, unchanged)
+        except ValueError as e:
+            raise ValueError(f'{self.file} cannot be gone on with: {e}') from e
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as e:
+            raise damaged(self.file, e) from e
 
     def _show_rows(self):
         journal, learn = self._fit.journal, self.learn
@@ -300,6 +344,7 @@ class CheckpointCallback(FitCallback):
         recorder.metric_names = L(columns)
         if places == sorted(places):
             return
+        self._fit.files.histories.write_anew()
         self._rows = [_in_order(row, places) for row in self._rows]
         without_time = places[: len(places) - bool(recorder.add_time)]
         of_values = [i - 1 for i in without_time[1:]]  # `values` have neither the epoch, which is first, nor the time
@@ -311,20 +356,19 @@ class CheckpointCallback(FitCallback):
         fit.unmute()
         end = fit.journal.end
         kept = fit.journal.pass_by(fit.settings)
-        state = {**end, 'states': end['states'] | kept, **_own(end, fit.processes)}
-        restore(learn, state, _before_first_fit.get(learn))
+        self._restore({**end, 'states': end['states'] | kept}, _before_first_fit.get(learn))
         for cb in learn.cbs:
             if isinstance(cb, TrackerCallback):
                 cb.run = False  # would load or save its best weights now
         self._tell(f'fit {len(fit.journal.fits)} was completed before; it is skipped')
 
-    # its own state
+    # its own state, beside what it writes of the fit
 
     def state_dict(self) -> dict:
-        return {'rows': [[_plain(cell) for cell in row] for row in self._rows]}
+        return {}
 
     def load_state_dict(self, state: dict):
-        self._rows = state['rows']
+        self._rows = state.get('rows', [])  # in files of the formats 1 and 2
 
 
 def _in_order(row, places) -> list:
@@ -451,7 +495,7 @@ def _len(o):
 
 def _warn_of_workers(learn):
     if any(getattr(dl, 'persistent_workers', False) for dl in loaders(learn)):
-        warnings.warn(
+        warn(
             'a loader has persistent_workers, whose random state is not in the checkpoint: a resumed fit draws other '
             'augmentations'
         )

@@ -1,10 +1,14 @@
-"""Columns of one's own in the table of a fit: in the Recorder's names and rows, before the time."""
+"""The table of a fit: columns of one's own in the Recorder's names and rows, before the time; lines below it."""
 
 import torch
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
+from fastai.imports import noop
 from fastai.learner import Recorder
+from fastai.torch_core import rank_distrib
 from fastcore.foundation import L
 
-__all__ = ['recorder_of', 'insert_columns', 'complete_row', 'plain_values']
+__all__ = ['recorder_of', 'insert_columns', 'complete_row', 'plain_values', 'write_below']
 
 
 def recorder_of(learn) -> Recorder | None:
@@ -47,3 +51,37 @@ def plain_values(measures) -> list:
     values = [m.value for m in measures]
     values = [v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for v in values]
     return [float('nan') if v is None else v for v in values]
+
+
+def write_below(learn, lines: list[str]):
+    """Write `lines` below the table of the fit that ends, by the learner's logger; nothing where no table is
+    shown, as under `no_logging`.
+
+    A logger of the user's own is a function of a row, and gets no lines: they are printed if the
+    table is fastai's.
+    """
+    logger = _own_logger(learn)
+    progress = [cb for cb in learn.cbs if isinstance(cb, ProgressCallback)]
+    is_shown = any(getattr(cb, 'mbar', None) for cb in progress) if progress else logger is print
+    if logger is noop or not is_shown or recorder_of(learn) is None or rank_distrib():
+        return
+    for line in lines:
+        print(line)
+
+
+def _own_logger(learn):
+    """The learner's, below those that callbacks have put in its place until the fit is over.
+
+    An interrupted fit leaves a callback's there; the next one then takes it for the learner's own, and what that was
+    is forgotten: it counts as `print`.
+    """
+    logger = learn.logger
+    owner = getattr(logger, '__self__', None)
+    seen = set()
+    while isinstance(owner, Callback) and hasattr(owner, 'old_logger'):
+        if id(owner) in seen:
+            return print
+        seen.add(id(owner))
+        logger = owner.old_logger
+        owner = getattr(logger, '__self__', None)
+    return logger

@@ -8,7 +8,7 @@ import itertools
 import sys
 from collections import OrderedDict, deque
 from functools import lru_cache, partial
-from types import CellType, FunctionType, MemberDescriptorType, MethodType
+from types import CellType, FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodType
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ __all__ = [
     'elements',
     'values_of',
     'put_elements',
+    'set_items',
     'shared_memory',
     'is_record',
     'record_fields',
@@ -76,6 +77,12 @@ def put_elements(o, values: list):
     return o
 
 
+def set_items(sequence, values: list):
+    "Let a list or fastcore's `L` hold `values`, in one step. (An `L` of fastcore 1.8 or older takes no slice.)"
+    items = sequence.items if isinstance(sequence, L) else sequence
+    items[:] = values
+
+
 def shared_memory(o) -> memoryview | None:
     """The memory of a number or array that processes share, as `multiprocessing.Value` makes one:
     how workers are told the epoch.
@@ -123,8 +130,16 @@ def _slots(cls) -> tuple:
     "The descriptors of the attributes that are not in a `__dict__`."
     if is_foreign(cls):
         return ()
-    members = (d for c in cls.__mro__ for d in vars(c).values() if type(d) is MemberDescriptorType)
+    members = [d for c in cls.__mro__ for d in _members(c)]
     return tuple(d for d in members if d.__name__ not in ('__dict__', '__weakref__'))
+
+
+def _members(cls) -> list:
+    own = vars(cls)
+    slots = [d for d in own.values() if type(d) is MemberDescriptorType]
+    # classes that mypyc compiles, such as the functions in fastai's transforms (plum-dispatch >= 2.10)
+    compiled = [own[name] for name in own.get('__mypyc_attrs__', ()) if name in own]
+    return slots + [d for d in compiled if type(d) is GetSetDescriptorType]
 
 
 UNSET = object()  # the value of a slot that has none

@@ -3,7 +3,7 @@ on a folder of images."""
 
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,11 @@ from fastai.vision.learner import vision_learner
 from fastprogress import fastprogress
 from matplotlib.ticker import MaxNLocator
 
+from .callback import SWACallback
 from .experiments.tables import mean_and_half
 from .files import replacing, save_weights
 from .learner import EpochScheduler  # brings fit_swa along
-from .schedules import swa_lr_factor
+from .schedules import start_epoch, swa_lr_factor
 from .vision import digits, digits_net, image_folder
 
 __all__ = ['demo', 'summary']
@@ -67,6 +68,7 @@ def demo(
     average, one-cycle at its end. Raises what `image_folder` and `fit_swa` raise, and `ValueError`
     for an `arch` that torchvision does not have.
     """
+    _check_start(swa_start, epochs)
     task = _digits(bs, label_noise) if data is None else _images(data, arch, size, bs, pretrained)
     seeds = seeds or task.seeds
     n_train, n_valid = len(task.dls.train_ds), len(task.dls.valid_ds)
@@ -85,7 +87,8 @@ def demo(
         errors.append(_ends(runs))
         of_sgd, _, of_average, of_one_cycle = errors[-1]
         said = f'{of_sgd:.2f} % with SGD, {of_one_cycle:.2f} % with one-cycle, {of_average:.2f} % with SWA'
-        print(f'seed {seed}: error {said}  ({perf_counter() - start:.0f} s)')
+        under_way = f'seed {seed}' if seed == 0 else ''  # of the others `_train` has said it
+        print(f'{under_way}: error {said}  ({perf_counter() - start:.0f} s)')
     errors = np.array(errors)
     print('\n' + summary(errors, average.n_averaged))
     if data is not None:
@@ -95,6 +98,16 @@ def demo(
     _draw(first, errors, Path(f'{out}.png'))
     print(f'\nwrote {out}.png')
     return errors
+
+
+def _check_start(swa_start, epochs):
+    "Raise `ValueError` if a fit of so many epochs would average nothing."
+    start = start_epoch(SWACallback(swa_start).swa_start, epochs)
+    if start >= epochs:
+        raise ValueError(
+            f'swa_start={swa_start} is never reached: the epochs are counted from 0, and {epochs} end with epoch '
+            f'{epochs - 1}; use a lower --swa-start, a share of the epochs such as 0.5, or more --epochs'
+        )
 
 
 @dataclass
@@ -148,11 +161,11 @@ def _train(task, fits, lr, seed) -> tuple[dict, dict]:
         learn = task.learner(loss_func=CrossEntropyLossFlat(), **settings)
         if seed == 0:
             print(f'\n{name}, seed 0:')
-        with _progress(shown=seed == 0):
+        else:
+            print(f', {name}' if runs else f'seed {seed}: {name}', end='', flush=True)
+        with _progress(learn, shown=seed == 0):
             returned[name] = fit(learn)
         runs[name] = _columns(learn)
-        if seed == 0 and name == 'SWA':
-            print(f'\n{returned[name]}')
     if seed == 0:
         print()
     return runs, returned
@@ -216,19 +229,18 @@ def _columns(learn) -> dict:
 
 
 @contextmanager
-def _progress(shown):
+def _progress(learn, shown):
     "fastai's table without bars where the output is not a terminal; nothing at all unless `shown`."
     bar = fastprogress.ConsoleProgressBar
-    old = fastprogress.NO_BAR, fastprogress.WRITER_FN, bar.fill
+    old = fastprogress.NO_BAR, bar.fill
     if not shown or not sys.stdout.isatty():
         fastprogress.NO_BAR = True
         bar.fill = ''  # a bar prints its first mark even so
-    if not shown:
-        fastprogress.WRITER_FN = lambda *args, **kwargs: None
     try:
-        yield
+        with nullcontext() if shown else learn.no_logging():
+            yield
     finally:
-        fastprogress.NO_BAR, fastprogress.WRITER_FN, bar.fill = old
+        fastprogress.NO_BAR, bar.fill = old
 
 
 _CURVES = {  # label -> run, prefix of its columns, style

@@ -3,6 +3,8 @@
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +16,23 @@ from torch.nn import functional as F
 
 from .aside import autocast_left, whole
 from .checks import check_choice
+from .files import replacing
 from .fitting import no_fit
 from .interrupts import uninterrupted
-from .members import Combination, EachMember, Members
+from .members import Combination, EachMember, Members, as_graph
 from .modules import Kept, clean_copy, has_own_modes, unwrap
 from .probabilities import Probabilities, features
+from .randomness import randomness_kept
 from .samples import Overlaps, length
 from .solutions import by_epoch, gathered, source_of
 from .views import lending
 from .walk import not_copied
-from .weights import check_weights_file, load_into, read_index, replace_files, weights_of
+from .warn import warn
+from .weights import check_weights_file, load_into, read_index, refuse_nan, replace_files, weights_of
 
 __all__ = ['Ensemble']
+
+_PICKLE = signature(Learner.export).parameters['pickle_module'].default  # as this version of fastai exports
 
 
 @dataclass
@@ -46,8 +53,8 @@ class _Described:
 class Ensemble:
     """Several trained models that predict as one, with a learner's own methods.
 
-    - `members`: a list of learners, modules, state dicts and paths to these (what
-      `learn.save(with_opt=False)` or `torch.save` wrote), of one architecture or several; the
+    - `members`: a list of learners, modules, state dicts and paths to these (what `learn.save`,
+      `torch.save` or safetensors wrote; see `solutions.py`), of one architecture or several; the
       folder that `fit_snapshots`, `fit_fge` or `save` wrote; or another `Ensemble`. What has
       `solutions()` stands for these, alone or in the list: a `SnapshotCallback`, or a `SWACallback`
       for its `swa_model` as it is. Instead of the list there may be a dict.
@@ -177,6 +184,17 @@ class Ensemble:
         with self._in_learner() as learn, learn.no_bar(), learn.no_logging():
             return learn.validate(ds_idx, dl, cbs)
 
+    def tta(self, ds_idx: int = 1, dl=None, **kwargs):
+        """Combined probabilities, averaged over augmented versions of the samples, and targets, as
+        `Learner.tta` gives them; `kwargs` as there."""
+        with self._in_learner() as learn, learn.no_bar(), learn.no_logging():
+            return learn.tta(ds_idx, dl, **kwargs)
+
+    def show_results(self, ds_idx: int = 1, dl=None, **kwargs):
+        "Show samples, their targets and what the ensemble predicts, as `Learner.show_results`; `kwargs` as there."
+        with self._in_learner() as learn, learn.no_bar(), learn.no_logging():
+            learn.show_results(ds_idx, dl, **kwargs)
+
     def member_preds(self, ds_idx: int = 1, dl=None, cbs=None):
         """Probabilities of each member, shape (members, samples, ...), and the targets; one member
         at a time is on the device."""
@@ -193,8 +211,8 @@ class Ensemble:
         """Find weights for the members' probabilities by ridge regression on one-hot targets, and
         combine by them from now on.
 
-        `dl`, or data set `ds_idx` of the learner: samples that no member was trained on (the
-        arguments may also come in the order `dl`, `ds_idx`). The penalty is the one of `alphas`
+        `dl`, or data set `ds_idx` of the learner, 1 being its validation set: samples that no member
+        was trained on (a loader may also come first: `stack(dl)`). The penalty is the one of `alphas`
         with the least error in leave-one-out cross-validation. What the ensemble then scores on the
         same samples flatters it: judge it on others.
 
@@ -202,14 +220,11 @@ class Ensemble:
         member's, where all members are right and no weight can be learned. (What a file or a module
         was trained on is not known. See `samples.Samples` for how samples are known again.) Also if
         they have no targets, or the targets are not one class, label vector or value for each
-        sample.
+        sample, and for a `ds_idx` that the learner does not have; `TypeError` for what is no loader.
         """
         from sklearn.linear_model import RidgeCV  # comes with fastai; slow to import
 
-        if not isinstance(ds_idx, int):  # `stack(dl)`, from before `ds_idx` came first
-            ds_idx, dl = 1 if dl is None else dl, ds_idx
-        if dl is None:
-            dl = self.learn.dls[ds_idx]
+        dl = _loader_of(self.learn, ds_idx, dl)
         if self._in_training_sets(dl, [*self._trained_on, None])[0]:
             raise ValueError(
                 'stack needs data that no member was trained on, and these are the training set of one: hold samples '
@@ -243,16 +258,14 @@ class Ensemble:
             return
         n_found, n_members = self._in_training_sets(dl, self._trained_on)
         if n_found:
-            warnings.warn(
+            warn(
                 f'{n_found} of the {n} samples are training data of {n_members} of the {len(self)} members: what the '
                 'ensemble scores there flatters it',
-                stacklevel=2,
             )
         n_found, _ = self._overlaps.count(scored, [self._stacked_on] if self.combine == 'stack' else [])
         if n_found:
-            warnings.warn(
+            warn(
                 f'stack() was fitted on {n_found} of the {n} samples: what the ensemble scores there flatters it',
-                stacklevel=2,
             )
 
     # files
@@ -263,12 +276,17 @@ class Ensemble:
 
         The index comes last, in one step. Over a folder that holds an ensemble the members get
         other names, and the old ones go when the index no longer names them: whatever happens,
-        there is the old ensemble or the new. Raises `OSError` if something cannot be written,
-        `ValueError` if the folder has an index of something else.
+        there is the old ensemble or the new. The index has the SHA-256 of each file: what is read has
+        to be what was written. Raises `OSError` if something cannot be written, `ValueError` for a
+        member with a NaN, or if the folder has an index of something else, `files.InUse`, a
+        `RuntimeError`, if another run is writing there.
         """
         folder = Path(folder)
         # all are read before any is written: they may be of that folder
-        weights = [weights_of(source_of(m)) for m in self.members]
+        weights = []
+        for i, member in enumerate(self.members):
+            weights.append(weights_of(source_of(member), f'member {i}'))
+            refuse_nan(weights[i], f'member {i}')
         old, files = replace_files(
             folder,
             weights,
@@ -281,6 +299,68 @@ class Ensemble:
         for i, member in enumerate(self.members):  # one that was read from there is now where its copy is
             if isinstance(member, str | Path) and Path(member).resolve() in gone:
                 self.members[i] = folder / files[i]
+
+    def export(self, fname='export.pkl') -> Path:
+        """Write a learner that is the ensemble, as `Learner.export` writes one, to `learn.path /
+        fname`: `load_learner` reads it. Gives the path.
+
+        Its model is a plain module of PyTorch's own classes (`torch.fx`), which calls each member, so
+        that the file needs no more than one of `learn.export()` would: not this package, but the
+        classes of the members, of the loss and the like. What the model gives is one output whose
+        softmax (sigmoid, or itself) is the combined prediction.
+
+        Raises `ValueError` for a member with a NaN, and where that model does not predict what the
+        ensemble does on the first validation batch, as with callbacks that change the members' outputs
+        or take them apart; `RuntimeError` inside `active()`; `OSError` if it cannot be written.
+        """
+        learn = self.learn
+        if isinstance(unwrap(learn.model), Members):
+            raise RuntimeError('export inside active() is not possible: call it outside')
+        with randomness_kept(learn):
+            batch = learn.dls[1].one_batch()
+            expected = self.get_preds(dl=[batch])[0]
+            modules = [self._module(i) for i in range(len(self))]
+            for i, m in enumerate(modules):
+                refuse_nan(m.state_dict(), f'member {i}')
+            with _modes_kept(modules):
+                graph = self._graph(modules, batch, expected)
+                for m in (*modules, graph):
+                    m.eval()
+                return self._write_learner(graph, learn.path / fname)
+
+    def _graph(self, modules: list, batch, expected) -> nn.Module:
+        "One module in the place of `modules`. Raises `ValueError` if it does not predict `expected` of `batch`."
+        learn = self.learn
+        why = ''
+        try:
+            inputs = batch[: getattr(learn.dls, 'n_inp', len(batch) - 1)]
+            graph = as_graph(modules, Combination(self.probabilities, self.combine, self.stacking), inputs)
+            with _attributes(learn, model=graph), learn.no_bar(), learn.no_logging():
+                found = learn.get_preds(dl=[batch], act=self.probabilities.of)[0]
+            is_same = found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
+        except Exception as e:
+            is_same = False
+            why = f' ({type(e).__name__}: {" ".join(str(e).split())[:200]})'
+        if not is_same:
+            raise ValueError(
+                'export is not possible: one model in the place of the members does not predict what they do; do '
+                f'callbacks of the learner change their outputs, or take them apart?{why} Let the members give one '
+                'tensor by themselves'
+            )
+        return graph
+
+    def _write_learner(self, model: nn.Module, file: Path) -> Path:
+        "As `Learner.export`, with `model`; the learner keeps its own, its data and its optimizer."
+        learn = self.learn
+        learn._end_cleanup()
+        with (
+            _attributes(learn, model=model, opt=None, dls=learn.dls.new_empty()),
+            warnings.catch_warnings(),
+            replacing(file) as f,
+        ):
+            warnings.simplefilter('ignore')  # PyTorch's, that it cannot look at the code of the model
+            torch.save(learn, f, pickle_module=_PICKLE, pickle_protocol=2)
+        return file
 
     @classmethod
     def load(cls, folder, learn: Learner, archs=None, **kwargs):
@@ -297,7 +377,10 @@ class Ensemble:
         if isinstance(source, nn.Module):
             return unwrap(source)
         module = clean_copy(self.learn.model if self.archs[i] is None else self.archs[i], not_copied(self.learn))
-        return load_into(module, source, f'member {i}')
+        name = source if isinstance(source, str | Path) else f'member {i}'
+        weights = weights_of(source, name)
+        refuse_nan(weights, name)
+        return load_into(module, weights, str(name))
 
     def _version(self):
         "What changes when the ensemble would predict with something else. (Not what is in files.)"
@@ -383,6 +466,11 @@ def _described(given) -> _Described:
     members = list(gathered(given).values())
     if isinstance(given, str | Path) and Path(given).is_dir():
         index = read_index(Path(given))
+        if index.get('combine') == 'stack' and 'sha256' not in index:
+            warn(
+                f'{given} is of an earlier version, which kept no SHA-256 of its files: whether they are those that '
+                'stack() weighed, in their order, cannot be checked'
+            )
         return _Described(
             members,
             combine=index.get('combine'),
@@ -410,6 +498,25 @@ def _first_learner(members) -> Learner:
         if isinstance(m, Learner):
             return m
     raise ValueError('learn is needed for its data, its loss and its metrics: no member is a Learner')
+
+
+def _loader_of(learn, ds_idx, dl):
+    "`dl`, or the learner's loader `ds_idx`; the two may come in the other order."
+    if ds_idx is None:
+        ds_idx = 1
+    elif not isinstance(ds_idx, Integral):
+        ds_idx, dl = 1 if dl is None else dl, ds_idx
+    if dl is None:
+        n = len(learn.dls.loaders)
+        if isinstance(ds_idx, bool) or ds_idx not in range(-n, n):
+            raise ValueError(f'ds_idx must be one of the {n} data sets of the learner, from 0, not {ds_idx!r}')
+        return learn.dls[ds_idx]
+    if isinstance(dl, str) or not hasattr(dl, '__iter__') or not hasattr(dl, '__len__'):
+        raise TypeError(
+            'stack needs a loader, such as learn.dls.test_dl(items, with_labels=True), or the number of a data set of '
+            f'the learner, not {repr(dl)[:60]}'
+        )
+    return dl
 
 
 def _stacking_targets(preds, targets, kind):

@@ -1,11 +1,11 @@
 """Files that are replaced in one step, checked when they are read, and locked while they are in
 use. Plain PyTorch."""
 
+import json
 import os
 import secrets
 import stat
 import sys
-import warnings
 import zipfile
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -14,13 +14,25 @@ from pathlib import Path
 import torch
 
 from .interrupts import uninterrupted, unwound_whole
+from .warn import warn
 
 try:
     import fcntl
 except ImportError:  # Windows
     import msvcrt
 
-__all__ = ['replacing', 'save_weights', 'write', 'write_text', 'read', 'Lock', 'InUse']
+__all__ = [
+    'replacing',
+    'save_weights',
+    'write',
+    'write_text',
+    'append',
+    'read',
+    'check_zip',
+    'parsed',
+    'Lock',
+    'InUse',
+]
 
 _HALF_WRITTEN = '.fastai_swa.tmp'  # the endings of what lies beside a file for a while
 _LOCK = '.fastai_swa.lock'
@@ -93,6 +105,36 @@ def write_text(file: Path, text: str):
     "Replace `file` by `text` in one step. Raises `OSError` if it cannot be done."
     with replacing(file) as f:
         f.write(text.encode())
+
+
+def append(file: Path, data: bytes, at: int):
+    """Let `file` have `data` behind its first `at` bytes, and nothing else: what lies there, of a writer that was
+    killed, goes. Raises `OSError`, naming `file`; then its first `at` bytes are as they were.
+    """
+    try:
+        with unwound_whole(), uninterrupted():
+            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                _append(handle, data, at)
+            finally:
+                os.close(handle)
+    except OSError as e:
+        raise OSError(f'{file} cannot be written: {_first_line(e)}') from e
+
+
+def _append(handle: int, data: bytes, at: int):
+    if os.fstat(handle).st_size < at:
+        raise OSError('it has become shorter')
+    os.ftruncate(handle, at)
+    os.lseek(handle, at, os.SEEK_SET)
+    try:
+        while data:
+            data = data[os.write(handle, data) :]  # a disk with too little room takes a part, and then raises
+        os.fsync(handle)
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(handle, at)
+        raise
 
 
 def _mode(target: Path) -> int | None:
@@ -192,14 +234,17 @@ def _first_line(e) -> str:
 # reading
 
 
-def read(file: Path, kind: str, version: int) -> dict:
+def read(file: Path, kind: str, version: int, mapped: bool = False) -> dict:
     """What `write` wrote. Raises `ValueError` if `file` is damaged, of another kind or newer than
     `version`.
+
+    - `mapped`: tensors stay in the file, and take no memory. They hold as long as the file is not
+      changed in place; replacing it does no harm but on Windows, where it cannot be replaced
+      meanwhile. So they are for copying from them, soon.
     """
     try:
-        with zipfile.ZipFile(file) as z:
-            damaged = z.testzip()  # torch.load does not look at the checksums
-        saved = None if damaged else torch.load(file, map_location='cpu', weights_only=True)
+        check_zip(file)
+        saved = torch.load(str(file), map_location='cpu', weights_only=True, mmap=mapped)
     except (PermissionError, FileNotFoundError):
         raise
     except Exception:
@@ -207,10 +252,31 @@ def read(file: Path, kind: str, version: int) -> dict:
     advice = 'It is left as it is: move it away, or give another path'
     if not isinstance(saved, dict) or saved.get('format') != f'fastai_swa {kind}':
         raise ValueError(f'{file} is damaged, or it is no {kind} of fastai_swa. {advice}')
+    if type(saved.get('version')) is not int:
+        raise ValueError(f'{file} is damaged: it does not say of which format it is. {advice}')
     if saved['version'] > version:
         versions = f'format {saved["version"]}, this one reads {version}'
         raise ValueError(f'{file} was written by a newer fastai_swa ({versions}). {advice}, or update')
     return saved
+
+
+def check_zip(file: Path):
+    """Raise `ValueError` if a part of the zip `file` is damaged, or compressed: `torch.load` does not look at the
+    checksums, and a file that is written compressed may need a thousand times its size in memory.
+    """
+    with zipfile.ZipFile(file) as z:
+        if any(info.compress_type != zipfile.ZIP_STORED for info in z.infolist()):
+            raise ValueError(f'{file} is compressed')
+        if z.testzip():
+            raise ValueError(f'{file} is damaged')
+
+
+def parsed(text: str | bytes):
+    "The JSON in `text`. Raises `ValueError` if it is none, or nested without end."
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError('it is nested too deeply') from None
 
 
 # locking
@@ -266,7 +332,7 @@ class Lock:
                 raise InUse(refused)
         except OSError as e:
             file = Path(file)
-            warnings.warn(f'{file.parent} cannot lock files ({e}): take care that no other run uses {file.name}')
+            warn(f'{file.parent} cannot lock files ({e}): take care that no other run uses {file.name}')
         return _is_at(handle, self.path)
 
     def release(self):

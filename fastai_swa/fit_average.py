@@ -3,6 +3,7 @@
 A `SWACallback` holds one; `average=` goes on with one.
 """
 
+import copy
 import weakref
 from collections import OrderedDict
 from contextlib import suppress
@@ -13,8 +14,9 @@ from fastai.learner import Learner
 from torch import nn
 
 from .averaging import WeightAverage, refuse_mismatch
+from .batches import Taken
 from .interrupts import uninterrupted
-from .modules import clean_copy, named_tensors, plain_data, plain_name, unwrap
+from .modules import MODULES_OWN, clean_copy, named_tensors, plain_data, plain_name, unwrap
 from .packing import pack, unpack
 from .walk import not_copied
 from .weights import read_weights
@@ -32,6 +34,7 @@ class FitAverage:
     epochs: list = field(default_factory=list)  # with points in it, from 0
     bn: list = field(default_factory=list)  # names of the layers whose statistics follow the weights
     stale: bool = False  # whether these statistics are of other weights
+    taken: Taken | None = None  # training batches of the epochs of its fit; `None`: not known
 
     @classmethod
     def begin(cls, learn: Learner, weight, swa_model: nn.Module | None, continued: dict | None) -> 'FitAverage':
@@ -66,6 +69,26 @@ class FitAverage:
             self.running = running
             self.structure = structure
 
+    def copied(self, swa_model: nn.Module | None, memo: dict) -> 'FitAverage':
+        """A copy, for a deep copy of the callback, or of the learner: then it is an average of the latter's copy.
+
+        - `swa_model`: the copy of what it is averaged into, if that was the user's own; `memo`: as `copy.deepcopy` has
+          it.
+        """
+        source = self.learner()
+        learn = memo.get(id(source), source)
+        if swa_model is None and (source is None or self.running.is_lent):
+            swa_model = clean_copy(self.running.swa_model, () if source is None else not_copied(source))
+        elif swa_model is None:
+            swa_model = copy.deepcopy(self.running.swa_model, memo)
+        structure = self.structure
+        if learn is not source:
+            model = unwrap(copy.deepcopy(source.model, memo))
+            structure = _structure(model) if self.has_structure_of(unwrap(source.model)) else []
+        running = self.running.copied(swa_model)
+        of = self.learner if learn is source else weakref.ref(learn)
+        return FitAverage(running, of, structure, list(self.epochs), list(self.bn), self.stale)
+
     # for checkpoints
 
     def state_dict(self) -> dict:
@@ -90,7 +113,8 @@ class FitAverage:
         for m, mode in zip(swa_model.modules(), state['training']):
             m.training = mode
         for m, attributes in zip(swa_model.modules(), state.get('attributes', ())):
-            vars(m).update({name: unpack(value) for name, value in attributes.items()})
+            data = {name: unpack(value) for name, value in attributes.items() if not _is_made(m, name)}
+            vars(m).update(data)
 
 
 def _structure(model) -> list:
@@ -112,6 +136,11 @@ def _packed_attributes(module) -> dict:
             unpack(packed)  # what is made anew from an object that is there is left out
             res[name] = packed
     return res
+
+
+def _is_made(module, name) -> bool:
+    "Is `name` a method of the `module`, or one of PyTorch's own attributes, which no file changes?"
+    return name in MODULES_OWN or callable(getattr(type(module), name, None))
 
 
 # files of weights that say what they are the average of, in what torch keeps beside them for each module

@@ -1,8 +1,8 @@
 """Is this a real fit? A base class for callbacks that get the events of one training fit alone, and
 what may not end it."""
 
+import copy
 import sys
-import warnings
 import weakref
 from collections import Counter
 from contextlib import contextmanager
@@ -17,11 +17,13 @@ from torch import nn
 
 from .files import Lock
 from .interrupts import uninterrupted
+from .warn import warn
 
 __all__ = ['FitCallback', 'SideWork', 'is_fitting', 'locked_for', 'no_fit', 'passed_callbacks']
 
 _IN_A_BATCH = frozenset(_inner_loop)
 _AROUND_EPOCHS = 'before_fit', 'after_cancel_fit', 'after_fit'
+_OF_FIT = '_fit', '_is_listening', '_loss_func', '_muted'  # attributes of a `FitCallback` that a copy has not
 
 
 class FitCallback(Callback):
@@ -37,6 +39,9 @@ class FitCallback(Callback):
     - `over()`: called when the fit is over, however it ended, and `_fit` is about to become `None`.
       After Ctrl-C or an error, which fastai announces by no event, that is when the callback is
       taken from the learner, or, if it is attached for good, when it is needed next.
+
+    Pickled, it is a plain `Callback`, which does nothing: an exported learner needs nothing of this package where it is
+    loaded. A copy keeps the settings.
     """
 
     _fit = None
@@ -87,6 +92,21 @@ class FitCallback(Callback):
         except BaseException:
             self._end()
             raise
+
+    def __reduce__(self):
+        return Callback, (), {'learn': self.learn}
+
+    def __copy__(self):
+        res = object.__new__(type(self))
+        res.__setstate__(self.__getstate__())
+        return res
+
+    def __deepcopy__(self, memo):
+        res = memo[id(self)] = object.__new__(type(self))
+        settings = {k: v for k, v in self.__getstate__().items() if k not in _OF_FIT}
+        vars(res).update(copy.deepcopy(settings, memo))
+        res._init_state()
+        return res
 
     @property
     def epoch_under_way(self) -> int:
@@ -221,14 +241,14 @@ class SideWork:
         if self.failures[work] == 1:
             text = ' '.join(str(error).split()) or 'no message'
             then = f'; {consequence}' if consequence else ''
-            warnings.warn(f'{work} failed, and training goes on{then}: {type(error).__name__}: {text}', stacklevel=2)
+            warn(f'{work} failed, and training goes on{then}: {type(error).__name__}: {text}')
 
     def conclude(self):
         "Say how often each kind of work failed, if any did."
         for work, n in self.failures.items():
             text = f'{work} failed {n} time{"s" if n > 1 else ""} in this fit'
             try:
-                warnings.warn(text, stacklevel=2)
+                warn(text)
             except Warning:  # made an error by the user; here it would leave the learner half tidied up
                 print(text, file=sys.stderr)
 

@@ -7,7 +7,6 @@ When a point is taken and where a stretch ends is here; how much a point weighs 
 
 import secrets
 import shutil
-import warnings
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from .processes import Processes
 from .stretches import FoldersIndex, Stretches, read_history, read_last, remains
 from .views import lending
 from .walk import not_copied
+from .warn import warn
 from .weightings import Cuts, Segment, called, check_which, coefficients, missed, weighting
 from .weights import NoSolution, weights_of
 
@@ -204,10 +204,9 @@ class WeightHistory(FitCallback):
             return dict(done.last_weights())
         far = done.missed(which)
         if far > _FAR:
-            warnings.warn(
+            warn(
                 f'{called(which)} is missed by about {100 * far:.0f} % of its way from the last weights: a larger '
                 'n_segments keeps more of the fit',
-                stacklevel=2,
             )
         return self._average(done, which)
 
@@ -533,9 +532,8 @@ class WeightHistory(FitCallback):
     def _say_infinite(self):
         fit = self._fit
         if not fit.has_said_infinite and fit.processes.rank == 0:
-            warnings.warn(
+            warn(
                 f'weights in epoch {fit.epoch} are not finite: stretches with such are left out of the history',
-                stacklevel=2,
             )
         fit.has_said_infinite = True
 
@@ -631,8 +629,8 @@ class WeightHistory(FitCallback):
         dtypes = {name: t.dtype for name, t in res.items() if isinstance(t, torch.Tensor)}
         mean, lost = done.stretches.average(shares, dtypes)
         if lost > 1e-9:
-            warnings.warn(
-                f'{100 * lost:.0f} % of {called(which)} is of weights that were not finite, and left out', stacklevel=3
+            warn(
+                f'{100 * lost:.0f} % of {called(which)} is of weights that were not finite, and left out',
             )
         return res | mean
 
@@ -664,7 +662,7 @@ class WeightHistory(FitCallback):
             return
         moments = refresh_bn(learn, average.bn, None, in_fit=False)
         for sentence in moments.remarks.values():
-            warnings.warn(sentence, stacklevel=4)
+            warn(sentence)
         average.stale = False
 
 

@@ -9,12 +9,13 @@ no learner.
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ['Journal', 'Place', 'why_not_the_longer_fit', 'N_EPOCHS', 'SCHEDULE', 'START']
+__all__ = ['Journal', 'Place', 'why_not_the_longer_fit', 'N_EPOCHS', 'SCHEDULE', 'START', 'FOLDER']
 
 # what a call that goes on with a fit may change, if it has more epochs
 N_EPOCHS = 'the number of epochs'
 SCHEDULE = 'the schedule'
 START = 'the first averaged epoch'
+FOLDER = 'folder'  # of snapshots: its name
 
 _CHANGING = 'the parameters to train', 'wd'  # what a fit may change by itself
 
@@ -133,12 +134,16 @@ def _without_length(settings: dict) -> dict:
 
 
 def _complete_old(saved: dict, settings: dict):
-    """A file of format 1 does not say all that is compared now of a callback's settings: there the
-    fit's own count.
+    """Complete what earlier formats have of a callback's settings.
+
+    Up to 2 they have the whole path of the folder of snapshots, which may have been moved. Format 1 does not say all
+    that is compared now: there the fit's own count.
     """
-    if saved['version'] > 1:
-        return
-    for fit in saved['fits']:
+    for fit in saved['fits'] if saved['version'] < 3 else []:
+        folder = fit.get('SnapshotCallback', {}).get(FOLDER)
+        if folder is not None:
+            fit['SnapshotCallback'][FOLDER] = Path(folder).name
+    for fit in saved['fits'] if saved['version'] < 2 else []:
         for name in ('SWACallback', 'SnapshotCallback'):
             if name in fit and name in settings:
                 fit[name] = settings[name] | fit[name]

@@ -330,7 +330,8 @@ def unrepeatable(learn, only=None) -> list[str]:
 def _used_up(o):
     "(name, value) for what is used up in the attributes of `o`, and cannot be exchanged there."
     for name, v in attributes(o):
-        if is_of_pass(o, name):
+        # the latter: what a constructor was given, which older fastcore notes and nobody goes through
+        if is_of_pass(o, name) or name == '__stored_args__':
             continue
         in_place = isinstance(v, io.IOBase | data.dataloader._BaseDataLoaderIter) or isinstance(o, partial | MethodType)
         if is_used_up(v) and in_place:

@@ -1,12 +1,10 @@
 """`Learner` methods."""
 
-import warnings
-
 import numpy as np
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
-from fastcore.basics import patch
+from fastcore.basics import GetAttr, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 
@@ -17,8 +15,26 @@ from .landscape import figures, line, plane, rays
 from .schedules import fge_epochs, fge_lr_factor, snapshot_lr_factor, start_epoch, swa_lr_factor
 from .snapshots import SnapshotCallback
 from .solutions import has_solutions, named_solutions
+from .warn import warn
 
 __all__ = ['EpochScheduler']
+
+
+def _attribute(self, name):
+    "As fastai has it, but that `learn.swa` before `to_swa` is said to be that, and not a lack of the model's."
+    try:
+        return GetAttr.__getattr__(self, name)
+    except AttributeError:
+        if name != 'swa':
+            raise
+    raise AttributeError(
+        'learn.swa is there after learn.to_swa(); the SWACallback of a single fit is what was passed as cbs, or what '
+        'fit_swa returned'
+    )
+
+
+# not by `patch`, which would leave that name in this module, where Python takes it for the module's
+Learner.__getattr__ = _attribute
 
 
 @patch
@@ -49,7 +65,7 @@ def fit_swa(
     # default: lr / 10
     swa_lr=None,
     swa_start=0.75,  # as in `SWACallback`
-    cycle_len: int = 1,  # as in `SWACallback`
+    cycle_len=1,  # as in `SWACallback`; an int where `swa_lr` is a pair
     wd: float = None,  # weight decay; default: the learner's
     cbs=None,  # more callbacks for this fit
     **swa_kwargs,  # other arguments of `SWACallback`
@@ -70,6 +86,8 @@ def fit_swa(
     if swa_lr is not None:
         swa_lr = _check_swa_lr(swa_lr)
     swa = SWACallback(swa_start=swa_start, cycle_len=cycle_len, **swa_kwargs)
+    if isinstance(swa_lr, tuple) and not isinstance(swa.cycle_len, int):
+        raise ValueError(f'cycle_len must be an int where swa_lr is a pair (hi, lo), not {cycle_len!r}')
     lr, lrs = _group_lrs(self, 'lr', lr)
     if swa_lr is None:
         factor = 0.1
@@ -98,11 +116,13 @@ def fit_snapshots(
     wd: float = None,  # weight decay; default: the learner's
     cbs=None,  # more callbacks for this fit
     activation: str = None,  # as in `SnapshotCallback`
+    max_preds_mb: float = 256,  # of validation predictions to keep for the columns; 0: no columns
 ) -> Ensemble:
     """Fit in cycles of a cosine that falls to zero, and keep the weights at the end of each;
     returns them as an `Ensemble`.
 
-    The columns `ens_valid_loss` and `ens_<metric>` are of all snapshots so far.
+    The columns `ens_valid_loss` and `ens_<metric>` are of all snapshots so far; what they take of
+    memory, and `max_preds_mb`: see `SnapshotCallback`.
     `SWACallback(cycle_len - 1, cycle_len=cycle_len)` in `cbs` averages the same weights. Huang et
     al. 2017 (arXiv 1704.00109), `schedules.snapshot_lr_factor`.
 
@@ -110,7 +130,7 @@ def fit_snapshots(
     """
     n_cycles = check_count('n_cycles', n_cycles)
     cycle_len = check_count('cycle_len', cycle_len)
-    snapshots = SnapshotCallback(cycle_len - 1, cycle_len, folder, activation)
+    snapshots = SnapshotCallback(cycle_len - 1, cycle_len, folder, activation, max_preds_mb)
     lr, lrs = _group_lrs(self, 'lr', lr)
     n_epoch = n_cycles * cycle_len
 
@@ -132,6 +152,7 @@ def fit_fge(
     wd: float = None,
     cbs=None,
     activation: str = None,  # as in `fit_snapshots`
+    max_preds_mb: float = 256,
 ) -> Ensemble:
     """Fast geometric ensembling: go on from a trained model in short cycles, and keep the weights
     at their low points; returns an `Ensemble`.
@@ -150,7 +171,7 @@ def fit_fge(
         raise ValueError(
             f'cycle_len must be an even number of epochs, with the snapshot in the middle, not {cycle_len}'
         )
-    snapshots = SnapshotCallback(cycle_len // 2 - 1, cycle_len, folder, activation)
+    snapshots = SnapshotCallback(cycle_len // 2 - 1, cycle_len, folder, activation, max_preds_mb)
     if lr_min is not None:
         check_positive('lr_min', lr_min)
     lr, lrs = _group_lrs(self, 'lr_max', lr_max)
@@ -230,7 +251,14 @@ def plot_plane(
 
 
 def _beside_own(learn, solutions):
-    return {'own weights': learn, 'average': solutions} if isinstance(solutions, SWACallback) else solutions
+    if not isinstance(solutions, SWACallback):
+        return solutions
+    if not solutions.n_averaged:
+        raise ValueError(
+            'this SWACallback has averaged nothing yet: pass it to a fit first, as in learn.fit(5, cbs=swa), that '
+            f'comes to its swa_start={solutions.swa_start}'
+        )
+    return {'own weights': learn, 'average': solutions}
 
 
 class EpochScheduler(ParamScheduler):
@@ -274,8 +302,7 @@ def _warn_if_above(swa_lr, lr):
     if highest <= lr * (1 + 1e-9) or rank_distrib():  # rounding is no rise; once for all processes
         return
     given = f'({swa_lr[0]:g}, {swa_lr[1]:g})' if isinstance(swa_lr, tuple) else f'{swa_lr:g}'
-    warnings.warn(
+    warn(
         f'swa_lr={given} is above lr={lr:g}: swa_lr is the learning rate while averaging, to which the rate now rises; '
         'if it was meant as the first epoch to average, that is swa_start',
-        stacklevel=3,
     )

@@ -1,13 +1,15 @@
 """A model that is several: how a learner's loop runs each member on a batch, and how their outputs become one."""
 
+from functools import partial
+
 import torch
 from fastai.callback.core import Callback, CancelBatchException
-from torch import nn
+from torch import fx, nn
 
 from .modules import unwrap
 from .probabilities import Probabilities, as_probabilities, features, vote
 
-__all__ = ['Members', 'EachMember', 'Combination', 'one_tensor']
+__all__ = ['Members', 'EachMember', 'Combination', 'as_graph', 'combined', 'one_tensor']
 
 
 class Members(nn.Module):
@@ -130,19 +132,62 @@ class Combination:
                 raise ValueError(
                     f'member {i} predicts {tuple(o.shape)}, member 0 {tuple(outputs[0].shape)}: they cannot be combined'
                 )
-        if len(outputs) == 1 and self.combine != 'stack':
-            return outputs[0]
-        probabilities = self.probabilities
-        mean = probabilities.mean(outputs)
-        if self.combine == 'mean':
-            return mean
-        ps = torch.stack([probabilities.of(o) for o in outputs])
-        if self.combine == 'vote':
-            return probabilities.log(vote(ps, probabilities.of(mean), probabilities))
-        weights = torch.tensor(self.stacking['weights'], dtype=torch.float32, device=mean.device)
-        bias = torch.tensor(self.stacking['bias'], dtype=torch.float32, device=mean.device)
-        scores = (features(ps).float() @ weights.T + bias).view_as(mean)
-        return scores if probabilities.kind == 'none' else probabilities.log(as_probabilities(scores, probabilities))
+        weights = bias = None
+        if self.combine == 'stack':
+            weights, bias = [t.to(outputs[0].device) for t in self.weights_and_bias()]
+        return combined(outputs, self.probabilities, self.combine, weights, bias)
+
+    def weights_and_bias(self):
+        "Of stacking, as tensors on the CPU."
+        return torch.tensor(self.stacking['weights']).float(), torch.tensor(self.stacking['bias']).float()
+
+
+def combined(outputs: list, probabilities: Probabilities, combine: str, weights=None, bias=None):
+    """Of several `outputs` one that stands for their combined probabilities.
+
+    - `weights`, of shape (outputs of a model, members * outputs of a model), and `bias`: of stacking.
+
+    It asks no tensor for its shape or its values, so that `torch.fx` can put it into a graph.
+    """
+    if len(outputs) == 1 and combine != 'stack':
+        return outputs[0]
+    mean = probabilities.mean(outputs)
+    if combine == 'mean':
+        return mean
+    ps = torch.stack([probabilities.of(o) for o in outputs])
+    if combine == 'vote':
+        return probabilities.log(vote(ps, probabilities.of(mean), probabilities))
+    scores = (features(ps).float() @ weights.T + bias).view_as(mean)
+    return scores if probabilities.kind == 'none' else probabilities.log(as_probabilities(scores, probabilities))
+
+
+def as_graph(modules: list, combination: Combination, inputs: tuple) -> fx.GraphModule:
+    """One plain module that calls each of `modules` with inputs like `inputs`, in the precision of its
+    own weights, and combines what they give.
+
+    It is of PyTorch's own classes, and files hold its code as text, so that it needs nothing of this
+    package where it is read.
+    """
+    root = nn.Module()
+    root.members = nn.ModuleList(modules)
+    graph = fx.Graph()
+    proxy = partial(fx.Proxy, tracer=fx.proxy.GraphAppendingTracer(graph))
+    given = [proxy(graph.placeholder(f'x{i}')) for i in range(len(inputs))]
+    outputs = []
+    for i, module in enumerate(modules):
+        dtype = _own_dtype(module)
+        nodes = [(x.to(dtype) if _is_floating(o) else x).node for x, o in zip(given, inputs)]
+        output = proxy(graph.call_module(f'members.{i}', tuple(nodes)))
+        outputs.append(output.to(torch.promote_types(dtype, torch.float32)))
+    weights = bias = None
+    if combination.combine == 'stack':
+        for name, tensor in zip(('weights', 'bias'), combination.weights_and_bias()):
+            root.register_buffer(name, tensor)
+        weights = proxy(graph.get_attr('weights'))
+        bias = proxy(graph.get_attr('bias'))
+    output = combined(outputs, combination.probabilities, combination.combine, weights, bias)
+    graph.output(output.node)
+    return fx.GraphModule(root, graph, 'Ensemble')
 
 
 def one_tensor(output, model) -> torch.Tensor:
@@ -157,8 +202,16 @@ def one_tensor(output, model) -> torch.Tensor:
 
 def _in_own_precision(member, args, kwargs):
     "What `member` gives for inputs in the precision of its own weights."
-    dtype = next((p.dtype for p in member.parameters() if p.is_floating_point()), torch.float32)
+    dtype = _own_dtype(member)
     return member(*_cast(args, dtype), **_cast(kwargs, dtype))
+
+
+def _own_dtype(module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _is_floating(o) -> bool:
+    return isinstance(o, torch.Tensor) and o.is_floating_point()
 
 
 def _cast(o, dtype):

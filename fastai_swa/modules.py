@@ -720,8 +720,12 @@ def same_data(a, b, known=None) -> bool:
         return False
 
 
-def paired_modules(source: nn.Module, model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    "(module of `source`, module of `model`) for each name that both have."
-    theirs = {plain_name(name): m for name, m in source.named_modules()}
-    pairs = [(theirs.get(plain_name(name)), m) for name, m in model.named_modules() if not _is_compiled(m)]
-    return [(s, m) for s, m in pairs if s is not None]
+def paired_modules(source, model) -> list[tuple[nn.Module, nn.Module]]:
+    """(module of one, module of the other) for each name that both have; `source` and `model` are what the
+    `named_modules` of the two give. Each module of the second comes once."""
+    theirs = {plain_name(name): m for name, m in source}
+    own = {}
+    for name, m in model:
+        if not _is_compiled(m):
+            own.setdefault(m, plain_name(name))
+    return [(theirs[name], m) for m, name in own.items() if name in theirs]

@@ -74,6 +74,8 @@ def unpack(o):
 
 _PLAIN = (type(None), bool, int, float, complex, str, torch.Size, torch.device)
 
+_OF_ONE_VALUE = {type(None), bool, int, float, complex, str}
+
 _TAGS = {  # of this very class: objects of a subclass may hold more
     dict: 'dict',
     defaultdict: 'dict',
@@ -129,7 +131,8 @@ class Packer:
     - `keep_devices`: tensors go back to the devices that they are on.
     - `lenient`: strings for what is not plain data.
     - `holes`: a list; what is not plain data leaves a hole, which `Unpacker` fills with what it
-      finds at that place, and (path, object) is appended to it.
+      finds at that place, and (path, object) is appended to it. So does an absolute path: what lies
+      there may have been moved when the data are read.
     """
 
     def __init__(self, refused=(), keep_devices=False, lenient=False, holes=None):
@@ -165,7 +168,8 @@ class Packer:
         if type(o) is list:
             return _pack_list(self, o, what)
         tag = _tag(o)
-        if tag is None:
+        is_elsewhere = tag == 'path' and o.is_absolute() and self.holes is not None  # may be moved
+        if tag is None or is_elsewhere:
             return self.hole(o, what)
         if tag == 'dict' and all(type(k) in _PLAIN for k in o):
             return {k: self(v, f'{what}[{k!r}]') for k, v in o.items()}
@@ -337,6 +341,8 @@ def _read_on(unpacker, content, now, what):
 
 
 def _pack_list(packer, o, what):
+    if set(map(type, o)) <= _OF_ONE_VALUE:  # often, and long
+        return list(o)
     if len(o) > 1 and _are_scalars(o):
         return 'scalars', torch.stack([v.detach().as_subclass(torch.Tensor) for v in o]).cpu()
     if len(o) > 1 and _are_numbers(o):

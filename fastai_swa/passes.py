@@ -19,7 +19,7 @@ from fastcore.foundation import L
 from torch.nn.parallel import DistributedDataParallel
 
 from .aside import aside, buffers_kept
-from .batches import FirstBatches, KeptBatches, fresh_loader, share, training_loader
+from .batches import FirstBatches, KeptBatches, Taken, as_an_epoch, fresh_loader, share, training_loader
 from .batchnorm import Moments, batch_moments, tracked_bn
 from .columns import plain_values
 from .fitting import is_fitting
@@ -55,14 +55,16 @@ class _PassCallback(Callback):
 # validation
 
 
-def validate_aside(learn, dl=None, in_fit: bool = True, also=()) -> list:
+def validate_aside(learn, dl=None, in_fit: bool = True, taken: Taken | None = None, also=()) -> list:
     """Loss and metrics of `learn.model` on the validation set, or on `dl`, as floats (`nan` where
     there is no value).
 
     The model's buffers are afterwards what they were, also where a callback validates in train
     mode.
 
-    - `in_fit`: as in `refresh_bn`; `also`: more callbacks for this pass.
+    - `in_fit`: as in `refresh_bn`.
+    - `taken`: what the learner's own validations took; more is not taken of a stream.
+    - `also`: more callbacks for this pass.
 
     Raises `PassCancelled` if a callback cancels it, `ValueError` if the validation set can be gone
     through only once, and `PassFailed` if it failed in another process.
@@ -71,7 +73,7 @@ def validate_aside(learn, dl=None, in_fit: bool = True, also=()) -> list:
         _check_repeatable(learn, _VALIDATION)
     with aside(learn, buffers_kept(learn.model)), _events_around(learn, in_fit), _together(learn) as processes:
         if dl is None:
-            dl = fresh_loader(learn.dls[1], processes=processes)
+            dl = as_an_epoch(fresh_loader(learn.dls[1], processes=processes), taken)
         collector = _Collector(learn.metrics, processes)
         model = _without_collectives(learn.model, processes)
         with _with_model(learn, model), learn.added_cbs([collector, *L(also)]):
@@ -149,7 +151,7 @@ def _without_collectives(model, processes):
 # batch norm
 
 
-def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None) -> Moments:
+def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None, taken: Taken | None = None) -> Moments:
     """Refresh the batch-norm layers `names` of `learn.model` on the training set, or `n_batches` of
     it, each sample once; or on `dl`. Other buffers are afterwards what they were.
 
@@ -161,6 +163,8 @@ def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None) -> Mo
 
     - `in_fit`: the pass is made from an event of a fit, whose `before_fit` has been sent already.
       (`after_cancel_fit` needs it said: fastai sends it when the epochs are over.)
+    - `taken`: what the learner's own epochs took; more is not taken of a stream, which may have no
+      end. `None`: what its length says.
     """
     if dl is None:
         _check_repeatable(learn, _TRAINING)
@@ -176,7 +180,7 @@ def refresh_bn(learn, names, n_batches: int | None, in_fit: bool, dl=None) -> Mo
         if dl is None and processes.size > 1:
             dl = share(learn.dls.train, processes, n_batches)
         elif dl is None:
-            dl = training_loader(learn, n_batches)
+            dl = training_loader(learn, n_batches, taken)
         with (
             batch_moments(model, layers, processes.gather if processes.size > 1 else None) as moments,
             _with_model(learn, model),
@@ -242,7 +246,7 @@ def kept_batches(learn, n_batches: int | None = None, train: bool = True) -> Kep
     several passes over the same.
     """
     _check_repeatable(learn, _TRAINING if train else _VALIDATION)
-    make = partial(training_loader, learn, n_batches) if train else partial(fresh_loader, learn.dls[1])
+    make = partial(training_loader, learn, n_batches) if train else lambda: as_an_epoch(fresh_loader(learn.dls[1]))
     with aside(learn):
         return KeptBatches(make)
 

@@ -7,49 +7,58 @@ from fastai.learner import Recorder
 from matplotlib.ticker import LogLocator, MaxNLocator
 from scipy.stats import t
 
-__all__ = ['plot_swa', 'plot_runs', 'plot_sizes', 'plot_lengths', 'axes_or_new', 'labelled', 'styles']
+from .fit_history import FitHistory
+
+__all__ = ['plot_swa', 'plot_history', 'plot_runs', 'plot_sizes', 'plot_lengths', 'axes_or_new', 'labelled', 'styles']
 
 _WITH_LEGEND = 4.8  # height of axes with a legend below them
 
 
 def plot_swa(recorder: Recorder, axs=None):
-    """Loss and each metric of the last fit over its epochs, for the model in training and for its
-    average; averaged epochs marked.
+    """Loss and each metric of the last fit with an average over its epochs, for the model in training and
+    for its average; averaged epochs marked.
 
     - `recorder`: a learner's `Recorder`, or the learner.
-    - `axs`: one axes for the loss and one for each metric; made if `None`.
+    - `axs`: as for `plot_history`.
 
-    Returns the array of axes. Raises `ValueError` if the recorder holds no fit with a
-    `SWACallback`; fastai's own `validate` and `tta` clear it, as every new fit does.
+    Returns the array of axes. Raises `ValueError` if the recorder has seen no epoch of a fit with a
+    `SWACallback` of the name 'swa'; `SWACallback.plot` draws that of any name.
     """
     recorder = getattr(recorder, 'recorder', recorder)
-    names = list(getattr(recorder, 'metric_names', []))[1:]
-    swa = [name for name in names if name.startswith('swa_')]
-    if 'swa_valid_loss' not in swa:
+    history = getattr(recorder, 'swa_history', None)
+    if not history or not history['rows']:
         raise ValueError(
-            'the recorder holds no fit with a SWACallback: there was none, it was not enabled, or validate, tta or '
-            'another fit has cleared the recorder since; plot right after the fit'
+            'the recorder holds no fit with a SWACallback: there was none, it was not enabled, or it has another name '
+            'than swa; the plot() of a SWACallback draws its own last fit'
         )
-    raws = [_raw_column(name, names) for name in swa]
+    return plot_history(FitHistory(**history), axs)
+
+
+def plot_history(history: FitHistory, axs=None):
+    """Loss and each metric over the epochs of a fit, for the model in training and for its average;
+    averaged epochs marked.
+
+    - `axs`: one axes for the loss and one for each metric; made if `None`.
+
+    Returns the array of axes.
+    """
     if axs is None:
-        _, axs = plt.subplots(1, len(swa), figsize=(5.5 * len(swa), 4), layout='constrained', squeeze=False)
+        n = len(history.columns)
+        _, axs = plt.subplots(1, n, figsize=(5.5 * n, 4), layout='constrained', squeeze=False)
     axs = np.ravel(axs)
-    epochs = range(len(recorder.values))
-
-    def column(name):
-        i = names.index(name)
-        return [row[i] if len(row) > i else float('nan') for row in recorder.values]
-
-    for ax, avg, raw in zip(axs, swa, raws):
-        title = avg.removeprefix('swa_')
-        if title == 'valid_loss' and 'train_loss' in names:
-            ax.plot(epochs, column('train_loss'), color='0.65', lw=1, ls=':', label='training loss')
+    epochs = history.epochs
+    for ax, average in zip(axs, history.columns):
+        title = history.measure(average)
+        raw = history.beside(average)
+        if title == 'valid_loss' and 'train_loss' in history.names:
+            ax.plot(epochs, history.column('train_loss'), color='0.65', lw=1, ls=':', label='training loss')
         if raw:
-            ax.plot(epochs, column(raw), color='C0', lw=1, marker='.', label='model in training')
-        validated = [e for e, v in zip(epochs, column(avg)) if v == v]  # these only, joined
-        values = [v for v in column(avg) if v == v]
-        ax.plot(validated, values, color='C3', lw=2, marker='o', ms=4, label='average')
-        for i, e in enumerate(recorder.swa_epochs):
+            ax.plot(epochs, history.column(raw), color='C0', lw=1, marker='.', label='model in training')
+        values = history.column(average)
+        validated = [i for i, v in enumerate(values) if v == v]  # these only, joined
+        at = [epochs[i] for i in validated]
+        ax.plot(at, [values[i] for i in validated], color='C3', lw=2, marker='o', ms=4, label='average')
+        for i, e in enumerate(history.averaged):
             label = 'averaged' if i == 0 else None
             ax.plot(e, 0.03, '^', color='0.25', ms=5, transform=ax.get_xaxis_transform(), label=label)
         ax.set(xlabel='epoch', ylabel=title.replace('_', ' '))
@@ -71,12 +80,6 @@ def _set_log_if_steep(ax):
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter('{x:g}')
         ax.yaxis.set_minor_formatter('')
-
-
-def _raw_column(name, names):
-    "The column of the model in training beside `name`, if the Recorder keeps it."
-    name = name.removeprefix('swa_')
-    return next((c for c in (name, f'valid_{name}') if c in names), None)
 
 
 # a run looks the same in every figure

@@ -14,9 +14,20 @@ from .keeping import unrepeatable
 from .modules import check_copyable, clean_copy, dropped_hooks, unwrap
 from .passes import same_output
 from .processes import Processes
+from .schedules import cycle_ends
+from .unaveraged import loss_parameters, loss_sentence
 from .walk import not_copied
 
-__all__ = ['check_model', 'remarks_on_model', 'remarks_on_data', 'remarks_on_trackers', 'validated_epochs']
+__all__ = [
+    'check_model',
+    'most_steps',
+    'remarks_on_model',
+    'remarks_on_loss',
+    'remarks_on_data',
+    'remarks_on_cycles',
+    'remarks_on_trackers',
+    'validated_epochs',
+]
 
 
 def check_model(learn: Learner, swa_model: nn.Module | None):
@@ -55,6 +66,13 @@ def remarks_on_model(learn: Learner) -> dict:
     return {'outside': outside_sentence(outside)} if outside else {}
 
 
+def remarks_on_loss(learn: Learner, loss_func, what: str) -> dict:
+    "Parameters of the loss that the learner's optimizer trains, and `what` does not hold."
+    optimized = {id(p) for group in learn.opt.param_lists for p in group}
+    trained = [name for name, p in loss_parameters(loss_func, unwrap(learn.model)).items() if id(p) in optimized]
+    return {'loss': loss_sentence(what, trained)} if trained else {}
+
+
 def remarks_on_data(learn: Learner, what: str) -> dict:
     "Data that can be gone through only once are there for training, and `what` gets nothing of them."
     has_batch_norm = bool(tracked_bn(unwrap(learn.model)))
@@ -71,10 +89,27 @@ def remarks_on_data(learn: Learner, what: str) -> dict:
     return res
 
 
-def validated_epochs(start: int, n_epoch: int, cycle_len: int, swa_eval_freq: int) -> list[int]:
-    "The epochs in which an average is validated that gets a point in epoch `start` and each `cycle_len`-th after it."
-    folds = range(start, n_epoch, cycle_len)
-    due = folds[::swa_eval_freq] if swa_eval_freq else ()
+def remarks_on_cycles(cycle_len, averaged: list[int], n_epoch: int) -> dict:
+    "A list that reads as the lengths of all cycles of this fit, where epochs are meant."
+    if not isinstance(cycle_len, list) or sum(cycle_len) != n_epoch or averaged[-1:] == [n_epoch - 1]:
+        return {}
+    return {
+        'cycles': f'cycle_len={cycle_len} are the epochs, counted from 0, that are averaged; of cycles of these '
+        f'lengths the last epochs are {cycle_ends(cycle_len)}'
+    }
+
+
+def most_steps(learn: Learner, start: int) -> float:
+    "So many optimizer steps, at most, has a fit from epoch `start` on; infinite where that is not known."
+    try:
+        return len(learn.dls.train) * max(0, learn.n_epoch - start)
+    except TypeError:
+        return float('inf')  # a stream
+
+
+def validated_epochs(averaged: list[int], n_epoch: int, swa_eval_freq: int) -> list[int]:
+    "The epochs in which an average is validated that gets points in the epochs `averaged`."
+    due = averaged[::swa_eval_freq] if swa_eval_freq else ()
     return sorted({*due, n_epoch - 1})
 
 

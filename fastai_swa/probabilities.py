@@ -103,7 +103,8 @@ def vote(ps, mean, probabilities: Probabilities):
     if probabilities.kind == 'sigmoid':
         votes = (ps > 0.5).float().mean(0)
     else:
-        axis = probabilities.axis % mean.ndim + 1
+        axis = probabilities.axis
+        axis = axis if axis < 0 else axis + 1  # of `ps`, where the members come first
         votes = torch.zeros_like(ps).scatter_(axis, ps.argmax(axis, keepdim=True), 1).mean(0)
     p = (votes + _LITTLE * mean) / (1 + _LITTLE)
     # none is impossible: its log is finite
@@ -120,6 +121,4 @@ def as_probabilities(scores, probabilities: Probabilities):
 
 def features(ps):
     "Probabilities (members, n, ...) as what a linear model takes: (n, members * ...)."
-    if ps.ndim == 2:
-        return ps.T
-    return ps.flatten(2).transpose(0, 1).flatten(1)
+    return ps.transpose(0, 1).flatten(1)

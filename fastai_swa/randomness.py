@@ -1,7 +1,6 @@
 """Every random generator of a learner: found, read, put back, begun with a seed."""
 
 import random
-import warnings
 from contextlib import contextmanager
 from functools import singledispatch
 
@@ -10,7 +9,9 @@ import torch
 from fastai.torch_core import get_random_states, set_random_states, set_seed
 from fastcore.xtras import ReindexCollection
 
+from .contents import set_items
 from .walk import below, found_in, keeps_state, walk
+from .warn import warn
 
 __all__ = [
     'sources',
@@ -98,7 +99,7 @@ def set_random_states_of(learn, states: dict):
         if path in kept:
             put(source, kept.pop(path))
     if kept:
-        warnings.warn(f'random generators are not there any more, or not yet: {", ".join(sorted(kept)[:3])}')
+        warn(f'random generators are not there any more, or not yet: {", ".join(sorted(kept)[:3])}')
 
 
 # what a source is: what `get`, `put` and `seed` know
@@ -210,7 +211,7 @@ def _(source: ReindexCollection):
 
 @put.register
 def _(source: ReindexCollection, state):
-    source.idxs[:] = state  # in place: a language model's loader shares it between its texts and their lengths
+    set_items(source.idxs, state)  # in place: a language model's loader shares it between its texts and their lengths
 
 
 @seed.register

@@ -1,8 +1,17 @@
 """Learning-rate schedules as pure functions of the position in training. Plain Python."""
 
 import math
+from itertools import accumulate
 
-__all__ = ['start_epoch', 'swa_lr_factor', 'snapshot_lr_factor', 'fge_lr_factor', 'fge_epochs']
+__all__ = [
+    'start_epoch',
+    'due_epochs',
+    'cycle_ends',
+    'swa_lr_factor',
+    'snapshot_lr_factor',
+    'fge_lr_factor',
+    'fge_epochs',
+]
 
 
 def start_epoch(swa_start, n_epoch: int) -> int:
@@ -13,6 +22,23 @@ def start_epoch(swa_start, n_epoch: int) -> int:
     last epoch.
     """
     return swa_start if isinstance(swa_start, int) else min(math.ceil(swa_start * n_epoch - 1e-9), n_epoch - 1)
+
+
+def due_epochs(start: int, n_epoch: int, cycle_len) -> list[int]:
+    """The epochs at whose ends a fit of `n_epoch` epochs averages, all counted from 0: of those from `start`
+    on, `start` itself and each `cycle_len`-th after it; for a list of epochs those in it; for a function those
+    of which it says that they are averaged.
+    """
+    if isinstance(cycle_len, int):
+        return list(range(start, n_epoch, cycle_len))
+    if callable(cycle_len):
+        return [epoch for epoch in range(start, n_epoch) if cycle_len(epoch)]
+    return [epoch for epoch in cycle_len if start <= epoch < n_epoch]
+
+
+def cycle_ends(lengths) -> list[int]:
+    "The last epochs, from 0, of cycles of these `lengths`: [1, 2, 4] -> [0, 2, 6]."
+    return [end - 1 for end in accumulate(lengths)]
 
 
 def swa_lr_factor(epoch: int, step: int, n_steps: int, swa_start: int, swa_lr, cycle_len: int = 1) -> float:

@@ -3,7 +3,6 @@
 """
 
 import secrets
-import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +14,12 @@ from torch import nn
 
 from .averaging import WeightAverage
 from .batchnorm import tracked_bn, update_bn
-from .checks import check_count
+from .checks import check_count, check_not_negative
 from .columns import complete_row, insert_columns, plain_values, recorder_of
 from .ensemble import Ensemble
 from .files import InUse, Lock, save_weights
 from .fitting import FitCallback, SideWork, locked_for
+from .journal import FOLDER
 from .members import one_tensor
 from .modules import clean_copy, set_modes
 from .passes import copied_measures, refresh_bn, refreshable
@@ -27,7 +27,8 @@ from .probabilities import Probabilities
 from .processes import Processes
 from .solutions import by_epoch, check_solution, gathered, source_of
 from .walk import not_copied
-from .weights import NoSolution, load_into, read_index, weights_of, write_index
+from .warn import warn
+from .weights import NoSolution, folder_lock, load_into, read_index, weights_of, write_index
 
 __all__ = ['SnapshotCallback', 'average_checkpoints']
 
@@ -52,9 +53,10 @@ class _Fit:
     measures: list = field(default_factory=list)  # loss and metrics of this epoch's validation
     n_batches: int = 0  # of this epoch's validation, seen so far
     n_expected: int = -1  # and how many it has
+    n_bytes: int = 0  # of the sums for these
     has_sums: bool = True  # did the predictions of all these go into the sums?
     has_values: bool = False  # did the measures take all of them?
-    is_given_up: bool = False  # the validations do not match: said, and no more columns
+    is_given_up: bool = False  # validations that do not match, or are too large: said, and no more columns
 
 
 class SnapshotCallback(FitCallback):
@@ -64,7 +66,11 @@ class SnapshotCallback(FitCallback):
     The columns `ens_valid_loss` and `ens_<metric>` are added to the learner's table, `nan` in
     epochs without a snapshot. A snapshot is the model in training, so its predictions in the fit's
     own validation serve, and no pass is added; loss and metrics get the log of the mean
-    probability. Training is left exactly as it is. A later fit starts anew, in a folder of its own.
+    probability. For that all predictions of the validation set are kept until the fit is over, in
+    the host's memory and in each checkpoint: 4 bytes for each number that the model puts out
+    ('sigmoid': 8). Where these are more than `max_preds_mb`, as of masks or of language models,
+    that is said once, nothing is kept, and the columns stay `nan`; `Ensemble.validate` measures
+    afterwards. Training is left exactly as it is. A later fit starts anew, in a folder of its own.
 
     With `folder` each snapshot is written there as it comes, and the index that `Ensemble(folder,
     learn)` reads; else they stay in the host's memory. The folder is locked from before the first
@@ -94,11 +100,13 @@ class SnapshotCallback(FitCallback):
         cycle_len: int = 1,  # epochs from one snapshot to the next
         folder=None,  # for the files; None: in memory
         activation: str = None,  # 'softmax', 'sigmoid' or 'none' (regression); default: what the loss says
+        max_preds_mb: float = 256,  # the most to keep of validation predictions, in MB; 0: none, and no columns
     ):
         self.first = check_count('first', first, least=0)
         self.cycle_len = check_count('cycle_len', cycle_len)
         self.folder = None if folder is None else Path(folder).resolve()
         self.activation = activation
+        self.max_preds_mb = check_not_negative('max_preds_mb', max_preds_mb)
         self._init_state()
 
     def _init_state(self):
@@ -155,7 +163,7 @@ class SnapshotCallback(FitCallback):
         if self.folder is not None:
             processes.first(self._lock)
         recorder = recorder_of(self.learn)
-        if recorder is not None:
+        if recorder is not None and self.max_preds_mb:
             self._fit.n_own, self._fit.columns = insert_columns(recorder, 'ens')
 
     def before_epoch(self):
@@ -166,6 +174,7 @@ class SnapshotCallback(FitCallback):
         fit.measures = []
         fit.n_batches = 0
         fit.n_expected = -1
+        fit.n_bytes = 0
         fit.has_sums = True
         fit.has_values = False
 
@@ -232,13 +241,14 @@ class SnapshotCallback(FitCallback):
     def after_epoch(self):
         fit = self._fit
         is_lost = fit.epoch in self._lost
-        if is_lost or self._is_validated() and not (fit.has_sums and fit.has_values):
+        if fit.is_given_up or is_lost or self._is_validated() and not (fit.has_sums and fit.has_values):
             self.mute_trackers(fit.columns)
 
     def over(self):
         fit = self._fit
         if fit.lock is not None:
             fit.lock.release()
+        self._sums = []
         fit.side.conclude()
 
     # the growing ensemble
@@ -262,6 +272,8 @@ class SnapshotCallback(FitCallback):
         fit, learn, n = self._fit, self.learn, len(self.epochs)
         output = one_tensor(learn.pred, learn.model)
         terms = tuple(t.cpu() for t in fit.probabilities.terms(output.detach().float()))
+        if self._is_too_much(terms):
+            return
         targets = _fingerprint(learn.yb)
         if n == 1:
             self._sums[i:] = [(terms, 1, targets)]
@@ -275,6 +287,22 @@ class SnapshotCallback(FitCallback):
             )
             return
         self._sums[i] = fit.probabilities.merged(total, terms), n, targets
+
+    def _is_too_much(self, terms: tuple) -> bool:
+        "Would the sums, with `terms` for one more validation batch, take more than they may? If so, give up."
+        fit = self._fit
+        batch = sum(t.numel() * t.element_size() for t in terms)
+        fit.n_bytes += batch
+        all_whole = batch * (fit.n_expected - 1)  # at the first batch it is seen already; the last may be a small one
+        needed = max(fit.n_bytes, all_whole) / 1e6
+        if needed <= self.max_preds_mb:
+            return False
+        self._give_up(
+            f'the predictions of the validation set take about {needed:.3g} MB, which would be kept in memory and in '
+            f'each checkpoint, and max_preds_mb={self.max_preds_mb:g} (Ensemble.validate measures after the fit '
+            'without keeping them; max_preds_mb=0 leaves the columns out)'
+        )
+        return True
 
     def _measure(self, i: int):
         "Let the measures have the ensemble's predictions of validation batch `i`."
@@ -292,9 +320,8 @@ class SnapshotCallback(FitCallback):
             learn.pred, learn.loss, learn.loss_grad = kept
 
     def _give_up(self, why: str):
-        warnings.warn(
-            f'{why}: from there on the growing ensemble is not validated, and its columns are nan', stacklevel=2
-        )
+        self._sums = []
+        warn(f'{why}: from there on the growing ensemble is not validated, and its columns are nan')
         self._fit.is_given_up = True
 
     def _log(self, values):
@@ -309,7 +336,7 @@ class SnapshotCallback(FitCallback):
         except OSError as e:
             raise ValueError(f'folder {self.folder} cannot be made: {e}') from None
         try:
-            self._fit.lock = locked_for(self, self.folder, _folder_lock)
+            self._fit.lock = locked_for(self, self.folder, folder_lock)
         except InUse:
             raise InUse(
                 f'another run is writing its snapshots to {self.folder}: wait for it, or give each run a folder of its '
@@ -350,12 +377,14 @@ class SnapshotCallback(FitCallback):
         return str(file)
 
     def _write_index(self, new: Path | None = None):
-        files = [Path(s).name for s in self.snapshots]
+        unchanged = [Path(s).name for s in self.snapshots]
+        files = list(unchanged)
         epochs = list(self.epochs)
         if new is not None:
             files.append(new.name)
             epochs.append(self._fit.epoch)
-        write_index(self.folder, files, epochs=epochs, activation=self._fit.probabilities.kind, fit=self._fit.id)
+        content = {'epochs': epochs, 'activation': self._fit.probabilities.kind, 'fit': self._fit.id}
+        write_index(self.folder, files, unchanged=unchanged, **content)
 
     def _file(self, i: int) -> Path:
         return self.folder / f'snapshot-{i + 1:02}.pth'
@@ -363,25 +392,32 @@ class SnapshotCallback(FitCallback):
     # for checkpoints
 
     def fit_settings(self) -> dict:
-        folder = None if self.folder is None else str(self.folder)
-        return {'first': self.first, 'cycle_len': self.cycle_len, 'folder': folder, 'activation': self.activation}
+        folder = None if self.folder is None else self.folder.name  # it may have been moved since
+        res = {'first': self.first, 'cycle_len': self.cycle_len, FOLDER: folder, 'activation': self.activation}
+        if not self.max_preds_mb:
+            res['max_preds_mb'] = 0  # there are no columns; how large the limit is matters to no fit
+        return res
 
     def state_dict(self) -> dict:
         fit = self._fit
         if fit is not None and not fit.has_begun and not fit.is_resumed:  # what is here is of an earlier fit
-            return {'epochs': [], 'snapshots': [], 'sums': [], 'lost': [], 'fit': fit.id}
+            return {'epochs': [], 'snapshots': [], 'sums': [], 'lost': [], 'fit': fit.id, 'is_given_up': False}
         return {
             'epochs': list(self.epochs),
-            'snapshots': list(self.snapshots),
+            'snapshots': [Path(s).name if isinstance(s, str) else s for s in self.snapshots],
             'sums': list(self._sums),
             'lost': [list(pair) for pair in self._lost.items()],
             'fit': self._id,
+            'is_given_up': fit is not None and fit.is_given_up,
         }
 
     def load_state_dict(self, state: dict):
         """Take over a `state_dict`. Raises `ValueError` if one of its files is missing, or the
         folder is another fit's by now."""
-        missing = [s for s in state['snapshots'] if isinstance(s, str) and not Path(s).is_file()]
+        snapshots = list(state['snapshots'])
+        if self.folder is not None:
+            snapshots = [str(self.folder / Path(s).name) for s in snapshots]
+        missing = [s for s in snapshots if isinstance(s, str) and not Path(s).is_file()]
         if missing:
             raise ValueError(f'{missing[0]} is missing: this fit wrote it before it was interrupted')
         index = {} if self.folder is None else _index_of(self.folder)
@@ -391,21 +427,14 @@ class SnapshotCallback(FitCallback):
                 'was interrupted'
             )
         self.epochs = list(state['epochs'])
-        self.snapshots = list(state['snapshots'])
+        self.snapshots = snapshots
         self._sums = list(state['sums'])
         self._lost = dict(map(tuple, state['lost']))
         self._id = state['fit']
         if self._fit is not None:
             self._fit.is_resumed = True
             self._fit.id = state['fit']
-
-
-def _folder_lock(folder: Path) -> Lock:
-    "Beside the folder, in which there are models alone; within it, where only that can be written."
-    try:
-        return Lock(folder.with_name(f'{folder.name}.snapshots'))
-    except OSError:
-        return Lock(folder / 'index.json')
+            self._fit.is_given_up = state.get('is_given_up', False)
 
 
 def _index_of(folder: Path) -> dict:
@@ -431,16 +460,22 @@ def average_checkpoints(paths, model, loader=None, **kwargs) -> nn.Module:
     """The mean of the weights in the files `paths`, in a clean copy of `model`, with batch norm
     refreshed.
 
-    - `paths`: the files; or what else `rays` takes as solutions, such as state dicts, learners, a
-      `SnapshotCallback`, an `Ensemble` or its folder.
+    - `paths`: the files, as `solutions.py` says; or what else `rays` takes as solutions, such as
+      state dicts, learners, a `SnapshotCallback`, an `Ensemble` or its folder.
     - `model`: a learner with a model of their architecture, on whose training set batch norm is
       refreshed as a `SWACallback` does it; or a module, with a `loader` of training batches and
       `kwargs` for `update_bn`, if it has batch norm. Neither is changed.
 
     Izmailov et al. 2018, Algorithm 1. Raises `ValueError` if `paths` is empty, if weights do not
     fit or a file is damaged, or without the loader that is needed; `FileNotFoundError` for a
-    missing file; `TypeError` for what has no weights. They name it.
+    missing file; `TypeError` for what has no weights, and for arguments in the other order. They
+    name it.
     """
+    if not isinstance(model, Learner | nn.Module):
+        raise TypeError(
+            f'model must be a learner or a module, not {repr(model)[:60]}; the files come first: '
+            'average_checkpoints(paths, model)'
+        )
     found = gathered(paths)
     if not found:
         raise ValueError('paths is empty: there is nothing to average')

@@ -1,8 +1,11 @@
 """Solutions, the weights that trainings leave: of whatever a user gives, name -> solution.
 
-A solution is a state dict, a module, a learner, or a path to what `learn.save(with_opt=False)` or
-`torch.save` wrote. What has a method `solutions()`, which gives such by name, holds solutions:
-`WeightAverage`, `SWACallback`, `SnapshotCallback`, `Ensemble`, and any object of a user's.
+A solution is a state dict, a module, a learner, or a path to what `learn.save`, `torch.save` or
+safetensors wrote: a state dict, alone or as `model`, `state_dict` or `model_state_dict` beside what
+else a training keeps, with names as they are or with `module.` in front. No code in it is run, and
+what is neither a tensor nor plain data, such as an optimizer, is left out. What has a method
+`solutions()`, which gives such by name, holds solutions: `WeightAverage`, `SWACallback`,
+`SnapshotCallback`, `Ensemble`, and any object of a user's.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +15,7 @@ import torch
 from fastai.learner import Learner
 from torch import nn
 
-from .weights import NoSolution, read_index
+from .weights import NoSolution, indexed_files, read_index
 
 __all__ = ['gathered', 'named_solutions', 'by_epoch', 'has_solutions', 'check_solution', 'source_of']
 
@@ -37,8 +40,8 @@ def gathered(given) -> dict:
 
     Names are the user's; else what `solutions()` calls them, a file's own, and for the rest their
     numbers; numbers for all where two would have one name. Raises `NoSolution`, a `ValueError`, for
-    what holds none yet, and for a folder what `weights.read_index` raises. What is no solution at
-    all is passed through, see `check_solution`.
+    what holds none yet, and for a folder what `weights.read_index` and `indexed_files` raise. What is
+    no solution at all is passed through, see `check_solution`.
     """
     pairs = []
     for name, holder in _holders(given):
@@ -120,4 +123,4 @@ def _in_folder(folder: Path) -> dict:
     index = read_index(folder)
     if not index['files']:
         raise NoSolution(folder, 'has no models yet: the fit that writes there has not come to one')
-    return by_epoch([folder / file for file in index['files']], index.get('epochs', []))
+    return by_epoch(indexed_files(folder, index), index.get('epochs', []))

@@ -10,6 +10,7 @@ from fastai.optimizer import Optimizer
 from fastcore.foundation import L
 
 from .attributes import plain_attributes, put_attributes, without_unchanged
+from .histories import Histories
 from .modules import in_train_mode, named_tensors, plain_name, unwrap, written_in_train_mode
 from .packing import Packer, unpack
 from .randomness import random_states, set_random_states_of
@@ -18,7 +19,7 @@ from .walk import LEARNED, keeps_state, loaders, named_callbacks, owned_modules
 __all__ = ['take', 'restore']
 
 
-def take(learn: Learner, unchanged: dict | None = None) -> dict:
+def take(learn: Learner, unchanged: dict | None = None, histories: Histories | None = None) -> dict:
     """The state of `learn` before an epoch of a fit, as numbers, strings, tensors on the CPU, and
     lists, tuples and dicts of these.
 
@@ -32,23 +33,24 @@ def take(learn: Learner, unchanged: dict | None = None) -> dict:
 
     - `unchanged`: an earlier `plain_attributes(learn)`; attributes that still equal it are
       settings, and left out.
+    - `histories`: gets the lists of callbacks that only grow, and the state what stands for them.
 
     What a callback or the data have exchanged since the last time and cannot be kept is named in
     one warning, as is what can be gone through only once. Raises `TypeError`, naming it, if the
     optimizer keeps something that is not plain data.
     """
     with in_train_mode(unwrap(learn.model)):  # where modes move weights, they are those that training has
-        return _taken(learn, unchanged or {})
+        return _taken(learn, unchanged or {}, histories)
 
 
-def _taken(learn, unchanged) -> dict:
+def _taken(learn, unchanged, histories) -> dict:
     pack = Packer()
     model = unwrap(learn.model)
     opt = learn.opt
     own = {id(p) for p in model.parameters()}
     params = [p for group in opt.param_lists for p in group]
     names = [name for name, _ in named_callbacks(learn)]
-    callbacks, held = without_unchanged(plain_attributes(learn), unchanged, names)
+    callbacks, held = without_unchanged(plain_attributes(learn, histories), unchanged, names)
     return {
         'epoch': learn.epoch,
         'model': pack(_tensors(model)),
@@ -82,7 +84,7 @@ def restore(learn: Learner, state: dict, unchanged: dict | None = None):
     """
     model = unwrap(learn.model)
     opt = learn.opt
-    weights = unpack(state['model'])
+    weights = state['model']  # names and tensors, which are copied one by one
     params = [p for group in opt.param_lists for p in group]
     check_tensors(model, weights)
     own = {id(p) for p in model.parameters()}
@@ -112,8 +114,9 @@ def _put(learn, state, weights, params, masters, unchanged):
     opt.frozen_idx = state['frozen_idx']
     if state['scaler'] and getattr(learn, 'scaler', None) is not None:
         learn.scaler.load_state_dict(unpack(state['scaler']))
-    for k, v in state['learner'].items():
-        setattr(learn, k, unpack(v))
+    for k in _COUNTERS:
+        if k in state['learner']:
+            setattr(learn, k, unpack(state['learner'][k]))
     for key, cb in named_callbacks(learn):
         if keeps_state(cb) and key in state['states']:
             cb.load_state_dict(unpack(state['states'][key]))
@@ -181,7 +184,7 @@ def _set_tensors(module, tensors):
             t.copy_(value)
         else:  # a buffer that came, or changed, since the module was made
             device = next((p.device for p in module.parameters()), value.device)
-            _module_of(module, name)._buffers[name.rpartition('.')[2]] = value.to(device)
+            _module_of(module, name)._buffers[name.rpartition('.')[2]] = value.to(device, copy=True)
 
 
 def _gradients(params) -> list:

@@ -5,7 +5,6 @@ In a folder each mean is a file of its own, and `index.json`, which is written l
 ends the program, the folder is what its index says.
 """
 
-import hashlib
 import json
 import math
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import torch
 
 from .files import save_weights, write_text
 from .weightings import Cuts, Segment
-from .weights import read_weights
+from .weights import read_weights, sha256
 
 __all__ = ['Stretch', 'Stretches', 'FoldersIndex', 'Remains', 'remains', 'read_history', 'read_last', 'LAST']
 
@@ -161,7 +160,7 @@ class Stretches:
             self._name(segment)
             file = self.folder / segment.file
             save_weights(file, segment.mean)
-            segment.sha256 = _sha256(file)
+            segment.sha256 = sha256(file)
             segment.mean = None
 
     def leave_to_first(self):
@@ -225,7 +224,7 @@ class FoldersIndex:
         "Write the last weights, and the index that names them. Raises `OSError`."
         file = stretches.folder / LAST
         save_weights(file, weights)
-        self.last = _sha256(file)
+        self.last = sha256(file)
         self.write(stretches)
 
 
@@ -282,17 +281,12 @@ def read_history(folder: Path) -> tuple[FoldersIndex, Stretches]:
     return index, Stretches(cuts, folder, segments=segments)
 
 
-def _checked_weights(file: Path, sha256: str | None) -> dict:
+def _checked_weights(file: Path, expected: str | None) -> dict:
     if not file.is_file():
         raise FileNotFoundError(f'{file} is missing')
-    if sha256 is not None and _sha256(file) != sha256:  # None: another process wrote it
+    if expected is not None and sha256(file) != expected:  # None: another process wrote it
         raise ValueError(f'{file} is damaged, or it is another file than the one that was written')
     return read_weights(file)
-
-
-def _sha256(file: Path) -> str:
-    with open(file, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
 def _is_name(file) -> bool:

@@ -4,7 +4,6 @@ no data set is iterated, since that runs its transforms.
 """
 
 import random
-import warnings
 import weakref
 from functools import lru_cache, partial
 from types import CellType, FunctionType, GeneratorType, MethodType, ModuleType, SimpleNamespace
@@ -21,6 +20,7 @@ from torch.utils import data
 from .contents import ATOMS, CONTAINERS, attributes, elements, is_foreign, values_of
 from .modules import unwrap
 from .replay import Replay
+from .warn import warn
 
 __all__ = [
     'walk',
@@ -220,4 +220,4 @@ def name_once(learn, path, sentence):
     said = _named.setdefault(learn, set())
     if path not in said:
         said.add(path)
-        warnings.warn(sentence, stacklevel=2)
+        warn(sentence)

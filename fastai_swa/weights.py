@@ -1,27 +1,36 @@
 """Files of weights and the index of a folder of them; loading them into a module. Plain PyTorch."""
 
+import hashlib
 import json
-import zipfile
-from pathlib import Path
+import math
+import secrets
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
 from torch import nn
 
-from .files import save_weights, write_text
+from .files import InUse, Lock, save_weights, write_text
 from .modules import in_train_mode, plain_name, unwrap, written_in_train_mode
+from .weight_formats import Left, check_any, read_any
 
 __all__ = [
     'NoSolution',
     'check_weights_file',
+    'folder_lock',
+    'indexed_files',
     'load_into',
     'read_index',
     'read_weights',
+    'refuse_nan',
     'replace_files',
+    'sha256',
+    'state_dict_in',
     'weights_of',
     'write_index',
 ]
 
 _FORMAT = 'fastai_swa ensemble 1'
+_INDEX = 'index.json'
 
 
 class NoSolution(ValueError):
@@ -36,22 +45,16 @@ class NoSolution(ValueError):
 
 
 def read_weights(file: Path) -> dict:
-    """The state dict in `file`, on the CPU; no code in it is run. Raises `FileNotFoundError` or
-    `ValueError`, naming it.
+    """The state dict in `file`, on the CPU; no code in it is run. It may stand alone, or beside what
+    else a training keeps, as `learn.save` writes an optimizer: see `state_dict_in`. Raises
+    `FileNotFoundError` or `ValueError`, naming it.
     """
     check_weights_file(file)
     try:
-        weights = torch.load(file, map_location='cpu', weights_only=True)
+        found = read_any(file)
     except Exception:
-        raise ValueError(
-            f'{file} holds more than weights, such as an optimizer: save them with learn.save(name, with_opt=False), '
-            'or torch.save(model.state_dict(), file)'
-        ) from None
-    if isinstance(weights, dict):
-        weights = weights.get('model', weights)
-    if not isinstance(weights, dict):
-        raise ValueError(f'{file} holds no state dict')
-    return weights
+        found = None
+    return state_dict_in(found, file)
 
 
 def check_weights_file(file: Path):
@@ -59,28 +62,63 @@ def check_weights_file(file: Path):
     if not file.is_file():
         raise FileNotFoundError(f'{file} is missing')
     try:
-        with zipfile.ZipFile(file) as z:
-            damaged = z.testzip()  # torch.load does not look at the checksums
-    except zipfile.BadZipFile:  # torch's format before 1.6, perhaps, which has none
-        try:
-            damaged = not isinstance(torch.load(file, map_location='cpu', weights_only=True), dict)
-        except Exception:
-            damaged = True
-    if damaged:
-        raise ValueError(f'{file} is damaged, or it holds no weights')
+        check_any(file)
+    except Exception:
+        raise ValueError(f'{file} is damaged, or it holds no weights') from None
 
 
-def weights_of(source) -> dict:
-    """The state dict in a file, of a module, or one under plain names; on the CPU.
+_NAMES = 'model', 'state_dict', 'model_state_dict'  # of weights in checkpoints: fastai's, Lightning's, PyTorch's
+
+
+def state_dict_in(found, name) -> dict:
+    """The state dict that `found` is, or holds under one of the names that checkpoints have for it.
+    Raises `ValueError`, by `name`, for something else, or several.
+    """
+    if isinstance(found, dict) and (not found or _has_tensors(found)):
+        weights = [found]
+    elif isinstance(found, dict):
+        weights = [found[k] for k in _NAMES if isinstance(found.get(k), dict) and _has_tensors(found[k])]
+    else:
+        weights = []
+    if len(weights) > 1:
+        raise ValueError(f'{name} holds several state dicts: give the one that is meant, by itself')
+    if not weights or not all(isinstance(k, str) and not isinstance(v, Left) for k, v in weights[0].items()):
+        raise ValueError(
+            f'{name} holds no state dict: save one with learn.save(name), or torch.save(model.state_dict(), file)'
+        )
+    return weights[0]
+
+
+def _has_tensors(o: dict) -> bool:
+    return any(isinstance(v, torch.Tensor) for v in o.values())
+
+
+def weights_of(source, name: str = 'the dict') -> dict:
+    """The state dict in a file, of a module, or one called `name`, under plain names; on the CPU.
 
     Of a module it is a copy, of the weights as training has them, where its `eval()` moves them.
     """
     if isinstance(source, str | Path):
-        return read_weights(Path(source))
+        return _plain(read_weights(Path(source)))
     if isinstance(source, dict):
-        return {plain_name(k): v for k, v in source.items()}
+        return _plain(state_dict_in(source, name))
     with in_train_mode(source):
         return {k: _copied(v) for k, v in unwrap(source).state_dict().items()}
+
+
+def _plain(weights: dict) -> dict:
+    "`weights` under plain names; the same dict, with what torch keeps beside it, where they are plain."
+    if all(plain_name(k) == k for k in weights):
+        return weights
+    return {plain_name(k): v for k, v in weights.items()}
+
+
+def refuse_nan(weights: dict, name):
+    "Raise `ValueError`, by `name`, if there is a NaN in the `weights`: all that they predict would be one."
+    for k, v in weights.items():
+        if isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()):
+            if (v.float() if v.element_size() == 1 else v).isnan().any():
+                raise ValueError(f'{name} has a NaN in {k!r}: it cannot predict')
 
 
 def _copied(value):
@@ -88,13 +126,15 @@ def _copied(value):
     return value.detach().to('cpu', copy=True) if isinstance(value, torch.Tensor) else value
 
 
-def load_into(module: nn.Module, weights, name: str = '') -> nn.Module:
+def load_into(module: nn.Module, weights, name: str = 'the dict') -> nn.Module:
     """`module` with the `weights`, a module, a state dict called `name`, or a path; where modes
     move weights, these are the ones in train mode.
 
-    Raises `FileNotFoundError` or `ValueError`, naming it, if they do not serve.
+    Names may have a `module.` in front, as `DataParallel` and `AveragedModel` give them. Of tied
+    weights one will do. Raises `FileNotFoundError` or `ValueError`, naming it, if they do not serve.
     """
-    state = weights_of(weights)
+    own = module.state_dict(keep_vars=True)
+    state = _with_ties(_without_wrapper(weights_of(weights, name), own), own)
     try:
         with written_in_train_mode(module):
             module.load_state_dict(state)
@@ -105,47 +145,188 @@ def load_into(module: nn.Module, weights, name: str = '') -> nn.Module:
     return module
 
 
-def write_index(folder: Path, files: list[str], **content):
-    """What `folder` holds, in one step: the names of its `files` of weights in their order, and
-    plain `content`. Raises `OSError`."""
-    write_text(folder / 'index.json', json.dumps({'format': _FORMAT, 'files': files, **content}, indent=1))
+_WRAPPER = 'module.'
+
+
+def _without_wrapper(state: dict, own: dict) -> dict:
+    "`state` under the names in `own`, if a wrapper has put `module.` in front of them, and a counter beside."
+    inner = {k.removeprefix(_WRAPPER): v for k, v in state.items() if k.startswith(_WRAPPER)}
+    others = [k for k in state if not k.startswith(_WRAPPER) and k != 'n_averaged']
+    is_models_own = any(k.startswith(_WRAPPER) for k in own) and inner.keys() != own.keys()
+    return inner if inner and not others and not is_models_own else state
+
+
+def _with_ties(state: dict, own: dict) -> dict:
+    "`state` with the names it leaves out of tensors that are tied in `own`: safetensors has each tensor once."
+    held = {id(own[name]): value for name, value in state.items() if name in own}
+    missing = {k: held[id(t)] for k, t in own.items() if k not in state and id(t) in held}
+    return {**state, **missing} if missing else state
+
+
+# a folder of files of weights, and its index
+
+
+def write_index(folder: Path, files: list[str], unchanged=(), **content):
+    """What `folder` holds, in one step: the names of its `files` of weights in their order, the SHA-256
+    of each, and plain `content`.
+
+    - `unchanged`: the names of files that have not been written since the index that lies there, which
+      has theirs; all others are read.
+
+    Raises `OSError` if it cannot be done, `ValueError` for a number in `content` that is not finite.
+    """
+    known = _known_hashes(folder) if unchanged else {}
+    hashes = [known[file] if file in unchanged and file in known else sha256(folder / file) for file in files]
+    index = {'format': _FORMAT, 'files': files, 'sha256': hashes, **content}
+    try:
+        text = json.dumps(index, indent=1, allow_nan=False)
+    except ValueError:
+        raise ValueError(f'{folder} is not written: its index would hold numbers that are not finite') from None
+    write_text(folder / _INDEX, text)
+
+
+def _known_hashes(folder: Path) -> dict:
+    try:
+        index = read_index(folder)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return dict(zip(index['files'], index.get('sha256', [])))
+
+
+def sha256(file: Path) -> str:
+    "Of what is in `file`, in hexadecimal digits."
+    res = hashlib.sha256()
+    with open(file, 'rb') as f:
+        while chunk := f.read(1 << 20):
+            res.update(chunk)
+    return res.hexdigest()
 
 
 def read_index(folder: Path) -> dict:
     """What `write_index` wrote. Raises `FileNotFoundError` or `ValueError`, naming it, if it is
-    missing or damaged.
+    missing or damaged, or names what is no file of the folder.
     """
-    file = folder / 'index.json'
+    file = folder / _INDEX
     if not file.exists():
-        raise FileNotFoundError(f'{folder} has no index.json: it is no folder of an ensemble')
+        raise FileNotFoundError(f'{folder} has no {_INDEX}: it is no folder of an ensemble')
     try:
-        index = json.loads(file.read_text())
-    except ValueError:
-        index = None
-    if not isinstance(index, dict) or index.get('format') != _FORMAT:
+        index = json.loads(file.read_text(), parse_constant=_refuse_constant)
+        is_right = _is_index(index)
+    except (ValueError, RecursionError, IsADirectoryError):
+        is_right = False
+    if not is_right:
         raise ValueError(f'{file} is damaged, or it is no index of an ensemble')
+    seen = set()
+    for name in index['files']:
+        if not _is_plain_name(name):
+            raise ValueError(f'{file} names {name!r}, which is no file of its own folder')
+        if name in seen:
+            raise ValueError(f'{file} names {name!r} twice')
+        seen.add(name)
     return index
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f'{name} is not finite')
+
+
+def _is_index(o) -> bool:
+    "Is `o` as `write_index` has it? One of an earlier version has no SHA-256."
+    if not isinstance(o, dict) or o.get('format') != _FORMAT or not _is_list(o.get('files'), str):
+        return False
+    hashes = o.get('sha256', [''] * len(o['files']))
+    if not _is_list(hashes, str) or len(hashes) != len(o['files']) or not _is_list(o.get('epochs', []), int):
+        return False
+    return o.get('stacking') is None or _is_stacking(o['stacking'], len(o['files']))
+
+
+def _is_list(o, cls) -> bool:
+    return isinstance(o, list) and all(type(x) is cls for x in o)
+
+
+def _is_stacking(o, n_members: int) -> bool:
+    "Are these weights for `n_members`, a row and a bias for each output?"
+    if not isinstance(o, dict) or not isinstance(o.get('weights'), list) or not isinstance(o.get('bias'), list):
+        return False
+    rows = [*o['weights'], o['bias']]
+    if not all(isinstance(row, list) and all(_is_finite(x) for x in row) for row in rows):
+        return False
+    sizes = {len(row) for row in o['weights']}
+    is_even = len(sizes) == 1 and n_members > 0 and sizes.pop() % n_members == 0
+    return is_even and len(o['weights']) == len(o['bias'])
+
+
+def _is_finite(x) -> bool:
+    return type(x) in (int, float) and math.isfinite(x)
+
+
+def _is_plain_name(name: str) -> bool:
+    "Is `name` one of a file, of the folder that it is looked up in, on any system?"
+    is_alone = PurePosixPath(name).name == name == PureWindowsPath(name).name
+    return is_alone and name not in ('', '.', '..', _INDEX) and '\0' not in name
+
+
+def indexed_files(folder: Path, index: dict) -> list[Path]:
+    """The files that the `index` of `folder` names, in their order. Raises `FileNotFoundError` or
+    `ValueError`, naming it, for one that is missing, or whose SHA-256 is not that in the index.
+
+    An index of an earlier version has no SHA-256. There it cannot be told whether files were swapped.
+    """
+    files = [folder / name for name in index['files']]
+    for file, expected in zip(files, index.get('sha256', [])):
+        if not file.is_file():
+            raise FileNotFoundError(f'{file} is missing')
+        if sha256(file) != expected:
+            raise ValueError(f'{file} is damaged, or it is another file than {_INDEX} names (its SHA-256 differs)')
+    return files
+
+
+def folder_lock(folder: Path) -> Lock:
+    "Beside the folder, in which there are models alone; within it, where only that can be written."
+    try:
+        return Lock(folder.with_name(f'{folder.name}.snapshots'))
+    except OSError:
+        return Lock(folder / 'index.json')
 
 
 def replace_files(folder: Path, weights: list[dict], **content) -> tuple[list[str], list[str]]:
     """Write `weights`, a file each, and their index with `content` into `folder`; what another index
     named there goes. Returns the names of the files that were there, and of those that are.
 
-    The index comes last, in one step, and the files get other names than those it named until then:
-    whatever happens, the folder holds what it held, or all that is new. Raises `OSError` if
-    something cannot be written, `ValueError` if there is an index of something else.
+    The index comes last, in one step, and no file that is there is written to: whatever happens, the
+    folder holds what it held, or all that is new. (Killed, it may hold files besides that no index
+    names.) Raises `OSError` if something cannot be written, `ValueError` if there is an index of
+    something else, `InUse`, a `RuntimeError`, if another run is writing there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    old = read_index(folder)['files'] if (folder / 'index.json').exists() else []
-    mark = '-b' if 'member-01.pth' in old else ''  # by turns
-    files = [f'member-{i + 1:02}{mark}.pth' for i in range(len(weights))]
+    try:
+        lock = folder_lock(folder)
+    except InUse:
+        raise InUse(f'another run is writing to {folder}: wait for it, or save to another folder') from None
+    try:
+        return _replace_files(folder, weights, content)
+    finally:
+        lock.release()
+
+
+def _replace_files(folder, weights, content):
+    old = read_index(folder)['files'] if (folder / _INDEX).exists() else []
+    files = _new_names(folder, len(weights))
     try:
         for file, w in zip(files, weights):
             save_weights(folder / file, w)
         write_index(folder, files, **content)
     finally:
-        is_written = (folder / 'index.json').exists() and read_index(folder)['files'] == files
+        is_written = (folder / _INDEX).exists() and read_index(folder)['files'] == files
         for file in old if is_written else files:
-            if Path(file).name == file:  # of this folder
-                (folder / file).unlink(missing_ok=True)
+            (folder / file).unlink(missing_ok=True)
     return old, files
+
+
+def _new_names(folder: Path, n: int) -> list[str]:
+    "Names for `n` files, in a folder that has an index such as no file has had there: a reader may be late."
+    names = [f'member-{i + 1:02}' for i in range(n)]
+    if (folder / _INDEX).exists() or any((folder / f'{name}.pth').exists() for name in names):
+        mark = secrets.token_hex(4)
+        names = [f'{name}-{mark}' for name in names]
+    return [f'{name}.pth' for name in names]

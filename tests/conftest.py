@@ -1,3 +1,4 @@
+import gc
 import os
 import random
 import signal
@@ -8,8 +9,22 @@ import pytest
 import torch
 from fastprogress import fastprogress
 
+from .core import is_core
+
 matplotlib.use('agg')
 torch.set_num_threads(1)  # the networks are tiny: a second thread only waits
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if is_core(item.path.stem, item.originalname):
+            item.add_marker('core')
+
+
+def pytest_collection_finish():
+    "No collection of garbage goes through what is imported: the experiments ask for one after each run."
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

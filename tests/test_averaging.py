@@ -1,4 +1,5 @@
 import copy
+import gc
 import os
 import random
 import signal
@@ -6,6 +7,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from fastai_swa import WeightAverage, ema, equal
 from fastai_swa.averaging import all_finite, lent
 
 from . import lora
-from .helpers import assert_close, net, parameters
+from .helpers import assert_close, net, parameters, raising
 from .reference import twins
 
 
@@ -1139,3 +1141,48 @@ def test_a_buffer_that_is_resized_in_place_or_changes_its_dtype_follows_the_mode
         change()
         average.update(model)
         assert average.swa_model.low.dtype == model.low.dtype and torch.equal(average.swa_model.low, model.low)
+
+
+def test_a_second_lending_walks_through_no_module_and_goes_on_with_what_is_there(monkeypatch):
+    model = net()
+    average = WeightAverage(model)
+    average.update(model)
+    with average.lent_to(model):
+        pass
+    with monkeypatch.context() as patches:  # at 10,000 parameters the walks cost several folds
+        patches.setattr(nn.Module, 'named_modules', raising(AssertionError('a walk')))
+        with average.lent_to(model):
+            pass
+    model[0].weight = nn.Parameter(torch.ones_like(model[0].weight))
+    model[1].register_buffer('running_mean', torch.ones_like(model[1].running_mean))
+    own = {name: t.clone() for name, t in model.state_dict().items()}
+    with average.lent_to(model) as swa_model:
+        assert all(torch.equal(t, swa_model.state_dict()[name]) for name, t in model.state_dict().items())
+    assert all(torch.equal(t, own[name]) for name, t in model.state_dict().items())
+
+
+def test_an_average_that_is_released_does_not_keep_the_model_it_was_lent_to():
+    model = net()
+    average = WeightAverage(model)
+    average.update(model)
+    with average.lent_to(model):
+        pass
+    gone = weakref.ref(model)
+    average.release()
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_frozen_parameters_are_copied_so_that_no_edit_of_the_models_reaches_the_average():
+    model = net().requires_grad_(False)
+    model[7].requires_grad_(True)
+    average = WeightAverage(model)
+    average.update(model)
+    averaged = [p.clone() for p in average.swa_model.parameters()]
+    storages = {p.data_ptr() for p in model.parameters()}
+    assert not storages & {p.data_ptr() for p in average.swa_model.parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.data.add_(1)  # of which no counter tells
+    assert all(map(torch.equal, average.swa_model.parameters(), averaged))

@@ -1226,3 +1226,62 @@ def test_integers_of_numpy_are_integers():
     assert swa.averaged_epochs == [1] and all(
         type(getattr(swa, k)) is int for k in ('swa_start', 'cycle_len', 'swa_eval_freq', 'bn_batches')
     )
+
+
+# copies of a learner
+
+
+@pytest.mark.parametrize('kwargs', [{}, {'every': 2, 'weight': ema(0.9)}], ids=['epochs', 'steps'])
+@pytest.mark.parametrize('own', [False, True], ids=['default', 'own module'])
+def test_a_deep_copy_of_a_learner_keeps_settings_and_an_average_of_its_own(kwargs, own):
+    learn = learner().to_swa(swa_start=1, swa_model=net() if own else None, **kwargs)
+    learn.fit(3)
+    average = copy.deepcopy(learn.swa.swa_model.state_dict())
+    n_averaged = learn.swa.n_averaged
+    twin = copy.deepcopy(learn)
+    assert twin.swa is not learn.swa and twin.swa.learn is twin and twin.swa in twin.cbs
+    assert twin.swa.swa_start == 1 and twin.swa.averaged_epochs == [1, 2] and twin.swa.n_averaged == n_averaged
+    assert_same(twin.swa.swa_model.state_dict(), average)
+    with learn.swa.averaged():
+        expected = learn.get_preds()[0]
+    with twin.swa.averaged():
+        assert torch.equal(twin.get_preds()[0], expected)
+    twin.fit(3)
+    assert_same(learn.swa.swa_model.state_dict(), average)
+    twin.swa.apply()
+    assert all(map(torch.equal, twin.model.parameters(), twin.swa.swa_model.parameters()))
+    learn.fit(3)
+    assert_same(twin.swa.swa_model.state_dict(), twin.model.state_dict())
+
+
+def test_a_deep_copy_of_a_callback_alone_is_of_the_same_learner():
+    learn, swa = learner(), SWACallback(0)
+    learn.fit(2, cbs=swa)
+    twin = copy.deepcopy(swa)
+    twin.apply()
+    assert all(map(torch.equal, learn.model.parameters(), swa.swa_model.parameters()))
+    assert twin.averaged_epochs == [0, 1] and twin.swa_model is not swa.swa_model
+    del learn
+    gc.collect()
+    assert copy.deepcopy(twin).n_averaged == 2
+
+
+def test_a_deep_copy_made_inside_averaged_shares_no_tensor_with_its_average():
+    learn = learner().to_swa(swa_start=0)
+    learn.fit(2)
+    with learn.swa.averaged():
+        twin = copy.deepcopy(learn)
+    average = copy.deepcopy(twin.swa.swa_model.state_dict())
+    assert all(map(torch.equal, twin.model.parameters(), twin.swa.swa_model.parameters()))
+    twin.remove_swa().fit(1)
+    assert_same(learn.swa.swa_model.state_dict(), average)
+
+
+def test_a_deep_copy_made_in_a_fit_is_not_in_one():
+    learn, twins = learner().to_swa(swa_start=0), []
+    learn.fit(3, cbs=At('before_train', 2, lambda cb: twins.append(copy.deepcopy(cb.learn))))
+    twin = twins[0]
+    assert twin.swa.averaged_epochs == [0, 1] and len(twin.validate()) == 2
+    twin.remove_cb(twin.cbs[-1])
+    twin.fit(2)
+    assert twin.swa.averaged_epochs == [0, 1] and learn.swa.averaged_epochs == [0, 1, 2]

@@ -1,10 +1,15 @@
 """`CheckpointCallback`: what is killed goes on bitwise; what cannot go on says why and loses
 nothing."""
 
+import copy
+import gc
+import pickle
 import random
+import weakref
 import zipfile
 from collections import deque
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +26,7 @@ from fastai.optimizer import Adam, OptimWrapper, ranger
 from fastai.torch_core import set_seed
 from torch import nn
 
-from fastai_swa import CheckpointCallback, SaveSWAModelCallback, SWACallback, ema
+from fastai_swa import CheckpointCallback, SaveSWAModelCallback, SnapshotCallback, SWACallback, ema
 
 from .helpers import At, assert_same, fingerprint, learner, loaders, net, raising
 
@@ -435,11 +440,11 @@ def test_resume_is_exact_for_generators_deep_in_the_data(tmp_path, monkeypatch):
 @pytest.mark.parametrize('mode', ['fp16', 'bf16'])
 def test_resume_is_exact_in_mixed_precision_with_its_scaler(tmp_path, monkeypatch, mode):
     monkeypatch.setattr(
-        'fastai.callback.fp16.autocast', lambda device, dtype: torch.autocast('cpu', dtype=torch.bfloat16)
+        'fastai.callback.fp16.autocast', lambda device=None, dtype=None: torch.autocast('cpu', dtype=torch.bfloat16)
     )
     monkeypatch.setattr(
         'fastai.callback.fp16.GradScaler',
-        lambda device, **kwargs: torch.amp.GradScaler('cpu', **kwargs | {'growth_interval': 4}),
+        lambda device=None, **kwargs: torch.amp.GradScaler('cpu', **kwargs | {'growth_interval': 4}),
     )
     scales = {}
 
@@ -599,6 +604,28 @@ def test_ctrl_c_and_the_same_cell_again_goes_on_in_the_same_learner(tmp_path):
     whole = learner(path=tmp_path / 'whole')
     whole.fit(4, cbs=SWACallback(1))
     assert_same(fingerprint(learn), fingerprint(whole))
+
+
+@pytest.mark.skipif(not Path('/proc/self/maps').exists(), reason='needs /proc')
+def test_a_file_is_read_where_it_lies_and_nothing_of_that_is_left_when_its_fit_goes_on(tmp_path):
+    "So nobody can take from the fit, by what they do to the file, what was read from it."
+    how = dict(method='fine_tune', swa=lambda: SWACallback(0))
+    run = Run(tmp_path / 'parts', **how)
+    with pytest.raises(Killed):
+        run.start(killer=kill_in_fit(2, 1))
+    mapped = []
+
+    class Look(Callback):
+        order = 70
+
+        def look(self):
+            mapped.append('run.ckpt' in Path('/proc/self/maps').read_text())
+
+        before_fit = before_train = look
+
+    run.start(seed=99, killer=Look())
+    assert mapped == [True, True, False]  # the first stage is skipped, the second goes on
+    assert_same(run.fingerprint(), expected(tmp_path, **how))
 
 
 @pytest.mark.parametrize('stage', [1, 2])
@@ -1102,3 +1129,383 @@ def test_workers_that_keep_a_random_state_of_their_own_are_warned_about(tmp_path
     learn = learner(dls=type(dls)(train, dls.valid, device='cpu'))
     with pytest.warns(UserWarning, match='persistent_workers'):
         learn.fit(1, cbs=CheckpointCallback(tmp_path / 'run.ckpt'))
+
+
+# what lives on
+
+
+@pytest.mark.parametrize('attached', [True, False])
+def test_a_loop_over_learners_with_an_attached_average_and_a_checkpoint_keeps_none_of_them(tmp_path, attached):
+    gone = []
+    for i in range(3):
+        learn = learner(seed=i, path=tmp_path).to_swa(swa_start=0)
+        checkpoint = CheckpointCallback(tmp_path / f'{i}.ckpt')
+        if attached:
+            learn.add_cb(checkpoint)
+        learn.fit(1, cbs=[] if attached else checkpoint)
+        gone.append(weakref.ref(learn))
+        del learn, checkpoint
+        gc.collect()
+    assert [ref() for ref in gone] == [None] * 3
+
+
+def test_a_copy_and_an_export_of_a_learner_know_nothing_of_its_fits_on_a_path(tmp_path):
+    learn = learner(path=tmp_path, cbs=CheckpointCallback(tmp_path / 'run.ckpt'))
+    learn.fit(1)
+    twin = copy.deepcopy(learn)
+    again = pickle.loads(pickle.dumps(learn))
+    for other in (twin, again):
+        assert not vars(other)['_fastai_swa_journals']
+    assert len(vars(learn)['_fastai_swa_journals']) == 1
+    twin.fit(1)
+    assert type(vars(twin)['_fastai_swa_journals']) is type(vars(learn)['_fastai_swa_journals'])
+
+
+# what it costs
+
+
+class Fill(Callback):
+    "Before epoch 1: as if so many steps, of 10 an epoch, had been done."
+
+    order = -2000
+
+    def __init__(self, n):
+        self.n = n
+        self.own = []
+
+    def before_epoch(self):
+        if self.epoch == 1:
+            recorder = self.learn.recorder
+            recorder.lrs += [0.1] * self.n
+            recorder.losses += list(torch.rand(self.n).unbind())
+            recorder.values += [[0.1, 0.2, 0.3] for _ in range(self.n // 10)]
+            for values in next(cb for cb in self.learn.cbs if isinstance(cb, ParamScheduler)).hps.values():
+                values += [0.1] * self.n
+            self.own += [0.5] * self.n
+
+    def after_batch(self):
+        if self.training:
+            self.own.append(float(self.learn.loss))
+
+
+class Sizes(Callback):
+    "Bytes of the checkpoint and of what lies beside it, after each was written."
+
+    order = -900
+
+    def __init__(self, file):
+        self.file, self.sizes = file, []
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+    def before_epoch(self):
+        beside = [f.stat().st_size for f in self.file.parent.glob(f'{self.file.name}.*.steps')]
+        self.sizes.append((self.file.stat().st_size, sum(beside)))
+
+
+def filled(folder, n, seed=0, *cbs):
+    folder.mkdir(exist_ok=True)
+    learn, sizes, fill = learner(seed=seed, path=folder), Sizes(folder / 'run.ckpt'), Fill(n)
+    scheduler = ParamScheduler({'lr': SchedCos(0.1, 0.01)})
+    learn.fit(5, 0.1, cbs=[scheduler, fill, sizes, CheckpointCallback(folder / 'run.ckpt'), *cbs])
+    return learn, sizes.sizes, fill
+
+
+def test_what_a_checkpoint_writes_does_not_grow_with_the_steps_done(tmp_path):
+    _, few, _ = filled(tmp_path / 'few', 100)
+    _, many, _ = filled(tmp_path / 'many', 20_000)
+    (file, before), (last, beside) = many[-2:]
+    assert last < 1.02 * few[-1][0] and last < 1.02 * file
+    n_steps, n_lists = 6, 4  # an epoch; learning rates, losses, a scheduler's own, the callback's own
+    assert beside - before < 60 * n_steps * n_lists + 1000
+    assert not list((tmp_path / 'many').glob('run.ckpt*'))
+
+
+def test_resume_is_exact_for_histories_that_a_killed_checkpoint_had_written_further(tmp_path, monkeypatch):
+    whole, _, fill = filled(tmp_path / 'whole', 2000)
+    from fastai_swa import checkpoint_files
+
+    real = checkpoint_files.write
+
+    def killed_before_the_file_is_replaced(file, kind, version, content):
+        if content.get('state', {}).get('epoch') == 4:
+            raise Killed
+        real(file, kind, version, content)
+
+    monkeypatch.setattr(checkpoint_files, 'write', killed_before_the_file_is_replaced)
+    with pytest.raises(Killed):
+        filled(tmp_path / 'parts', 2000)
+    monkeypatch.undo()
+    saved = torch.load(tmp_path / 'parts' / 'run.ckpt', weights_only=True)
+    [steps] = (tmp_path / 'parts').glob('run.ckpt.*.steps')
+    assert saved['state']['epoch'] == 3 and steps.stat().st_size > saved['steps']['bytes']
+    with pytest.raises(Killed):
+        filled(tmp_path / 'parts', 2000, 7, kill(3, 2))
+    again, _, own = filled(tmp_path / 'parts', 2000, 8)
+    assert len(again.recorder.losses) == len(whole.recorder.losses) == 2030
+    a, b = fingerprint(again), fingerprint(whole)
+    assert a['losses'][2006:] == b['losses'][2006:] and own.own[2006:] == fill.own[2006:] and len(own.own) == 2030
+    assert_same({k: v for k, v in a.items() if k != 'losses'}, {k: v for k, v in b.items() if k != 'losses'})
+
+
+def test_what_earlier_fits_have_left_is_written_once_a_fit(tmp_path):
+    learn = learner(path=tmp_path, model=lambda: net(width=60)).to_swa(swa_start=0)
+    sizes = []
+    for n in range(4):
+        each = Sizes(tmp_path / 'run.ckpt')
+        written = []
+
+        def note(cb):
+            written.append([f.stat().st_mtime_ns for f in tmp_path.glob('run.ckpt.*.past')])
+
+        learn.fit(
+            3, 0.1, cbs=[each, CheckpointCallback(tmp_path / 'run.ckpt'), *[At('after_train', e, note) for e in (0, 2)]]
+        )
+        sizes.append(each.sizes[-1][0])
+        assert written[0] == written[1] and len(written[0]) == (n > 0)
+    assert max(sizes) < 1.05 * sizes[0] and not list(tmp_path.glob('run.ckpt*'))
+
+
+# files of the version before
+
+
+def as_format_2(path):
+    "The checkpoint as the version before wrote it: one file, with all in it."
+    from fastai_swa.checkpoint_files import CheckpointFiles
+
+    saved = CheckpointFiles(path).read()
+    state = saved['state']
+    key = next(k for k in state['states'] if k.endswith('CheckpointCallback.0'))
+    state['states'][key] = {'rows': state.pop('rows')}
+    for fit in saved['fits']:
+        if 'SnapshotCallback' in fit:
+            fit['SnapshotCallback']['folder'] = str(path.parent / fit['SnapshotCallback']['folder'])
+    new = path.with_name('new')  # what was read is still in the file
+    torch.save({'format': 'fastai_swa checkpoint', **saved, 'version': 2}, new)
+    new.replace(path)
+    for file in path.parent.glob(f'{path.name}.*'):
+        file.unlink()
+
+
+@pytest.mark.parametrize('method', ['fit_one_cycle', 'fine_tune'])
+def test_a_checkpoint_of_the_version_before_is_gone_on_with(tmp_path, method):
+    run = Run(tmp_path / 'parts', method=method, swa=lambda: SWACallback(0))
+    with pytest.raises(Killed):
+        run.start(killer=kill(2) if method == 'fit_one_cycle' else kill_in_fit(2, 1))
+    as_format_2(tmp_path / 'parts' / 'run.ckpt')
+    with pytest.raises(Killed):
+        run.start(seed=5, killer=kill(3) if method == 'fit_one_cycle' else kill_in_fit(2, 1, 2))
+    assert torch.load(tmp_path / 'parts' / 'run.ckpt', weights_only=True)['version'] == (
+        3 if method == 'fit_one_cycle' else 2
+    )
+    run.start(seed=9)
+    assert not list((tmp_path / 'parts').glob('run.ckpt*'))
+    assert_same(run.fingerprint(), expected(tmp_path, method=method, swa=run.swa))
+
+
+# moved
+
+
+@pytest.mark.parametrize('old', [False, True], ids=['now', 'of the version before'])
+def test_a_fit_with_snapshots_and_trackers_goes_on_after_its_folder_was_moved(tmp_path, old):
+    def start(folder, seed, killer=None):
+        learn = learner(seed=seed, path=folder, splitter=split)
+        snapshots, tracker = SnapshotCallback(0, folder=folder / 'snapshots'), SaveModelCallback('accuracy')
+        cbs = [snapshots, tracker, SWACallback(1), CheckpointCallback(folder / 'run.ckpt')]
+        learn.fit(4, 0.05, cbs=[*cbs, *([killer] if killer else [])])
+        return fingerprint(learn), snapshots, tracker
+
+    for name in ('here', 'whole'):
+        (tmp_path / name).mkdir()
+    with pytest.raises(Killed):
+        start(tmp_path / 'here', 0, kill(2))
+    for file in (tmp_path / 'here').rglob('*'):
+        assert file.is_dir() or str(tmp_path).encode() not in file.read_bytes(), file
+    if old:
+        as_format_2(tmp_path / 'here' / 'run.ckpt')
+    (tmp_path / 'here').rename(tmp_path / 'there')
+    got, snapshots, tracker = start(tmp_path / 'there', 9)
+    whole, _, _ = start(tmp_path / 'whole', 0)
+    assert_same(got, whole)
+    there = tmp_path / 'there' / 'snapshots'
+    assert snapshots.snapshots == [str(there / f'snapshot-{i:02}.pth') for i in (1, 2, 3, 4)]
+    assert tracker.last_saved_path == tmp_path / 'there' / 'models' / 'model.pth'
+    assert not (tmp_path / 'here').exists()
+
+
+def test_what_lies_beside_a_checkpoint_and_was_not_moved_with_it_is_named(tmp_path):
+    run = Run(tmp_path / 'parts', method='fine_tune')
+    with pytest.raises(Killed):
+        run.start(killer=kill_in_fit(2, 1))
+    for what in ('steps', 'past'):
+        [beside] = (tmp_path / 'parts').glob(f'run.ckpt.*.{what}')
+        beside.rename(tmp_path / 'aside')
+        with pytest.raises(ValueError, match=f'{beside.name} is missing beside .*run.ckpt'):
+            run.start(seed=3)
+        (tmp_path / 'aside').rename(beside)
+    run.start(seed=9)
+    assert_same(run.fingerprint(), expected(tmp_path, method='fine_tune'))
+
+
+# only state is taken from a file
+
+
+class Named(Callback):
+    "A user's callback with settings and a count."
+
+    def __init__(self, file='mine.txt', scale=1.0):
+        self.file, self.scale, self.n = file, scale, 0
+
+    def after_epoch(self):
+        self.n += 1
+        self.scale *= 0.5
+
+
+def test_a_crafted_checkpoint_changes_state_and_no_setting(tmp_path):
+    def start(seed, killer=None):
+        learn = learner(seed=seed, path=tmp_path)
+        tracker, named = SaveModelCallback('accuracy'), Named()
+        cbs = [tracker, named, SWACallback(0), CheckpointCallback(tmp_path / 'run.ckpt')]
+        learn.fit(4, 0.05, cbs=[*cbs, *([killer] if killer else [])])
+        return learn, tracker, named
+
+    with pytest.raises(Killed):
+        start(0, kill(2))
+    saved = torch.load(tmp_path / 'run.ckpt', weights_only=True)
+    state = saved['state']
+    own = state['callbacks']['fastai.callback.tracker.SaveModelCallback.0']
+    own |= {'fname': '../../evil', 'monitor': 'valid_loss', 'with_opt': True, 'last_saved_path': ('below', '../x')}
+    key = next(k for k in state['callbacks'] if k.endswith('Named.0'))
+    state['callbacks'][key] |= {'file': '/etc/passwd', 'where': ('path', '/etc/passwd')}
+    state['learner'] |= {'path': ('path', '/etc'), 'model_dir': '/tmp', 'lr': 7.0}
+    average = next(v for k, v in state['states'].items() if 'SWACallback' in k)
+    average['fit'] |= {'columns': ['x'], 'side': 3}
+    average['average']['attributes'][0] |= {'forward': 3, '_modules': {}}
+    torch.save(saved, tmp_path / 'run.ckpt')
+    learn, tracker, named = start(9)
+    assert (tracker.fname, tracker.monitor, tracker.with_opt) == ('model', 'accuracy', False)
+    assert (learn.path, learn.model_dir, learn.lr) == (tmp_path, 'models', 0.1)
+    assert (named.file, named.n, named.scale) == ('mine.txt', 4, 0.0625) and not hasattr(named, 'where')
+    assert sorted(f.name for f in (tmp_path / 'models').iterdir()) == ['model.pth']
+
+
+def test_a_string_that_the_constructor_was_given_and_the_fit_has_changed_is_named(tmp_path):
+    class Phase(Callback):
+        def __init__(self, phase='first'):
+            self.phase = phase
+
+        def after_epoch(self):
+            self.phase = 'second'
+
+    with pytest.warns(UserWarning, match='Phase.0.phase is an argument of the constructor, which no checkpoint chang'):
+        learner(path=tmp_path).fit(2, cbs=[Phase(), CheckpointCallback(tmp_path / 'run.ckpt')])
+
+
+def nested(depth=100_000):
+    return '[' * depth + ']' * depth
+
+
+def without(key, of=lambda saved: saved):
+    def f(saved):
+        del of(saved)[key]
+
+    return f
+
+
+def instead(key, value, of=lambda saved: saved):
+    def f(saved):
+        of(saved)[key] = value
+
+    return f
+
+
+def state_of(saved):
+    return saved['state']
+
+
+def average_of(saved):
+    return next(v for k, v in saved['state']['states'].items() if 'SWACallback' in k)
+
+
+BROKEN = {
+    **{f'no {key}': without(key) for key in ('fit', 'state', 'steps', 'id', 'has_past', 'version')},
+    **{f'no {key} in the state': without(key, state_of) for key in ('epoch', 'model', 'callbacks', 'random', 'rows')},
+    'a version in words': instead('version', '3'),
+    'a fit in words': instead('fit', 'the first one'),
+    'a fit of no length': without('the number of epochs', lambda saved: saved['fit']),
+    'an id that leads elsewhere': instead('id', '../../../../etc'),
+    'bytes in words': instead('steps', {'bytes': 'all', 'sha256': ''}),
+    'epoch true': instead('epoch', True, state_of),
+    'a model in words': instead('model', 'resnet', state_of),
+    'a model of words': instead('0.weight', 'heavy', lambda saved: saved['state']['model']),
+    'an unknown tag': instead('optimizer', ('magic', 3), state_of),
+    'a tag without content': instead('optimizer', ('dict',), state_of),
+    'random states in words': instead('random', ['dice'], state_of),
+    'rows of nothing': instead('rows', ('history', ['rows', 99]), state_of),
+    'gradients too few': instead('gradients', [], state_of),
+    'callbacks of words': instead('callbacks', {'fastai.learner.Recorder.0': 3}, state_of),
+    'states of words': instead('states', {'fastai_swa.callback.SWACallback.0': 3}, state_of),
+    'an average of words': instead('average', 'mean', average_of),
+    'counts of words': instead('fit', {'n_folds': 'many'}, average_of),
+}
+
+
+@pytest.mark.parametrize('name', BROKEN)
+def test_broken_contents_are_one_sentence_that_names_the_file(tmp_path, name):
+    run = Run(tmp_path, swa=lambda: SWACallback(0))
+    with pytest.raises(Killed):
+        run.start(killer=kill(1))
+    good = (tmp_path / 'run.ckpt').read_bytes()
+    saved = torch.load(tmp_path / 'run.ckpt', weights_only=True)
+    BROKEN[name](saved)
+    torch.save(saved, tmp_path / 'run.ckpt')
+    before = (tmp_path / 'run.ckpt').read_bytes()
+    with pytest.raises(ValueError, match='run.ckpt') as e:
+        run.start(seed=3)
+    assert len(str(e.value)) < 600
+    assert (tmp_path / 'run.ckpt').read_bytes() == before and not list(tmp_path.glob('*.lock'))
+    (tmp_path / 'run.ckpt').write_bytes(good)
+    run.start(seed=9)
+    assert_same(run.fingerprint(), expected(tmp_path / 'whole', swa=run.swa))
+
+
+@pytest.mark.parametrize('what', ['nested', 'row true', 'flipped', 'gone'])
+def test_a_broken_file_beside_it_is_one_sentence_too(tmp_path, what):
+    import hashlib
+
+    run = Run(tmp_path)
+    with pytest.raises(Killed):
+        run.start(killer=kill(2))
+    [steps] = tmp_path.glob('run.ckpt.*.steps')
+    content = steps.read_bytes()
+    if what == 'flipped':
+        steps.write_bytes(content[:50] + bytes([content[50] ^ 1]) + content[51:])
+    elif what == 'gone':
+        steps.unlink()
+    else:
+        broken = nested().encode() if what == 'nested' else b'{"rows": [true, [[1]]]}'
+        steps.write_bytes(broken)
+        saved = torch.load(tmp_path / 'run.ckpt', weights_only=True)
+        saved['steps'] = {'bytes': len(broken), 'sha256': hashlib.sha256(broken).hexdigest()}
+        torch.save(saved, tmp_path / 'run.ckpt')
+    with pytest.raises(ValueError, match='run.ckpt'):
+        run.start(seed=3)
+
+
+def test_a_compressed_file_is_refused_before_it_is_unpacked(tmp_path):
+    run = Run(tmp_path)
+    with pytest.raises(Killed):
+        run.start(killer=kill(2))
+    file = tmp_path / 'run.ckpt'
+    with zipfile.ZipFile(file) as z:
+        parts = {info.filename: z.read(info) for info in z.infolist()}
+    with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as z:
+        for name, content in parts.items():
+            z.writestr(name, content)
+        z.writestr('archive/data/999', b'\0' * 10_000_000)
+    with pytest.raises(ValueError, match='run.ckpt is damaged, or it is no checkpoint'):
+        run.start(seed=3)

@@ -33,7 +33,14 @@ from fastai.optimizer import SGD, Adam, OptimWrapper
 from fastai.torch_core import params, set_seed
 from torch import nn
 
-from fastai_swa import SaveSWAModelCallback, SWACallback, ema, update_bn
+from fastai_swa import (
+    CheckpointCallback,
+    SaveSWAModelCallback,
+    SnapshotCallback,
+    SWACallback,
+    ema,
+    update_bn,
+)
 from fastai_swa.vision import digits, digits_net
 
 from .helpers import Snapshots, assert_close, column, learner, loaders, net, parameters
@@ -162,7 +169,9 @@ def test_activation_stats_are_those_of_training_and_nothing_of_the_learner_is_co
 
 @pytest.fixture
 def cpu_autocast(monkeypatch):
-    monkeypatch.setattr('fastai.callback.fp16.autocast', lambda device, dtype: torch.autocast('cpu', torch.bfloat16))
+    monkeypatch.setattr(
+        'fastai.callback.fp16.autocast', lambda device=None, dtype=None: torch.autocast('cpu', torch.bfloat16)
+    )
 
 
 class Watched(nn.Module):
@@ -567,10 +576,12 @@ def test_an_export_holds_what_the_user_asked_for_and_no_more(tmp_path):
     assert sizes['raw'] - sizes['plain'] < 1500 < weights and abs(sizes['average'] - sizes['raw']) < 1500, sizes
     for name, expected in (('raw', raw), ('average', average)):
         loaded = load_learner(tmp_path / f'{name}.pkl')
-        assert loaded.swa.swa_model is None and loaded.swa.swa_start == 0
+        assert type(loaded.swa) is Callback and loaded.swa in loaded.cbs
         loaded.dls = dls
         assert torch.equal(loaded.get_preds()[0], expected), name
         loaded.fit(1)
+        loaded.fit(1, cbs=SWACallback(swa_start=0))
+        loaded.to_swa(swa_start=0).fit(1)
         assert loaded.swa.averaged_epochs == [0]
     assert learn.dls is dls and 'fit' not in vars(learn) and type(learn).fit is fit
     for a, b in zip(opt['state'], learn.opt.state_dict()['state'], strict=True):
@@ -599,6 +610,41 @@ def test_an_export_made_inside_averaged_needs_no_fastai_swa_where_it_is_loaded(t
     code = (
         'import sys, torch; from fastai.tabular.all import *; learn = load_learner("average.pkl"); assert "fastai_swa" '
         'not in sys.modules; '
+        'df = pd.DataFrame({"a": np.arange(40.), "y": np.arange(40.)}); '
+        'torch.save(learn.get_preds(dl=learn.dls.test_dl(df))[0], "preds.pth")'
+    )
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, check=True, capture_output=True)
+    all_preds = torch.load(tmp_path / 'preds.pth')
+    torch.testing.assert_close(all_preds[learn.dls.valid_ds.items.index.tolist()], expected)
+
+
+NOT_IMPORTABLE = """
+import sys
+class Nothing:
+    def find_spec(self, name, *args):
+        if name.split('.')[0] == 'fastai_swa': raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Nothing())
+"""
+
+
+def test_an_export_loads_where_the_package_is_not_importable_whatever_of_it_is_attached(tmp_path):
+    from fastai.tabular.all import TabularDataLoaders, tabular_learner
+
+    df = pd.DataFrame({'a': np.arange(40.0), 'y': np.arange(40.0)})
+    learn = tabular_learner(
+        TabularDataLoaders.from_df(df, cont_names=['a'], y_names='y', bs=16, device='cpu'),
+        layers=[4],
+        n_out=1,
+        path=tmp_path,
+    )
+    learn.to_swa(swa_start=0, weight=ema(0.5)).to_swa(swa_start=0, name='other')
+    learn.add_cbs([CheckpointCallback(tmp_path / 'run.ckpt'), SnapshotCallback(0), SaveSWAModelCallback()])
+    learn.fit(1)
+    expected = learn.get_preds()[0]
+    learn.export('raw.pkl')
+    code = NOT_IMPORTABLE + (
+        'import torch; from fastai.tabular.all import *; learn = load_learner("raw.pkl"); '
+        'assert learn.cbs.map(type).count(Callback) == 5 and learn.swa.learn is learn; '
         'df = pd.DataFrame({"a": np.arange(40.), "y": np.arange(40.)}); '
         'torch.save(learn.get_preds(dl=learn.dls.test_dl(df))[0], "preds.pth")'
     )

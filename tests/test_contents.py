@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fastai_swa.contents import attributes, elements, nested, put_elements, set_attribute
+from fastai_swa.contents import attributes, elements, nested, put_elements, set_attribute, set_items
 
 drawn = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 
@@ -37,6 +37,14 @@ def test_a_container_of_a_users_class_is_read_and_filled_without_its_methods(cls
     assert elements(o) == new if is_dict or cls is not set else set(elements(o)) == set(new)
     put_elements(o, [])
     assert elements(o) == []
+
+
+@pytest.mark.parametrize('cls', [list, L])
+def test_what_a_list_or_an_L_holds_is_exchanged_in_place(cls):
+    o = cls([1, 2, 3])
+    for new in ([4], [], [5, 6, 7, 8]):
+        set_items(o, new)
+        assert list(o) == new
 
 
 class Plain:
@@ -95,6 +103,19 @@ def test_what_is_set_in_a_cell_is_what_the_function_sees():
     f = closure()
     set_attribute(f.__closure__[0], 'contents', 7)
     assert f() == 7
+
+
+def test_the_functions_in_fastais_transforms_are_seen_and_set_compiled_or_not():  # plum-dispatch 2.10 compiles them
+    plum = pytest.importorskip('plum')
+
+    def f(x):
+        return x
+
+    function = plum.Function(f)
+    assert {'_f', '_pending', '_cache'} <= {name for name, _ in attributes(function)}
+    assert dict(attributes(function))['_f'] is f
+    set_attribute(function, '_pending', [(f, None, 7)])
+    assert dict(attributes(function))['_pending'] == [(f, None, 7)] == function._pending
 
 
 def test_what_cannot_be_exchanged_is_refused_by_name():

@@ -149,6 +149,11 @@ def test_an_image_folder_that_cannot_be_used_is_one_clear_sentence(folder, spoil
     [
         (['--epochs', '0'], "expected a positive whole number, not '0'"),
         (['--swa-start', 'x'], "expected an epoch or a share"),
+        (
+            ['--swa-start', '5', '--epochs', '2'],
+            'swa_start=5 is never reached: the epochs are counted from 0, and 2 end',
+        ),
+        (['--swa-start', '2', '--epochs', '2'], 'swa_start=2 is never reached'),
         (['--swa-start', '-1'], 'swa_start must be an epoch counted from 0, not -1'),
         (['--swa-lr', '-1'], 'swa_lr must be positive'),
         (['--label-noise', '2'], 'label_noise must be a share from 0 to 1, not 2.0'),

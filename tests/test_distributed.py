@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import socket
 import traceback
 from functools import partial
@@ -283,7 +284,8 @@ def checkpointed(rank, folder, stop, seed):
 def test_resume_is_exact_in_two_processes_each_with_its_own_random_state(tmp_path, stop):
     from .helpers import assert_same
 
-    assert run(tmp_path / 'a', checkpointed, tmp_path, stop, 0)[0] == ['run.ckpt']
+    file, beside = run(tmp_path / 'a', checkpointed, tmp_path, stop, 0)[0]
+    assert file == 'run.ckpt' and re.fullmatch(r'run\.ckpt\.[0-9a-f]{16}\.steps', beside)
     resumed, whole = (
         run(tmp_path / 'b', checkpointed, tmp_path, None, 7),
         run(tmp_path / 'c', checkpointed, tmp_path / 'whole', None, 0),

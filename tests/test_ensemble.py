@@ -261,6 +261,48 @@ def test_stacking_equals_ridge_regression_in_closed_form_with_its_penalty_by_lea
     torch.testing.assert_close(p.sum(1), torch.ones(40))
 
 
+def test_stacking_takes_the_number_of_a_data_set_or_a_loader_in_either_order():
+    learn, models = trained()
+    ens = Ensemble(models, learn)
+    ens.stack()
+    expected = ens.stacking
+    valid = learn.dls.valid
+    for args in (
+        (1,),
+        (np.int64(1),),
+        (-1,),
+        (valid,),
+        (1, valid),
+        (valid, 1),
+        (1, None),
+        (None,),
+        (None, valid),
+        (0, valid),
+    ):
+        ens.stacking = None
+        ens.stack(*args)
+        assert ens.stacking == expected, args
+
+
+@pytest.mark.parametrize(
+    'given, error, said',
+    [
+        (2, ValueError, 'ds_idx must be one of the 2 data sets of the learner, from 0, not 2'),
+        (-3, ValueError, 'ds_idx must be one of the 2 data sets'),
+        (True, ValueError, 'ds_idx must be one of the 2 data sets of the learner, from 0, not True'),
+        (1.0, TypeError, r'stack needs a loader, such as learn.dls.test_dl\(items, with_labels=True\), or the number'),
+        ('valid', TypeError, "stack needs a loader, .* not 'valid'"),
+        (learner, TypeError, 'stack needs a loader'),
+    ],
+)
+def test_what_is_neither_is_one_sentence(given, error, said):
+    learn, models = trained()
+    ens = Ensemble(models, learn)
+    with pytest.raises(error, match=said):
+        ens.stack(given)
+    assert ens.stacking is None and ens.combine == 'mean'
+
+
 def test_stacking_of_values_is_a_linear_model_of_them():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(90, 6, generator=g)

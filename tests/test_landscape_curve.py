@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from fastai_swa import CheckpointCallback, Curve, SWACallback, line
+from fastai_swa.landscape import curve as curve_file
 from fastai_swa.landscape.geometry import CURVES
 
 from . import lora
@@ -328,9 +329,11 @@ def test_interrupted_without_a_checkpoint_the_curve_keeps_what_it_has_learned():
 
 
 def test_the_learners_callbacks_work_there_as_they_do_here(monkeypatch):
-    monkeypatch.setattr('fastai.callback.fp16.autocast', lambda device, dtype: torch.autocast('cpu', torch.bfloat16))
     monkeypatch.setattr(
-        'fastai.callback.fp16.GradScaler', lambda device, **kwargs: torch.amp.GradScaler('cpu', enabled=False)
+        'fastai.callback.fp16.autocast', lambda device=None, dtype=None: torch.autocast('cpu', torch.bfloat16)
+    )
+    monkeypatch.setattr(
+        'fastai.callback.fp16.GradScaler', lambda device=None, **kwargs: torch.amp.GradScaler('cpu', enabled=False)
     )
     seen = []
 
@@ -511,6 +514,67 @@ def test_bends_that_are_not_finite_are_dropped_with_a_warning():
     with pytest.warns(UserWarning, match='the bends are not finite after this training'):
         curve.fit(1, 0.1, cbs=At('after_backward', 0, lambda cb: cb.learn.model.bends[0].grad.fill_(float('nan'))))
     assert all(torch.equal(v, start[k]) for k, v in curve.bends[0].items()) and torch.isfinite(start['0.weight']).all()
+
+
+def test_after_a_first_training_that_is_not_finite_the_bends_are_on_the_straight_line_again():
+    a, b = solution(0, 1), solution(1, 1)
+    curve = Curve(quiet(a), [a, b], 2)
+    start = curve.bends
+    with pytest.warns(UserWarning, match='the bends are not finite after this training'):
+        curve.fit(1, 0.1, cbs=At('after_backward', 0, lambda cb: cb.learn.model.bends[0].grad.fill_(float('nan'))))
+    for bend, old in zip(curve.bends, start):
+        assert all(torch.equal(v, old[k]) for k, v in bend.items())
+
+
+# bends in several parts
+
+
+@pytest.mark.parametrize('n_bends', [1, 3])
+@pytest.mark.parametrize('opt_func', [SGD, Adam])
+def test_bends_in_several_parts_are_trained_as_in_one(n_bends, opt_func, monkeypatch, tmp_path):
+    "Weight decay, something frozen, accumulated gradients, a checkpoint on the way: it all goes part by part."
+    a, b = solution(0, 1), solution(1, 1)
+    with torch.no_grad():
+        b.model[0].weight.copy_(a.model[0].weight)
+    a.model[0].weight.requires_grad_(False)
+    n_parts = []
+
+    def trained(least):
+        monkeypatch.setattr(curve_file, '_LEAST_OF_PART', least)
+        curve, path = Curve(quiet(a), [a, b], n_bends), tmp_path / f'{least}.ckpt'
+        look = At('before_epoch', 0, lambda cb: n_parts.append(len(list(cb.learn.model.bends)) // n_bends))
+        stop = At('before_batch', 1, raising(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            curve.fit(3, 0.05, 0.1, opt_func, [GradientAccumulation(32), CheckpointCallback(path), look, stop])
+        again = Curve(a, [a, b], n_bends)
+        return again.fit(3, 0.05, 0.1, opt_func, [GradientAccumulation(32), CheckpointCallback(path)]).bends
+
+    whole, parts = trained(1 << 18), trained(1)
+    assert n_parts[0] == 1 < n_parts[1] <= 8
+    for one, other in zip(whole, parts):
+        for k, v in one.items():
+            torch.testing.assert_close(other[k], v, rtol=1e-6, atol=1e-7)
+
+
+def test_groups_of_parameters_keep_their_order_and_are_of_about_one_size():
+    params = [torch.zeros(n) for n in (5, 100, 1, 1, 1, 200, 3, 90, 90, 90, 7)]
+    for least in (1, 150, 10**6):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(curve_file, '_LEAST_OF_PART', least)
+            groups = curve_file._grouped(params)
+        assert [id(p) for group in groups for p in group] == [id(p) for p in params]
+        assert all(sum(map(len, group)) >= min(least, sum(map(len, params))) for group in groups[:-1])
+        assert len(groups) <= 8 and (len(groups) == 1) == (least == 10**6)
+
+
+def test_a_further_training_leaves_what_the_curve_has_given_out_alone():
+    a, b = solution(0, 1), solution(1, 1)
+    curve = Curve(quiet(a), [a, b])
+    given = [curve.bends[0], curve.ends['solution 1'], curve.solution(0.5)]
+    kept = [{k: v.clone() for k, v in state.items()} for state in given]
+    curve.fit(1, 0.1).fit(1, 0.1)
+    for one, other in zip(given, kept):
+        assert_same(one, other)
 
 
 # nothing is changed

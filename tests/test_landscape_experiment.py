@@ -78,6 +78,21 @@ def go(kind, folder, out=None, settings=Settings(), seeds=1, **kwargs):
     )
 
 
+def test_the_level_of_a_width_is_the_reports_alone(stored, tmp_path, monkeypatch):
+    "Nothing is measured anew for another one, also where an older record still has one."
+    folder = tmp_path / 'width'
+    shutil.copytree(stored / 'width-longer', folder)
+    file = folder / 'runs.jsonl'
+    records = [json.loads(text) for text in file.read_text().splitlines()]
+    assert all('level' not in record['landscape'] for record in records)
+    for record in records:
+        record['landscape']['level'] = 0.5
+    file.write_text(''.join(json.dumps(record) + '\n' for record in records))
+    monkeypatch.setitem(LANDSCAPES, 'width-longer', replace(SMALL['width'], level=0.85))
+    assert 'distance to 85 % test error' in report(folder)
+    assert go('width', stored, folder, solutions=stored / 'longer') == {}
+
+
 def measured(folder, seed=0):
     "What the file of a row holds of a seed."
     lines = [json.loads(line) for line in (folder / 'runs.jsonl').read_text().splitlines()]
@@ -141,13 +156,18 @@ def test_planes_go_through_the_path_of_the_swa_run_and_through_both_solutions(st
     )
 
 
+def cut_index(folder, which):
+    "The index of the snapshots in `folder` names some of them alone."
+    index = folder / 'index.json'
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps(content | {k: content[k][which] for k in ('epochs', 'files', 'sha256')}))
+
+
 def test_the_snapshots_end_with_the_runs_own_last_weights_also_where_they_skip_it(stored, tmp_path):
     from fastai_swa.experiments.measure_surfaces import _trajectory
 
     shutil.copytree(stored / 'longer', tmp_path / 'longer')
-    index = tmp_path / 'longer' / 'seed-0-swa' / 'index.json'
-    content = json.loads(index.read_text())
-    index.write_text(json.dumps(content | {'epochs': content['epochs'][:-2], 'files': content['files'][:-2]}))
+    cut_index(tmp_path / 'longer' / 'seed-0-swa', slice(-2))
     path = _trajectory(tmp_path / 'longer', 0)
     assert (
         list(path) == ['epoch 6', 'epoch 7', 'epoch 8', 'epoch 9', 'epoch 10', 'epoch 12']
@@ -397,9 +417,7 @@ def test_two_folders_are_reported_one_after_the_other(stored, capsys):
 
 def test_a_path_too_short_for_a_plane_is_said_before_anything_is_written(stored, tmp_path):
     shutil.copytree(stored / 'longer', tmp_path / 'longer')
-    index = tmp_path / 'longer' / 'seed-0-swa' / 'index.json'
-    content = json.loads(index.read_text())
-    index.write_text(json.dumps(content | {'epochs': content['epochs'][:1], 'files': content['files'][:1]}))
+    cut_index(tmp_path / 'longer' / 'seed-0-swa', slice(1))
     with pytest.raises(
         ValueError, match='has averaged 2 weights only, and a plane needs 3: reproduce longer with a greater scale'
     ):

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from fastai_swa.landscape import geometry
 from fastai_swa.landscape.geometry import (
     CURVES,
     Frame,
@@ -13,8 +14,10 @@ from fastai_swa.landscape.geometry import (
     chain,
     crossing,
     direction,
+    distance_between,
     inner_products,
     mean_height,
+    norm,
     norm_at,
 )
 
@@ -40,6 +43,42 @@ def test_a_direction_depends_on_seed_and_number_alone():
     assert torch.equal(direction(5, 1, 2), direction(5, 1, 2)) and torch.equal(torch.get_rng_state(), state)
     drawn = [direction(5, seed, i) for seed in range(3) for i in range(3)]
     assert len({tuple(v.tolist()) for v in drawn}) == 9
+
+
+def whole_direction(n, seed, number):
+    "As one vector of float64."
+    state = int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]) & (2**63 - 1)
+    v = torch.randn(n, generator=torch.Generator().manual_seed(state), dtype=torch.float64)
+    return v / v.norm()
+
+
+@pytest.mark.parametrize('n', [2, 15, 16, 17, 32, 33, 47, 48, 64, 100, 1000])
+def test_a_direction_drawn_in_stretches_is_the_one_drawn_whole(n, monkeypatch):
+    for stretch in (32, 1 << 18):
+        monkeypatch.setattr(geometry, '_STRETCH', stretch)
+        found = direction(n, 1, 2)
+        torch.testing.assert_close(found, whole_direction(n, 1, 2), rtol=1e-15, atol=0)
+        assert torch.equal(direction(n, 1, 2, torch.float32), found.float())
+    assert torch.equal(found, whole_direction(n, 1, 2))  # bitwise where it is one stretch
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_what_is_computed_in_stretches_is_what_whole_vectors_of_float64_give(dtype, monkeypatch):
+    monkeypatch.setattr(geometry, '_STRETCH', 32)
+    a, b, c, w = (p.to(dtype) for p in (*three(1000), torch.linspace(-1, 1, 1000, dtype=torch.float64)))
+    x, y, z, p = (v.double().numpy() for v in (a, b, c, w))
+    assert norm(a) == pytest.approx(np.linalg.norm(x), rel=1e-14)
+    assert distance_between(a, b) == pytest.approx(np.linalg.norm(y - x), rel=1e-14)
+    np.testing.assert_allclose(inner_products([a, b, c]), np.stack([x, y, z]) @ np.stack([x, y, z]).T, rtol=1e-13)
+    q, _ = np.linalg.qr(np.stack([y - x, z - x]).T)  # an orthonormal basis, up to signs
+    q *= np.sign([q[:, 0] @ (y - x), q[:, 1] @ (z - x)])
+    frame = Frame.through([a, b, c])
+    np.testing.assert_allclose(np.stack([frame.u, frame.v]), q.T, atol=1e-14)
+    np.testing.assert_allclose(frame.corners, [[0, 0], (y - x) @ q, (z - x) @ q], atol=1e-12)
+    off = p - x
+    *coordinates, distance = frame.project(w)
+    np.testing.assert_allclose(coordinates, off @ q, rtol=1e-12)
+    assert distance == pytest.approx(np.linalg.norm(off - q @ (off @ q)), rel=1e-12)
 
 
 # planes

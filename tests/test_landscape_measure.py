@@ -658,9 +658,11 @@ OTHERS = [learner(seed=i).model.state_dict() for i in (1, 2)]
 @pytest.mark.parametrize('how', ['success', 'error', 'Ctrl-C in a metric', 'Ctrl-C in a batch', 'error in a pass'])
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 def test_the_learner_is_bitwise_as_before_after_success_error_and_ctrl_c(measure, how, precision, monkeypatch):
-    monkeypatch.setattr('fastai.callback.fp16.autocast', lambda device, dtype: torch.autocast('cpu', torch.bfloat16))
     monkeypatch.setattr(
-        'fastai.callback.fp16.GradScaler', lambda device, **kwargs: torch.amp.GradScaler('cpu', enabled=False)
+        'fastai.callback.fp16.autocast', lambda device=None, dtype=None: torch.autocast('cpu', torch.bfloat16)
+    )
+    monkeypatch.setattr(
+        'fastai.callback.fp16.GradScaler', lambda device=None, **kwargs: torch.amp.GradScaler('cpu', enabled=False)
     )
     fickle = Fickle()
     learn = learner(

@@ -198,6 +198,12 @@ def test_the_json_is_standard_json(tmp_path):
         b'[1, 2]',
         b'\xff\xfe',
         b'{"format": "fastai_swa surface 1"}',
+        b'[' * 100_000,
+        b'{"format": "fastai_swa surface 1", "about": ' + b'[' * 100_000,
+        b'{"format": "fastai_swa surface 1", "about": [1], "points": []}',
+        b'{"format": "fastai_swa surface 1", "about": {"kind": "plane"}, "points": []}',
+        b'{"format": "fastai_swa surface 1", "about": {"kind": "plane", "solutions": {}, "columns": ["norm"]}, '
+        b'"points": [[0, 1]], "values": {"norm": [1, 2]}}',
     ],
 )
 def test_a_damaged_or_foreign_file_is_one_clear_sentence(tmp_path, content):
@@ -206,6 +212,13 @@ def test_a_damaged_or_foreign_file_is_one_clear_sentence(tmp_path, content):
         Surface.load(tmp_path / 'it')
     with pytest.raises(FileNotFoundError):
         Surface.load(tmp_path / 'missing')
+
+
+def test_a_file_that_is_compressed_is_refused_before_it_is_unpacked(tmp_path):
+    np.savez_compressed(tmp_path / 'it.npz', about=json.dumps(a_plane().about), points=np.zeros((2_000_000, 2)))
+    assert (tmp_path / 'it.npz').stat().st_size < 100_000
+    with pytest.raises(ValueError, match='is damaged, or it is no surface that fastai_swa wrote'):
+        Surface.load(tmp_path / 'it.npz')
 
 
 # a file that grows
@@ -249,7 +262,16 @@ def test_a_line_damaged_in_the_middle_is_not_passed_over(tmp_path):
         add(rows, i)
     rows.close()
     lines = file.read_bytes().split(b'\n')
-    for bad in (b'[1, 2', b'[1, 2]', b'[99, 0, 0, 0, 0]'):
+    for bad in (
+        b'[1, 2',
+        b'[1, 2]',
+        b'[99, 0, 0, 0, 0]',
+        b'[true, 0, 0, 0, 0]',
+        b'[1.0, 0, 0, 0, 0]',
+        b'[1, 0, 0, false, 0]',
+        b'{"1": 2}',
+        b'[' * 100_000,
+    ):
         file.write_bytes(b'\n'.join([lines[0], lines[1], bad, lines[3], b'']))
         before = file.read_bytes()
         with pytest.raises(ValueError, match='is damaged'):
@@ -303,4 +325,6 @@ def test_a_full_disk_is_a_sentence_that_names_the_file(tmp_path):
     rows.handle = open('/dev/full', 'wb')
     with pytest.raises(OSError, match='it.jsonl cannot be written: .*No space left'):
         add(rows, 0)
-    rows.lock.release()
+    with pytest.raises(OSError, match='it.jsonl cannot be written: .*No space left'):
+        rows.close()  # what could not be written then cannot be now
+    PointFile(tmp_path / 'it.jsonl', a_plane()).close()  # it is not locked any more

@@ -190,3 +190,25 @@ def test_fit_swa_takes_the_rate_of_the_optimizer_function():
     learn, rates = learner(opt_func=partial(SGD, lr=0.5)), Rates()
     learn.fit_swa(2, cbs=rates)
     assert rates.rates[0][1] == [0.5]
+
+
+def test_what_is_not_there_yet_is_said_to_be_that():
+    learn = learner()
+    with pytest.raises(AttributeError, match=r'learn.swa is there after learn.to_swa\(\)'):
+        _ = learn.swa
+    assert not hasattr(learn, 'swa') and getattr(learn, 'swa', 1) == 1
+    with pytest.raises(AttributeError, match="'Sequential' object has no attribute 'nothing'"):
+        _ = learn.nothing
+    learn.to_swa()
+    assert learn.swa in list(learn.cbs)
+    learn.remove_swa()
+    with pytest.raises(AttributeError, match='after learn.to_swa'):
+        _ = learn.swa
+
+
+@pytest.mark.parametrize('plot', ['plot_width', 'plot_line'])
+def test_an_average_that_is_not_there_yet_cannot_be_drawn(plot):
+    with pytest.raises(
+        ValueError, match='this SWACallback has averaged nothing yet: pass it to a fit .* swa_start=0.75'
+    ):
+        getattr(learner(), plot)(SWACallback())

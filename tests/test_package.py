@@ -1,4 +1,5 @@
 import ast
+import configparser
 import inspect
 import re
 from pathlib import Path
@@ -8,17 +9,19 @@ import pytest
 import fastai_swa
 from fastai_swa import landscape
 
+from .core import CORE
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'fastai_swa'
 FLOORS = [
-    {'checks', 'interrupts', 'processes', 'version'},
-    {'modules', 'files', 'schedules', 'columns', 'journal', 'contents', 'weightings'},
-    {'packing', 'probabilities', 'weights', 'replay', 'views', 'plot', 'vision'},
+    {'checks', 'interrupts', 'processes', 'version', 'warn'},
+    {'modules', 'files', 'schedules', 'columns', 'journal', 'contents', 'fit_history', 'weight_formats', 'weightings'},
+    {'outcome', 'packing', 'probabilities', 'weights', 'replay', 'views', 'plot', 'vision', 'histories'},
     {'averaging', 'batchnorm', 'walk', 'fitting', 'members', 'stretches'},
-    {'attributes', 'keeping', 'randomness', 'solutions'},
-    {'state', 'aside', 'fit_average'},
+    {'attributes', 'checkpoint_files', 'keeping', 'randomness', 'solutions', 'unaveraged'},
+    {'state', 'aside'},
     {'batches', 'samples'},
-    {'passes', 'ensemble'},
+    {'passes', 'ensemble', 'fit_average'},
     {'preflight', 'choosing'},
     {'callback', 'checkpoint', 'snapshots', 'history'},
     {'landscape'},
@@ -34,7 +37,7 @@ FLOORS_WITHIN = {
         {'progress', 'scores', 'store', 'tables', 'tasks'},
         {'machine', 'recipes'},
         {'pool', 'recipe_learner', 'record', 'rows'},
-        {'compare_ensembles', 'report_trainings', 'surface_record', 'train'},
+        {'compare_ensembles', 'listing', 'report_trainings', 'surface_record', 'train'},
         {'measure_surfaces', 'report_ensembles', 'report_surfaces'},
         {'jobs', 'report'},
         {'run'},
@@ -97,7 +100,20 @@ def test_the_package_imports_itself_by_relative_imports_alone(path):
 
 
 @pytest.mark.parametrize(
-    'name', ['checks', 'interrupts', 'modules', 'files', 'processes', 'weights', 'averaging', 'batchnorm', 'schedules']
+    'name',
+    [
+        'checks',
+        'interrupts',
+        'modules',
+        'files',
+        'processes',
+        'warn',
+        'weights',
+        'weight_formats',
+        'averaging',
+        'batchnorm',
+        'schedules',
+    ],
 )
 def test_the_lowest_floors_are_plain_pytorch(name):
     for node in ast.walk(ast.parse((ROOT / 'fastai_swa' / f'{name}.py').read_text())):
@@ -187,3 +203,19 @@ def test_the_readmes_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
 
 def test_the_version_is_in_the_changelog():
     assert f'## {fastai_swa.__version__}' in (ROOT / 'CHANGELOG.md').read_text()
+
+
+def test_the_lower_bounds_are_the_versions_tested():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / 'setup.cfg')
+    bounds = dict(line.split('>=') for line in setup['options']['install_requires'].split())
+    lines = (ROOT / 'constraints-lowest.txt').read_text().splitlines()
+    tested = dict(line.split('==') for line in lines if not line.startswith('#'))
+    assert bounds.items() <= tested.items()
+
+
+def test_the_core_set_is_there():
+    for files in CORE.values():
+        for file, names in files.items():
+            functions = re.findall(r'^def (test_\w+)', (ROOT / 'tests' / f'{file}.py').read_text(), re.M)
+            assert functions and set(names or ()) <= set(functions), file

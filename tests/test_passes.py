@@ -30,9 +30,9 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import SGD
+from fastai.torch_basics import Transform
 from fastai.torch_core import set_seed
 from fastcore.foundation import L
-from fasttransform import Transform
 from torch import nn
 from torch.nn import functional as F
 

@@ -1,12 +1,15 @@
+import json
+from contextlib import suppress
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from scipy import stats
 
-from fastai_swa import SWACallback, plot_swa
+from fastai_swa import CheckpointCallback, SWACallback, plot_swa
 from fastai_swa.plot import plot_sizes
 
-from .helpers import column, learner
+from .helpers import At, column, learner, raising
 
 
 def line(ax, label):
@@ -48,6 +51,89 @@ def test_without_a_swa_callback_it_is_one_clear_sentence():
         prepare()
         with pytest.raises(ValueError, match='the recorder holds no fit with a SWACallback'):
             learn.recorder.plot_swa()
+
+
+def drawn(axs):
+    "What lines the axes have, as plain data."
+    return [[(line.get_label(), *map(list, line.get_data())) for line in ax.lines] for ax in axs]
+
+
+def test_the_callback_and_the_recorder_draw_the_fit_after_a_validation_and_after_a_further_fit():
+    learn, swa = learner(), SWACallback(swa_start=1)
+    learn.fit(3, cbs=swa)
+    right_after = drawn(learn.recorder.plot_swa())
+    assert drawn(swa.plot()) == right_after
+    learn.validate()
+    learn.get_preds()
+    assert drawn(swa.plot()) == drawn(learn.recorder.plot_swa()) == right_after
+    learn.fit(1)
+    assert drawn(swa.plot()) == drawn(learn.recorder.plot_swa()) == right_after
+    learn.fit(2, cbs=swa)
+    assert drawn(swa.plot()) == drawn(learn.recorder.plot_swa()) != right_after
+    assert list(line(swa.plot()[0], 'model in training').get_xdata()) == [0, 1]
+
+
+def test_each_of_several_averages_draws_its_own_columns():
+    learn = learner()
+    averages = [SWACallback(0), SWACallback(1, name='swa_late')]
+    learn.fit(3, cbs=averages)
+    for swa, start in zip(averages, (0, 1)):
+        axs = swa.plot()
+        assert len(axs) == 2 and [ax.get_ylabel() for ax in axs] == ['valid loss', 'accuracy']
+        np.testing.assert_allclose(
+            line(axs[1], 'average').get_ydata(), column(learn, f'{swa.name}_accuracy'.replace('other_', ''))[start:]
+        )
+
+
+def test_nothing_to_draw_is_one_clear_sentence():
+    swa = SWACallback()
+    with pytest.raises(RuntimeError, match='plot.. needs a fit with this callback'):
+        swa.plot()
+    learn = learner()
+    learn.remove_cbs([learn.progress, learn.recorder])
+    learn.fit(2, cbs=swa)
+    with pytest.raises(RuntimeError, match='with a Recorder'):
+        swa.plot()
+
+
+def test_an_interrupted_fit_is_drawn_as_far_as_it_came_and_one_without_an_epoch_leaves_the_old():
+    learn, swa = learner(), SWACallback(swa_start=0)
+    for epoch, n_drawn in ((2, 2), (0, 2), (1, 1)):
+        with pytest.raises(KeyboardInterrupt):
+            learn.fit(3, cbs=[swa, At('before_train', epoch, raising(KeyboardInterrupt()))])
+        assert len(line(swa.plot()[0], 'average').get_xdata()) == n_drawn
+
+
+def test_an_average_gone_on_with_is_drawn_without_the_epochs_of_its_earlier_fit():
+    learn, first = learner(), SWACallback(swa_start=1)
+    learn.fit(3, cbs=first)
+    more = SWACallback(swa_start=1, average=first)
+    learn.fit(2, cbs=more)
+    assert more.averaged_epochs == [1, 2, 1]
+    assert [x.get_xdata()[0] for x in more.plot()[0].lines if x.get_marker() == '^'] == [1]
+
+
+@pytest.mark.parametrize('at', [1, 2])
+def test_a_killed_fit_that_goes_on_has_the_history_of_the_whole_one(tmp_path, at):
+    def fit(*cbs):
+        learn, swa = learner(), SWACallback(swa_start=1)
+        with suppress(KeyboardInterrupt):
+            learn.fit(4, cbs=[swa, CheckpointCallback(tmp_path / 'run.ckpt'), *cbs])
+        return learn, swa
+
+    learn, whole = fit()
+    fit(At('before_train', at, raising(KeyboardInterrupt())))
+    again, swa = fit()
+    again.validate()
+    assert drawn(swa.plot()) == drawn(again.recorder.plot_swa()) == drawn(whole.plot())
+    assert len(line(swa.plot()[0], 'model in training').get_xdata()) == 4
+
+
+def test_what_the_recorder_keeps_is_plain_data_so_that_an_export_needs_nothing_of_ours():
+    learn = learner()
+    learn.fit(2, cbs=SWACallback(swa_start=1))
+    kept = learn.recorder.swa_history
+    assert len(json.loads(json.dumps(kept))['rows']) == 2 and type(kept) is dict
 
 
 def test_sizes_of_ensembles_are_drawn_with_the_interval_of_their_mean_and_one_model_as_a_level():

@@ -805,9 +805,9 @@ def test_a_folder_of_jpeg_files_is_said_to_be_one(monkeypatch, capsys, tmp_path)
     assert complete(tmp_path / 'out')['images']['kind'] == 'CIFAR-10, JPEG'
 
 
-def test_an_unknown_recipe_names_those_that_are_known(monkeypatch, capsys):
+def test_an_unknown_recipe_names_those_that_are_near(monkeypatch, capsys):
     code, said = command(monkeypatch, capsys, 'vgg17')
-    assert code == 2 and 'vgg16-cifar10, ' in said.err and "not 'vgg17'" in said.err
+    assert code == 2 and "no recipe of the name 'vgg17'; did you mean vgg16-cifar10 or " in said.err
 
 
 def test_a_gpu_out_of_memory_is_one_sentence_and_the_same_command_goes_on(tiny_command, tmp_path, whole, monkeypatch):
@@ -989,7 +989,7 @@ def test_an_error_of_torchs_own_is_one_sentence_with_its_traceback_and_other_see
     assert_same_seed(tmp_path, whole)
 
 
-def test_what_is_left_of_a_seed_whose_record_is_gone_is_not_gone_on_with(tmp_path, whole):
+def test_what_is_left_of_a_seed_whose_record_is_gone_is_neither_gone_on_with_nor_removed(tmp_path, whole):
     with pytest.raises(Stop):
         seed_0(
             tmp_path,
@@ -998,12 +998,45 @@ def test_what_is_left_of_a_seed_whose_record_is_gone_is_not_gone_on_with(tmp_pat
             show=lambda seed, line: stop(seed, line) if 'epoch 4' in line else None,
         )
     assert list(tmp_path.glob('*.ckpt')) and list(tmp_path.glob('*.fork*'))
-    (tmp_path / 'seed-0.json').unlink()
+    (tmp_path / 'seed-0.json').rename(tmp_path / 'aside')
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    with pytest.raises(ValueError, match='seed-0.part.*ckpt, seed-0.fork0 in .* whose record, seed-0.json, is gone'):
+        seed_0(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+    for file in tmp_path.glob('seed-0.*'):
+        file.unlink()
     seed_0(tmp_path)
     assert_same_seed(tmp_path, whole)
 
 
-@pytest.mark.parametrize('damage', [lambda f: f.unlink(), lambda f: f.write_bytes(b'half')], ids=['missing', 'damaged'])
+def test_a_row_goes_on_after_its_folder_was_moved_and_names_no_place(tmp_path, whole, monkeypatch):
+    monkeypatch.setattr('fastai_swa.experiments.train._SECONDS', 0)  # a checkpoint of each epoch
+
+    def stop_late(seed, line):
+        if 'SWA  epoch 7' in line:
+            stop(seed, line)
+
+    with pytest.raises(Stop):
+        seed_0(tmp_path / 'here', show=stop_late)
+    for file in (tmp_path / 'here').rglob('*'):
+        assert file.is_dir() or str(tmp_path).encode() not in file.read_bytes(), file
+    (tmp_path / 'here').rename(tmp_path / 'there')
+    seed_0(tmp_path / 'there')
+    assert_same_seed(tmp_path / 'there', whole)
+    assert not (tmp_path / 'here').exists()
+
+
+def without_a_model(file):
+    saved = torch.load(file, weights_only=True)
+    del saved['state']['model']
+    torch.save(saved, file)
+
+
+@pytest.mark.parametrize(
+    'damage',
+    [lambda f: f.unlink(), lambda f: f.write_bytes(b'half'), without_a_model],
+    ids=['missing', 'damaged', 'broken'],
+)
 def test_a_part_whose_end_is_lost_is_trained_again(tmp_path, whole, damage):
     with pytest.raises(Stop):
         seed_0(tmp_path, show=lambda seed, line: stop(seed, line) if 'SGD 1.5B  epoch 7' in line else None)

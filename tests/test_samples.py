@@ -9,7 +9,7 @@ import torch
 from fastai.data.core import Datasets
 from fastai.tabular.core import Categorify, FillMissing, Normalize, TabularPandas
 from fastai.tabular.data import TabularDataLoaders  # noqa: F401  (dataloaders of TabularPandas)
-from fasttransform import Transform
+from fastai.torch_basics import Transform
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from fastai_swa.samples import Samples, in_common

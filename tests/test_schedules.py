@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastai_swa.schedules import fge_epochs, fge_lr_factor, snapshot_lr_factor, start_epoch, swa_lr_factor
+from fastai_swa.schedules import (
+    cycle_ends,
+    due_epochs,
+    fge_epochs,
+    fge_lr_factor,
+    snapshot_lr_factor,
+    start_epoch,
+    swa_lr_factor,
+)
 
 from .reference import twins
 
@@ -135,3 +143,28 @@ def test_the_fge_learning_rate_is_the_papers_at_every_step(cycle_len, n_steps):
 
 def test_an_fge_fit_ends_at_the_low_point_of_its_last_cycle():
     assert [fge_epochs(n, c) for n, c in ((1, 2), (3, 2), (2, 4), (6, 4))] == [1, 5, 6, 22]
+
+
+# which epochs are averaged
+
+
+@pytest.mark.parametrize('mult', [1, 2, 3])
+@pytest.mark.parametrize('start', [0, 1, 5])
+def test_cycles_that_grow_are_averaged_at_their_ends_by_a_list_and_by_a_function(mult, start):
+    lengths = [2 * mult**k for k in range(4)]
+    ends, epoch = [], -1
+    for length in lengths:
+        for _ in range(length):
+            epoch += 1
+        ends.append(epoch)
+    assert cycle_ends(lengths) == ends
+    due = [e for e in ends if e >= start]
+    assert due_epochs(start, sum(lengths), ends) == due
+    assert due_epochs(start, sum(lengths), lambda e: e in ends) == due
+    assert due_epochs(start, sum(lengths) - 1, ends) == due[:-1]
+
+
+@pytest.mark.parametrize('start, n_epoch, cycle_len', [(0, 7, 1), (2, 9, 3), (4, 4, 1), (9, 3, 2)])
+def test_cycles_of_one_length_are_averaged_at_the_start_and_after_each_cycle(start, n_epoch, cycle_len):
+    expected = [e for e in range(n_epoch) if e >= start and (e - start) % cycle_len == 0]
+    assert due_epochs(start, n_epoch, cycle_len) == expected

@@ -18,6 +18,7 @@ from fastai.callback.core import (
     FetchPredsCallback,
 )
 from fastai.callback.schedule import ParamScheduler
+from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.callback.training import BnFreeze
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -30,6 +31,7 @@ from fastai_swa import CheckpointCallback, Ensemble, SnapshotCallback, SWACallba
 from fastai_swa import snapshots as snapshots_file
 from fastai_swa.files import InUse
 from fastai_swa.learner import EpochScheduler
+from fastai_swa.packing import pack
 from fastai_swa.schedules import fge_lr_factor, snapshot_lr_factor
 from fastai_swa.vision import digits
 
@@ -196,6 +198,95 @@ def test_a_validation_set_in_another_order_each_time_is_said_and_gives_no_column
         ens = learn.fit_snapshots(3, 1, 0.1)
     loss = column(learn, 'ens_valid_loss')
     assert loss[0] == loss[0] and all(v != v for v in loss[1:]) and len(ens) == 3
+
+
+# what the columns take of memory
+
+
+N_OUTPUTS = 3
+PREDS_MB = 40 * N_OUTPUTS * 4 / 1e6  # of the 40 samples that `loaders` validates on
+
+
+def test_no_more_predictions_are_kept_than_allowed_neither_in_memory_nor_in_checkpoints(tmp_path):
+    "Said once, with the size; and what steers training by the columns neither counts nor acts."
+    learn = learner()
+    assert len(learn.dls.valid_ds) == 40
+    held = []
+
+    class Look(Callback):
+        order = SnapshotCallback.order + 1
+
+        def after_validate(self):
+            held.append(sum(t.numel() for terms, *_ in snapshots._sums for t in terms))
+            state = pack(snapshots.state_dict())
+            assert not state['sums'] and state['is_given_up']
+
+    snapshots = SnapshotCallback(0, max_preds_mb=0.9 * PREDS_MB)
+    stop = EarlyStoppingCallback('ens_valid_loss', patience=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        learn.fit(4, 0.1, cbs=[snapshots, Look(), stop, CheckpointCallback(tmp_path / 'fit.ckpt')])
+    said = [str(w.message) for w in caught if 'max_preds_mb' in str(w.message)]
+    assert len(said) == 1 and 'from there on the growing ensemble is not validated, and its columns are nan' in said[0]
+    assert held == [0] * 4 and snapshots.epochs == [0, 1, 2, 3]
+    assert all(v != v for v in column(learn, 'ens_valid_loss')) and len(snapshots.ensemble(learn)) == 4
+
+
+@pytest.mark.parametrize('bs', [7, 8, 40, 64])
+def test_what_is_just_allowed_is_kept_until_the_fit_is_over(bs):
+    dls = loaders()
+    dls = DataLoaders(dls.train, DataLoader(dls.valid.dataset, bs=bs), device='cpu')
+    learn, snapshots = learner(dls=dls), SnapshotCallback(0, max_preds_mb=PREDS_MB)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.fit(2, 0.1, cbs=snapshots)
+    assert all(v == v for v in column(learn, 'ens_valid_loss'))
+    assert not snapshots._sums
+
+
+def test_too_many_predictions_are_seen_at_the_first_batch():
+    learn, n_seen = learner(), []
+
+    class Look(Callback):
+        order = SnapshotCallback.order + 1
+
+        def after_batch(self):
+            if not self.training:
+                n_seen.append(len(snapshots._sums))
+
+    snapshots = SnapshotCallback(0, max_preds_mb=PREDS_MB / 2)
+    with pytest.warns(UserWarning, match='max_preds_mb'):
+        learn.fit(1, 0.1, cbs=[snapshots, Look()])
+    assert len(n_seen) > 1 and not any(n_seen)
+
+
+def test_switched_off_there_are_no_columns_and_nothing_is_kept():
+    for fitted in (
+        lambda learn: learn.fit_snapshots(2, 1, 0.1, max_preds_mb=0),
+        lambda learn: learn.fit_fge(2, 2, 0.1, max_preds_mb=0),
+        lambda learn: learn.fit(2, 0.1, cbs=SnapshotCallback(0, max_preds_mb=0)),
+    ):
+        learn = learner()
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            fitted(learn)
+        assert not any(name.startswith('ens_') for name in learn.recorder.metric_names)
+
+
+def test_a_fit_whose_predictions_were_too_many_goes_on_silently_and_without_columns(tmp_path):
+    path = tmp_path / 'fit.ckpt'
+
+    def fit(*cbs):
+        snapshots, learn = SnapshotCallback(0, max_preds_mb=PREDS_MB / 2), learner()
+        learn.fit(4, 0.1, cbs=[snapshots, CheckpointCallback(path), *cbs])
+        return snapshots, learn
+
+    with pytest.warns(UserWarning, match='max_preds_mb'), pytest.raises(KeyboardInterrupt):
+        fit(At('before_train', 2, raising(KeyboardInterrupt())))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        snapshots, learn = fit()
+    assert snapshots.epochs == [0, 1, 2, 3] and all(v != v for v in column(learn, 'ens_valid_loss'))
 
 
 def test_targets_that_are_nan_are_the_same_targets():
@@ -464,6 +555,10 @@ def test_validate_and_predictions_take_no_snapshot():
         (lambda learn: learn.fit_snapshots(2, 1.5), TypeError, 'cycle_len must be'),
         (lambda learn: learn.fit_snapshots(2, 2, -1.0), ValueError, 'lr must be positive'),
         (lambda learn: SnapshotCallback(-1), ValueError, 'first must be'),
+        (lambda learn: SnapshotCallback(0, max_preds_mb=-1), ValueError, 'max_preds_mb must not be negative, not -1'),
+        (lambda learn: SnapshotCallback(0, max_preds_mb='1'), TypeError, "max_preds_mb must be a number, not '1'"),
+        (lambda learn: learn.fit_snapshots(2, 1, max_preds_mb=-1), ValueError, 'max_preds_mb must not be negative'),
+        (lambda learn: learn.fit_fge(2, 2, max_preds_mb=None), TypeError, 'max_preds_mb must be a number'),
     ],
 )
 def test_arguments_that_cannot_be_used_are_one_sentence(call, error, sentence):
@@ -562,7 +657,7 @@ def test_an_export_leaves_the_snapshots_out(tmp_path):
         learn.export('x.pkl')
         sizes.append((tmp_path / 'x.pkl').stat().st_size)
     assert sizes[1] - sizes[0] < 6000 and len(snapshots.snapshots) == 30  # the recorder's few rows
-    assert load_learner(tmp_path / 'x.pkl').snapshot.snapshots == []
+    assert type(load_learner(tmp_path / 'x.pkl').snapshot) is Callback
 
 
 def test_a_validate_after_ctrl_c_has_no_columns_of_an_ensemble():

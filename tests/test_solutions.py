@@ -2,6 +2,7 @@ import pickle
 
 import pytest
 import torch
+from fastai.optimizer import Adam
 from torch import nn
 
 from fastai_swa import (
@@ -18,6 +19,7 @@ from fastai_swa.solutions import by_epoch, gathered, has_solutions, named_soluti
 from fastai_swa.weights import NoSolution, write_index
 
 from .helpers import assert_close, learner, net
+from .test_weight_formats import parts, write
 
 
 class Holder:
@@ -68,6 +70,8 @@ def test_whatever_is_given_becomes_solutions_by_name(given, expected):
 
 def test_a_folder_of_an_ensemble_stands_for_its_files_alone_and_among_others(tmp_path):
     (tmp_path / 'ens').mkdir()
+    for name, weights in {'a.pth': ONE, 'b.pth': TWO}.items():
+        torch.save(weights, tmp_path / 'ens' / name)
     write_index(tmp_path / 'ens', ['a.pth', 'b.pth'], epochs=[1, 3])
     a, b = tmp_path / 'ens' / 'a.pth', tmp_path / 'ens' / 'b.pth'
     assert gathered(tmp_path / 'ens') == gathered(str(tmp_path / 'ens')) == {'epoch 1': a, 'epoch 3': b}
@@ -214,7 +218,129 @@ def test_what_has_no_weights_is_refused_before_anything_is_averaged(fit):
         average_checkpoints(SnapshotCallback(0), learn)
 
 
+@pytest.mark.parametrize('paths', [['a.pth', 'b.pth'], 'a.pth', [ONE], ONE, None])
+def test_files_and_learner_in_the_other_order_are_one_sentence_that_gives_the_order(fit, paths):
+    learn, _, _ = fit
+    for model in learn, learn.model:
+        with pytest.raises(
+            TypeError, match=r'^model must be .* the files come first: average_checkpoints\(paths, model'
+        ):
+            average_checkpoints(model, paths)
+
+
 def test_a_line_and_a_curve_take_two_holders_of_one_solution(fit):
     learn, swa, _ = fit
     found = line(learn, {'last': learn, 'SWA': swa}, ts=[0, 1], sets='valid')
     assert found.names == ['last', 'SWA'] == list(Curve(learn, {'last': learn, 'SWA': swa}).ends)
+
+
+# files as others write them
+
+
+def saved(kind: str, learn, folder):
+    "A file with the weights of `learn`, as somebody else writes it."
+    weights = learn.model.state_dict()
+    if kind == 'learn.save':
+        learn.path, learn.model_dir = folder, '.'
+        return learn.save('full')
+    if kind == 'safetensors':
+        return with_safetensors(weights, folder / 'a.safetensors')
+    held = {
+        'DataParallel': lambda: {f'module.{k}': v for k, v in weights.items()},
+        'AveragedModel': lambda: torch.optim.swa_utils.AveragedModel(learn.model).state_dict(),
+        'compiled': lambda: {f'module._orig_mod.{k}': v for k, v in weights.items()},
+        'state_dict': lambda: {
+            'state_dict': weights,
+            'epoch': 3,
+            'optimizer': torch.optim.SGD(learn.model.parameters()),
+        },
+        'model_state_dict': lambda: {'model_state_dict': weights, 'loss': 0.5},
+        'both': lambda: {'state_dict': {f'module.{k}': v for k, v in weights.items()}, 'args': Holder()},
+    }
+    torch.save(held[kind](), folder / 'a.pth')
+    return folder / 'a.pth'
+
+
+def with_safetensors(weights, file):
+    return write(file, *parts({k: v.float() if v.is_floating_point() else v for k, v in weights.items()}))
+
+
+@pytest.mark.parametrize(
+    'kind',
+    'learn.save safetensors DataParallel AveragedModel compiled state_dict model_state_dict both'.split(),
+)
+def test_files_as_others_write_them_are_solutions(kind, tmp_path):
+    learn = learner(opt_func=Adam)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(1, 0.01)
+    file = saved(kind, learn, tmp_path)
+    expected = learn.get_preds()[0]
+    weights = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    other = learner(seed=5)
+    assert torch.equal(Ensemble([file], other).get_preds()[0], expected)
+    average = average_checkpoints([file, str(file)], other)
+    for name, p in average.named_parameters():
+        torch.testing.assert_close(p, weights[name])
+    losses = rays(other, {'file': file, 'model': learn}, [1.0], 1, sets='valid').profiles('valid_loss')
+    assert losses['file'][0, 0] == losses['model'][0, 0]
+    if kind != 'safetensors':
+        held = torch.load(file, weights_only=False)  # and as a dict that somebody has loaded
+        assert torch.equal(Ensemble([held], other).get_preds()[0], expected)
+
+
+def test_a_model_whose_own_names_begin_with_module_keeps_them(tmp_path):
+    class Wrapping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = net()
+
+        def forward(self, x):
+            return self.module(x)
+
+    learn = learner(model=Wrapping)
+    expected = learn.get_preds()[0]
+    weights = learn.model.state_dict()
+    for given in weights, {f'module.{k}': v for k, v in weights.items()}:
+        assert torch.equal(Ensemble([{k: v.clone() for k, v in given.items()}], learn).get_preds()[0], expected)
+    with pytest.raises(ValueError, match='member 0 does not hold weights of this architecture'):
+        Ensemble([net(width=9).state_dict()], learn).get_preds()
+
+
+def test_of_tied_weights_a_file_may_have_one(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x))[:, :3]
+
+    learn = learner(model=Tied)
+    expected = learn.get_preds()[0]
+    for left_out in 'a.weight', 'b.weight':
+        weights = {k: v.clone() for k, v in learn.model.state_dict().items() if k != left_out}
+        file = with_safetensors(weights, tmp_path / 'a.safetensors')
+        assert torch.equal(Ensemble([file], learner(model=Tied, seed=2)).get_preds()[0], expected)
+    del weights['a.weight']
+    with pytest.raises(ValueError, match='does not hold weights of this architecture'):
+        Ensemble([weights], learn).get_preds()
+
+
+@pytest.mark.parametrize(
+    'held, said',
+    [
+        ({'state_dict': ONE, 'model': TWO}, 'a.pth holds several state dicts: give the one that is meant'),
+        ({'epoch': 3}, r'a.pth holds no state dict: save one with learn.save\(name\), or torch.save'),
+        ([ONE], 'a.pth holds no state dict'),
+        ({0: torch.ones(1)}, 'a.pth holds no state dict'),
+        (MODULE, 'a.pth holds no state dict'),
+    ],
+)
+def test_a_file_without_one_state_dict_is_one_clear_sentence(held, said, tmp_path):
+    torch.save(held, tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match=said):
+        Ensemble([tmp_path / 'a.pth'], learner()).get_preds()
+    if isinstance(held, dict):
+        with pytest.raises(ValueError, match=said.replace('a.pth', 'member 0')):
+            Ensemble([held], learner()).get_preds()

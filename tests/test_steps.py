@@ -79,11 +79,11 @@ def test_steps_of_gradient_accumulation_count_once_and_the_count_goes_on_across_
 @pytest.mark.parametrize('skipped', [[0], [1], [0, 1, 2], [5]])
 def test_steps_that_the_scaler_skips_do_not_count(monkeypatch, skipped):
     monkeypatch.setattr(
-        'fastai.callback.fp16.autocast', lambda device, dtype: torch.autocast('cpu', dtype=torch.bfloat16)
+        'fastai.callback.fp16.autocast', lambda device=None, dtype=None: torch.autocast('cpu', dtype=torch.bfloat16)
     )
     monkeypatch.setattr(
         'fastai.callback.fp16.GradScaler',
-        lambda device, **kwargs: torch.amp.GradScaler('cpu', **kwargs | {'enabled': True}),
+        lambda device=None, **kwargs: torch.amp.GradScaler('cpu', **kwargs | {'enabled': True}),
     )
 
     class Overflow(Callback):

@@ -1,7 +1,6 @@
 """The one file of a row: what many write into it at a time, and what is read."""
 
 import json
-import multiprocessing
 import struct
 
 import pytest
@@ -9,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastai_swa.experiments.store import shortest, store, stored
+
+from .test_distributed import SERVER  # whose processes have imported all this already
 
 
 def line(seed, kind='training', **content):
@@ -32,8 +33,7 @@ def _write(folder, seeds):
 
 
 def test_processes_that_write_at_a_time_lose_nothing(tmp_path):
-    context = multiprocessing.get_context('spawn')
-    processes = [context.Process(target=_write, args=(tmp_path, range(i, 40, 4))) for i in range(4)]
+    processes = [SERVER.Process(target=_write, args=(tmp_path, range(i, 40, 4))) for i in range(4)]
     for p in processes:
         p.start()
     for p in processes:
@@ -43,7 +43,10 @@ def test_processes_that_write_at_a_time_lose_nothing(tmp_path):
     }
 
 
-@pytest.mark.parametrize('damaged', ['{', '[]', '{"seed": 1}', ''])
+DAMAGED = ['{', '[]', '{"seed": 1}', '', '[' * 100_000, '{"kind": "training", "seed": true}', '{"kind": 3, "seed": 1}']
+
+
+@pytest.mark.parametrize('damaged', DAMAGED)
 def test_a_damaged_line_is_named_and_nothing_is_written_over(tmp_path, damaged):
     store(tmp_path, line(0))
     file = tmp_path / 'runs.jsonl'

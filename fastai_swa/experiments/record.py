@@ -8,12 +8,13 @@ from pathlib import Path
 from statistics import median
 from time import monotonic
 
+from ..checkpoint_files import check_state, remove_checkpoint
 from ..files import read, save_weights, write, write_text
 from ..modules import unwrap
 from ..state import take
 from .machine import hardware, installed_versions, now
 from .recipes import described, parts, runs
-from .store import RUNS_FILE, read_begun, shortest, store, stored
+from .store import RUNS_FILE, has_types, read_begun, shortest, store, stored
 
 __all__ = [
     'Settings',
@@ -65,7 +66,7 @@ class Record:
         fixed = what_is_run(recipe, settings, images) | {'seed': seed}
         self.data = find_record(out, seed)
         if self.data is None:
-            self._remove_what_is_left()
+            self._refuse_what_is_left()
             self.data = self._begun(fixed, threads)
         else:
             self._check(fixed)
@@ -82,11 +83,16 @@ class Record:
             self._save()  # it was killed when it was stored
         self.clock = _Clock(self)
 
-    def _remove_what_is_left(self):
-        "Remove what an earlier run has left whose record is gone."
+    def _refuse_what_is_left(self):
+        "Hours of training may be in what an earlier run has left whose record is gone: it is the user's to remove."
+        left = []
         for pattern in ('part*.ckpt', 'fork*'):
-            for file in self.out.glob(f'seed-{self.seed}.{pattern}'):
-                file.unlink()
+            left += sorted(file.name for file in self.out.glob(f'seed-{self.seed}.{pattern}'))
+        if left:
+            raise ValueError(
+                f'{", ".join(left)} in {self.out}: of a training of seed {self.seed} whose record, '
+                f'seed-{self.seed}.json, is gone: move that back, or these away as well, and the seed begins anew'
+            )
 
     def _begun(self, fixed, threads) -> dict:
         return {
@@ -135,8 +141,10 @@ class Record:
         self.number = todo[0]
         while (parent := self.parts[self.number].parent) is not None:
             try:
-                return self.number, read(self.file(f'fork{parent}'), 'fork', 1)['state']
-            except (ValueError, FileNotFoundError):
+                state = read(self.file(f'fork{parent}'), 'fork', 1)['state']
+                check_state(state)
+                return self.number, state
+            except (ValueError, KeyError, TypeError, FileNotFoundError):
                 self.data['parts'][parent] |= {'done': False, 'epochs': []}
                 self.number = parent
         return self.number, None
@@ -170,7 +178,7 @@ class Record:
         for i in range(len(self.parts)):
             if self.is_done(i):
                 # there, if it was killed in that moment
-                self.file(f'part{i}.ckpt').unlink(missing_ok=True)
+                remove_checkpoint(self.file(f'part{i}.ckpt'))
             children = [j for j, part in enumerate(self.parts) if part.parent == i]
             if children and all(map(self.is_done, children)):
                 self.file(f'fork{i}').unlink(missing_ok=True)
@@ -281,7 +289,15 @@ def weights_file(out: Path, seed: int, run: str) -> Path:
 
 # records read and compared
 
-_KEYS = {'recipe', 'seed', 'settings', 'images', 'parts', 'finished'}
+_KEYS = {
+    'recipe': str,
+    'seed': int,
+    'settings': dict,
+    'images': dict,
+    'parts': list,
+    'finished': str | None,
+}
+_KEYS_OF_PART = {'runs': list, 'begin': int, 'end': int, 'done': bool, 'epochs': list}
 
 
 def what_is_run(recipe, settings: Settings, images: dict) -> dict:
@@ -305,7 +321,7 @@ def read_records(folder: Path) -> dict[int, dict]:
     begun = {}
     for file in folder.iterdir():
         match = re.fullmatch(r'seed-(\d+)\.json', file.name)
-        data = read_begun(file, _KEYS, 'record of a seed') if match else None
+        data = _read_begun(file) if match else None
         if data is not None:
             begun[int(match[1])] = data
     return dict(sorted((begun | _complete(folder)).items()))
@@ -315,14 +331,22 @@ def find_record(folder: Path, seed: int) -> dict | None:
     """The record of a seed in `folder`, complete or not; `None` if there is none. Raises
     `ValueError` if it is damaged.
     """
-    begun = read_begun(folder / f'seed-{seed}.json', _KEYS, 'record of a seed')
+    begun = _read_begun(folder / f'seed-{seed}.json')
     return _complete(folder).get(seed, begun)
+
+
+def _read_begun(file: Path) -> dict | None:
+    return read_begun(file, _is_record, 'record of a seed')
+
+
+def _is_record(data: dict) -> bool:
+    return has_types(data, _KEYS) and all(has_types(part, _KEYS_OF_PART) for part in data['parts'])
 
 
 def _complete(folder) -> dict[int, dict]:
     complete = stored(folder, 'training')
     for seed, data in complete.items():
-        if not _KEYS <= data.keys():
+        if not _is_record(data):
             raise ValueError(f'{folder / RUNS_FILE} is damaged: seed {seed} is no record of a training: move it away')
     return complete
 

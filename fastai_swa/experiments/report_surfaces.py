@@ -52,7 +52,8 @@ def report_surfaces(folder: Path) -> str:
     recipe = LANDSCAPES[complete[0]['recipe']]
     found = [_unpacked(record) for record in complete]
     content_of = {'width': _width_content, 'plane': _plane_content, 'curve': _curve_content}[recipe.kind]
-    content = content_of(complete[0]['landscape'], found, RECIPES[recipe.base].wd)
+    landscape = complete[0]['landscape'] | {'level': recipe.level}
+    content = content_of(landscape, found, RECIPES[recipe.base].wd)
     for name, draw in content.figures.items():
         write_figure(folder / name, draw())
     text = '\n\n'.join([*_head(recipe, complete, records), *content.sections]) + '\n'

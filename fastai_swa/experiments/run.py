@@ -1,11 +1,11 @@
 """Runs a recipe: trains its seeds, or measures the loss surface around those of another recipe."""
 
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 
-from ..checks import check_known
 from .jobs import SurfaceJob, TrainingJob
 from .pool import STOPPED, run_all
 from .progress import ProgressLines
@@ -48,7 +48,7 @@ def reproduce(
     settings that cannot be used, and a folder whose seeds were run with others; and what `cifar`
     raises.
     """
-    check_known('name', name, (*RECIPES, *LANDSCAPES))
+    _check_recipe(name)
     jobs = min(jobs, seeds)
     threads = threads or max(1, torch.get_num_threads() // jobs)
     kind = SurfaceJob if name in LANDSCAPES else TrainingJob
@@ -71,3 +71,14 @@ def reproduce(
     if not missing:
         job.finish()
     return missing
+
+
+def _check_recipe(name: str):
+    known = (*RECIPES, *LANDSCAPES)
+    if name in known:
+        return
+    near = get_close_matches(name, known)
+    if not near:  # a network, or a data set
+        near = [k for k in known if get_close_matches(name, k.split('-'))][:3]
+    meant = f'did you mean {" or ".join(near)}? ' if near else ''
+    raise ValueError(f'there is no recipe of the name {name!r}; {meant}`reproduce --list` prints all {len(known)}')

@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from ..files import InUse, Lock, replacing, write_text
+from ..files import InUse, Lock, parsed, replacing, write_text
 
-__all__ = ['stored', 'store', 'read_begun', 'write_report', 'write_figure', 'shortest', 'RUNS_FILE']
+__all__ = ['stored', 'store', 'has_types', 'read_begun', 'write_report', 'write_figure', 'shortest', 'RUNS_FILE']
 
 RUNS_FILE = 'runs.jsonl'
 
@@ -66,18 +66,25 @@ def write_report(folder: Path, text: str, records: list[dict], numbers: dict):
     write_text(folder / 'report.md', text)
 
 
-def read_begun(file: Path, keys: set, what: str) -> dict | None:
+def has_types(data, types: dict) -> bool:
+    "Is `data` a dict with values of the `types` under their keys? (`True` is no number.)"
+    if not isinstance(data, dict) or not types.keys() <= data.keys():
+        return False
+    return all(isinstance(data[k], kind) and (type(data[k]) is not bool or kind is bool) for k, kind in types.items())
+
+
+def read_begun(file: Path, fits, what: str) -> dict | None:
     """What stands beside the file of a row for a seed under way; `None` if it is not there: it may
-    just have been stored. Raises `ValueError`, naming the file, if it lacks some of `keys`, and so is
-    no `what`.
+    just have been stored. Raises `ValueError`, naming the file, if it is no `what`, of which `fits`
+    says whether data are one.
     """
     try:
-        data = json.loads(file.read_text())
+        data = parsed(file.read_text())
     except FileNotFoundError:
         return None
     except ValueError:
         data = None
-    if not isinstance(data, dict) or not keys <= data.keys():
+    if not fits(data):
         raise ValueError(f'{file} is damaged, or no {what}: move it away')
     return data
 
@@ -108,10 +115,10 @@ def _read_lines(file) -> list[dict]:
     res = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
         try:
-            data = json.loads(line)
+            data = parsed(line)
         except ValueError:
             data = None
-        if not isinstance(data, dict) or not {'kind', 'seed'} <= data.keys():
+        if not has_types(data, {'kind': str, 'seed': int}):
             raise ValueError(f'{file} is damaged in line {number}: move it away')
         res.append(data)
     return res

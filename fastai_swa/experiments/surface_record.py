@@ -11,11 +11,20 @@ from ..files import write_text
 from ..landscape.surfaces import Surface
 from .machine import hardware, installed_versions, now
 from .record import first_difference
-from .store import RUNS_FILE, read_begun, store, stored
+from .store import RUNS_FILE, has_types, read_begun, store, stored
 
 __all__ = ['SurfaceRecord', 'read_surface_records', 'images_text']
 
-_KEYS = {'recipe', 'seed', 'landscape', 'settings', 'images', 'solutions', 'finished', 'sessions'}
+_KEYS = {
+    'recipe': str,
+    'seed': int,
+    'landscape': dict,
+    'settings': dict,
+    'images': dict,
+    'solutions': list,
+    'finished': str | None,
+    'sessions': list,
+}
 _OF_SOLUTIONS = 'recipe', 'seed', 'budget', 'swa_start', 'settings', 'images'  # kept of their records
 
 
@@ -86,7 +95,7 @@ class SurfaceRecord:
 def _what_is_measured(recipe, seed, settings, images, records) -> dict:
     "What must be the same where a measurement goes on."
     landscape = asdict(recipe)
-    for name in ('name', 'kind', 'base'):
+    for name in ('name', 'kind', 'base', 'level'):  # the level is the report's
         del landscape[name]
     solutions = []
     for record in records:
@@ -107,12 +116,15 @@ def read_surface_records(folder: Path) -> dict[int, dict]:
     """
     begun = {}
     for file in folder.glob('seed-*.landscape.json'):
-        data = read_begun(file, _KEYS, 'note on a measurement')
+        data = read_begun(file, lambda data: has_types(data, _KEYS), 'note on a measurement')
         if data is not None:
             begun[data['seed']] = data | {'finished': None}  # complete is what is stored
     complete = stored(folder, 'landscape')
+    for data in (*begun.values(), *complete.values()):
+        if isinstance(data.get('landscape'), dict):
+            data['landscape'].pop('level', None)  # as it was written once
     for seed, data in complete.items():
-        if not {*_KEYS, 'surfaces'} <= data.keys():
+        if not has_types(data, _KEYS | {'surfaces': dict}):
             raise ValueError(f'{folder / RUNS_FILE} is damaged: seed {seed} is no measurement: move it away')
     return dict(sorted((begun | complete).items()))
 

@@ -1,8 +1,8 @@
 """`Curve`: a way between two solutions along which the loss stays low."""
 
 import copy
-import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from ..fitting import FitCallback
 from ..interrupts import uninterrupted, unwound_whole
 from ..modules import in_train_mode, named_tensors, plain_name, unwrap
 from ..solutions import named_solutions
+from ..warn import warn
 from .geometry import CURVES, arc_lengths, inner_products
 from .measure import line, measured
 from .space import Grid, Point, Space, as_real, check_ts, fingerprint, modes_put_back, weighted_sum
@@ -61,7 +62,7 @@ class Curve:
         a, b = (point.weights for point in loaded.values())
         if torch.equal(a, b):
             raise ValueError(f'{" and ".join(self.names)} are the same weights: a curve needs two that differ')
-        self._points = [torch.lerp(a, b, i / (n_bends + 1)) for i in range(n_bends + 2)]  # flat, on the CPU
+        self._points = [a, *_straight(a, b, n_bends), b]  # flat, on the CPU
         self._n_fits = 0
 
     @property
@@ -140,7 +141,10 @@ class Curve:
             lent(space.scratch, own),
             modes_put_back(own),
         ):
-            model = _OnCurve(own, space, self._points, self.kind)
+            first, *bends, last = self._points
+            if self._n_fits:  # else they are still on the straight line, and easily made anew
+                bends = [bend.clone() for bend in bends]
+            model = _OnCurve(own, space, (first, last), bends, self.kind)
             learn = _CurveLearner(self.learn, model, opt_func, lr, shows_progress)
             self._n_fits += 1
             try:
@@ -148,16 +152,16 @@ class Curve:
             finally:
                 with uninterrupted():
                     model.new_point()
-                    self._keep([p.detach().cpu() for p in model.bends])
+                    self._keep(model.flat_bends())
         return self
 
     def _keep(self, bends):
         if all_finite(bends):
             self._points[1:-1] = bends
-        else:
-            warnings.warn(
-                'the bends are not finite after this training, and stay as they were before it: a smaller lr may help'
-            )
+            return
+        if self._n_fits == 1:
+            self._points[1:-1] = _straight(self._points[0], self._points[-1], self.n_bends)
+        warn('the bends are not finite after this training, and stay as they were before it: a smaller lr may help')
 
     @delegates(measured)
     def evaluate(self, ts=61, **kwargs) -> Profile:
@@ -205,15 +209,54 @@ class Curve:
         architecture than `learn` has.
         """
         saved = read(Path(path), 'curve', 1)
-        curve = cls(learn, saved['ends'], len(saved['bends']), saved['kind'])
-        curve._points[1:-1] = saved['bends']
-        curve._n_fits = saved['n_fits']
+        try:
+            curve = cls(learn, saved['ends'], len(saved['bends']), saved['kind'])
+            curve._points[1:-1] = saved['bends']
+            curve._n_fits = saved['n_fits']
+        except (KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f'{path} is damaged, or it was changed: {type(e).__name__}: {e}') from None
         return curve
 
     def __repr__(self):
         kind = {'bezier': 'Bezier curve', 'chain': 'Polygonal chain'}[self.kind]
         bends = '1 bend' if self.n_bends == 1 else f'{self.n_bends} bends'
         return f'{kind} with {bends} from {" to ".join(self.names)}, {self.length:.4g} long'
+
+
+def _straight(a, b, n_bends) -> list:
+    "Bends on the straight line, at equal steps."
+    return [torch.lerp(a, b, (i + 1) / (n_bends + 1)) for i in range(n_bends)]
+
+
+# training
+
+# An optimizer takes as much memory for a step, beside what it keeps, as the largest of its parameters some times over.
+# So a bend is several; but small ones would cost time.
+_N_PARTS = 8
+_LEAST_OF_PART = 1 << 18
+
+
+@dataclass
+class _Part:
+    "Some parameters of the model, and the stretch of the curve's points that they are."
+
+    params: list  # views of real numbers
+    ends: list  # the stretch of both
+    bends: list  # and of each bend: parameters of `_OnCurve`
+    held: torch.Tensor | None  # which numbers stay: what requires no gradient and is equal at both ends
+
+    @property
+    def points(self) -> list:
+        first, last = self.ends
+        return [first, *(p.detach() for p in self.bends), last]
+
+    def gradient(self, dtype) -> torch.Tensor:
+        "What the backward pass has left in the parameters, which is taken from them."
+        grads = []
+        for p in self.params:
+            grads.append(torch.zeros_like(as_real(p)) if p.grad is None else as_real(p.grad.to_dense()))
+            p.grad = None
+        return torch.cat([g.to(dtype).flatten() for g in grads])
 
 
 class _OnCurve(nn.Module):
@@ -223,36 +266,48 @@ class _OnCurve(nn.Module):
     on to the bends. So the model is run and differentiated as in the learner's own training,
     whatever its forward pass refers to and whenever that is run: checkpointing runs parts of it
     within the backward pass.
+
+    - `ends`, `bends`: flat. On the CPU the bends that are given are those that are trained.
     """
 
-    def __init__(self, model, space, points, kind):
+    def __init__(self, model, space, ends, bends, kind):
         super().__init__()
         self.inner = model
         self.kind = kind
-        first, *bends, last = (p.to(space.device, copy=True) for p in points)
-        self.register_buffer('first', first)
-        self.register_buffer('last', last)
-        self.bends = nn.ParameterList(map(nn.Parameter, bends))
         own = named_tensors(unwrap(model).named_parameters)
         self._params = [own[plain_name(name)] for name in space.originals]
-        held = []  # what requires no gradient and is equal at both ends
-        self._thawed = []  # parameters that require none and differ, which get one while they are on the curve
-        for p, a, b in zip(self._params, space.pieces(first), space.pieces(last)):
-            held.append((a == b).flatten() & (not p.requires_grad))
-            if not p.requires_grad and not torch.equal(a, b):
+        self._thawed = []  # parameters that require no gradient and differ at the ends, and get one on the curve
+        self._parts = []
+        groups = _grouped(self._params)
+        lengths = [sum(as_real(p).numel() for p in group) for group in groups]
+        ends_apart = [end.to(space.device).split(lengths) for end in ends]
+        bends_apart = [bend.to(space.device).split(lengths) for bend in bends]
+        for i, group in enumerate(groups):
+            stretches = [nn.Parameter(bend[i]) for bend in bends_apart]
+            self._parts.append(self._part(group, [end[i] for end in ends_apart], stretches))
+        self.bends = nn.ParameterList(p for k in range(len(bends)) for p in (part.bends[k] for part in self._parts))
+        self._dtype = space.dtype
+        self._shares = None  # what the points of the curve count for in this batch; None: not drawn yet
+        self._is_placed = False  # are the weights of that point in the model?
+        self._squared_norm = None  # of these weights: a leaf, which gets the gradient of the weight decay
+        self._has_begun = False  # whether a gradient has come
+        self._has_stepped = False  # whether the gradients of the bends have been used
+
+    def _part(self, params, ends, bends) -> _Part:
+        held = []
+        lengths = [as_real(p).numel() for p in params]
+        for p, a, b in zip(params, *(end.split(lengths) for end in ends)):
+            if p.requires_grad:
+                held.append(a.new_zeros(len(a), dtype=torch.bool))
+                continue
+            held.append(a == b)
+            if not torch.equal(a, b):
                 self._thawed.append(p)
         held = torch.cat(held)
-        if held.any():
-            for p in self.bends:
-                p.register_hook(lambda grad: grad.masked_fill(held, 0))
-        self._split = space.pieces
-        self._t = None  # where on the curve this batch is
-        self._weights = None  # at this point, flat, as a function of the bends; None: they are not in the model
-        self._leaf = None  # the same as a leaf, which gets the gradient of the weight decay
-        self._has_begun = False  # whether a gradient has come
+        return _Part(params, ends, bends, held if held.any() else None)
 
     def forward(self, *args, **kwargs):
-        if self._weights is None:
+        if not self._is_placed:
             self._place()
         return self.inner(*args, **kwargs)
 
@@ -262,29 +317,44 @@ class _OnCurve(nn.Module):
 
     @property
     def squared_norm(self):
-        return self._leaf.square().sum()
+        "Of the weights; `collect` passes its gradient on to them."
+        if self._squared_norm is None:
+            norms = torch.stack(torch._foreach_norm([as_real(p) for p in self._params]))
+            self._squared_norm = norms.to(self._dtype).square().sum().requires_grad_()
+        return self._squared_norm
 
     def new_point(self):
         self._leave()
-        self._t = None
+        self._shares = None
+        if self._has_stepped:
+            for p in self.bends:
+                p.grad = None
+            self._has_stepped = False
 
+    def stepped(self):
+        "The optimizer has used the gradients of the bends; whoever looks at them may do so until the next batch."
+        self._has_stepped = True
+
+    @torch.no_grad()
     def _place(self):
-        if self._t is None:
-            self._t = torch.rand(()).item()  # drawn on the host: the device does not wait
-        points = [self.first, *self.bends, self.last]
-        with torch.enable_grad():
-            self._weights = sum(p * float(share) for p, share in zip(points, CURVES[self.kind](self._t, len(points))))
-        self._leaf = self._weights.detach().requires_grad_()
-        with torch.no_grad():
-            torch._foreach_copy_([as_real(p) for p in self._params], self._split(self._leaf))
+        if self._shares is None:
+            t = torch.rand(()).item()  # drawn on the host: the device does not wait
+            self._shares = CURVES[self.kind](t, len(self._parts[0].points))
+        for part in self._parts:
+            weights = weighted_sum(part.points, self._shares)
+            params = [as_real(p) for p in part.params]
+            pieces = weights.split([p.numel() for p in params])
+            torch._foreach_copy_(params, [w.view(p.shape) for w, p in zip(pieces, params)])
         for p in self._thawed:
             p.requires_grad_(True)
+        self._is_placed = True
 
+    @torch.no_grad()
     def collect(self):
         """Hand the gradient on to the bends. Raises `ValueError` if there was none in the first
         batch.
         """
-        if self._weights is None:
+        if not self._is_placed:
             return
         if not self._has_begun and all(p.grad is None for p in self._params):
             raise ValueError(
@@ -292,19 +362,50 @@ class _OnCurve(nn.Module):
                 'pass use them?'
             )
         self._has_begun = True
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
-        grad = torch.cat([as_real(g.to_dense()).to(self._leaf.dtype).flatten() for g in grads])
-        if self._leaf.grad is not None:
-            grad += self._leaf.grad
-        self._weights.backward(grad)
+        decay = None if self._squared_norm is None else self._squared_norm.grad
+        for part in self._parts:
+            grad = part.gradient(self._dtype)
+            if decay is not None:
+                grad.addcmul_(weighted_sum(part.points, self._shares), 2 * decay)
+            if part.held is not None:
+                grad.masked_fill_(part.held, 0)
+            for p, share in zip(part.bends, self._shares[1:-1].tolist()):
+                if p.grad is None:
+                    p.grad = grad * share
+                else:
+                    p.grad.add_(grad, alpha=share)
         self._leave()
+
+    def flat_bends(self) -> list[torch.Tensor]:
+        "On the CPU."
+        res = []
+        for k in range(len(self._parts[0].bends)):
+            stretches = [part.bends[k].detach() for part in self._parts]
+            res.append((stretches[0] if len(stretches) == 1 else torch.cat(stretches)).cpu())
+        return res
 
     def _leave(self):
         for p in self._params:
             p.grad = None
         for p in self._thawed:
             p.requires_grad_(False)
-        self._weights = self._leaf = None
+        self._is_placed = False
+        self._squared_norm = None
+
+
+def _grouped(params) -> list[list]:
+    "The parameters in their order, in up to `_N_PARTS` groups of about one size."
+    total = sum(as_real(p).numel() for p in params)
+    enough = max(_LEAST_OF_PART, total / _N_PARTS)
+    groups = [[]]
+    n = 0  # numbers in the last group
+    for p in params:
+        if n >= enough:
+            groups.append([])
+            n = 0
+        groups[-1].append(p)
+        n += as_real(p).numel()
+    return groups
 
 
 @contextmanager
@@ -333,6 +434,9 @@ class _Points(Callback):
 
     def after_backward(self):
         self.learn.model.collect()
+
+    def after_step(self):
+        self.learn.model.stepped()
 
 
 class _WeightDecay(Callback):

@@ -1,8 +1,12 @@
 """Weight space: directions, planes and curves in it, and what is read off a profile. Pure functions
-of flat vectors and numbers; plain PyTorch."""
+of flat vectors and numbers; plain PyTorch.
+
+A vector of float64 takes as much memory as two models. So what is computed in float64 of whole vectors is computed
+stretch by stretch.
+"""
 
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import torch
@@ -12,6 +16,8 @@ from scipy.special import comb
 
 __all__ = [
     'direction',
+    'norm',
+    'distance_between',
     'Frame',
     'bezier',
     'chain',
@@ -24,13 +30,52 @@ __all__ = [
 ]
 
 
-def direction(n: int, seed: int, number: int) -> torch.Tensor:
-    """Unit vector number `number` of those that `seed` gives: float64, shape (n,), on the CPU,
-    uniformly distributed on the sphere.
+_STRETCH = 1 << 18  # numbers of a vector that are looked at together
+
+
+def direction(n: int, seed: int, number: int, dtype=torch.float64) -> torch.Tensor:
+    """Unit vector number `number` of those that `seed` gives: shape (n,), on the CPU, uniformly
+    distributed on the sphere. It is drawn in float64 and rounded to `dtype`.
     """
-    state = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]
-    v = torch.randn(n, generator=torch.Generator().manual_seed(int(state) & (2**63 - 1)), dtype=torch.float64)
-    return v / v.norm()
+    # the last stretch has 16 numbers at least: fewer are drawn in another way
+    starts = range(0, max(1, n - 15), _STRETCH)
+    lengths = np.diff([*starts, n]).tolist()
+    state = int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]) & (2**63 - 1)
+
+    def drawn():
+        generator = torch.Generator().manual_seed(state)
+        return (torch.randn(length, generator=generator, dtype=torch.float64) for length in lengths)
+
+    length = _norm_of([v.norm() for v in drawn()])
+    res = torch.empty(n, dtype=dtype)
+    for start, v in zip(starts, drawn()):
+        res[start : start + len(v)] = v / length
+    return res
+
+
+def norm(vector: torch.Tensor) -> float:
+    "Euclidean, in float64 where the device has it."
+    dtype = None if vector.device.type == 'mps' else torch.float64
+    return float(_norm_of([torch.linalg.vector_norm(v, dtype=dtype) for v in vector.split(_STRETCH)]))
+
+
+def _norm_of(norms: list) -> torch.Tensor:
+    "The norm of a vector, of those of its stretches."
+    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+
+
+def distance_between(a: torch.Tensor, b: torch.Tensor) -> float:
+    "Euclidean, in float64."
+    (squared,) = _summed(lambda a, b: [(b - a).square().sum()], a, b)
+    return float(np.sqrt(squared))
+
+
+def _summed(terms, *vectors) -> np.ndarray:
+    "The sums of what `terms` gives, a few numbers, of each stretch of the `vectors`, in float64."
+    total = 0.0
+    for stretches in zip(*(v.split(_STRETCH) for v in vectors)):
+        total = total + np.array([float(x) for x in terms(*(v.double() for v in stretches))])
+    return total
 
 
 @dataclass(frozen=True)
@@ -38,44 +83,65 @@ class Frame:
     """An orthonormal frame of the plane through three points of weight space: the first is its
     origin, the second lies on its first axis.
 
-    `u`, `v`: unit vectors by Gram-Schmidt on w2 - w1 and w3 - w1 (Garipov et al. 2018, appendix
-    A.3), float64; `corners`: the coordinates of the three points, shape (3, 2).
+    The axes `u` and `v` are unit vectors by Gram-Schmidt on w2 - w1 and w3 - w1 (Garipov et al.
+    2018, appendix A.3). They are made of the points, as far as needed, whenever they are needed.
     """
 
-    origin: torch.Tensor
-    u: torch.Tensor
-    v: torch.Tensor
-    corners: np.ndarray
+    points: tuple  # the three vectors
+    corners: np.ndarray  # their coordinates, shape (3, 2)
 
     @classmethod
     def through(cls, points, names=('the first', 'the second', 'the third')):
         """Raises `ValueError`, by their `names`, if two of the `points` are equal or the three lie
         on a line.
         """
-        a, b, c = (p.double() for p in points)
-        resolution = 1e-6 * max(float(a.norm()), 1e-30)  # of float32
-        for (one, p), (other, q) in combinations(zip(names, (a, b, c)), 2):
-            if float((p - q).norm()) <= resolution:
+        a, b, c = points
+        resolution = 1e-6 * max(norm(a), 1e-30)  # of float32
+        for (one, p), (other, q) in combinations(zip(names, points), 2):
+            if distance_between(p, q) <= resolution:
                 raise ValueError(f'{one} and {other} are the same weights: a plane needs three that differ')
-        width = float((b - a).norm())
-        u = (b - a) / (b - a).norm()
-        to_third = c - a
-        across = to_third - (to_third @ u) * u
-        height = float(across.norm())
-        if height < 1e-3 * float(to_third.norm()) or height <= resolution:
+        width = distance_between(a, b)
+        (along,) = _summed(lambda a, b, c: [(c - a) @ ((b - a) / width)], a, b, c)
+        (across,) = _summed(lambda a, b, c: [(c - a - along * ((b - a) / width)).square().sum()], a, b, c)
+        height = float(np.sqrt(across))
+        if height < 1e-3 * distance_between(a, c) or height <= resolution:
             raise ValueError(
                 f'{", ".join(names)} lie on a line: a plane needs three solutions that do not; take another third one, '
                 'or draw the line'
             )
-        corners = np.array([[0, 0], [width, 0], [float(to_third @ u), height]])
-        return cls(a, u, across / height, corners)
+        return cls((a, b, c), np.array([[0, 0], [width, 0], [along, height]]))
+
+    @property
+    def u(self) -> torch.Tensor:
+        "In float64."
+        return self._axes(*(p.double() for p in self.points))[0]
+
+    @property
+    def v(self) -> torch.Tensor:
+        "In float64."
+        return self._axes(*(p.double() for p in self.points))[1]
+
+    def _axes(self, a, b, c) -> tuple:
+        "Both axes, or of stretches of the points these stretches of them."
+        (_, _), (width, _), (along, height) = self.corners.tolist()
+        u = (b - a) / width
+        return u, (c - a - along * u) / height
 
     def project(self, w: torch.Tensor) -> tuple[float, float, float]:
         "Coordinates of the point of the plane nearest to `w`, and the distance between the two."
-        off = w.double() - self.origin
-        x = float(off @ self.u)
-        y = float(off @ self.v)
-        return x, y, float((off - x * self.u - y * self.v).norm())
+
+        def coordinates(w, a, b, c):
+            u, v = self._axes(a, b, c)
+            return (w - a) @ u, (w - a) @ v
+
+        x, y = _summed(coordinates, w, *self.points).tolist()
+
+        def squared_distance(w, a, b, c):
+            u, v = self._axes(a, b, c)
+            return [(w - a - x * u - y * v).square().sum()]
+
+        (squared,) = _summed(squared_distance, w, *self.points)
+        return x, y, float(np.sqrt(squared))
 
     def shares(self, x: float, y: float) -> np.ndarray:
         "What the three points count for in the point (x, y): shape (3,), its sum is 1."
@@ -109,8 +175,8 @@ CURVES = {'bezier': bezier, 'chain': chain}
 
 def inner_products(vectors) -> np.ndarray:
     "Of all pairs of `vectors`, in float64."
-    vs = [v.double().cpu() for v in vectors]
-    return np.array([[float(a @ b) for b in vs] for a in vs])
+    products = _summed(lambda *vs: [a @ b for a, b in product(vs, vs)], *vectors)
+    return products.reshape(len(vectors), len(vectors))
 
 
 def norm_at(shares: np.ndarray, products: np.ndarray) -> float:

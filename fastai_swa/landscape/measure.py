@@ -1,10 +1,8 @@
 """Loss and metrics around and between solutions, by the learner's own loop: along rays, on a line, in a plane."""
 
-import warnings
 from collections import Counter
 
 import numpy as np
-import torch
 from fastai.learner import Learner
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
@@ -16,6 +14,8 @@ from ..interrupts import unwound_whole
 from ..modules import in_train_mode
 from ..passes import PassCancelled, kept_batches, refresh_bn, refreshable, validate_aside
 from ..walk import loaders
+from ..warn import warn
+from .geometry import norm
 from .space import Grid, Space, line_grid, modes_put_back, plane_grid, rays_grid
 from .surfaces import MemoryRows, Plane, PointFile, Profile, Rays, Surface
 
@@ -80,7 +80,7 @@ def measured(
         rows.close()
     for what, sentence in remarks.items():
         if what != 'infinite':  # far from the solutions that is no surprise, and the loss shows it
-            warnings.warn(sentence)
+            warn(sentence)
     return rows.surface
 
 
@@ -88,13 +88,21 @@ def _measured_at(grid, i, names, batches, remarks) -> dict:
     "Column -> value at point `i`; adds to the `remarks`."
     space = grid.space
     model = space.learn.model
-    weights, buffers = grid.at(i)
-    space.put(weights, buffers)
+    norm_there = _go_to(grid, i)
     with lent(space.scratch, model), modes_put_back(model):
         # here, so that what it merges is merged once: passes put attributes back, not weights
         model.eval()
         row = _measure(space.learn, names, batches, remarks)
-    return row | {'norm': _norm(weights)}
+    return row | {'norm': norm_there}
+
+
+def _go_to(grid, i) -> float:
+    """Give the space's model the weights of point `i`; the norm of these. They are held no longer:
+    what runs the model makes cycles of references, which may keep its callers' variables for a while.
+    """
+    weights, buffers = grid.at(i)
+    grid.space.put(weights, buffers)
+    return norm(weights)
 
 
 @delegates(measured)
@@ -210,11 +218,6 @@ def _measures(learn) -> list[str]:
         seen[name] += 1
         names.append(name if seen[name] == 1 else f'{name}_{seen[name]}')
     return names
-
-
-def _norm(weights: torch.Tensor) -> float:
-    dtype = None if weights.device.type == 'mps' else torch.float64  # which that device has not
-    return float(torch.linalg.vector_norm(weights, dtype=dtype))
 
 
 def _number(v) -> float:

@@ -2,7 +2,6 @@
 pass is made here."""
 
 import hashlib
-import warnings
 from collections.abc import Callable, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from torch import nn
 
+from ..averaging import all_finite
 from ..checks import check_count, check_numbers
 from ..interrupts import uninterrupted
 from ..modules import clean_copy, in_train_mode, modes_of, plain_name, set_modes, to_train_form, unwrap
@@ -24,8 +24,9 @@ from ..passes import refreshable
 from ..processes import Processes
 from ..solutions import named_solutions, source_of
 from ..walk import not_copied
+from ..warn import warn
 from ..weights import load_into
-from .geometry import Frame, direction
+from .geometry import Frame, direction, distance_between, norm
 from .surfaces import Plane, Profile, Rays, Surface
 
 __all__ = [
@@ -100,7 +101,7 @@ class Space:
         else:
             load_into(self.scratch, source, name)
         weights = torch.cat([p.to('cpu', self.dtype).flatten() for p in self.params])
-        if not weights.isfinite().all():
+        if not all_finite(self.pieces(weights)):
             raise ValueError(f'{name} has weights that are not finite')
         return Point(weights, {k: b.clone() for k, b in self.scratch.named_buffers()})
 
@@ -121,9 +122,7 @@ class Space:
             if not b.is_floating_point() or k in recomputed:
                 continue
             if not all(torch.equal(b, other[k]) for other in others):
-                warnings.warn(
-                    f'{k} is not recomputed and differs between the solutions: all points have that of the first'
-                )
+                warn(f'{k} is not recomputed and differs between the solutions: all points have that of the first')
                 break
         return first
 
@@ -195,7 +194,7 @@ def rays_grid(space: Space, solutions, distances=None, n_rays: int = 10, seed: i
 
     @lru_cache(1)  # the points of a ray follow each other
     def ray(number):
-        return direction(len(starts[0].weights), seed, number).to(space.device, space.dtype)
+        return direction(len(starts[0].weights), seed, number, space.dtype).to(space.device)
 
     def at(i):
         k, number, distance = points[i]
@@ -218,7 +217,7 @@ def line_grid(space: Space, solutions, ts=41) -> Grid:
     else:
         ts = check_ts(ts)
     a, b = (point.weights for point in loaded.values())
-    length = float((b.double() - a.double()).norm())
+    length = distance_between(a, b)
     if not length:
         raise ValueError(f'{" and ".join(loaded)} are the same weights: a line needs two that differ')
     a = a.to(space.device)
@@ -246,9 +245,10 @@ def plane_grid(space: Space, solutions, n_points=21, margin=0.2, marks=None, tra
     xs, ys = (np.linspace(*ends).tolist() for ends in zip(low - beyond, high + beyond, counts))
     points = [(x, y) for y, x in product(ys, xs)]
     corners = [point.weights.to(space.device) for point in loaded.values()]
+    shares = [frame.shares(x, y) for x, y in points]
 
     def at(i):
-        return Point(weighted_sum(corners, frame.shares(*points[i])), buffers)
+        return Point(weighted_sum(corners, shares[i]), buffers)
 
     about = {
         'kind': 'plane',
@@ -271,7 +271,7 @@ def _projected(space, frame, solutions) -> dict:
 
 
 def _norms(loaded: dict[str, Point]) -> dict[str, float]:
-    return {name: float(point.weights.double().norm()) for name, point in loaded.items()}
+    return {name: norm(point.weights) for name, point in loaded.items()}
 
 
 def _on_device(space, point: Point) -> Point:

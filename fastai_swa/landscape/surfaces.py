@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..checks import check_known
-from ..files import Lock, replacing, write_text
+from ..files import Lock, check_zip, parsed, replacing, write_text
 from ..interrupts import uninterrupted
 from .geometry import crossing, mean_height
 
@@ -102,15 +102,16 @@ class Surface:
         content = Path(path).read_bytes()
         try:
             if content[:2] == b'PK':
+                check_zip(path)
                 with np.load(path, allow_pickle=False) as z:
                     arrays = {k: z[k] for k in z.files}
-                about = json.loads(str(arrays.pop('about')))
+                about = parsed(str(arrays.pop('about')))
                 return _made(about, arrays.pop('points'), arrays)
             head, _, rows = content.partition(b'\n')
-            surface = Surface.from_dict(json.loads(head))
+            surface = Surface.from_dict(parsed(head))
             _read_rows(surface, rows)
             return surface
-        except (ValueError, KeyError, TypeError, IndexError, OSError, zipfile.BadZipFile):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, MemoryError, OSError, zipfile.BadZipFile):
             raise ValueError(f'{path} is damaged, or it is no surface that fastai_swa wrote') from None
 
 
@@ -118,6 +119,10 @@ _FORMAT = 'fastai_swa surface 1'
 
 
 def _made(about, points, values=None):
+    if not {'kind', 'solutions', 'columns'} <= about.keys() or not isinstance(about['columns'], list):
+        raise ValueError('it does not say what was measured')
+    if any(len(v) != len(points) for v in (values or {}).values()):
+        raise ValueError('there are not as many values as points')
     return Surface.kinds[about['kind']](about, points, values)
 
 
@@ -315,7 +320,9 @@ class PointFile(MemoryRows):
             raise ValueError(f'{self.path} was written by save, and does not grow: give another file')
         there = Surface.load(self.path)
         new = self.surface.about
-        old_spec = there.about['spec']
+        old_spec = there.about.get('spec')
+        if not isinstance(old_spec, dict):
+            raise ValueError(f'{self.path} is damaged: it does not say what was measured')
         spec = json.loads(json.dumps(new['spec']))
         for k in {**old_spec, **spec}:
             if old_spec.get(k) != spec.get(k):
@@ -355,6 +362,8 @@ class PointFile(MemoryRows):
     def close(self):
         try:
             self.handle.close()
+        except OSError as e:  # of what was written before, on some disks
+            raise OSError(f'{self.path} cannot be written: {e}') from e
         finally:
             self.lock.release()
 
@@ -364,8 +373,10 @@ def _read_rows(surface, rows: bytes):
     # behind the last end of a line there is nothing, or what was not written to its end
     *lines, _ = rows.split(b'\n')
     for line in lines:
-        i, *values = json.loads(line)
-        if len(values) != len(columns) or not 0 <= i < len(surface.points):
-            raise ValueError
+        i, *values = parsed(line)
+        if type(i) is not int or len(values) != len(columns) or not 0 <= i < len(surface.points):
+            raise ValueError('no row')
+        if any(isinstance(v, bool) for v in values):
+            raise ValueError('no numbers')
         for name, v in zip(columns, values):
             surface.values[name][i] = float(v)

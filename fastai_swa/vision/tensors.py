@@ -4,9 +4,9 @@ of a batch at once."""
 import torch
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Category, IntToFloatTensor, Normalize
+from fastai.torch_basics import Transform
 from fastai.torch_core import TensorCategory, TensorImage
 from fastcore.foundation import L
-from fasttransform import Transform
 from torch.nn import functional as F
 
 from ..checks import check_choice
