@@ -64,9 +64,9 @@ def _packed_attributes(path, o, own, holes, histories, folder) -> dict:
         if k in _OF_LOADERS or isinstance(o, Callback) and k in _OF_CALLBACKS:
             continue
         if isinstance(v, Path):
-            below = _below(folder, v)
-            if below is not None:
-                res[k] = _BELOW, below
+            way = _below(folder, v)
+            if way is not None:
+                res[k] = _BELOW, way
             continue
         if is_setting(o, k, v):
             holes.append((f'{path}.{k}', o, v))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .checks import check_number
+from .checks import check_number, listed
 from .interrupts import uninterrupted, unwound_whole
 from .modules import (
     MODULES_OWN,
@@ -277,7 +277,7 @@ class WeightAverage:
         left = {name for a in some for name in a.follow()} - self._left
         self._left |= left
         if left:
-            warn(f'swa_model keeps its own {_some(left)}: what the model has there now cannot be copied')
+            warn(f'swa_model keeps its own {listed(sorted(left))}: what the model has there now cannot be copied')
 
     def _read(self, model):
         "A context in which the weights of `model` are as training has them."
@@ -370,7 +370,7 @@ class WeightAverage:
         params = named_tensors(model.named_parameters)
         foreign = {k for k, t in state['master'].items() if k not in params or t.shape != params[k].shape}
         if foreign:
-            raise ValueError(f'the state does not match the average: master has {_some(foreign)}')
+            raise ValueError(f'the state does not match the average: master has {listed(sorted(foreign))}')
         with uninterrupted(), written_in_train_mode(model), torch.no_grad():
             model.load_state_dict({own[name][0]: v for name, v in state['swa_model'].items()})
             self._block = _Block()
@@ -670,12 +670,6 @@ def is_low(t):
     return t.is_floating_point() and torch.finfo(t.dtype).bits < 32
 
 
-def _some(names, limit=3):
-    names = sorted(names)
-    more = f' and {len(names) - limit} more' if len(names) > limit else ''
-    return ', '.join(map(repr, names[:limit])) + more
-
-
 def refuse_mismatch(what, src, dst):
     """Raise a `ValueError` that names how `src` and `dst`, both name -> tensor, differ in names or
     shapes.
@@ -685,7 +679,7 @@ def refuse_mismatch(what, src, dst):
         'not in the average': src.keys() - dst.keys(),
         'of another shape': {k for k, t in src.items() if k in dst and _shape(t) != _shape(dst[k])},
     }
-    faults = [f'{_some(names)} {fault}' for fault, names in wrong.items() if names]
+    faults = [f'{listed(sorted(names))} {fault}' for fault, names in wrong.items() if names]
     if faults:
         raise ValueError(f'{what} does not match the average: ' + '; '.join(faults))
 

@@ -1,6 +1,5 @@
 """`CheckpointCallback`: a fit that is killed goes on where it was, bit for bit."""
 
-import copy
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,9 +225,6 @@ class CheckpointCallback(FitCallback):
         """
         fit = self._fit
         place = fit.journal.open(saved, settings)
-        # what is kept for later writing must not go with the file
-        fit.journal.end = copy.deepcopy(fit.journal.end)
-        fit.journal.kept = copy.deepcopy(fit.journal.kept)
         fit.to_restore = saved['state']
         fit.is_past = place.is_past
         if place.settings[N_EPOCHS] == settings[N_EPOCHS]:

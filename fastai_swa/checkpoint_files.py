@@ -8,6 +8,7 @@ What lies beside is written first, under a name that only this fit has, and goes
 is killed anywhere leaves a checkpoint, and all that it names.
 """
 
+import copy
 import re
 import secrets
 from contextlib import suppress
@@ -72,6 +73,9 @@ class CheckpointFiles:
         try:
             if saved['version'] > 2:
                 saved = self._joined(saved)
+            else:  # what outlives the file, which is replaced, must not be mapped
+                saved['kept'] = copy.deepcopy(saved['kept'])
+                saved['end'] = copy.deepcopy(saved['end'])
             _check(saved)
         except FileNotFoundError as e:
             raise ValueError(

@@ -7,7 +7,7 @@ import copy
 import weakref
 from collections import OrderedDict
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastai.learner import Learner
@@ -85,9 +85,15 @@ class FitAverage:
         if learn is not source:
             model = unwrap(copy.deepcopy(source.model, memo))
             structure = _structure(model) if self.has_structure_of(unwrap(source.model)) else []
-        running = self.running.copied(swa_model)
-        of = self.learner if learn is source else weakref.ref(learn)
-        return FitAverage(running, of, structure, list(self.epochs), list(self.bn), self.stale)
+        return replace(
+            self,
+            running=self.running.copied(swa_model),
+            learner=self.learner if learn is source else weakref.ref(learn),
+            structure=structure,
+            epochs=list(self.epochs),
+            bn=list(self.bn),
+            taken=copy.copy(self.taken),
+        )
 
     # for checkpoints
 

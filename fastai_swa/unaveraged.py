@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from .batchnorm import INTEGERS, statistics
+from .checks import listed
 from .modules import unwrap
 
 __all__ = ['loss_parameters', 'loss_sentence', 'weightlike_buffers', 'buffers_sentence', 'SampleWatch']
@@ -35,7 +36,7 @@ def loss_parameters(loss_func, model: nn.Module) -> dict[str, nn.Parameter]:
 
 def loss_sentence(what: str, names: list[str]) -> str:
     return (
-        f'{what} leaves out what is trained in the loss: {_listed(names)}; its columns are computed with the loss in '
+        f'{what} leaves out what is trained in the loss: {listed(names, 5)}; its columns are computed with the loss in '
         'training. Make it a part of the model, or average it by a WeightAverage of your own'
     )
 
@@ -63,8 +64,8 @@ def weightlike_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def buffers_sentence(what: str, names: list[str]) -> str:
     return (
-        f'{what} leaves out buffers that training moves: {_listed(names)}; swa_model has those of the latest weights. '
-        'Where they act as weights, as a codebook does, hold them as parameters with requires_grad=False, which are '
+        f'{what} leaves out buffers that training moves: {listed(names, 5)}; swa_model has those of the latest '
+        'weights. Where they act as weights, as a codebook does, hold them as parameters with requires_grad=False, which are '
         'averaged, or average them by a WeightAverage of your own'
     )
 
@@ -108,8 +109,3 @@ def _sample(t):
     flat = t.detach().flatten()
     step = max(1, math.ceil(flat.numel() / _N_SAMPLED))
     return flat[::step].clone().view(INTEGERS[t.dtype.itemsize])
-
-
-def _listed(names, limit=5) -> str:
-    more = f' and {len(names) - limit} more' if len(names) > limit else ''
-    return ', '.join(map(repr, names[:limit])) + more

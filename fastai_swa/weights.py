@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import torch
 from torch import nn
 
-from .files import InUse, Lock, save_weights, write_text
+from .files import InUse, Lock, parsed, save_weights, write_text
 from .modules import in_train_mode, plain_name, unwrap, written_in_train_mode
 from .weight_formats import Left, check_any, read_any
 
@@ -210,9 +210,9 @@ def read_index(folder: Path) -> dict:
     if not file.exists():
         raise FileNotFoundError(f'{folder} has no {_INDEX}: it is no folder of an ensemble')
     try:
-        index = json.loads(file.read_text(), parse_constant=_refuse_constant)
+        index = parsed(file.read_text(), only_finite=True)
         is_right = _is_index(index)
-    except (ValueError, RecursionError, IsADirectoryError):
+    except (ValueError, IsADirectoryError):
         is_right = False
     if not is_right:
         raise ValueError(f'{file} is damaged, or it is no index of an ensemble')
@@ -224,10 +224,6 @@ def read_index(folder: Path) -> dict:
             raise ValueError(f'{file} names {name!r} twice')
         seen.add(name)
     return index
-
-
-def _refuse_constant(name: str):
-    raise ValueError(f'{name} is not finite')
 
 
 def _is_index(o) -> bool:
@@ -286,7 +282,7 @@ def folder_lock(folder: Path) -> Lock:
     try:
         return Lock(folder.with_name(f'{folder.name}.snapshots'))
     except OSError:
-        return Lock(folder / 'index.json')
+        return Lock(folder / _INDEX)
 
 
 def replace_files(folder: Path, weights: list[dict], **content) -> tuple[list[str], list[str]]:

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'fastai_swa'
 FLOORS = [
     {'checks', 'interrupts', 'processes', 'version', 'warn'},
-    {'modules', 'files', 'schedules', 'columns', 'journal', 'contents', 'fit_history', 'weight_formats', 'weightings'},
+    {'modules', 'files', 'schedules', 'columns', 'journal', 'contents', 'fit_history', 'weightings'},
+    {'weight_formats'},
     {'outcome', 'packing', 'probabilities', 'weights', 'replay', 'views', 'plot', 'vision', 'histories'},
     {'averaging', 'batchnorm', 'walk', 'fitting', 'members', 'stretches'},
     {'attributes', 'checkpoint_files', 'keeping', 'randomness', 'solutions', 'unaveraged'},
