@@ -17,13 +17,13 @@ from fastai.learner import AvgMetric
 from fastai.torch_core import find_bs
 from matplotlib.ticker import MaxNLocator
 
-from .batches import KeptBatches, fresh_loader
+from .batches import KeptBatches, Taken, fresh_loader
 from .checks import check_known
 from .passes import kept_batches, validate_aside
 from .plot import labelled
 from .weightings import called, place_in_epochs, weighting
 
-__all__ = ['candidates', 'choose', 'Scores', 'gain', 'plot_choice']
+__all__ = ['candidates', 'choose', 'Scores', 'gain', 'plot_choice', 'seconds_to_choose', 'remark_on_choice']
 
 _STARTS = 0.0, 0.25, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95  # of windows, as shares of the fit
 _ENDS = 0.5, 0.75, 0.9, 1.0
@@ -174,12 +174,13 @@ def _sample_losses(learn, n: int):
 
 
 def choose(
-    learn, found: list[Candidate], lent: Callable, by: str, dl, bn_batches, comp
+    learn, found: list[Candidate], lent: Callable, by: str, dl, bn_batches, comp, taken: Taken, validated: Taken
 ) -> tuple[pd.DataFrame, dict, str]:
     """The table of all averages in `found`, of which the first is the last weights; the best of them; and a sentence
     that says so.
 
     - `lent(which, dl)`: a context in which the learner's model has that average, its batch norm refreshed on `dl`.
+    - `taken`, `validated`: what the epochs of the fit took of the training and of the validation set.
     - The others are as for `WeightHistory.choose`.
     """
     columns = ['valid_loss', *(m.name for m in learn.metrics)]
@@ -190,8 +191,11 @@ def choose(
         less_is_better = bool(comp(0, 1))
     if dl is None and (len(learn.dls.loaders) < 2 or not len(learn.dls.valid)):
         raise ValueError('there is no validation set to choose on: pass dl=, a loader of held-out samples')
-    validation = kept_batches(learn, train=False) if dl is None else KeptBatches(lambda: fresh_loader(dl))
-    training = kept_batches(learn, bn_batches)
+    if dl is None:
+        validation = kept_batches(learn, train=False, taken=validated)
+    else:
+        validation = KeptBatches(lambda: fresh_loader(dl))
+    training = kept_batches(learn, bn_batches, taken=taken)
     scores = []
     for candidate in _shown(found, learn):
         with learn.no_bar(), lent(candidate.which, training):
@@ -199,11 +203,13 @@ def choose(
             values = validate_aside(learn, validation, in_fit=False, also=parts)
             scores.append(parts.scores(dict(zip(columns, values))))
     gains = [gain(s, scores[0], by, less_is_better) for s in scores]
-    best = _best(gains)
-    table = _table(found, scores, gains, columns)
+    best = _best(gains) if math.isfinite(scores[0].values[by]) else _first_of_all(scores, by, less_is_better)
+    where = f'the {sum(parts.sizes)} samples of {"the validation set" if dl is None else "dl"}'
+    table = _table(found, scores, gains, columns).iloc[_order(scores, by, less_is_better)]
+    table.columns.name = f'on {where}'
     table.attrs['by'] = by
     table.attrs['less_is_better'] = less_is_better
-    return table, found[best].which, _sentence(found, scores, gains, best, by, dl, sum(parts.sizes))
+    return table, found[best].which, _sentence(found, scores, gains, best, by, where)
 
 
 def _best(gains) -> int:
@@ -214,6 +220,18 @@ def _best(gains) -> int:
     best = int(np.argmax(finite))
     most, error = gains[best]
     return best if most > 2 * (0.0 if error != error else error) else 0
+
+
+def _order(scores, by, less_is_better) -> np.ndarray:
+    "The numbers of the averages, the best first, those without a value last."
+    sign = 1 if less_is_better else -1
+    return np.argsort([sign * s.values[by] for s in scores], kind='stable')  # sorts nan to the end
+
+
+def _first_of_all(scores, by, less_is_better) -> int:
+    "The best where the last weights have no value; these where none has."
+    best = int(_order(scores, by, less_is_better)[0])
+    return best if math.isfinite(scores[best].values[by]) else 0
 
 
 def _shown(found, learn):
@@ -237,18 +255,16 @@ def _table(found, scores, gains, columns) -> pd.DataFrame:
         rows.append(row | {'gain': better, 'std_error': error, 'points': c.points})
     table = pd.DataFrame(rows)
     table.attrs['epochs'] = [list(c.which.get('epochs', ())) for c in found]  # of each window, by the row's label
-    order = table['gain'].fillna(-math.inf).to_numpy().argsort(kind='stable')[::-1]
-    return table.iloc[order]
+    return table
 
 
-def _sentence(found, scores, gains, best, by, dl, n_samples) -> str:
-    where = f'the {n_samples} samples of {"the validation set" if dl is None else "dl"}, which therefore flatter it'
+def _sentence(found, scores, gains, best, by, where) -> str:
     last = scores[0].values[by]
     if not best:
         most = max((g for g, _ in gains if g == g), default=0.0)
         return (
             f'No average beats the last weights ({by} {last:.4f}) by more than chance: the best gains {most:.4f}. '
-            f'Chosen: the last weights, by {where.partition(",")[0]}.'
+            f'Chosen: the last weights, by {where}.'
         )
     better, error = gains[best]
     chance = f' +- {2 * error:.4f}' if error == error else ', without a measure of chance'
@@ -257,8 +273,31 @@ def _sentence(found, scores, gains, best, by, dl, n_samples) -> str:
         name += ', which are the last weights, their batch norm refreshed'
     return (
         f'Chosen: {name}, {by} {scores[best].values[by]:.4f} against {last:.4f} of the last '
-        f'weights (better by {better:.4f}{chance}), on {where}.'
+        f'weights (better by {better:.4f}{chance}), on {where}, which therefore flatter it.'
     )
+
+
+# what is said after a fit, before anything is compared
+
+
+def seconds_to_choose(n_averages: int, validation: float, training_batch: float, bn_batches: int) -> float:
+    """About how long `choose` takes, in seconds, by how long the fit took for a `validation` and for a
+    `training_batch`, of which the forward pass is about a third.
+    """
+    return n_averages * (validation + bn_batches * training_batch / 3)
+
+
+def remark_on_choice(n_averages: int, seconds: float, call: str) -> str:
+    "`call`: how users write the history."
+    return f'WeightHistory: {n_averages} averages of this fit can be compared: `{call}.choose()`, {_about(seconds)}'
+
+
+def _about(seconds: float) -> str:
+    if seconds < 1:
+        return 'in about a second'
+    if seconds < 100:
+        return f'in about {seconds:.0f} s'
+    return f'in about {seconds / 60:.0f} min'
 
 
 # the figure

@@ -7,6 +7,7 @@ When a point is taken and where a stretch ends is here; how much a point weighs 
 
 import secrets
 import shutil
+import time
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,29 +16,33 @@ from pathlib import Path
 import torch
 from fastai.learner import Learner, Recorder
 
-from .averaging import WeightAverage, all_finite, equal
-from .batchnorm import StatisticsWatch, tracked_bn
+from .averaging import WeightAverage, equal
+from .batches import Taken
+from .batchnorm import StatisticsWatch, tracked_bn, union
 from .checks import check_count
-from .choosing import candidates, choose, plot_choice
+from .choosing import candidates, choose, plot_choice, remark_on_choice, seconds_to_choose
+from .columns import write_below
 from .files import InUse, Lock
-from .fit_average import FitAverage
-from .fitting import FitCallback, SideWork, locked_for, no_fit
+from .fit_average import FitAverage, refuse_another_model
+from .fitting import FitCallback, SideWork, locked_for, no_fit, passed_callbacks
+from .kept_fit import KeptFit, folder_of_fit
 from .modules import clean_copy, in_train_mode, named_tensors, unwrap
 from .packing import pack, unpack
 from .passes import check_engine, refresh_bn
 from .processes import Processes
-from .stretches import FoldersIndex, Stretches, read_history, read_last, remains
+from .stretches import FoldersIndex, Stretches, read_history, remains
 from .views import lending
 from .walk import not_copied
 from .warn import warn
-from .weightings import Cuts, Segment, called, check_which, coefficients, missed, weighting
+from .weightings import Cuts, Segment, called, check_which
 from .weights import NoSolution, weights_of
 
 __all__ = ['WeightHistory']
 
 _BLOCK = 16  # points in a row that are summed in float32: the mean is then right to a few units in the last place
+_BN_BATCHES = 20  # that `choose` refreshes batch norm on
 _PENDING = 2**28  # bytes of finished stretches that may wait in memory for the end of an epoch
-_FAR = 0.05  # share of an average's way from the last weights, from which on missing it is said
+_LITTLE = 0.01  # of the time that training took since the last writing: so long may writing take at once
 _COUNTS = 'n_batches_before', 'n_batches_an_epoch', 'place'  # fields of `_Fit` that are in checkpoints
 
 
@@ -56,6 +61,8 @@ class _Fit:
     is_resumed: bool = False  # does it go on from a checkpoint?
     epoch: int = -1  # the one under way
     is_in_epoch: bool = False  # is its training part under way?
+    was_cut: bool = False  # did a callback end that?
+    validation_cut: bool = False  # or its validation?
     n_batches: int = 0  # trained in this epoch so far
     n_batches_before: int = 0  # in the epochs before
     n_batches_an_epoch: int = 0  # in the one before; 0: there was none
@@ -65,42 +72,11 @@ class _Fit:
     has_said_infinite: bool = False
     named_by_state: list = field(default_factory=list)  # the files that the latest `state_dict` names
     named_by_checkpoint: list = field(default_factory=list)  # those that a checkpoint names which was written
-
-
-@dataclass
-class _Done:
-    "A fit that is over."
-
-    index: FoldersIndex
-    stretches: Stretches
-    learner: weakref.ref
-    last: dict | None = None  # the last weights and buffers, in the host's memory; `None`: in the folder
-
-    def last_weights(self) -> dict:
-        """Name -> tensor. Of a fit that was killed there are none, and the learner's stand for them."""
-        if self.last is not None:
-            return self.last
-        if self.index.last is not None:
-            return read_last(self.stretches.folder, self.index.last)
-        return weights_of(self.learner().model)
-
-    def weighting(self, which: dict):
-        return weighting(which, self.stretches.n_points, self.index.epochs, self.index.every)
-
-    def missed(self, which: dict) -> float:
-        return missed(self.weighting(which), self.stretches.ends) if which else 0.0
-
-    # for checkpoints: a fit before the one that goes on
-
-    def state_dict(self) -> dict:
-        return {'index': dict(vars(self.index)), 'stretches': self.stretches.state_dict(), 'last': self.last}
-
-    @classmethod
-    def from_state(cls, state: dict, folder: Path | None, learn: Learner) -> '_Done':
-        index = FoldersIndex(**state['index'])
-        stretches = Stretches(Cuts(index.n_segments, index.n_epoch, None), folder)
-        stretches.load_state_dict(state['stretches'])
-        return cls(index, stretches, weakref.ref(learn), state['last'])
+    written_at: float = field(default_factory=time.perf_counter)  # when means were written last, in seconds
+    seconds_a_file: float | None = None  # that writing took then; `None`: not known yet
+    began_at: float = 0.0  # when the training part, or the validation, of the latest epoch began
+    seconds_a_batch: float = 0.0  # of training, in the latest epoch
+    seconds_of_validation: float = 0.0  # of the latest epoch
 
 
 class WeightHistory(FitCallback):
@@ -115,8 +91,10 @@ class WeightHistory(FitCallback):
       spent on its end, where averages differ most (`weightings.Cuts`). Averages over whole stretches are
       exact; how far others are missed is known beforehand (`error`).
     - Memory: two sets of weights beside the model's, and with `folder=None` one in the host's memory for each
-      stretch; else files: `n_segments + 1` times the size of the weights, which is said before the first
-      step.
+      stretch (and in each checkpoint); else files: `n_segments + 1` times the size of the weights, which is said
+      before the first step. `dtype=torch.bfloat16` or `torch.float16` halves that; DTYPE_ERROR.
+    - Of several processes the first one writes. What cannot be written, or would cost noticeably beside a step,
+      waits in memory for the end of the epoch.
     - A second fit of the same object is a history of its own, in `fit-2` within the folder, and so on.
       Methods mean the latest fit; `WeightHistory.load(folder, learn)` reads a folder.
 
@@ -132,7 +110,7 @@ class WeightHistory(FitCallback):
     order = Recorder.order + 7  # after the columns of averages and of snapshots
     remove_on_fetch = True
     # an export carries the settings, not the weights
-    _stateattrs = '_fit', '_done', '_cached', 'chosen', 'table', '_n_fits'
+    _stateattrs = '_fit', '_kept', '_elsewhere', '_cached', 'chosen', 'table', '_n_fits'
 
     def __init__(
         self,
@@ -150,34 +128,44 @@ class WeightHistory(FitCallback):
         self.overwrite = overwrite
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f'dtype must be a floating-point torch.dtype or None, not {dtype!r}')
+        if dtype is not None and dtype.itemsize < 2:
+            raise ValueError(f'dtype must have 16 bits at least, such as torch.bfloat16, not {dtype!r}')
         self.dtype = dtype
         self._init_state()
 
     def _init_state(self):
         super()._init_state()
         self._fit = None
-        self._done = None  # the `_Done` of the latest fit
+        self._kept = None  # the `KeptFit` of the latest fit
+        self._elsewhere = None  # its folder and learner, where another process has written it
         self._cached = None  # which average was made last, and the `FitAverage`
         self._n_fits = 0  # so far
         self.chosen = None  # the keywords of the average that `choose` found; {}: the last weights
         self.table = None  # what `choose` compared
 
+    def __deepcopy__(self, memo):
+        "With the settings and what was kept, which is of the learner's copy where that is copied with it."
+        res = super().__deepcopy__(memo)
+        res._n_fits = self._n_fits
+        res.chosen = self.chosen
+        res.table = self.table
+        if self._kept is not None:
+            res._kept = self._kept.copied(memo)
+        return res
+
     @classmethod
     def load(cls, folder, learn: Learner) -> 'WeightHistory':
         """The history in `folder`, or the latest one where several fits wrote there, for the model and data of
-        `learn`.
+        `learn`, which the caller keeps.
 
         Raises `FileNotFoundError` or `ValueError`, naming it, if there is none that can be read; files of means are
         looked at when they are used.
         """
         folder = Path(folder).resolve()
-        number = 1
-        while _folder_of(folder, number + 1).is_dir():
-            number += 1
-        index, stretches = read_history(_folder_of(folder, number))
-        res = cls(folder, index.n_segments, index.every)
+        kept, number = KeptFit.read(folder, weakref.ref(learn))
+        res = cls(folder, kept.index.n_segments, kept.index.every)
         res._n_fits = number
-        res._done = _Done(index, stretches, weakref.ref(learn))
+        res._kept = kept
         return res
 
     # any average of it
@@ -198,24 +186,13 @@ class WeightHistory(FitCallback):
 
         Raises `TypeError` or `ValueError`, naming it, for an unknown or empty average; `RuntimeError` before any fit.
         """
-        done = self._known()
-        which = self._which(which)
-        if not which:
-            return dict(done.last_weights())
-        far = done.missed(which)
-        if far > _FAR:
-            warn(
-                f'{called(which)} is missed by about {100 * far:.0f} % of its way from the last weights: a larger '
-                'n_segments keeps more of the fit',
-            )
-        return self._average(done, which)
+        return self._known().average(self._which(which))
 
     def error(self, **which) -> float:
         """How far the kept means miss an average, as a share of its way from the last weights, if the weights walked at
         random: 0 for a mean of whole stretches. Arguments and errors as for `average`.
         """
-        done = self._known()
-        return done.missed(self._which(which))
+        return self._known().missed(self._which(which))
 
     @contextmanager
     def averaged(self, **which):
@@ -250,26 +227,26 @@ class WeightHistory(FitCallback):
 
     def solutions(self) -> dict:
         "The chosen average, called 'average': so `rays`, `Curve` and `Ensemble` take the history itself."
-        if self._done is None or self.chosen is None:
+        if self._kept is None or self.chosen is None:
             raise NoSolution('average', 'is not chosen yet: call choose(), or pass history.average(last=.25)')
         return {'average': self.average()}
 
     def __repr__(self):
-        if self._done is None:
+        if self._kept is None:
             where = 'the host\'s memory' if self.folder is None else str(self.folder)
             return f'WeightHistory: nothing kept yet; up to {self.n_segments} means in {where}'
-        done = self._done
+        kept = self._kept
         chosen = '' if self.chosen is None else f'; chosen: {called(self.chosen)}'
         return (
-            f'WeightHistory: {done.stretches.n_points} points in {len(done.stretches.segments)} means, '
-            f'{len(done.index.epochs)} epochs{chosen}; use it within `averaged(last=.25)`, or let `choose()` find one'
+            f'WeightHistory: {kept.stretches.n_points} points in {len(kept.stretches.segments)} means, '
+            f'{len(kept.index.epochs)} epochs{chosen}; use it within `averaged(last=.25)`, or let `choose()` find one'
         )
 
     def choose(
         self,
         by: str = 'valid_loss',  # column to choose by: the loss, or a metric of the learner
         dl=None,  # loader of the samples to choose on; default: the validation set
-        bn_batches: int = 20,  # training batches that batch norm is refreshed on, the same for all averages
+        bn_batches: int = _BN_BATCHES,  # training batches that batch norm is refreshed on, the same for all averages
         comp=None,  # np.less or np.greater; default: less for a loss or an error, else greater
         ends: bool = True,  # also windows that end before the fit's end?
     ):
@@ -286,17 +263,33 @@ class WeightHistory(FitCallback):
         generators and recorder stay as they were. Raises `ValueError` for a column that is not there or without a
         validation set, `RuntimeError` before any fit, or in several processes.
         """
-        done, learn = self._known(), self._learner()
+        kept, learn = self._known(), self._learner()
         check_count('bn_batches', bn_batches, optional=True)
         if Processes(learn).size > 1:
             raise RuntimeError('choose() validates in one process: call it outside of distrib_ctx')
-        found = candidates(done.stretches.ends, done.index.epochs, self.every, ends)
-        found = [c for c in found if done.missed(c.which) <= _FAR]
-        with done.stretches.cached():
-            self.table, best, sentence = choose(learn, found, self._lent, by, dl, bn_batches, comp)
-        self.chosen = best
+        average = FitAverage.begin(learn, equal, None, None)
+
+        def lent(which, training):
+            return self._lent(average, which, training)
+
+        validated = Taken(*kept.index.validated)
+        taken = Taken(*kept.index.taken)
+        with kept.stretches.cached():
+            found = self._comparable(kept, ends)
+            self.table, self.chosen, sentence = choose(learn, found, lent, by, dl, bn_batches, comp, taken, validated)
         print(sentence)
         return self.table
+
+    def _comparable(self, kept: KeptFit, ends: bool) -> list:
+        "The averages that `choose` compares; those with a segment that cannot be read are left out, which is said."
+        faults = kept.stretches.faults()
+        if faults:
+            warn(f'{"; ".join(faults.values())}: averages with that are left out')
+        lost = [i for i, s in enumerate(kept.stretches.segments) if s.is_lost]
+        found = candidates(kept.stretches.ends, kept.epochs, kept.index.every, ends)
+        found = [c for c in found if kept.is_near(c.which)]
+        found = [c for c in found if kept.share_of(c.which, lost) < 1e-9]
+        return [c for c in found if kept.share_of(c.which, faults) == 0]
 
     def plot(self, axs=None):
         """What `choose` found: the column chosen by, over start and end of the window; and along the windows that end
@@ -310,11 +303,12 @@ class WeightHistory(FitCallback):
     # the events of a fit
 
     def before_fit(self):
-        processes = Processes(self.learn)
-        index = FoldersIndex(
-            processes.first(secrets.token_hex, 8), self.every, n_segments=self.n_segments, n_epoch=self.learn.n_epoch
-        )
-        stretches = Stretches(Cuts(self.n_segments, self.learn.n_epoch, None), self._folder_of_fit(), self.dtype)
+        learn = self.learn
+        processes = Processes(learn)
+        index = FoldersIndex(processes.first(secrets.token_hex, 8), self.every, self.n_segments, learn.n_epoch)
+        keeps_means = processes.rank == 0 or self.folder is None
+        cuts = Cuts(self.n_segments, learn.n_epoch, None)
+        stretches = Stretches(cuts, self._folder_of_fit(), self.dtype, keeps_means)
         self._fit = _Fit(processes, index, stretches)
 
     def before_epoch(self):
@@ -325,9 +319,11 @@ class WeightHistory(FitCallback):
         if not fit.has_begun:
             self._begin_first_epoch()
         fit.is_in_epoch = True
+        fit.was_cut = fit.validation_cut = False
         fit.n_batches = 0
         with fit.side.attempt('preparing an epoch of the weight history', 'its batch norm may be of other weights'):
             fit.watch = StatisticsWatch(unwrap(learn.model))
+        fit.began_at = time.perf_counter()
 
     def after_cancel_step(self):
         self._fit.step_cancelled = True  # the scaler of mixed precision skipped it
@@ -344,22 +340,46 @@ class WeightHistory(FitCallback):
                 self._add_point()
 
     def after_batch(self):
+        fit = self._fit
         if self.training:
-            self._fit.n_batches += 1
+            fit.n_batches += 1
+        elif not fit.is_in_epoch:
+            fit.seconds_of_validation = time.perf_counter() - fit.began_at
+
+    def after_cancel_train(self):
+        self._fit.was_cut = True
 
     def after_train(self):
-        self._end_epoch()
+        self._end_epoch(was_cut=self._fit.was_cut)
+
+    def before_validate(self):
+        if not self._fit.is_in_epoch:
+            self._fit.began_at = time.perf_counter()
+
+    def after_cancel_validate(self):
+        self._fit.validation_cut = True
+
+    def after_validate(self):
+        fit = self._fit
+        if not fit.is_in_epoch:  # else of a callback that validates while training goes on
+            fit.index.validated = _with_epoch(fit.index.validated, self.learn.iter + 1, fit.validation_cut)
 
     def after_cancel_epoch(self):
         self._end_epoch()
 
-    def over(self):
+    def after_fit(self):
         fit = self._fit
         self._end_epoch()
+        self._close()
+        fit.processes.gather(None)  # what the first one has written can be read by the others now
+        with fit.side.attempt('saying what the weight history can do'):
+            self._say_what_can_be_compared()
+
+    def over(self):
+        fit = self._fit
+        self._end_epoch(alone=True)
         try:
-            if fit.has_begun and fit.running is not None:
-                with fit.side.attempt('closing the weight history', 'its end is missing'):
-                    self._close()
+            self._close()
         finally:
             if fit.lock is not None:
                 fit.lock.release()
@@ -369,19 +389,18 @@ class WeightHistory(FitCallback):
 
     def _begin_first_epoch(self):
         fit, learn = self._fit, self.learn
-        fit.has_begun = True
         check_engine(learn)
         if fit.running is None:
             fit.running = self._new_mean()
-        if fit.processes.rank == 0:
-            self._say_size()
-        if self.folder is not None:
-            fit.processes.first(self._claim)
+        fit.processes.first(self._prepare)
+        fit.has_begun = True
         self._forget()
+        fit.written_at = time.perf_counter()
 
     def _forget(self):
         "Of an earlier fit."
-        self._done = None
+        self._kept = None
+        self._elsewhere = None
         self._cached = None
         self.chosen = None
         self.table = None
@@ -393,17 +412,23 @@ class WeightHistory(FitCallback):
         return res
 
     def _folder_of_fit(self) -> Path | None:
-        return None if self.folder is None else _folder_of(self.folder, self._n_fits + 1)
+        return None if self.folder is None else folder_of_fit(self.folder, self._n_fits + 1)
+
+    def _prepare(self):
+        self._say_size()
+        if self.folder is not None:
+            self._claim()
 
     def _say_size(self):
         "How much the history may take. Raises `OSError` if the disk has less."
         fit = self._fit
         if fit.is_resumed:
             return
-        size = (self.n_segments + 1) * _n_bytes(unwrap(self.learn.model), self.dtype)
+        size = _n_bytes(unwrap(self.learn.model), self.dtype, self.n_segments)
         folder = fit.stretches.folder
         where = 'in the host\'s memory' if folder is None else f'in {folder}'
-        print(f'WeightHistory: up to {self.n_segments + 1} sets of weights, {_readable(size)}, {where}')
+        said = f'WeightHistory: up to {self.n_segments + 1} sets of weights, {_readable(size)}, {where}'
+        write_below(self.learn, [said])
         if folder is not None:
             free = shutil.disk_usage(_nearest(folder)).free
             if free < size:
@@ -420,20 +445,32 @@ class WeightHistory(FitCallback):
         except OSError as e:
             raise ValueError(f'folder {folder} cannot be made: {e}') from None
         try:
-            fit.lock = locked_for(self, folder)
+            fit.lock = locked_for(self, self.folder)
         except InUse:
-            raise InUse(f'another run is writing its history to {folder}: wait for it, or give each a folder') from None
-        there = remains(folder)
-        if there.files and there.id != fit.index.id:
-            if not self.overwrite:
+            raise InUse(
+                f'another run is writing its history to {self.folder}: wait for it, or give each a folder'
+            ) from None
+        there = {f: remains(f) for f in [folder, *self._later_folders()]}
+        for f, left in there.items():
+            is_others = left.files and left.id != fit.index.id and not left.is_history_of_nothing
+            if is_others and not self.overwrite:
                 raise ValueError(
-                    f'folder {folder} holds another fit ({", ".join(there.files[:3])} ...): give another one, or pass '
+                    f'folder {f} holds another fit ({", ".join(left.files[:3])} ...): give another one, or pass '
                     'overwrite=True'
                 )
-            there.remove(folder)
-        if fit.is_resumed:
-            there.remove(folder, but=[s.file for s in fit.stretches.segments] + fit.stretches.superseded)
+        named = [s.file for s in fit.stretches.segments] + fit.stretches.superseded
+        for f, left in there.items():
+            left.remove(f, but=named if f == folder and left.id == fit.index.id else ())
         fit.index.write(fit.stretches)  # from now on what is written there is known to be of this fit
+
+    def _later_folders(self) -> list[Path]:
+        "Those of the fits that would come after this one."
+        res = []
+        number = self._n_fits + 2
+        while folder_of_fit(self.folder, number).is_dir():
+            res.append(folder_of_fit(self.folder, number))
+            number += 1
+        return res
 
     # points and stretches
 
@@ -460,25 +497,41 @@ class WeightHistory(FitCallback):
     def _cut(self):
         "The stretch under way ends."
         fit = self._fit
-        mean = _on_host(fit.running)
-        if not all_finite(mean.values()):
-            mean = None
+        is_finite = fit.stretches.add(fit.open, _on_host(fit.running))
+        if not is_finite:
             self._say_infinite()
-        fit.stretches.add(fit.open, mean)
         fit.open = Segment(0, 0.0)
         fit.running.n_averaged = 0  # the next point is taken whole
-        if self.folder is not None and fit.stretches.n_bytes_in_memory > _PENDING:
+        if self._is_to_be_written():
             self._write()
 
-    def _end_epoch(self):
+    def _is_to_be_written(self) -> bool:
+        "Now, and not at the end of the epoch: would it cost little, or is too much waiting?"
+        fit = self._fit
+        stretches = fit.stretches
+        if self.folder is None or not stretches.keeps_means:
+            return False
+        if stretches.n_bytes_in_memory > _PENDING:
+            return True
+        cost = writing_seconds(stretches.n_in_memory, stretches.n_bytes_in_memory, fit.seconds_a_file)
+        return cost < _LITTLE * (time.perf_counter() - fit.written_at)
+
+    def _end_epoch(self, was_cut=True, alone=False):
+        """The training part of an epoch is over.
+
+        - `alone`: other processes, if there are any, are not asked; they may be elsewhere, as after an error.
+        """
         fit = self._fit
         if not fit.is_in_epoch:
             return
         fit.is_in_epoch = False
         fit.n_batches_before += fit.n_batches
         fit.n_batches_an_epoch = fit.n_batches or fit.n_batches_an_epoch
+        fit.index.taken = _with_epoch(fit.index.taken, fit.n_batches, was_cut)
+        if fit.n_batches:
+            fit.seconds_a_batch = (time.perf_counter() - fit.began_at) / fit.n_batches
         with fit.side.attempt('closing an epoch of the weight history', 'its batch norm may be of other weights'):
-            self._note_statistics()
+            self._note_statistics(alone)
         with fit.side.attempt('closing an epoch of the weight history', 'a stretch may go beyond it'):
             if fit.stretches.cuts.keeps_epochs:
                 if fit.open.n:
@@ -486,56 +539,82 @@ class WeightHistory(FitCallback):
                 if fit.stretches.segments:
                     fit.stretches.segments[-1].ends_epoch = True
             fit.index.epochs.append([fit.epoch, fit.stretches.n_points + fit.open.n])
-            if self.folder is not None:
-                self._write()
+            self._write()
 
-    def _note_statistics(self):
+    def _note_statistics(self, alone):
         fit = self._fit
-        model = unwrap(self.learn.model)
-        moved = fit.watch.moved() if fit.watch is not None and fit.n_batches else None
+        moved = None
+        with fit.side.attempt('looking at batch norm', 'it may be of other weights'):
+            if fit.watch is not None and fit.n_batches:
+                moved = fit.watch.moved()
         fit.watch = None
-        if moved is not None:
-            fit.index.bn = moved
+        of_all = [moved] if alone else fit.processes.gather(moved)
+        known = [names for names in of_all if names is not None]
+        if known:
+            fit.index.bn = union(known)
         elif not fit.index.bn:
-            fit.index.bn = list(tracked_bn(model))
+            fit.index.bn = list(tracked_bn(unwrap(self.learn.model)))
 
     def _write(self):
         "Write the means that are in memory, and the index; what fails is said, and tried again later."
         fit = self._fit
+        if self.folder is None or not fit.stretches.keeps_means:
+            return
         with fit.side.attempt('writing the weight history', 'it stays in memory'):
-            if fit.processes.rank:
-                fit.stretches.leave_to_first()
-                return
+            began = time.perf_counter()
+            n_files = fit.stretches.n_in_memory
             fit.stretches.write()
             fit.index.write(fit.stretches)
             fit.stretches.remove_superseded(but=fit.named_by_checkpoint)
+            fit.written_at = time.perf_counter()
+            if n_files:
+                fit.seconds_a_file = (fit.written_at - began) / n_files
 
     def _close(self):
         "The fit is over."
         fit = self._fit
-        if fit.open.n:
-            self._cut()
+        if not fit.has_begun or fit.running is None:
+            return
+        with fit.side.attempt('closing the weight history', 'its end is missing'):
+            if fit.open.n:
+                self._cut()
         fit.running = None
         if not fit.stretches.segments:
             return
-        last = weights_of(self.learn.model)
-        fit.named_by_checkpoint = []
-        if self.folder is not None:
-            self._write()
-            with fit.side.attempt('writing the last weights', 'they stay in memory'):
-                if fit.processes.rank == 0:
-                    fit.index.write_last(fit.stretches, last)
-                last = None
-        self._done = _Done(fit.index, fit.stretches, weakref.ref(self.learn), last)
+        of = weakref.ref(self.learn)
+        if fit.stretches.keeps_means:
+            self._kept = KeptFit(fit.index, fit.stretches, of, weights_of(self.learn.model))
+            self._write_last()
+        else:
+            self._elsewhere = fit.stretches.folder, of
         self._n_fits += 1
+
+    def _write_last(self):
+        fit = self._fit
+        if self.folder is None:
+            return
+        self._write()
+        with fit.side.attempt('writing the last weights', 'they stay in memory'):
+            fit.index.write_last(fit.stretches, self._kept.last)
+            self._kept.last = None
 
     def _say_infinite(self):
         fit = self._fit
         if not fit.has_said_infinite and fit.processes.rank == 0:
-            warn(
-                f'weights in epoch {fit.epoch} are not finite: stretches with such are left out of the history',
-            )
+            warn(f'weights in epoch {fit.epoch} are not finite: stretches with such are left out of the history')
         fit.has_said_infinite = True
+
+    def _say_what_can_be_compared(self):
+        fit, kept = self._fit, self._kept
+        if kept is None:
+            return
+        found = candidates(kept.stretches.ends, kept.epochs, self.every)
+        n = sum(kept.is_near(c.which) for c in found)
+        n_bn = min(_BN_BATCHES, fit.n_batches_an_epoch) if kept.index.bn else 0
+        seconds = seconds_to_choose(n, fit.seconds_of_validation, fit.seconds_a_batch, n_bn)
+        is_passed = any(cb is self for cb in passed_callbacks(self.learn))
+        call = 'history' if is_passed else f'learn.{self.name}'
+        write_below(self.learn, [remark_on_choice(n, seconds, call)])
 
     # for checkpoints
 
@@ -543,24 +622,30 @@ class WeightHistory(FitCallback):
         return {'n_segments': self.n_segments, 'every': self.every, 'dtype': str(self.dtype)}
 
     def after_checkpoint(self):
-        "The checkpoint with the latest `state_dict` is written: files that only an older one names may go."
+        """The checkpoint with the latest `state_dict` is written, or the fit is over and its checkpoint gone: files
+        that only an older one names may go.
+        """
         fit = self._fit
         if fit is not None:
             fit.named_by_checkpoint = fit.named_by_state
-            if self.folder is not None and fit.processes.rank == 0:
-                fit.stretches.remove_superseded(but=fit.named_by_checkpoint)
+            stretches = fit.stretches
+        elif self._kept is not None:
+            stretches = self._kept.stretches
+        else:
+            return
+        if self.folder is not None and stretches.keeps_means:
+            stretches.remove_superseded(but=[] if fit is None else fit.named_by_checkpoint)
 
     def state_dict(self) -> dict:
-        res = {'n_fits': self._n_fits, 'chosen': pack(self.chosen), 'fit': None, 'done': None}
-        if self._done is not None:
-            res['done'] = self._done.state_dict()
+        res = {'n_fits': self._n_fits, 'chosen': pack(self.chosen), 'fit': None, 'kept': None}
+        if self._kept is not None:
+            res['kept'] = self._kept.state_dict()
         fit = self._fit
         if fit is None:
             return res
-        fit.named_by_state = [s.file for s in fit.stretches.segments if s.file]
-        fit.named_by_state += fit.stretches.superseded
+        fit.named_by_state = _names_of_files(fit.stretches)
         res['fit'] = {
-            'index': dict(vars(fit.index)),
+            'index': fit.index.state_dict(),
             'stretches': fit.stretches.state_dict(),
             'open': [fit.open.n, fit.open.wanted],
             'running': pack(fit.running.state_dict()) if fit.open.n else None,
@@ -569,45 +654,61 @@ class WeightHistory(FitCallback):
         return res
 
     def load_state_dict(self, state: dict):
-        """Take over a `state_dict`. Raises `ValueError` if one of its files is missing, or the folder is another fit's
-        by now.
+        """Take over a `state_dict`. Raises `ValueError` if it is none, if one of its files is missing, or if the folder
+        is another fit's by now.
         """
-        self._n_fits = state['n_fits']
-        self.chosen = unpack(state['chosen'])
-        self._done = None
-        if state['done'] is not None:
-            folder = None if self.folder is None else _folder_of(self.folder, self._n_fits)
-            self._done = _Done.from_state(state['done'], folder, self.learn)
-        fit, saved = self._fit, state['fit']
-        if fit is None or saved is None:
-            return
-        fit.stretches.folder = self._folder_of_fit()
-        n_epoch = fit.index.n_epoch
-        vars(fit.index).update(saved['index'])
-        fit.index.n_epoch = n_epoch  # it may be a longer fit by now
-        self._refuse_foreign(fit.stretches.folder, fit.index.id)
-        fit.stretches.load_state_dict(saved['stretches'])
-        fit.open = Segment(*saved['open'])
+        self._n_fits = _count(state['n_fits'])
+        chosen = unpack(state['chosen'])
+        self.chosen = check_which(chosen) if chosen else chosen
+        self._kept = None
+        self._elsewhere = None
+        if state['kept'] is not None:
+            self._take_kept(state['kept'])
+        if self._fit is not None and state['fit'] is not None:
+            self._take_fit(state['fit'])
+
+    def _take_kept(self, saved):
+        "Of an earlier fit."
+        folder = None if self.folder is None else folder_of_fit(self.folder, self._n_fits)
+        if folder is not None and Processes(self.learn).rank:
+            self._elsewhere = folder, weakref.ref(self.learn)
+        else:
+            self._kept = KeptFit.from_state(saved, self.every, self.n_segments, folder, self.learn)
+
+    def _take_fit(self, saved):
+        "Of the one that goes on."
+        fit = self._fit
+        stretches = fit.stretches
+        stretches.folder = self._folder_of_fit()
+        fit.index.load_state_dict(saved['index'])
+        if stretches.keeps_means and stretches.folder is not None:
+            if remains(stretches.folder).id not in (None, fit.index.id):
+                raise ValueError(
+                    f'folder {stretches.folder} holds another fit by now, not what this one wrote before it was '
+                    'interrupted'
+                )
+        stretches.load_state_dict(saved['stretches'])
+        fit.named_by_checkpoint = _names_of_files(stretches)
+        n, wanted = saved['open']
+        fit.open = Segment(_count(n), float(wanted))
         fit.running = self._new_mean()
         if saved['running'] is not None:
             fit.running.load_state_dict(unpack(saved['running']))
         for name in _COUNTS:
-            setattr(fit, name, saved[name])
+            setattr(fit, name, _count(saved[name]))
         fit.is_resumed = True
-
-    def _refuse_foreign(self, folder, fit_id):
-        if folder is not None and remains(folder).id not in (None, fit_id):
-            raise ValueError(
-                f'folder {folder} holds another fit by now, not what this one wrote before it was interrupted'
-            )
 
     # averages
 
-    def _known(self) -> '_Done':
+    def _known(self) -> KeptFit:
         self.clean_up()
-        if self._done is None:
+        if self._kept is None and self._elsewhere is not None:
+            folder, of = self._elsewhere
+            index, stretches = read_history(folder)
+            self._kept = KeptFit(index, stretches, of)
+        if self._kept is None:
             raise RuntimeError('there is no history yet: pass it to a fit, as in learn.fit(10, cbs=history)')
-        return self._done
+        return self._kept
 
     def _learner(self) -> Learner:
         learn = self._known().learner()
@@ -623,35 +724,32 @@ class WeightHistory(FitCallback):
             raise ValueError('say which average, such as last=.25, or call choose() first, which finds one')
         return self.chosen
 
-    def _average(self, done, which) -> dict:
-        res = dict(done.last_weights())
-        shares = coefficients(done.weighting(which), done.stretches.ends)
-        dtypes = {name: t.dtype for name, t in res.items() if isinstance(t, torch.Tensor)}
-        mean, lost = done.stretches.average(shares, dtypes)
-        if lost > 1e-9:
-            warn(
-                f'{100 * lost:.0f} % of {called(which)} is of weights that were not finite, and left out',
-            )
-        return res | mean
-
     def _made(self, which: dict) -> FitAverage:
         "The average, in a module that can be lent; the latest one is kept."
-        key = called(which)
-        if self._cached is None or self._cached[0] != key:
-            done, learn = self._known(), self._learner()
-            average = FitAverage.begin(learn, equal, None, None)
-            state = self._average(done, which) if which else dict(done.last_weights())
-            average.running.load_state_dict({'swa_model': state, 'n_averaged': 1, 'master': {}})
-            average.bn = list(done.index.bn)
-            average.stale = bool(average.bn) and bool(which)  # of the last weights they are the last step's
-            self._cached = key, average
+        if self._cached is None or self._cached[0] != which:
+            average = FitAverage.begin(self._learner(), equal, None, None)
+            self._fill(average, which)
+            self._cached = which, average
         return self._cached[1]
 
+    def _fill(self, average: FitAverage, which: dict):
+        "Put the weights of an average there."
+        kept, learn = self._known(), self._learner()
+        state = {'swa_model': kept.average(which), 'n_averaged': 1, 'master': {}}
+        refuse_another_model(state, learn.model)
+        average.running.load_state_dict(state)
+        average.bn = list(kept.index.bn)
+        average.taken = Taken(*kept.index.taken)
+        are_last = not which and kept.came_to_its_end  # their statistics are the last step's
+        average.stale = bool(average.bn) and not are_last
+
     @contextmanager
-    def _lent(self, which: dict, dl):
-        "Within this context the learner's model has that average, with batch norm refreshed on `dl`."
+    def _lent(self, average: FitAverage, which: dict, dl):
+        """Within this context the learner's model has that average, which is put into `average`, with batch norm
+        refreshed on `dl`.
+        """
         learn = self._learner()
-        average = self._made(which)
+        self._fill(average, which)
         with average.running.lent_to(learn.model):
             if average.stale:
                 refresh_bn(learn, average.bn, None, in_fit=False, dl=dl)
@@ -660,15 +758,27 @@ class WeightHistory(FitCallback):
     def _refresh(self, learn, average):
         if not average.stale:
             return
-        moments = refresh_bn(learn, average.bn, None, in_fit=False)
+        moments = refresh_bn(learn, average.bn, None, in_fit=False, taken=average.taken)
         for sentence in moments.remarks.values():
             warn(sentence)
         average.stale = False
 
 
-def _folder_of(folder: Path, number: int) -> Path:
-    "Where the fit of that number, from 1, keeps its files."
-    return folder if number == 1 else folder / f'fit-{number}'
+def _names_of_files(stretches: Stretches) -> list[str]:
+    return [s.file for s in stretches.segments if s.file is not None] + stretches.superseded
+
+
+def _with_epoch(taken: list, n_batches: int, was_cut: bool) -> list:
+    "What the epochs of a fit took of a loader, with one more."
+    res = Taken(*taken)
+    res.add(n_batches, was_cut)
+    return [res.n, res.reached_end]
+
+
+def _count(n) -> int:
+    if type(n) is not int or n < 0:
+        raise ValueError(f'the state of a WeightHistory has a count that is none: {n!r}')
+    return n
 
 
 def _on_host(running: WeightAverage) -> dict:
@@ -683,12 +793,25 @@ def _on_host(running: WeightAverage) -> dict:
         return {name: copies[id(p)] for name, p in params.items()}
 
 
-def _n_bytes(model, dtype) -> int:
-    "Of a set of weights."
-    sizes = [
-        p.element_size() if dtype is None or not p.is_floating_point() else dtype.itemsize for p in model.parameters()
-    ]
-    return sum(p.numel() * size for p, size in zip(model.parameters(), sizes))
+def writing_seconds(n_files: int, n_bytes: int, seconds_a_file: float | None) -> float:
+    "About how long it takes to write so many files, of so many bytes together: as the last ones took, if known."
+    if seconds_a_file is not None:
+        return n_files * seconds_a_file
+    return n_files * _SLOW_FILE + n_bytes / _SLOW_DISK
+
+
+_SLOW_FILE = 1.0  # seconds
+_SLOW_DISK = 1e8  # bytes a second
+
+
+def _n_bytes(model, dtype, n_segments: int) -> int:
+    "Of so many means, as they are stored, and of the last weights."
+    means = 0
+    last = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    for p in model.parameters():
+        stored = torch.promote_types(p.dtype, torch.float32) if dtype is None else dtype
+        means += p.numel() * (stored.itemsize if p.is_floating_point() else p.element_size())
+    return n_segments * means + last
 
 
 def _readable(n_bytes: float) -> str:

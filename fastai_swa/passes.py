@@ -241,12 +241,19 @@ def _is_frozen_by_callback(layer) -> bool:
 # batches for several passes, and a comparison
 
 
-def kept_batches(learn, n_batches: int | None = None, train: bool = True) -> KeptBatches:
+def _validation_loader(learn, taken):
+    return as_an_epoch(fresh_loader(learn.dls[1]), taken)
+
+
+def kept_batches(learn, n_batches: int | None = None, train: bool = True, taken: Taken | None = None) -> KeptBatches:
     """Of the training set, each sample once, or `n_batches` of it; or of the validation set: for
-    several passes over the same.
+    several passes over the same. `taken`: as for `refresh_bn`, or `validate_aside`.
     """
     _check_repeatable(learn, _TRAINING if train else _VALIDATION)
-    make = partial(training_loader, learn, n_batches) if train else lambda: as_an_epoch(fresh_loader(learn.dls[1]))
+    if train:
+        make = partial(training_loader, learn, n_batches, taken)
+    else:
+        make = partial(_validation_loader, learn, taken)
     with aside(learn):
         return KeptBatches(make)
 

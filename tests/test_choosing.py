@@ -25,7 +25,7 @@ def test_candidates_are_at_most_sixty_the_last_weights_first_and_windows_are_exa
     epochs[-1][1] = int(ends[-1])
     found = candidates(ends, epochs, 1)
     assert len(found) <= 60 and found[0].which == {}
-    assert {c.kind for c in found} == {'last', 'single', 'window', 'ema', 'power'}
+    assert {c.kind for c in found} == {'last', 'refreshed', 'single', 'window', 'ema', 'power'}
     history = WeightHistory()
     borders = {0, *ends.tolist()}
     for c in found:

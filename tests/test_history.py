@@ -47,7 +47,7 @@ def test_a_window_of_whole_epochs_is_the_float64_mean_of_the_weights_of_its_step
 
 def test_long_stretches_are_as_right_as_short_ones():
     learn, history, steps = kept(3, 4, learner(dls=loaders(n=1600, bs=4)))  # 400 steps an epoch
-    assert max(s.n for s in history._done.stretches.segments) == 400
+    assert max(s.n for s in history._kept.stretches.segments) == 400
     assert_is(history.average(epochs=(0, 3)), steps.mean(0, 3))
 
 
@@ -65,7 +65,7 @@ def test_long_stretches_are_as_right_as_short_ones():
 )
 def test_other_averages_equal_the_twins_within_a_few_times_the_error_said(which):
     _, history, steps = kept(n_segments=16)
-    got, want, last = history.average(**which), steps.weighted(history._done.weighting(which)), steps.weights[-1]
+    got, want, last = history.average(**which), steps.weighted(history._kept.weighting(which)), steps.weights[-1]
     gap = sum(((got[k].double() - want[k]) ** 2).sum() for k in want) ** 0.5
     way = sum(((last[k] - want[k]) ** 2).sum() for k in want) ** 0.5
     assert gap / way <= 5 * history.error(**which) + 1e-5  # weights that drift do worse than a random walk
@@ -73,7 +73,7 @@ def test_other_averages_equal_the_twins_within_a_few_times_the_error_said(which)
 
 def test_with_every_only_each_so_manyth_real_step_is_a_point():
     _, history, steps = kept(every=4)
-    assert history._done.stretches.n_points == 48 // 4
+    assert history._kept.stretches.n_points == 48 // 4
     want = [steps.weights[i] for i in range(3, 48, 4)]
     mean = {k: sum(w[k] for w in want) / len(want) for k in want[0]}
     assert_is(history.average(last=1), mean)
@@ -81,13 +81,13 @@ def test_with_every_only_each_so_manyth_real_step_is_a_point():
 
 def test_accumulated_batches_are_one_step():
     _, history, steps = kept(cbs=[GradientAccumulation(32)])
-    assert 0 < history._done.stretches.n_points == len(steps.weights) < 48
+    assert 0 < history._kept.stretches.n_points == len(steps.weights) < 48
     assert_is(history.average(last=1), steps.mean(0, 8))
 
 
 def test_more_epochs_than_borders_are_merged_and_all_steps_are_in_them():
     _, history, steps = kept(20, 6)
-    assert len(history._done.stretches.segments) <= 6 and history._done.stretches.n_points == 120
+    assert len(history._kept.stretches.segments) <= 6 and history._kept.stretches.n_points == 120
     assert_is(history.average(last=1), steps.mean(0, 20))
 
 
@@ -108,7 +108,7 @@ def test_a_model_in_low_precision_has_its_mean_made_in_float32():
             self.learn.pred = self.pred.float()
 
     learn, history, steps = kept(learn=learner(net(dropout=0).bfloat16(), cbs=Narrow()))
-    mean = history._done.stretches.mean_of(history._done.stretches.segments[0])
+    mean = history._kept.stretches.mean_of(history._kept.stretches.segments[0])
     assert mean['0.weight'].dtype is torch.float32
     assert history.average(last=1)['0.weight'].dtype is torch.bfloat16
 
@@ -227,7 +227,8 @@ def test_an_average_that_is_missed_says_by_how_much():
 
 def test_a_folder_is_read_by_another_learner(tmp_path):
     _, history, _ = kept(folder=tmp_path / 'h')
-    again = WeightHistory.load(tmp_path / 'h', learner())
+    other = learner()
+    again = WeightHistory.load(tmp_path / 'h', other)
     for which in ({'last': 0.3}, {'epochs': (1, 4)}, {'power': 0.2}):
         assert_same(again.average(**which), history.average(**which))
     with again.averaged(last=0.5) as learn:
@@ -245,9 +246,9 @@ def test_each_fit_of_one_object_has_a_history_of_its_own(tmp_path):
     learn, history, _ = kept(4, folder=tmp_path / 'h')
     first = history.average(last=0.5)
     learn.fit(6, cbs=history)
-    assert len(history._done.index.epochs) == 6
+    assert len(history._kept.index.epochs) == 6
     assert (tmp_path / 'h' / 'fit-2' / 'index.json').exists()
-    assert len(WeightHistory.load(tmp_path / 'h', learn)._done.index.epochs) == 6
+    assert len(WeightHistory.load(tmp_path / 'h', learn)._kept.index.epochs) == 6
     (tmp_path / 'h' / 'fit-2').rename(tmp_path / 'aside')
     assert_same(WeightHistory.load(tmp_path / 'h', learn).average(last=0.5), first)
 
@@ -260,7 +261,7 @@ def test_the_folder_of_another_fit_is_not_touched(tmp_path):
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
     (tmp_path / 'mine.txt').write_text('')
     _, history, _ = kept(3, folder=tmp_path, overwrite=True)
-    assert len(WeightHistory.load(tmp_path, learner())._done.index.epochs) == 3 and (tmp_path / 'mine.txt').exists()
+    assert len(WeightHistory.load(tmp_path, learner())._kept.index.epochs) == 3 and (tmp_path / 'mine.txt').exists()
 
 
 def test_files_without_an_index_are_not_overwritten(tmp_path):
@@ -353,12 +354,12 @@ def test_skipped_batches_are_no_points():
                 raise CancelBatchException
 
     _, history, steps = kept(cbs=[Skip()])
-    assert history._done.stretches.n_points == len(steps.weights) == 24
+    assert history._kept.stretches.n_points == len(steps.weights) == 24
 
 
 def test_validations_and_fits_within_the_fit_are_not_its_points():
     _, history, steps = kept(cbs=[At('before_epoch', 3, lambda cb: cb.learn.validate())])
-    assert history._done.stretches.n_points == 48
+    assert history._kept.stretches.n_points == 48
 
 
 # with a checkpoint
@@ -389,7 +390,7 @@ def test_a_killed_fit_goes_on_bitwise(tmp_path, n_segments, n_epoch, with_folder
     with pytest.raises(KeyboardInterrupt):
         fit('cut', stop_at=5)
     _, again = fit('cut')
-    assert again._done.stretches.ends.tolist() == whole._done.stretches.ends.tolist()
+    assert again._kept.stretches.ends.tolist() == whole._kept.stretches.ends.tolist()
     for which in ({'last': 0.3}, {'epochs': (0, n_epoch)}, {'ema': 0.9}):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')

@@ -19,7 +19,7 @@ FLOORS = [
     {'weight_formats'},
     {'outcome', 'packing', 'probabilities', 'weights', 'replay', 'views', 'plot', 'vision', 'histories'},
     {'averaging', 'batchnorm', 'walk', 'fitting', 'members', 'stretches'},
-    {'attributes', 'checkpoint_files', 'keeping', 'randomness', 'solutions', 'unaveraged'},
+    {'attributes', 'checkpoint_files', 'keeping', 'randomness', 'solutions', 'unaveraged', 'kept_fit'},
     {'state', 'aside'},
     {'batches', 'samples'},
     {'passes', 'ensemble', 'fit_average'},
@@ -179,6 +179,20 @@ def test_signatures_are_the_contract():
     defaults = [p.default for p in inspect.signature(fastai_swa.SWACallback).parameters.values()]
     assert defaults == [0.75, None, 1, 1, None, fastai_swa.equal, None, 'swa', None]
     assert list(inspect.signature(fastai_swa.WeightAverage).parameters) == ['model', 'weight', 'swa_model']
+    history = inspect.signature(fastai_swa.WeightHistory).parameters
+    assert list(history) == 'folder n_segments every overwrite dtype'.split()
+    assert [p.default for p in history.values()] == [None, 32, 1, False, None]
+    choose = list(inspect.signature(fastai_swa.WeightHistory.choose).parameters.values())[1:]
+    assert {p.name: p.default for p in choose} == {
+        'by': 'valid_loss',
+        'dl': None,
+        'bn_batches': 20,
+        'comp': None,
+        'ends': True,
+    }
+    assert list(inspect.signature(fastai_swa.WeightHistory.load).parameters) == ['folder', 'learn']
+    assert list(inspect.signature(fastai_swa.ema).parameters) == ['decay', 'warmup']
+    assert list(inspect.signature(fastai_swa.power_ema).parameters) == ['width']
     assert list(inspect.signature(fastai_swa.update_bn).parameters) == 'loader model device n_batches inputs'.split()
     from fastai.learner import Learner
 

@@ -15,6 +15,13 @@ def stretches(folder=None, n_segments=4, n_epoch=100, dtype=None):
     return Stretches(Cuts(n_segments, n_epoch, 1000), folder, dtype)
 
 
+ID = '0123456789abcdef'
+
+
+def index_of(**kwargs):
+    return FoldersIndex(ID, 1, 4, 100, **kwargs)
+
+
 def filled(folder=None, lengths=(3, 2, 5), **kwargs):
     "Segments of random points; and all the points."
     res, points = stretches(folder, **kwargs), []
@@ -73,10 +80,10 @@ def test_a_folder_holds_each_mean_in_a_file_and_reads_back(tmp_path):
     s, _ = filled(tmp_path)
     before = [x.mean['w'] for x in s.segments]
     s.write()
-    FoldersIndex('id', 1, 10, [[0, 10]]).write(s)
+    index_of(n_steps=10, epochs=[[0, 10]]).write(s)
     assert all(x.mean is None for x in s.segments)
     index, again = read_history(tmp_path)
-    assert index.id == 'id' and index.epochs == [[0, 10]] and again.ends.tolist() == [3, 5, 10]
+    assert index.id == ID and index.epochs == [[0, 10]] and again.ends.tolist() == [3, 5, 10]
     for segment, mean in zip(again.segments, before):
         assert torch.equal(again.mean_of(segment)['w'], mean)
 
@@ -141,7 +148,7 @@ def test_a_damaged_segment_is_named_and_the_others_stay_usable(tmp_path):
 def test_an_index_that_is_none_is_refused_in_one_sentence(tmp_path, change):
     s, _ = filled(tmp_path)
     s.write()
-    FoldersIndex('id', 1).write(s)
+    index_of().write(s)
     file = tmp_path / 'index.json'
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     with pytest.raises(ValueError, match='index.json is damaged, or it is no index of a WeightHistory'):
@@ -161,8 +168,8 @@ def test_what_a_folder_holds_is_known_before_anything_is_written(tmp_path):
     (tmp_path / 'mine.txt').write_text('')
     there = remains(tmp_path)
     assert there.id is None and len(there.files) == 3
-    FoldersIndex('id', 1).write(s)
-    assert remains(tmp_path).id == 'id'
+    index_of().write(s)
+    assert remains(tmp_path).id == ID
     remains(tmp_path).remove(tmp_path)
     assert [f.name for f in Path(tmp_path).iterdir()] == ['mine.txt']
 
