@@ -8,6 +8,7 @@ import random
 import signal
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from fastai_swa import CheckpointCallback, SWACallback, WeightHistory, ema
 from fastai_swa import history as history_file
 from fastai_swa.files import read, write
 from fastai_swa.history import writing_seconds
+from fastai_swa.weightings import Cuts
 
 from .helpers import At, assert_same, learner, net, raising
 from .reference.twins import AllSteps
@@ -36,10 +38,12 @@ def kill(epoch, batch=3):
 
 
 def fit(folder, *cbs, n_epoch=12, n_segments=6, every=2, **kwargs):
-    "A fit whose segments are merged on the way, with a checkpoint; its history."
+    "A fit with a checkpoint that makes thrice as many segments as it keeps, and so merges them; its history."
+    wanted = Cuts.wanted
     learn = learner()
     history = WeightHistory(folder / 'h', n_segments=n_segments, **kwargs)
-    learn.fit(n_epoch, cbs=[history, CheckpointCallback(folder / 'run.ckpt', every=every), *cbs])
+    with mock.patch.object(Cuts, 'wanted', lambda self, left: 3 * wanted(self, left)):
+        learn.fit(n_epoch, cbs=[history, CheckpointCallback(folder / 'run.ckpt', every=every), *cbs])
     return learn, history
 
 
@@ -65,7 +69,7 @@ def is_tidy(folder: Path):
 
 
 def test_killed_again_and_again_it_ends_as_the_fit_that_was_not(tmp_path, whole):
-    for epoch, batch in [(3, 1), (3, 4), (7, 0), (7, 5), (9, 2), (11, 5)]:
+    for epoch, batch in [(4, 1), (5, 4), (7, 0), (8, 5), (10, 2), (11, 5)]:
         with pytest.raises(Killed):
             fit(tmp_path, kill(epoch, batch), every=3)
     _, history = fit(tmp_path, every=3)
