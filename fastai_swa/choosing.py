@@ -271,6 +271,8 @@ def _sentence(found, scores, gains, best, by, where) -> str:
     name = called(found[best].which)
     if found[best].kind == 'refreshed':
         name += ', which are the last weights, their batch norm refreshed'
+    elif found[best].points == 1:
+        name += ', which is one step, its batch norm refreshed'
     return (
         f'Chosen: {name}, {by} {scores[best].values[by]:.4f} against {last:.4f} of the last '
         f'weights (better by {better:.4f}{chance}), on {where}, which therefore flatter it.'

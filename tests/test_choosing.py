@@ -13,7 +13,16 @@ from fastai.metrics import F1Score, accuracy
 from torch.nn import functional as F
 
 from fastai_swa import WeightHistory
-from fastai_swa.choosing import Scores, _best, candidates, gain
+from fastai_swa.choosing import (
+    Candidate,
+    Scores,
+    _best,
+    _sentence,
+    candidates,
+    gain,
+    remark_on_choice,
+    seconds_to_choose,
+)
 
 from .helpers import fingerprint, learner, loaders
 from .reference.twins import AllSteps
@@ -233,3 +242,43 @@ def test_a_metric_without_a_value_does_not_choose():
     _, history, _ = fitted(metrics=[accuracy, Failing()])
     history.choose(by='failing')
     assert history.chosen == {}
+
+
+def test_the_table_says_on_which_samples_it_was_chosen():
+    _, history, _ = fitted()
+    table = history.choose()
+    assert table.columns.name == 'on the 40 samples of the validation set'
+    assert list(table) == ['average', 'kind', 'valid_loss', 'accuracy', 'gain', 'std_error', 'points']
+    assert 'on the 40 samples' in table.to_string()
+
+
+@pytest.mark.parametrize(
+    'kind, points, said',
+    [
+        ('single', 1, ', which is one step, its batch norm refreshed, '),
+        ('refreshed', 1, ', which are the last weights, their batch norm refreshed, '),
+        ('window', 5, 'epochs=(1, 2), valid_loss'),
+    ],
+)
+def test_one_step_that_is_chosen_for_its_batch_norm_is_not_called_an_average(kind, points, said):
+    found = [Candidate('last', {}, 1), Candidate(kind, {'epochs': (1, 2)}, points)]
+    scores = [Scores({'valid_loss': 0.5}), Scores({'valid_loss': 0.4})]
+    assert said in _sentence(found, scores, [(0, 0), (0.1, 0.01)], 1, 'valid_loss', 'the 40 samples of dl')
+
+
+def test_where_the_last_weights_have_no_value_the_best_of_the_others_is_chosen():
+    learn, history, _ = fitted()
+    with torch.no_grad():
+        next(iter(history._kept.last.values())).fill_(float('nan'))
+    table = history.choose()
+    assert history.chosen and np.isfinite(table['valid_loss'].iloc[0])
+    assert table['valid_loss'].iloc[0] == table['valid_loss'].min() and np.isnan(table['valid_loss'].iloc[-1])
+
+
+def test_how_long_choosing_takes_follows_from_the_times_of_the_fit():
+    assert seconds_to_choose(50, 2.0, 0.3, 20) == pytest.approx(50 * (2 + 20 * 0.1))
+    assert remark_on_choice(49, 0.3, 'history').endswith(
+        '49 averages of this fit can be compared: `history.choose()`, in about a second'
+    )
+    assert remark_on_choice(49, 8.4, 'learn.weight_history').endswith('`learn.weight_history.choose()`, in about 8 s')
+    assert remark_on_choice(49, 600, 'history').endswith('in about 10 min')

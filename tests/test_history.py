@@ -2,22 +2,31 @@
 
 import copy
 import json
+import pickle
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException
-from fastai.callback.training import GradientAccumulation
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.training import GradientAccumulation, ShortEpochCallback
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from torch import nn
+from torch.utils.data import DataLoader as TorchDataLoader
 
-from fastai_swa import CheckpointCallback, SWACallback, WeightHistory, rays
+from fastai_swa import CheckpointCallback, Ensemble, SWACallback, WeightHistory, rays
 from fastai_swa import history as history_file
+from fastai_swa.choosing import candidates
 from fastai_swa.files import InUse, Lock
+from fastai_swa.weights import sha256
 
-from .helpers import At, assert_same, fingerprint, learner, loaders, net
+from .helpers import At, assert_same, fingerprint, learner, loaders, net, raising
 from .reference import twins
 from .reference.twins import AllSteps
+from .test_batches import STREAMS, Cut, Stream, ending
+from .test_combinations import learner_of_a_table, predictions_elsewhere
 
 
 def kept(n_epoch=8, n_segments=12, learn=None, cbs=(), fit='fit', **kwargs):
@@ -99,18 +108,80 @@ def test_buffers_are_those_of_the_last_step():
     assert average.keys() == learn.model.state_dict().keys()
 
 
-def test_a_model_in_low_precision_has_its_mean_made_in_float32():
-    class Narrow(Callback):
-        def before_batch(self):
-            self.learn.xb = tuple(x.bfloat16() for x in self.xb)
+class Narrow(Callback):
+    "The model in training gets bfloat16, and the loss float32."
 
-        def after_pred(self):
-            self.learn.pred = self.pred.float()
+    def before_batch(self):
+        self.learn.xb = tuple(x.bfloat16() for x in self.xb)
 
+    def after_pred(self):
+        self.learn.pred = self.pred.float()
+
+
+def test_a_model_in_low_precision_has_its_mean_made_in_float32(capsys):
     learn, history, steps = kept(learn=learner(net(dropout=0).bfloat16(), cbs=Narrow()))
     mean = history._kept.stretches.mean_of(history._kept.stretches.segments[0])
     assert mean['0.weight'].dtype is torch.float32
-    assert history.average(last=1)['0.weight'].dtype is torch.bfloat16
+    assert_is(mean, steps.mean(0, 1))
+    average = history.average(last=1)
+    assert average['0.weight'].dtype is torch.bfloat16
+    for name, w in steps.mean(0, 8).items():
+        assert torch.equal(average[name], w.bfloat16()), name
+    size = sum(4 * p.numel() for p in learn.model.parameters()) * 12 + 2 * sum(
+        p.numel() for p in learn.model.parameters()
+    )
+    size += sum(b.numel() * b.element_size() for b in learn.model.buffers())
+    assert f'13 sets of weights, {size / 1000:.3g} KB' in capsys.readouterr().out
+
+
+def test_steps_that_the_scaler_skips_are_no_points(monkeypatch):
+    monkeypatch.setattr(
+        'fastai.callback.fp16.autocast', lambda device=None, dtype=None: torch.autocast('cpu', dtype=torch.bfloat16)
+    )
+    monkeypatch.setattr(
+        'fastai.callback.fp16.GradScaler',
+        lambda device=None, **kwargs: torch.amp.GradScaler('cpu', **kwargs | {'enabled': True}),
+    )
+
+    class Overflow(Callback):
+        order = MixedPrecision.order - 1
+
+        def before_step(self):
+            if self.train_iter in (0, 3, 20):
+                next(self.learn.model.parameters()).grad.fill_(float('inf'))
+
+    _, history, steps = kept(learn=learner().to_fp16(), cbs=[Overflow()])
+    assert history._kept.stretches.n_points == len(steps.weights) == 45
+    assert_is(history.average(epochs=(0, 4)), steps.mean(0, 4))
+
+
+@pytest.mark.parametrize('dtype, ulps', [(torch.float16, 2**14), (torch.bfloat16, 2**17)])
+def test_a_dtype_of_16_bits_halves_the_files_and_costs_its_rounding(dtype, ulps, tmp_path):
+    _, _, steps = kept(learn=learner(lambda: net(width=64)), folder=tmp_path / 'whole')
+    _, history, _ = kept(learn=learner(lambda: net(width=64)), folder=tmp_path / 'half', dtype=dtype)
+    sizes = []
+    for name in ('whole', 'half'):
+        sizes.append(sum(f.stat().st_size for f in (tmp_path / name).glob('segment-*.pth')))
+    assert sizes[1] < 0.6 * sizes[0]
+    assert history.average(last=1)['0.weight'].dtype is torch.float32
+    assert_is(history.average(epochs=(2, 5)), steps.mean(2, 5), ulps)
+
+
+def test_weights_that_a_narrow_dtype_cannot_hold_are_left_out_and_said():
+    def grow(cb):
+        with torch.no_grad():
+            next(cb.learn.model.parameters()).fill_(1e5)
+
+    def shrink(cb):
+        with torch.no_grad():
+            next(cb.learn.model.parameters()).fill_(0.1)
+
+    cbs = [At('before_train', 2, grow), At('before_train', 3, shrink)]
+    with pytest.warns(UserWarning, match='in epoch 2 are not finite'):
+        _, history, _ = kept(cbs=cbs, dtype=torch.float16)
+    with pytest.raises(ValueError, match='there is nothing to average'):
+        history.average(epochs=(2, 3))
+    assert all(t.isfinite().all() for t in history.average(epochs=(3, 8)).values())
 
 
 def test_tied_weights_are_one_and_are_stored_once(tmp_path):
@@ -299,6 +370,100 @@ def test_what_cannot_be_written_stays_in_memory_and_training_goes_on(tmp_path, m
     assert_is(history.average(epochs=(2, 5)), steps.mean(2, 5))
 
 
+def test_overwriting_leaves_no_later_fit_of_the_old_history(tmp_path):
+    learn, history, _ = kept(4, folder=tmp_path)
+    learn.fit(5, cbs=history)
+    with pytest.raises(ValueError, match='holds another fit'):
+        kept(3, folder=tmp_path)
+    kept(3, folder=tmp_path, overwrite=True)
+    assert len(WeightHistory.load(tmp_path, learn)._kept.index.epochs) == 3
+
+
+def test_a_fit_that_ended_before_its_first_step_is_in_nobodys_way(tmp_path):
+    learn, history = learner(), WeightHistory(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(2, cbs=[history, At('before_batch', 0, raising(KeyboardInterrupt()), batch=0, training=True)])
+    with pytest.raises(RuntimeError, match='there is no history yet'):
+        history.average(last=0.5)
+    with pytest.raises(ValueError, match='holds no means'):
+        WeightHistory.load(tmp_path, learn)
+    learn.fit(2, cbs=history)
+    assert len(WeightHistory.load(tmp_path, learn)._kept.index.epochs) == 2
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(2, cbs=[history, At('before_batch', 0, raising(KeyboardInterrupt()), batch=0, training=True)])
+    assert len(WeightHistory.load(tmp_path, learn)._kept.index.epochs) == 2  # the latest one that has something
+
+
+def test_a_damaged_segment_is_named_and_the_others_are_usable(tmp_path):
+    learn, history, steps = kept(folder=tmp_path)
+    file = tmp_path / history._kept.stretches.segments[1].file
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f'{file.name} is damaged'):
+        history.average(epochs=(0, 3))
+    assert_is(history.average(epochs=(2, 5)), steps.mean(2, 5))
+    with pytest.warns(UserWarning, match=f'{file.name} is damaged.*averages with that are left out'):
+        table = history.choose()
+    assert 'epochs=(0, 8)' not in set(table['average']) and 'epochs=(4, 8)' in set(table['average'])
+
+
+def test_a_segment_with_a_nan_is_refused(tmp_path):
+    _, history, _ = kept(folder=tmp_path)
+    segment = history._kept.stretches.segments[0]
+    mean = torch.load(tmp_path / segment.file, weights_only=True)
+    mean['0.weight'][0] = float('nan')
+    torch.save(mean, tmp_path / segment.file)
+    segment.sha256 = sha256(tmp_path / segment.file)
+    with pytest.raises(ValueError, match=f'{segment.file} has a NaN'):
+        history.average(epochs=(0, 1))
+
+
+def test_a_history_of_another_model_is_refused_in_one_sentence(tmp_path):
+    kept(folder=tmp_path)
+    other = learner(lambda: net(width=9))
+    history = WeightHistory.load(tmp_path, other)
+    before = other.model[0].weight.detach().clone()
+    with pytest.raises(ValueError, match='average'), history.averaged(last=1):
+        pass
+    assert torch.equal(other.model[0].weight, before)
+
+
+def test_what_a_killed_fit_has_written_is_of_use_and_its_end_is_said(tmp_path):
+    _, history, steps = kept(folder=tmp_path / 'whole')
+    (tmp_path / 'cut').mkdir()
+
+    def copy_folder(cb):
+        for f in (tmp_path / 'whole2').iterdir():
+            (tmp_path / 'cut' / f.name).write_bytes(f.read_bytes())
+
+    looking = At('before_epoch', 5, copy_folder)
+    kept(folder=tmp_path / 'whole2', cbs=[looking])
+    other = learner(seed=7)
+    again = WeightHistory.load(tmp_path / 'cut', other)
+    with pytest.warns(UserWarning, match='did not come to its end: the last mean that it wrote stands for its last'):
+        assert_is(again.average(epochs=(1, 4)), steps.mean(1, 4))
+    again.chosen = {}
+    segment = again._kept.stretches.segments[-1]
+    assert again._kept.stretches.n_points == 30
+    points = steps.weights[30 - segment.n : 30]
+    assert_is(again.average(), {k: sum(w[k] for w in points) / segment.n for k in points[0]})
+    with again.averaged() as inside:  # batch norm is not the other learner's
+        assert inside.validate()[1] > 0.5
+
+
+def test_what_is_given_is_the_callers_own():
+    _, history, _ = kept()
+    want = history.average(epochs=(0, 1))
+    for t in history.average(epochs=(0, 1)).values():
+        t.zero_()
+    history.chosen = {}
+    for t in history.average().values():
+        t.zero_()
+    assert_same(history.average(epochs=(0, 1)), want)
+    assert history.average()['0.weight'].abs().sum() > 0
+
+
 # whatever ends the fit
 
 
@@ -439,6 +604,45 @@ def test_the_folder_of_another_fit_is_not_gone_on_with(tmp_path):
         fit()
 
 
+# what is said at the end
+
+
+@pytest.fixture
+def no_passes(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError('a pass was made unasked')
+
+    for name in ('fastai_swa.history.refresh_bn', 'fastai_swa.choosing.validate_aside', 'fastai_swa.history.choose'):
+        monkeypatch.setattr(name, refuse)
+
+
+def test_the_end_of_a_fit_says_how_many_averages_can_be_compared_and_evaluates_nothing(capsys, no_passes):
+    _, history, _ = kept()
+    [line] = [line for line in capsys.readouterr().out.splitlines() if 'compared' in line]
+    found = candidates(history._kept.stretches.ends, history._kept.epochs, 1)
+    n = sum(history.error(**c.which) <= 0.05 for c in found[1:]) + 1
+    assert line.startswith(f'WeightHistory: {n} averages of this fit can be compared: `history.choose()`, in about ')
+
+
+def test_of_an_attached_history_it_is_said_as_one_writes_it(capsys):
+    learn = learner(cbs=WeightHistory(n_segments=12))
+    learn.fit(3)
+    assert '`learn.weight_history.choose()`' in capsys.readouterr().out
+
+
+def test_as_many_are_compared_as_was_said(capsys):
+    _, history, _ = kept()
+    [line] = [line for line in capsys.readouterr().out.splitlines() if 'compared' in line]
+    assert int(line.split()[1]) == len(history.choose())
+
+
+def test_nothing_is_said_under_no_logging(capsys):
+    learn = learner()
+    with learn.no_logging(), learn.no_bar():
+        learn.fit(2, cbs=WeightHistory())
+    assert 'WeightHistory' not in capsys.readouterr().out
+
+
 # beside other callbacks
 
 
@@ -463,8 +667,53 @@ def test_beside_swa_each_is_what_it_is_alone():
         ({'overwrite': 1}, TypeError, 'overwrite must be True or False'),
         ({'dtype': 'half'}, TypeError, 'dtype must be a floating-point'),
         ({'dtype': torch.int8}, TypeError, 'dtype must be a floating-point'),
+        ({'dtype': torch.float8_e5m2}, ValueError, 'dtype must have 16 bits at least'),
     ],
 )
 def test_bad_arguments_are_named(kwargs, kind, text):
     with pytest.raises(kind, match=text):
         WeightHistory(**kwargs)
+
+
+# what else users do
+
+
+def test_an_export_made_inside_averaged_needs_nothing_of_this_package(tmp_path):
+    learn = learner_of_a_table(tmp_path)
+    history = WeightHistory(tmp_path / 'h', n_segments=12)
+    learn.fit(2, cbs=history)
+    learn.add_cb(history)
+    with history.averaged(last=0.5):
+        expected = learn.get_preds()[0]
+        learn.export('average.pkl')
+    preds = predictions_elsewhere(learn, 'average.pkl', 'assert "fastai_swa" not in sys.modules')
+    torch.testing.assert_close(preds, expected)
+    assert type(pickle.loads(pickle.dumps(WeightHistory(tmp_path)))) is Callback
+
+
+def test_an_ensemble_and_surfaces_take_the_history_itself():
+    learn, history, _ = kept()
+    history.chosen = {'last': 0.5}
+    assert len(Ensemble([history, learn], learn).members) == 2
+
+
+@pytest.mark.parametrize('kind', STREAMS)
+def test_passes_take_of_an_endless_stream_what_the_longest_epoch_took(kind):
+    train = STREAMS[kind](10**9)
+    learn = learner(dls=DataLoaders(train, DataLoader(list(loaders().valid.dataset), bs=32)))
+    history = WeightHistory(n_segments=12)
+    with ending():
+        learn.fit(3, cbs=[history, Cut(2, 4, 3)])
+        with history.averaged(last=0.5) as inside:
+            assert int(inside.model[1].num_batches_tracked) == 4
+        table = history.choose(bn_batches=None)
+    assert len(table) > 3
+
+
+def test_averages_are_chosen_on_as_much_of_an_endless_stream_as_the_fit_validated_on():
+    dls = DataLoaders(TorchDataLoader(Stream(10**9), 16), TorchDataLoader(Stream(10**9), 16))
+    learn, history = learner(dls=dls), WeightHistory(n_segments=12)
+    with ending():
+        learn.fit(2, cbs=[history, ShortEpochCallback(4 / (10**9 // 16))])
+        table = history.choose()
+    assert table.columns.name == 'on the 80 samples of the validation set'
