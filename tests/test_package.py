@@ -205,7 +205,7 @@ def test_signatures_are_the_contract():
 def test_the_readmes_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)
-    assert len(blocks) == 12
+    assert len(blocks) == 13
     space = {}
     for block in blocks:
         exec(block, space)
