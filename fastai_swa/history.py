@@ -25,6 +25,7 @@ from .columns import write_below
 from .files import InUse, Lock
 from .fit_average import FitAverage, refuse_another_model
 from .fitting import FitCallback, SideWork, locked_for, no_fit, passed_callbacks
+from .interrupts import uninterrupted
 from .kept_fit import KeptFit, folder_of_fit
 from .modules import clean_copy, in_train_mode, named_tensors, unwrap
 from .packing import pack, unpack
@@ -478,10 +479,11 @@ class WeightHistory(FitCallback):
     def _add_point(self):
         fit = self._fit
         fit.running.update(unwrap(self.learn.model))
-        fit.open.n += 1
         fit.open.wanted += self._wanted()
         if fit.open.wanted >= 1 - 1e-9:
             self._cut()
+            if self._is_to_be_written():
+                self._write()
 
     def _n_batches(self) -> int:
         "That the epoch under way has trained on; within a batch without that."
@@ -503,13 +505,17 @@ class WeightHistory(FitCallback):
     def _cut(self):
         "The stretch under way ends."
         fit = self._fit
-        is_finite = fit.stretches.add(fit.open, _on_host(fit.running))
+        with uninterrupted():
+            is_finite = fit.stretches.add(self._open_segment(), _on_host(fit.running))
+            fit.open = Segment(0, 0.0)
+            fit.running.n_averaged = 0  # the next point is taken whole
         if not is_finite:
             self._say_infinite()
-        fit.open = Segment(0, 0.0)
-        fit.running.n_averaged = 0  # the next point is taken whole
-        if self._is_to_be_written():
-            self._write()
+
+    def _open_segment(self) -> Segment:
+        fit = self._fit
+        fit.open.n = fit.running.n_averaged
+        return fit.open
 
     def _is_to_be_written(self) -> bool:
         "Now, and not at the end of the epoch: would it cost little, or is too much waiting?"
@@ -530,23 +536,28 @@ class WeightHistory(FitCallback):
         fit = self._fit
         if not fit.is_in_epoch:
             return
-        fit.is_in_epoch = False
         n_batches = self._n_batches()
-        fit.n_batches_before += n_batches
-        fit.n_batches_an_epoch = n_batches or fit.n_batches_an_epoch
         fit.index.taken = _with_epoch(fit.index.taken, n_batches, was_cut)
         if n_batches:
             fit.seconds_a_batch = (time.perf_counter() - fit.began_at) / n_batches
         with fit.side.attempt('closing an epoch of the weight history', 'its batch norm may be of other weights'):
             self._note_statistics(alone)
-        with fit.side.attempt('closing an epoch of the weight history', 'a stretch may go beyond it'):
-            if fit.stretches.cuts.keeps_epochs:
-                if fit.open.n:
-                    self._cut()
-                if fit.stretches.segments:
-                    fit.stretches.segments[-1].ends_epoch = True
-            fit.index.epochs.append([fit.epoch, fit.stretches.n_points + fit.open.n])
-            self._write()
+        with uninterrupted():  # what was interrupted above is done again at the end of the fit
+            fit.n_batches_before += n_batches
+            fit.n_batches_an_epoch = n_batches or fit.n_batches_an_epoch
+            fit.is_in_epoch = False
+            with fit.side.attempt('closing an epoch of the weight history', 'a stretch may go beyond it'):
+                self._end_stretch_of_epoch()
+        self._write()
+
+    def _end_stretch_of_epoch(self):
+        fit = self._fit
+        if fit.stretches.cuts.keeps_epochs:
+            if fit.running.n_averaged:
+                self._cut()
+            if fit.stretches.segments:
+                fit.stretches.segments[-1].ends_epoch = True
+        fit.index.epochs.append([fit.epoch, fit.stretches.n_points + fit.running.n_averaged])
 
     def _note_statistics(self, alone):
         fit = self._fit
@@ -583,7 +594,7 @@ class WeightHistory(FitCallback):
         if not fit.has_begun or fit.running is None:
             return
         with fit.side.attempt('closing the weight history', 'its end is missing'):
-            if fit.open.n:
+            if fit.running.n_averaged:
                 self._cut()
         fit.running = None
         if not fit.stretches.segments:
@@ -651,11 +662,12 @@ class WeightHistory(FitCallback):
         if fit is None:
             return res
         fit.named_by_state = _names_of_files(fit.stretches)
+        segment = Segment(0, 0.0) if fit.running is None else self._open_segment()
         res['fit'] = {
             'index': fit.index.state_dict(),
             'stretches': fit.stretches.state_dict(),
-            'open': [fit.open.n, fit.open.wanted],
-            'running': pack(fit.running.state_dict()) if fit.open.n else None,
+            'open': [segment.n, segment.wanted],
+            'running': pack(fit.running.state_dict()) if segment.n else None,
             **{name: getattr(fit, name) for name in _COUNTS},
         }
         return res

@@ -3,6 +3,8 @@
 import copy
 import json
 import pickle
+import pkgutil
+import signal
 import warnings
 
 import numpy as np
@@ -501,6 +503,29 @@ def test_what_was_kept_before_the_end_of_a_fit_stays_usable(error, tmp_path):
         pass
     assert_is(history.average(last=1), steps.mean(0, 8))
     assert_is(WeightHistory.load(tmp_path, learn).average(epochs=(4, 5)), steps.mean(4, 5))
+
+
+@pytest.mark.parametrize('where', ['fastai_swa.stretches.Stretches.add', 'fastai_swa.averaging.WeightAverage.update'])
+@pytest.mark.parametrize('after', [1, 7, 9])
+def test_ctrl_c_while_points_are_taken_and_stretches_end_loses_none_and_counts_none_twice(where, after, monkeypatch):
+    def interrupted(*args, **kwargs):
+        nonlocal left
+        res = original(*args, **kwargs)
+        left -= 1
+        if not left:
+            signal.raise_signal(signal.SIGINT)
+        return res
+
+    left = after
+    owner, name = where.rsplit('.', 1)
+    original = getattr(pkgutil.resolve_name(owner), name)
+    learn, history, steps = learner(), WeightHistory(n_segments=12), AllSteps()
+    steps.order = 50  # before the history
+    monkeypatch.setattr(where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(8, cbs=[history, steps])
+    assert history._known().stretches.n_points == len(steps.weights) == history._kept.index.epochs[-1][1]
+    assert_is(history.average(last=1), steps.mean(0, 8))
 
 
 def test_points_of_a_cancelled_epoch_count():
