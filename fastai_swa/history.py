@@ -16,18 +16,18 @@ from pathlib import Path
 import torch
 from fastai.learner import Learner, Recorder
 
-from .averaging import WeightAverage, equal
+from .averaging import WeightAverage, equal, refuse_mismatch
 from .batches import Taken
 from .batchnorm import StatisticsWatch, tracked_bn, union
 from .checks import check_count
 from .choosing import candidates, choose, plot_choice, remark_on_choice, seconds_to_choose
 from .columns import write_below
 from .files import InUse, Lock
-from .fit_average import FitAverage, refuse_another_model
+from .fit_average import FitAverage
 from .fitting import FitCallback, SideWork, locked_for, no_fit, passed_callbacks
 from .interrupts import uninterrupted
 from .kept_fit import KeptFit, folder_of_fit
-from .modules import clean_copy, in_train_mode, named_tensors, unwrap
+from .modules import clean_copy, in_train_mode, named_tensors, plain_name, unwrap
 from .packing import pack, unpack
 from .passes import check_engine, refresh_bn
 from .processes import Processes
@@ -754,9 +754,10 @@ class WeightHistory(FitCallback):
     def _fill(self, average: FitAverage, which: dict):
         "Put the weights of an average there."
         kept, learn = self._known(), self._learner()
-        state = {'swa_model': kept.average(which), 'n_averaged': 1, 'master': {}}
-        refuse_another_model(state, learn.model)
-        average.running.load_state_dict(state)
+        weights = kept.average(which)
+        own = {plain_name(name): value for name, value in unwrap(learn.model).state_dict().items()}
+        refuse_mismatch('the model', own, weights)
+        average.running.load_state_dict({'swa_model': weights, 'n_averaged': 1, 'master': {}})
         average.bn = list(kept.index.bn)
         average.taken = Taken(*kept.index.taken)
         are_last = not which and kept.came_to_its_end  # their statistics are the last step's

@@ -13,6 +13,7 @@ from .fit_history import FitHistory
 
 __all__ = [
     'Outcome',
+    'described',
     'lines',
     'result',
     'remark_on_one_point',
@@ -60,6 +61,24 @@ def lines(fit: Outcome) -> list[str]:
 
 
 # the first line
+
+
+def described(n_averaged: int, epochs: list[int], by_steps: bool) -> str:
+    "As in 'average of 3 epochs (2-4)', or 'average of 30 steps (epochs 2-4)'."
+    unit, of = ('step', f'epochs {_ranges(epochs)}') if by_steps else ('epoch', _ranges(epochs))
+    plural = '' if n_averaged == 1 else 's'
+    return f'average of {n_averaged} {unit}{plural} ({of})'
+
+
+def _ranges(epochs) -> str:
+    "[3, 4, 5, 9] -> '3-5, 9'"
+    runs = []
+    for e in epochs:
+        if runs and runs[-1][1] == e - 1:
+            runs[-1][1] = e
+        else:
+            runs.append([e, e])
+    return ', '.join(str(a) if a == b else f'{a}-{b}' for a, b in runs)
 
 
 def result(history: FitHistory, described: str, call: str) -> str:

@@ -1,5 +1,5 @@
-"""What training changes beside the weights that an average holds: parameters of a loss, and buffers that act as
-weights. Plain PyTorch."""
+"""What an average leaves out: weights that are not finite, and what training changes beside the weights, which are
+parameters of a loss and buffers that act as weights. Plain PyTorch."""
 
 import math
 from types import MethodType
@@ -12,7 +12,21 @@ from .batchnorm import INTEGERS, statistics
 from .checks import listed
 from .modules import unwrap
 
-__all__ = ['loss_parameters', 'loss_sentence', 'weightlike_buffers', 'buffers_sentence', 'SampleWatch']
+__all__ = [
+    'infinite_sentence',
+    'loss_parameters',
+    'loss_sentence',
+    'weightlike_buffers',
+    'buffers_sentence',
+    'beside_weights',
+    'sentences_on_moved',
+    'SampleWatch',
+]
+
+
+def infinite_sentence(epoch: int, by_steps: bool) -> str:
+    where = 'in' if by_steps else 'at the end of'
+    return f'the weights {where} epoch {epoch} are not finite; such epochs are left out of the average'
 
 
 def loss_parameters(loss_func, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -65,13 +79,34 @@ def weightlike_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 def buffers_sentence(what: str, names: list[str]) -> str:
     return (
         f'{what} leaves out buffers that training moves: {listed(names, 5)}; swa_model has those of the latest '
-        'weights. Where they act as weights, as a codebook does, hold them as parameters with requires_grad=False, which are '
-        'averaged, or average them by a WeightAverage of your own'
+        'weights. Where they act as weights, as a codebook does, hold them as parameters with requires_grad=False, '
+        'which are averaged, or average them by a WeightAverage of your own'
     )
 
 
 def _is_comparable(t) -> bool:
     return t.layout is torch.strided and t.numel() > 1 and not t.is_meta
+
+
+# both, where only training tells what it moves
+
+
+def beside_weights(model: nn.Module, loss_func) -> dict[tuple, torch.Tensor]:
+    "(kind, name) -> tensor that training may move beside the weights; `loss_func`: `None` to leave that out."
+    res = {('buffers', name): b for name, b in weightlike_buffers(model).items()}
+    if loss_func is not None:
+        res |= {('loss', name): p for name, p in loss_parameters(loss_func, model).items()}
+    return res
+
+
+def sentences_on_moved(what: str, moved: list[tuple]) -> dict[str, str]:
+    "Kind -> sentence on what training has `moved`, as `beside_weights` names it."
+    res = {}
+    for kind, sentence in {'buffers': buffers_sentence, 'loss': loss_sentence}.items():
+        names = [name for of_kind, name in moved if of_kind == kind]
+        if names:
+            res[kind] = sentence(what, names)
+    return res
 
 
 _N_SAMPLED = 4096  # elements of a tensor: all that is kept, since a codebook can be large

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastai_swa import SWACallback, WeightAverage
-from fastai_swa.unaveraged import SampleWatch, loss_parameters, weightlike_buffers
+from fastai_swa.unaveraged import SampleWatch, beside_weights, loss_parameters, sentences_on_moved, weightlike_buffers
 
 from .helpers import At, assert_close, learner, net, raising
 
@@ -208,6 +208,21 @@ def test_what_a_loss_has_beside_the_model():
     assert not loss_parameters(F.cross_entropy, model) and not loss_parameters(model, model)
     model.prototypes = loss  # then it is averaged
     assert not loss_parameters(loss, model)
+
+
+def test_what_has_moved_beside_the_weights_is_named_by_kind():
+    model, loss = net(), Prototypes()
+    model.codes = nn.Module()
+    model.codes.register_buffer('book', torch.randn(3, 2))
+    model.codes.register_buffer('weight', torch.randn(3, 2))
+    assert list(beside_weights(model, None)) == [('buffers', 'codes.book'), ('buffers', 'codes.weight')]
+    beside = beside_weights(model, loss)
+    assert list(beside)[2:] == [('loss', 'weight')] and beside['loss', 'weight'] is loss.weight
+    assert beside['buffers', 'codes.weight'] is model.codes.weight
+    sentences = sentences_on_moved('the average', [('loss', 'weight'), ('buffers', 'codes.book')])
+    assert list(sentences) == ['buffers', 'loss'] and sentences_on_moved('the average', []) == {}
+    assert sentences['buffers'].startswith("the average leaves out buffers that training moves: 'codes.book';")
+    assert sentences['loss'].startswith("the average leaves out what is trained in the loss: 'weight';")
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
