@@ -263,7 +263,7 @@ class WeightHistory(FitCallback):
         for metrics that are means over samples. For other metrics, or fewer than ten batches, there is none, and the
         best value wins. The values of what was chosen flatter, since they chose it: report on other samples.
 
-        False alarms: averages that do not help by construction pass by chance in 5 % of the cases by loss, and in 9 % by
+        False alarms: averages that do not help by construction pass by chance in 5 % of the cases by loss, in 9 % by
         error; on clean digits 4 of the 15 averages chosen in 96 cases were no better than the last weights on test
         samples (24 seeds, constant rate and one-cycle, by loss and by error; `benchmarks/choosing.py --seeds 24`).
 

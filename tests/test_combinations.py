@@ -640,7 +640,7 @@ def test_an_export_loads_where_the_package_is_not_importable_whatever_of_it_is_a
     learn.fit(1)
     expected = learn.get_preds()[0]
     learn.export('raw.pkl')
-    then = 'assert learn.cbs.map(type).count(Callback) == 5 and learn.swa.learn is learn'
+    then = 'assert learn.cbs.map(type).count(Callback) == 6 and learn.swa.learn is learn'
     preds = predictions_elsewhere(learn, 'raw.pkl', then, before=NOT_IMPORTABLE)
     torch.testing.assert_close(preds, expected)
 
