@@ -167,6 +167,10 @@ def _check(saved: dict):
         raise TypeError('it does not have what its fits kept')
     for s in [state] if len(fits) == 1 else [state, saved['end']]:
         check_state(s)
+    if state['epoch'] not in range(fits[-1][N_EPOCHS]):
+        raise ValueError(f'epoch {state["epoch"]} of {fits[-1][N_EPOCHS]}')
+    if type(state['data']) is not list or saved['version'] > 2 and type(state['rows']) is not list:
+        raise TypeError('it does not say what the data are, or what the table has')
 
 
 def check_state(state: dict):

@@ -1,8 +1,10 @@
 """What an average leaves out: weights that are not finite, and what training changes beside the weights, which are
 parameters of a loss and buffers that act as weights. Plain PyTorch."""
 
+import inspect
 import math
-from types import MethodType
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 
 import torch
 from torch import nn
@@ -32,20 +34,63 @@ def infinite_sentence(epoch: int, by_steps: bool) -> str:
 def loss_parameters(loss_func, model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter with gradients that `loss_func` has and `model` has not.
 
-    `loss_func` is a module, a method of one, or an object with modules in its attributes, as
-    fastai's losses are.
+    `loss_func` is a module, a method of one, or anything that holds or names modules: an object, as
+    fastai's losses are, with its lists and dicts, a partial, or a function with its variables.
     """
-    owner = loss_func.__self__ if isinstance(loss_func, MethodType) else loss_func
-    roots = {'': owner} if isinstance(owner, nn.Module) else getattr(owner, '__dict__', {})
     of_model = {id(p) for p in model.parameters()}
     res = {}
-    for path, root in roots.items():
-        if not isinstance(root, nn.Module) or root is model:
+    for path, root in _modules_in(loss_func, '', _DEPTH, set()):
+        if root is model:
             continue
         for name, p in root.named_parameters(path):
             if p.requires_grad and id(p) not in of_model:
                 res[name] = p
     return res
+
+
+_DEPTH = 4  # as a function that names an object with a list of modules
+_MANY = 100  # elements of a list, which is then no list of modules
+
+
+def _modules_in(o, path: str, depth: int, seen: set):
+    "(path, module) for the outermost modules that `o` is or holds; each once."
+    if id(o) in seen:
+        return
+    seen.add(id(o))
+    if isinstance(o, nn.Module):
+        yield path, o
+    elif depth:
+        for name, part in _parts(o).items():
+            yield from _modules_in(part, '.'.join(filter(None, (path, str(name)))), depth - 1, seen)
+
+
+def _parts(o) -> dict:
+    "Name -> what `o` holds; the owner of a method, and what a partial calls, have the name of that."
+    if isinstance(o, MethodType):
+        return {'': o.__self__}
+    if isinstance(o, partial):
+        return {'': o.func, **dict(enumerate(o.args)), **o.keywords}
+    if isinstance(o, FunctionType):
+        return _variables(o)
+    if isinstance(o, dict | list | tuple):
+        named = o if isinstance(o, dict) else dict(enumerate(o))
+        return named if len(o) <= _MANY else {}
+    if isinstance(o, type | ModuleType):
+        return {}
+    return {name: v for name, v in getattr(o, '__dict__', {}).items() if isinstance(v, _LOSSES)}
+
+
+# what an object that is a loss may be made of; other objects in it, as the callbacks of a learner, are not looked into
+_LOSSES = nn.Module, dict, list, tuple, partial, FunctionType, MethodType
+
+
+def _variables(function) -> dict:
+    "Name -> value of the variables of others that `function` names: those around it, and global ones."
+    try:
+        found = inspect.getclosurevars(function)
+    except ValueError:  # one of them has no value yet
+        return {}
+    return {**found.globals, **found.nonlocals}
 
 
 def loss_sentence(what: str, names: list[str]) -> str:

@@ -75,12 +75,12 @@ def state_dict_in(found, name) -> dict:
     """The state dict that `found` is, or holds under one of the names that checkpoints have for it.
     Raises `ValueError`, by `name`, for something else, or several.
     """
-    if isinstance(found, dict) and (not found or _has_tensors(found)):
-        weights = [found]
-    elif isinstance(found, dict):
+    weights = []
+    if isinstance(found, dict):
         weights = [found[k] for k in _NAMES if isinstance(found.get(k), dict) and _has_tensors(found[k])]
-    else:
-        weights = []
+        # looked at last: beside weights under a name there may be a tensor, as the best accuracy so far
+        if not weights and (not found or _has_tensors(found)):
+            weights = [found]
     if len(weights) > 1:
         raise ValueError(f'{name} holds several state dicts: give the one that is meant, by itself')
     if not weights or not all(isinstance(k, str) and not isinstance(v, Left) for k, v in weights[0].items()):
@@ -131,8 +131,10 @@ def load_into(module: nn.Module, weights, name: str = 'the dict') -> nn.Module:
     """`module` with the `weights`, a module, a state dict called `name`, or a path; where modes
     move weights, these are the ones in train mode.
 
-    Names may have a `module.` in front, as `DataParallel` and `AveragedModel` give them. Of tied
-    weights one will do. Raises `FileNotFoundError` or `ValueError`, naming it, if they do not serve.
+    Names may have a `module.` in front, as `DataParallel` and `AveragedModel` give them, or what
+    else a training has the model as, such as `model.`. Of tied weights one will do.
+
+    Raises `FileNotFoundError` or `ValueError`, naming it, if they do not serve.
     """
     own = module.state_dict(keep_vars=True)
     state = _with_ties(_without_wrapper(weights_of(weights, name), own), own)
@@ -146,15 +148,20 @@ def load_into(module: nn.Module, weights, name: str = 'the dict') -> nn.Module:
     return module
 
 
-_WRAPPER = 'module.'
+_COUNTER = 'n_averaged'  # of `AveragedModel`, beside the weights
 
 
 def _without_wrapper(state: dict, own: dict) -> dict:
-    "`state` under the names in `own`, if a wrapper has put `module.` in front of them, and a counter beside."
-    inner = {k.removeprefix(_WRAPPER): v for k, v in state.items() if k.startswith(_WRAPPER)}
-    others = [k for k in state if not k.startswith(_WRAPPER) and k != 'n_averaged']
-    is_models_own = any(k.startswith(_WRAPPER) for k in own) and inner.keys() != own.keys()
-    return inner if inner and not others and not is_models_own else state
+    """`state` under the names in `own`, if a wrapper has put one and the same in front of them all, and
+    perhaps a counter beside.
+    """
+    inner = {k: v for k, v in state.items() if k != _COUNTER}
+    wrapper = next(iter(inner), '').partition('.')[0] + '.'
+    if not all(k.startswith(wrapper) for k in inner):
+        return state
+    inner = {k.removeprefix(wrapper): v for k, v in inner.items()}
+    is_models_own = wrapper != 'module.' or any(k.startswith(wrapper) for k in own)
+    return inner if inner.keys() == own.keys() or not is_models_own else state
 
 
 def _with_ties(state: dict, own: dict) -> dict:
@@ -231,10 +238,16 @@ def _is_index(o) -> bool:
     "Is `o` as `write_index` has it? One of an earlier version has no SHA-256."
     if not isinstance(o, dict) or o.get('format') != _FORMAT or not _is_list(o.get('files'), str):
         return False
+    if o.get('combine') not in (None, 'mean', 'vote', 'stack'):
+        return False
+    if o.get('activation') not in (None, 'softmax', 'sigmoid', 'none'):
+        return False
     hashes = o.get('sha256', [''] * len(o['files']))
     if not _is_list(hashes, str) or len(hashes) != len(o['files']) or not _is_list(o.get('epochs', []), int):
         return False
-    return o.get('stacking') is None or _is_stacking(o['stacking'], len(o['files']))
+    if o.get('stacking') is None:
+        return o.get('combine') != 'stack'
+    return _is_stacking(o['stacking'], len(o['files']))
 
 
 def _is_list(o, cls) -> bool:
@@ -248,9 +261,8 @@ def _is_stacking(o, n_members: int) -> bool:
     rows = [*o['weights'], o['bias']]
     if not all(isinstance(row, list) and all(_is_finite(x) for x in row) for row in rows):
         return False
-    sizes = {len(row) for row in o['weights']}
-    is_even = len(sizes) == 1 and n_members > 0 and sizes.pop() % n_members == 0
-    return is_even and len(o['weights']) == len(o['bias'])
+    n_outputs = len(o['bias'])
+    return n_outputs == len(o['weights']) > 0 and all(len(row) == n_members * n_outputs for row in o['weights'])
 
 
 def _is_finite(x) -> bool:

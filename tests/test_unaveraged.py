@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -223,6 +224,43 @@ def test_what_has_moved_beside_the_weights_is_named_by_kind():
     assert list(sentences) == ['buffers', 'loss'] and sentences_on_moved('the average', []) == {}
     assert sentences['buffers'].startswith("the average leaves out buffers that training moves: 'codes.book';")
     assert sentences['loss'].startswith("the average leaves out what is trained in the loss: 'weight';")
+
+
+GLOBAL_LOSS = Prototypes()
+
+
+def test_a_loss_that_is_a_function_or_holds_a_list_is_looked_into():
+    model, loss = net(), Prototypes()
+
+    class Sum:
+        def __init__(self, losses):
+            self.losses = losses
+
+        def __call__(self, *args):
+            return sum(f(*args) for f in self.losses)
+
+    summed = Sum([F.cross_entropy, loss])
+    assert list(loss_parameters(lambda *args: loss(*args), model)) == ['loss.weight']
+    assert list(loss_parameters(lambda *args: GLOBAL_LOSS(*args), model)) == ['GLOBAL_LOSS.weight']
+    assert list(loss_parameters(partial(loss), model)) == list(loss_parameters(partial(loss.forward), model))
+    assert list(loss_parameters(partial(F.cross_entropy, weight=loss), model)) == ['weight.weight']
+    assert list(loss_parameters(summed, model)) == ['losses.1.weight']
+    assert list(loss_parameters(lambda *args: summed(*args), model)) == ['summed.losses.1.weight']
+    assert not loss_parameters(lambda *args: model(*args), model)
+    assert not loss_parameters(lambda *args: later(*args), model)
+    later = loss  # has no value where it is looked for
+    learn = learner(model, cbs=SWACallback(swa_model=net()))
+    assert not loss_parameters(lambda *args: learn.model(*args), model)
+    summed.losses.append(summed)  # no end
+    assert list(loss_parameters(summed, model)) == ['losses.1.weight']
+
+
+def test_a_function_around_a_loss_is_named_before_the_first_step():
+    learn = with_prototypes()
+    loss = learn.loss_func
+    learn.loss_func = lambda *args: loss(*args)
+    with pytest.warns(UserWarning, match="leaves out what is trained in the loss: 'loss.weight'"):
+        learn.fit(1, 0.1, cbs=SWACallback(0))
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
