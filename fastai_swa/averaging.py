@@ -34,9 +34,10 @@ from .modules import (
     written_in_train_mode,
 )
 from .warn import warn
+from .weightings import power_gamma
 from .weights import NoSolution
 
-__all__ = ['WeightAverage', 'equal', 'ema', 'lent', 'all_finite', 'check_match']
+__all__ = ['WeightAverage', 'equal', 'ema', 'power_ema', 'lent', 'all_finite', 'check_match']
 
 
 def equal(n_averaged: int) -> float:
@@ -56,6 +57,23 @@ def ema(decay: float, warmup: bool = False):
     if not 0 <= check_number('decay', decay) < 1:
         raise ValueError(f'decay must be in [0, 1), not {decay!r}')
     return partial(_warm_ema_weight if warmup else _ema_weight, decay)
+
+
+def power_ema(width: float):
+    """Power-function EMA (Karras et al. 2023, arXiv 2312.02696): an average that grows with the fit, and needs no
+    warm-up, since its memory is a share of the points so far.
+
+    - `width`: the standard deviation of its weighting as a share of the points so far, in (0, 12**-0.5], the largest
+      of which is `equal`; .05 to .25 are usual.
+
+    Point n, from 0, gets 1 - (1 - 1 / (n + 1))**(g + 1), where g is the largest root of
+    (g + 2)**2 (g + 3) = (g + 1) / width**2. Raises `TypeError` or `ValueError` for a width that is none.
+    """
+    return partial(_power_weight, power_gamma(check_number('width', width)))
+
+
+def _power_weight(gamma, n_averaged):
+    return 1.0 - (1.0 - 1.0 / (n_averaged + 1)) ** (gamma + 1)
 
 
 def _ema_weight(decay, n_averaged):
@@ -138,6 +156,8 @@ class WeightAverage:
     `swa_model` that does not match.
     """
 
+    block_len = BLOCK
+
     def __init__(self, model: nn.Module, weight=equal, swa_model: nn.Module | None = None):
         if not isinstance(model, nn.Module):
             raise TypeError(f'model must be an nn.Module, not {type(model).__name__}')
@@ -210,7 +230,7 @@ class WeightAverage:
 
     def _fold(self, link, weight):
         block = self._block
-        if weight == 1 or self.n_averaged < BLOCK:
+        if weight == 1 or self.n_averaged < self.block_len:
             link.fold(weight)
             if weight == 1:
                 self._block = _Block()  # nothing of what was before is left
@@ -222,7 +242,7 @@ class WeightAverage:
                 link.collect(weight / total)
             block.weight = total
             block.n += 1
-            if block.n == BLOCK:
+            if block.n == self.block_len:
                 self._merge(carries=True)
         link.copy_latest()
 

@@ -201,6 +201,7 @@ class CheckpointCallback(FitCallback):
             self._tell(f'the fit was stopped within epoch {fit.epoch}; the file is kept')
         elif fit.epoch >= 0 and fit.to_restore is None:  # else a callback cancelled it before it began
             fit.processes.first(self._remove)
+            self._files_are_replaced()
             fit.journal.complete(fit.settings, _getter_of_states(self.learn))
 
     def over(self):
@@ -268,11 +269,18 @@ class CheckpointCallback(FitCallback):
             state['data'] = _sizes(learn)
             state['rows'] = histories.cut('rows', self._rows, Packer())
             fit.processes.first(fit.files.write, fit.journal.content(fit.settings, state))
+            self._files_are_replaced()
         except Exception as e:
             if learn.epoch == 0:
                 raise  # before the first step
             if fit.processes.rank == 0:
                 self._not_written(e)
+
+    def _files_are_replaced(self):
+        "Callbacks with files of their own learn that those which only an older checkpoint names may go."
+        for cb in self.learn.cbs:
+            if hasattr(type(cb), 'after_checkpoint'):
+                cb.after_checkpoint()
 
     def _not_written(self, error):
         warn(f'{error}; training goes on, and the file keeps an earlier epoch')

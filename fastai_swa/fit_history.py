@@ -37,6 +37,12 @@ class FitHistory:
         i = self.names.index(name)
         return [row[i] for row in self.rows]
 
+    def is_of_the_fit_of(self, other: 'FitHistory') -> bool:
+        "Were both kept in one fit? Then the model in training has the same numbers in both."
+        loss = self.measure(self.columns[0])
+        ours, theirs = self.column(loss), other.column(loss)
+        return self.epochs == other.epochs and all(a == b or a != a and b != b for a, b in zip(ours, theirs))
+
     def measure(self, column: str) -> str:
         "What a column of the average shows: 'swa_valid_loss' -> 'valid_loss'."
         return column.removeprefix(f'{self.prefix}_')

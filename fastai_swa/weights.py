@@ -18,6 +18,7 @@ __all__ = [
     'check_weights_file',
     'folder_lock',
     'indexed_files',
+    'is_plain_name',
     'load_into',
     'read_index',
     'read_weights',
@@ -225,7 +226,7 @@ def read_index(folder: Path) -> dict:
         raise ValueError(f'{file} is damaged, or it is no index of an ensemble')
     seen = set()
     for name in index['files']:
-        if not _is_plain_name(name):
+        if not is_plain_name(name):
             raise ValueError(f'{file} names {name!r}, which is no file of its own folder')
         if name in seen:
             raise ValueError(f'{file} names {name!r} twice')
@@ -268,7 +269,7 @@ def _is_finite(x) -> bool:
     return type(x) in (int, float) and math.isfinite(x)
 
 
-def _is_plain_name(name: str) -> bool:
+def is_plain_name(name: str) -> bool:
     "Is `name` one of a file, of the folder that it is looked up in, on any system?"
     is_alone = PurePosixPath(name).name == name == PureWindowsPath(name).name
     return is_alone and name not in ('', '.', '..', _INDEX) and '\0' not in name

@@ -38,6 +38,7 @@ from fastai_swa import (
     SaveSWAModelCallback,
     SnapshotCallback,
     SWACallback,
+    WeightHistory,
     ema,
     update_bn,
 )
@@ -635,10 +636,11 @@ def test_an_export_loads_where_the_package_is_not_importable_whatever_of_it_is_a
     learn = learner_of_a_table(tmp_path)
     learn.to_swa(swa_start=0, weight=ema(0.5)).to_swa(swa_start=0, name='other')
     learn.add_cbs([CheckpointCallback(tmp_path / 'run.ckpt'), SnapshotCallback(0), SaveSWAModelCallback()])
+    learn.add_cb(WeightHistory(tmp_path / 'history'))
     learn.fit(1)
     expected = learn.get_preds()[0]
     learn.export('raw.pkl')
-    then = 'assert learn.cbs.map(type).count(Callback) == 5 and learn.swa.learn is learn'
+    then = 'assert learn.cbs.map(type).count(Callback) == 6 and learn.swa.learn is learn'
     preds = predictions_elsewhere(learn, 'raw.pkl', then, before=NOT_IMPORTABLE)
     torch.testing.assert_close(preds, expected)
 

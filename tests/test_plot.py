@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastai_swa import CheckpointCallback, SWACallback, plot_swa
+from fastai_swa import CheckpointCallback, SWACallback, ema, plot_swa
 from fastai_swa.plot import plot_sizes
 
 from .helpers import At, column, learner, raising
@@ -44,6 +44,25 @@ def test_a_fit_without_time_or_stopped_or_with_skipped_epochs_can_be_drawn():
     learn.recorder.add_time = False
     learn.fit(4, cbs=SWACallback(swa_start=0), start_epoch=2)
     assert len(learn.recorder.plot_swa()) == 2
+
+
+def test_several_averages_of_one_fit_are_in_one_figure():
+    learn = learner()
+    ema_alone = SWACallback(0, name='ema', every=1, weight=ema(0.9))
+    learn.fit(3, cbs=ema_alone)
+    axs = learn.recorder.plot_swa()
+    assert drawn(axs) == drawn(ema_alone.plot())
+    learn.fit(5, cbs=[SWACallback(2, name='late'), SWACallback(1)])  # 'ema' was in another fit
+    axs = learn.recorder.plot_swa()
+    for ax, metric in zip(axs, ('valid_loss', 'accuracy')):
+        labels = [x.get_label() for x in ax.lines if 'average ' in x.get_label()]
+        assert labels == ["average 'swa'", "average 'late'"]
+        for name, start in [('swa', 1), ('late', 2)]:
+            drawn_line = line(ax, f'average {name!r}')
+            assert list(drawn_line.get_xdata()) == list(range(start, 5))
+            np.testing.assert_allclose(drawn_line.get_ydata(), column(learn, f'{name}_{metric}')[start:])
+        assert [x.get_xdata()[0] for x in ax.lines if x.get_marker() == '^'] == [1, 2, 3, 4, 2, 3, 4]
+        np.testing.assert_allclose(line(ax, 'model in training').get_ydata(), column(learn, metric))
 
 
 def test_without_a_swa_callback_it_is_one_clear_sentence():
