@@ -161,7 +161,7 @@ def plot_lengths(curves: dict, ax=None, ylabel: str = ''):
     ax.set_xscale('log')
     ax.set_xticks(ticks, [str(n) for n in ticks])
     ax.set_xticks([], minor=True)
-    return _legend_below(labelled(ax, 'epochs of the whole training', ylabel))
+    return _legend_below(labelled(ax, 'epochs of the whole training', ylabel), ncols=2)
 
 
 def _intervals(ax, x, values, style, at):
@@ -180,9 +180,9 @@ def _over_counts(ax, xlabel, ylabel):
     return _legend_below(labelled(ax, xlabel, ylabel))
 
 
-def _legend_below(ax):
+def _legend_below(ax, ncols=3):
     "Off the data."
-    ax.legend(fontsize='small', loc='upper center', bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
+    ax.legend(fontsize='small', loc='upper center', bbox_to_anchor=(0.5, -0.14), ncols=ncols, frameon=False)
     return ax
 
 

@@ -65,8 +65,8 @@ def weightlike_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 def buffers_sentence(what: str, names: list[str]) -> str:
     return (
         f'{what} leaves out buffers that training moves: {listed(names, 5)}; swa_model has those of the latest '
-        'weights. Where they act as weights, as a codebook does, hold them as parameters with requires_grad=False, which are '
-        'averaged, or average them by a WeightAverage of your own'
+        'weights. Where they act as weights, as a codebook does, hold them as parameters with requires_grad=False, '
+        'which are averaged, or average them by a WeightAverage of your own'
     )
 
 

@@ -46,7 +46,8 @@ def report(folder) -> str:
         numbers = report_trainings.numbers(records)
     text = '\n\n'.join([*_head(records, unfinished), *sections]) + '\n'
 
-    fig, axs = plt.subplots(1, 2, figsize=(12, 4.8), layout='constrained')
+    n_rows = 2 if recipe.lengths else 1
+    fig, axs = plt.subplots(n_rows, 2, figsize=(12, 4.8 * n_rows), layout='constrained')
     if recipe.ensembles:
         report_ensembles.draw(found, axs)
     else:
