@@ -38,7 +38,7 @@ FLOORS_WITHIN = {
         {'progress', 'scores', 'store', 'tables', 'tasks'},
         {'machine', 'recipes'},
         {'pool', 'recipe_learner', 'record', 'rows'},
-        {'compare_ensembles', 'listing', 'report_trainings', 'surface_record', 'train'},
+        {'choose_averages', 'compare_ensembles', 'listing', 'report_trainings', 'surface_record', 'train'},
         {'measure_surfaces', 'report_ensembles', 'report_surfaces'},
         {'jobs', 'report'},
         {'run'},
