@@ -39,7 +39,7 @@ FLOORS_WITHIN = {
         {'machine', 'recipes'},
         {'pool', 'recipe_learner', 'record', 'rows'},
         {'choose_averages', 'compare_ensembles', 'listing', 'report_trainings', 'surface_record', 'train'},
-        {'measure_surfaces', 'report_ensembles', 'report_surfaces'},
+        {'measure_surfaces', 'report_averages', 'report_ensembles', 'report_surfaces'},
         {'jobs', 'report'},
         {'run'},
         {'__init__'},

@@ -98,7 +98,8 @@ def _evaluated(recipe, run: Run, seed, out, settings, data) -> dict:
     epochs = [(epoch, epoch + 1) for epoch in range(len(run.lrs))]
     for column, row in _best_windows(history, evaluation, epochs).items():
         rows[f'mean {column}'] = row
-    if len(set(run.lrs)) == 1:
+    is_constant = len(set(run.lrs)) == 1 and not callable(run.lrs[0])
+    if is_constant:
         res['stopped'] = {}
         for end in (*stops(recipe), len(run.lrs)):
             res['stopped'][str(end)] = _best_windows(history, evaluation, windows_to(end))
