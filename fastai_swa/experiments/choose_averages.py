@@ -16,7 +16,7 @@ from ..modules import unwrap
 from ..passes import kept_batches, refresh_bn, refreshable, validate_aside
 from ..weights import read_weights
 from .machine import TimeIsUp, now, process_settings
-from .recipe_learner import recipe_data, recipe_learner, testing_loader
+from .recipe_learner import loader_to_test_on, recipe_data, recipe_learner
 from .recipes import Run, runs, stops
 from .record import duration, history_folder, json_number, weights_file
 from .store import shortest, store, stored
@@ -81,7 +81,7 @@ def _evaluated(recipe, run: Run, seed, out, settings, data) -> dict:
     "What that is worth which `run` has left: see `evaluate_seed`."
     began = perf_counter()
     learn = recipe_learner(recipe, seed, settings, data)
-    evaluation = _Evaluation(learn, testing_loader(recipe, settings, data, learn), recipe.metric)
+    evaluation = _Evaluation(learn, loader_to_test_on(recipe, settings, data, learn), recipe.metric)
     history = WeightHistory.load(history_folder(out, seed, run.name), learn)
 
     def file(what=''):

@@ -17,7 +17,7 @@ from ..vision import cifar
 from ..vision.tensors import TensorImages, tensor_loaders
 from .recipes import optimizer
 
-__all__ = ['recipe_learner', 'recipe_data', 'testing_loader', 'with_wrong_labels', 'EpochRecorder']
+__all__ = ['recipe_learner', 'recipe_data', 'loader_to_test_on', 'with_wrong_labels', 'EpochRecorder']
 
 
 # the data
@@ -167,12 +167,15 @@ def _task_learner(recipe, seed, settings, data) -> Learner:
     return Learner(dls, model, loss, opt_func=Adam, lr=recipe.lr, wd=recipe.wd, metrics=metric)
 
 
-def testing_loader(recipe, settings, data, learn: Learner):
+def loader_to_test_on(recipe, settings, data, learn: Learner):
     "Of the test samples, for the `learn` of a recipe that chooses averages: its own validate on those to choose on."
     if recipe.task is not None:
-        return recipe.task.test_loader(data, _n_choose(recipe, settings)).to(settings.device)
-    ds = data.valid_ds
-    return learn.dls.valid.new(TensorImages(ds.images, ds.labels, data.vocab, 1), bs=512).to(settings.device)
+        res = recipe.task.test_loader(data, _n_choose(recipe, settings))
+    else:
+        ds = data.valid_ds
+        res = learn.dls.valid.new(TensorImages(ds.images, ds.labels, data.vocab, 1), bs=512)
+    res.to(settings.device)
+    return res
 
 
 # its callbacks

@@ -242,8 +242,8 @@ def numbers(records: list[dict], found: list[dict]) -> dict:
 
 
 def draw(records: list[dict], found: list[dict], axs):
-    """On two axes the differences of error and loss from the last weights, batch norm refreshed; on two more one-cycle
-    of several lengths, and the constant rate stopped there."""
+    """On two axes the differences of error and loss from the last weights, batch norm refreshed; below, on two more,
+    those of the constant rate, stopped at several lengths, from one-cycle of that length."""
     recipe = RECIPES[records[0]['recipe']]
     labels = _error_name(recipe), 'test loss'
     for (above, below), values, label in zip(np.transpose(axs), _values(records, found), labels):
@@ -253,18 +253,22 @@ def draw(records: list[dict], found: list[dict], axs):
             own = [name for name in _rows_of_run(values, run) if name not in (run, run + _REFRESHED)]
             groups[run] = {_shown(name, run): values[name] - reference for name in own}
         plot_differences(groups, above, f'{label}: difference from the last weights')
-        plot_lengths(_curves(values, found, recipe.metric), below, label)
+        plot_lengths(_curves(values, found, recipe.metric), below, f'{label}: difference from one-cycle')
+        below.axhline(0, color='0.4', lw=1)
+    axs[0][1].set_yticklabels([])
 
 
 def _curves(values, found, metric) -> dict:
+    "Curve -> lengths, and the differences from the end of one-cycle, batch norm refreshed, at each for each seed."
     ends = next(list(run['stopped']) for run in found[0]['runs'].values() if 'stopped' in run)
     lengths = np.array([int(end) for end in ends])
-    names = {'one-cycle': 'one-cycle {}' + _REFRESHED}
+    names = {}
     for column in ('valid_loss', metric):
         by = column.removeprefix('valid_')
         names[f'one-cycle, chosen by {by}'] = f'one-cycle {{}}, chosen by {by}'
         names[f'constant rate, chosen by {by}'] = _stopped('{}', column)
     res = {}
     for curve, name in names.items():
-        res[curve] = lengths, np.stack([values[name.format(end)] for end in ends], 1)
+        at_each = [values[name.format(end)] - values[f'one-cycle {end}{_REFRESHED}'] for end in ends]
+        res[curve] = lengths, np.stack(at_each, 1)
     return res
