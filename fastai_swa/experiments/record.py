@@ -166,7 +166,7 @@ class Record:
         if part.is_last:
             for name, model in ({part.runs[0].name: learn.model} | averages).items():
                 if model is not None:
-                    self.keep_weights(unwrap(model).state_dict(), name)
+                    self._save_weights(model, name)
         else:
             write(self.file(f'fork{self.number}'), 'fork', 1, {'state': take(learn)})
         data = self.data['parts'][self.number]
@@ -185,6 +185,9 @@ class Record:
             children = [j for j, part in enumerate(self.parts) if part.parent == i]
             if children and all(map(self.is_done, children)):
                 self.file(f'fork{i}').unlink(missing_ok=True)
+
+    def _save_weights(self, model, name):
+        self.keep_weights(unwrap(model).state_dict(), name)
 
     def keep_weights(self, weights: dict, name: str):
         save_weights(weights_file(self.out, self.seed, name), {k: v.cpu() for k, v in weights.items()})
