@@ -16,6 +16,7 @@ __all__ = [
     'plot_runs',
     'plot_sizes',
     'plot_lengths',
+    'plot_differences',
     'axes_or_new',
     'labelled',
     'styles',
@@ -195,14 +196,40 @@ def plot_lengths(curves: dict, ax=None, ylabel: str = ''):
     return _legend_below(labelled(ax, 'epochs of the whole training', ylabel), ncols=2)
 
 
+def plot_differences(groups: dict, ax=None, xlabel: str = ''):
+    """Differences from a reference, a line of the figure for each: the mean over the seeds, with its 95 % confidence
+    interval.
+
+    `groups`: name -> name of a line -> values (seeds). The lines of all groups are the same. Returns the axes.
+    """
+    ax = axes_or_new(ax, _WITH_LEGEND)
+    for i, ((group, rows), style) in enumerate(zip(groups.items(), styles(len(groups)))):
+        values = np.stack(list(rows.values()), 1)
+        heights = np.arange(len(rows)) + 0.22 * (i - (len(groups) - 1) / 2)  # or the intervals would lie on one another
+        half = _halves(values)
+        drawn = dict(fmt='os^D'[i % 4], ms=4, color=style['color'], elinewidth=1.2, capsize=2.5)
+        ax.errorbar(values.mean(0), heights, xerr=half, label=group, **drawn)
+    ax.axvline(0, color='0.4', lw=1)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.invert_yaxis()
+    return _legend_below(labelled(ax, xlabel, ''))
+
+
 def _intervals(ax, x, values, style, at):
     "95 % confidence intervals of the mean, by Student's t, at the points `at`; none for one seed."
-    n = len(values)
-    if n < 2:
+    half = _halves(values)
+    if half is None:
         return
     at = list(at)
-    half = t.ppf(0.975, n - 1) * values.std(0, ddof=1) / n**0.5
     ax.errorbar(x[at], values.mean(0)[at], half[at], fmt='none', ecolor=style['color'], elinewidth=1.2, capsize=2.5)
+
+
+def _halves(values):
+    "Half the widths of the 95 % confidence intervals of the means of `values` (seeds, n); `None` for one seed."
+    n = len(values)
+    if n < 2:
+        return None
+    return t.ppf(0.975, n - 1) * values.std(0, ddof=1) / n**0.5
 
 
 def _over_counts(ax, xlabel, ylabel):

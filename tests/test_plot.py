@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from fastai_swa import CheckpointCallback, SWACallback, ema, plot_swa
-from fastai_swa.plot import plot_sizes
+from fastai_swa.plot import plot_differences, plot_sizes
 
 from .helpers import At, column, learner, raising
 
@@ -180,3 +180,18 @@ def test_sizes_of_ensembles_are_drawn_with_the_interval_of_their_mean_and_one_mo
     low, high = stats.t.interval(0.95, 2, 3, stats.sem(values[:, 0]))
     assert segments[0][:, 1].tolist() == pytest.approx([low, high]) and segments[0][0, 0] == 1 and len(segments) == 3
     assert ax.get_xlabel() == 'models' and ax.get_ylabel() == 'error'
+
+
+def test_differences_are_drawn_with_their_intervals_a_line_for_each_and_beside_those_of_other_groups():
+    values = np.array([-1.0, -3.0, -2.0])
+    ax = plot_differences({'SWA': {'EMA': values, 'mean': values + 5}, 'constant': {'EMA': values, 'mean': values}})
+    of_groups = {container.get_label(): container for container in ax.containers}
+    points, _, (bars,) = of_groups['SWA']
+    assert points.get_xdata().tolist() == pytest.approx([-2, 3])
+    low, high = stats.t.interval(0.95, 2, -2, stats.sem(values))
+    assert bars.get_segments()[0][:, 0].tolist() == pytest.approx([low, high])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ['EMA', 'mean']
+    first, second = (of_groups[name][0].get_ydata() for name in ('SWA', 'constant'))
+    assert all(abs(a - i) < 0.5 and abs(b - i) < 0.5 and a != b for i, (a, b) in enumerate(zip(first, second)))
+    one = plot_differences({'SWA': {'EMA': values[:1]}})  # of one seed there is no interval
+    assert not [c for c in one.collections if c.get_segments()]

@@ -11,6 +11,7 @@ __all__ = [
     'spread',
     'mean_and_half',
     'difference_rows',
+    'difference_cell',
     'summary',
     'difference_summary',
     'differences',
@@ -57,6 +58,12 @@ def _signed(x: np.ndarray, digits: int) -> list[str]:
     if half < float('inf'):
         interval = f'{mean - half:+.{digits}f} to {mean + half:+.{digits}f}'
     return [f'{mean:+.{digits}f}' + _of_all(found, x), interval]
+
+
+def difference_cell(x: np.ndarray, digits: int) -> str:
+    "The mean of a sample of differences, and its 95 % confidence interval, none for one value."
+    mean, interval = _signed(x, digits)
+    return f'{mean} ({interval})' if interval else mean
 
 
 def _of_all(found, x):
