@@ -261,16 +261,7 @@ def measure_bn(repeats, device):
         f'`SWACallback`, bn_batches={n // 8}': lambda: callback(n // 8),
         'forward pass in eval mode, nothing measured': plain,
     }
-    seconds, order = {name: [] for name in ways}, list(ways)
-    for i in range(repeats + 1):  # the first round warms up
-        random.shuffle(order)
-        for name in order:
-            clock = Clock(device)
-            with clock('pass'):
-                ways[name]()
-            if i:
-                seconds[name].append(clock.seconds['pass'])
-    return seconds, n
+    return in_turn(ways, repeats, device), n
 
 
 def measure_lending(n_tensors, repeats, device):
@@ -294,8 +285,16 @@ def measure_lending(n_tensors, repeats, device):
         '`WeightAverage.lent_to`': lend,
         '`lent`, nothing kept from the time before': lend_anew,
     }
-    seconds, order = {name: [] for name in ways}, list(ways)
-    for i in range(repeats + 1):  # the first round builds caches
+    return in_turn(ways, repeats, device)
+
+
+def in_turn(ways, repeats, device):
+    """Way -> seconds, one for each repeat, of calling it; in each repeat all of them are called once, in random order.
+    A round before the first warms up, and builds caches.
+    """
+    seconds = {name: [] for name in ways}
+    order = list(ways)
+    for i in range(repeats + 1):
         random.shuffle(order)
         for name in order:
             clock = Clock(device)

@@ -21,11 +21,12 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
 from torch import nn
 
-from fastai_swa import Curve, Ensemble, SaveSWAModelCallback, SnapshotCallback, SWACallback, demo, files
+from fastai_swa import Curve, Ensemble, SaveSWAModelCallback, SnapshotCallback, SWACallback, WeightHistory, demo, files
 from fastai_swa.experiments import RECIPES, Settings, report
 from fastai_swa.experiments.record import Record, find_record
 from fastai_swa.experiments.store import store, stored
 from fastai_swa.landscape.surfaces import PointFile, Profile, Surface
+from fastai_swa.weightings import coefficients
 
 matplotlib.use('agg')
 RESULTS = Path(__file__).resolve().parents[1] / 'results'
@@ -112,6 +113,11 @@ def best_average(folder, version, begin=lambda: None):
 def snapshots(folder, begin):
     "The first one is there; the second one and the new index are to be written."
     fit(learner(folder, 0), 2, SnapshotCallback(0, folder=folder / 'snapshots'), Begin(begin, 1))
+
+
+def weight_history(folder, begin):
+    "The means of the first epoch are there; those of the second one and the last weights are to be written."
+    fit(learner(folder, 0), 2, WeightHistory(folder / 'history', 4, overwrite=True), Begin(begin, 1))
 
 
 def ensemble(folder, version, begin=lambda: None):
@@ -220,6 +226,15 @@ def members_at(name):
     return lambda folder: {'members': [state_of(file) for file in Ensemble(folder / name, learner(folder, 0)).members]}
 
 
+def first_epoch(folder) -> dict:
+    "Of a history, each file of which must be whole."
+    it = WeightHistory.load(folder / 'history', learner(folder, 0))
+    assert not it._kept.stretches.faults()
+    shares = it._kept.weighting({'epochs': (0, 1)})
+    mean, _ = it._kept.stretches.average(coefficients(shares, it._kept.stretches.ends), {})
+    return {'mean': [t.tolist() for t in mean.values()]}
+
+
 def checkpoint(folder) -> dict:
     return {'x': files.read(folder / 'run.ckpt', 'checkpoint', 1)['x'].tolist()}
 
@@ -244,6 +259,7 @@ WRITERS = {
     'write': _of(write, checkpoint),
     'SaveSWAModelCallback': _of(best_average, state_at('models', 'swa_model.pth')),
     'SnapshotCallback': Writer(lambda folder: None, snapshots, members_at('snapshots'), below_all),
+    'WeightHistory': Writer(lambda folder: None, weight_history, first_epoch, below_all),
     'Ensemble.save': _of(ensemble, members_at('ensemble'), between_the_members),
     'Curve.save': _of(curve, bends),
     'Surface.save, JSON': _of(surface('line.json'), values_at('line.json')),

@@ -12,11 +12,12 @@ def _is_the_command() -> bool:
 
 if not _is_the_command():
     from . import learner  # noqa: F401  (patches Learner)
-    from .averaging import WeightAverage, ema, equal
+    from .averaging import WeightAverage, ema, equal, power_ema
     from .batchnorm import update_bn
-    from .callback import SaveSWAModelCallback, SWACallback
+    from .callback import SWACallback
     from .checkpoint import CheckpointCallback
     from .ensemble import Ensemble
+    from .history import WeightHistory
     from .landscape import (
         Curve,
         Surface,
@@ -30,6 +31,7 @@ if not _is_the_command():
         rays,
     )
     from .plot import plot_swa
+    from .saving import SaveSWAModelCallback
     from .snapshots import SnapshotCallback, average_checkpoints
 
 __all__ = [
@@ -42,6 +44,8 @@ __all__ = [
     'WeightAverage',
     'equal',
     'ema',
+    'power_ema',
+    'WeightHistory',
     'update_bn',
     'rays',
     'line',

@@ -4,6 +4,7 @@ fastai and torch are imported when a command runs: `--help`, `--version` and mis
 """
 
 import argparse
+import os
 import re
 import sys
 import warnings
@@ -31,7 +32,13 @@ def main(argv=None):
     p = commands.choices[name]
     run = {'demo': _demo, 'reproduce': _reproduce, 'report': _report}[name]
     try:
-        p.exit(run(args, start))
+        status = run(args, start)
+        sys.stdout.flush()
+        p.exit(status)
+    except BrokenPipeError:  # who reads it has seen enough, as `head`
+        with suppress(AttributeError, OSError):  # a stream that is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at the end
+        p.exit(1)
     except (ValueError, OSError) as e:
         p.error(' '.join(str(e).split()))
     except KeyboardInterrupt:

@@ -3,9 +3,10 @@ attributes, as plain data; and that put back into the objects that have the same
 
 import inspect
 import weakref
+from collections import defaultdict
 from contextlib import suppress
 from functools import lru_cache, partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import FunctionType, MethodType
 
 import numpy as np
@@ -18,7 +19,7 @@ from fastcore.foundation import L
 from .contents import CONTAINERS, MAX_BYTES, MAX_LEAVES, attributes, is_record, nested, set_attribute
 from .histories import Histories
 from .modules import unwrap
-from .packing import Packer, Unpacker, class_name, equal, pack, unpack
+from .packing import Packer, Unpacker, class_name, equal, pack, path_below, unpack, way_below
 from .replay import is_used_up
 from .walk import LEARNED, OF_PASS, below, can_hold, keeps_state, name_once, readable, walk
 
@@ -56,7 +57,7 @@ def _packed_attributes(path, o, own, holes, histories, folder) -> dict:
     """
     res = {}
     missed = []
-    packer = Packer(refused=own, keep_devices=True, holes=missed)
+    packer = Packer(refused=own, keep_devices=True, holes=missed, folder=folder)
     n_leaves = MAX_LEAVES
     n_bytes = MAX_BYTES
     for k, v in attributes(o):
@@ -64,9 +65,9 @@ def _packed_attributes(path, o, own, holes, histories, folder) -> dict:
         if k in _OF_LOADERS or isinstance(o, Callback) and k in _OF_CALLBACKS:
             continue
         if isinstance(v, Path):
-            below = _below(folder, v)
-            if below is not None:
-                res[k] = _BELOW, below
+            way = way_below(folder, v)
+            if way is not None:
+                res[k] = _BELOW, way
             continue
         if is_setting(o, k, v):
             holes.append((f'{path}.{k}', o, v))
@@ -123,23 +124,7 @@ def _arguments(cls, of_libraries: bool) -> set:
 _VARIADIC = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 
 _BELOW = 'below'  # the tag of a path, with its way from the learner's own
-
-
-def _below(folder, path: Path) -> str | None:
-    "The way from the learner's folder to `path`; `None` if that is elsewhere."
-    try:
-        return Path(path).relative_to(folder).as_posix()
-    except (TypeError, ValueError):
-        return None
-
-
-def _path_below(folder, way) -> Path | None:
-    "The path of `_below` again; `None` for one that leads out of the folder."
-    parts = PurePosixPath(way).parts if isinstance(way, str) else ('..',)
-    if folder is None or PurePosixPath(way).is_absolute() or '..' in parts or '\\' in way:
-        return None
-    return Path(folder).joinpath(*parts)
-
+_PLACES = 'path', 'model_dir'  # of the learner, which callbacks have as attributes of their own
 
 _GROWING = {Recorder: ('lrs', 'iters', 'losses', 'values', 'hps'), ParamScheduler: ('hps',)}
 
@@ -150,9 +135,26 @@ def _history(histories, o, k, v, path, packer):
     if any(isinstance(o, cls) and k in names for cls, names in _GROWING.items()):
         if type(v) is list:
             return histories.cut(name, v, packer)
-        if type(v) is dict and set(map(type, v.values())) == {list} and set(map(type, v)) == {str}:
+        if _is_of_lists(v):
             return {key: histories.cut(f'{name}[{key!r}]', values, packer) for key, values in v.items()}
-    return histories.cut_if_grown(name, v, packer) if type(v) is list and isinstance(o, Callback) else None
+    if not isinstance(o, Callback):
+        return None
+    if type(v) is list:
+        return histories.cut_if_grown(name, v, packer)
+    return _history_of_dict(histories, v, name, packer) if _is_of_lists(v) else None
+
+
+def _is_of_lists(v) -> bool:
+    "Is it a dict of lists under names, as of losses and rates?"
+    return type(v) in (dict, defaultdict) and set(map(type, v.values())) == {list} and set(map(type, v)) == {str}
+
+
+def _history_of_dict(histories, v, name, packer):
+    "The same for the dict `v` of lists, if some of these only grow."
+    cut = {key: histories.cut_if_grown(f'{name}[{key!r}]', values, packer) for key, values in v.items()}
+    if all(part is None for part in cut.values()):
+        return None
+    return {key: packer(v[key], f'{name}[{key!r}]') if part is None else part for key, part in cut.items()}
 
 
 # the learner, and when the Recorder's clock started
@@ -223,8 +225,8 @@ def put_attributes(learn, state, unchanged):
     """
     found = dict(_holders(learn))
     storages = {t.untyped_storage().data_ptr() for t in _tensors(learn)}
-    unpacker = Unpacker(storages, {class_name(type(o)): type(o) for o in found.values()})
     folder = getattr(learn, 'path', None)
+    unpacker = Unpacker(storages, {class_name(type(o)): type(o) for o in found.values()}, folder)
     for path in {**unchanged, **state}:
         saved = state.get(path, {})
         attrs = {**unchanged.get(path, {}), **saved}
@@ -252,16 +254,24 @@ def _put_into(o, path, attrs, saved, unpacker, folder):
         # None before the fit, an object within it: as the autocast of a MixedPrecision
         if k not in saved and k in now and not _is_plain(now[k]):
             continue
-        if is_setting(o, k, packed) or type(packed) is tuple and packed[0] == 'path':
+        if _is_the_calls(o, k, packed, now):
             continue  # of a file that another version wrote, or that was changed
         if type(packed) is tuple and packed[0] == _BELOW:
-            value = _path_below(folder, packed[1])
+            value = path_below(folder, packed[1])
             if value is not None and (k not in now or isinstance(now[k], Path | None)):
                 set_attribute(o, k, value)
         elif k == _SMOOTH:
             o.smooth_loss.count, o.smooth_loss.val = unpack(packed)
         elif not k.startswith(_SMOOTH):
             _put_value(o, k, packed, now, path, unpacker)
+
+
+def _is_the_calls(o, k, packed, now) -> bool:
+    "Is the `packed` value of attribute `k` of `o` nothing that a file may change?"
+    tag = packed[0] if type(packed) is tuple else None
+    if tag == 'path' or is_setting(o, k, packed[1] if tag == 'text below' else packed):
+        return True
+    return isinstance(o, Callback) and (k in _OF_CALLBACKS or k in _PLACES and k not in now)
 
 
 def _put_value(o, k, packed, now, path, unpacker):

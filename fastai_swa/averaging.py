@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .checks import check_number
+from .checks import check_number, listed
 from .interrupts import uninterrupted, unwound_whole
 from .modules import (
     MODULES_OWN,
@@ -35,9 +35,10 @@ from .modules import (
     written_in_train_mode,
 )
 from .warn import warn
+from .weightings import power_gamma
 from .weights import NoSolution
 
-__all__ = ['WeightAverage', 'equal', 'ema', 'lent', 'all_finite', 'check_match']
+__all__ = ['WeightAverage', 'equal', 'ema', 'power_ema', 'lent', 'all_finite', 'check_match']
 
 
 def equal(n_averaged: int) -> float:
@@ -57,6 +58,23 @@ def ema(decay: float, warmup: bool = False):
     if not 0 <= check_number('decay', decay) < 1:
         raise ValueError(f'decay must be in [0, 1), not {decay!r}')
     return partial(_warm_ema_weight if warmup else _ema_weight, decay)
+
+
+def power_ema(width: float):
+    """Power-function EMA (Karras et al. 2023, arXiv 2312.02696): an average that grows with the fit, and needs no
+    warm-up, since its memory is a share of the points so far.
+
+    - `width`: the standard deviation of its weighting as a share of the points so far, in (0, 12**-0.5], the largest
+      of which is `equal`; .05 to .25 are usual.
+
+    Point n, from 0, gets 1 - (1 - 1 / (n + 1))**(g + 1), where g is the largest root of
+    (g + 2)**2 (g + 3) = (g + 1) / width**2. Raises `TypeError` or `ValueError` for a width that is none.
+    """
+    return partial(_power_weight, power_gamma(check_number('width', width)))
+
+
+def _power_weight(gamma, n_averaged):
+    return 1.0 - (1.0 - 1.0 / (n_averaged + 1)) ** (gamma + 1)
 
 
 def _ema_weight(decay, n_averaged):
@@ -271,7 +289,7 @@ class WeightAverage:
         left = {name for a in attributes for name in a.follow()} - self._left
         self._left |= left
         if left:
-            warn(f'swa_model keeps its own {_some(left)}: what the model has there now cannot be copied')
+            warn(f'swa_model keeps its own {listed(sorted(left))}: what the model has there now cannot be copied')
 
     def _read(self, model):
         "A context in which the weights of `model` are as training has them."
@@ -379,13 +397,15 @@ class WeightAverage:
             raise RuntimeError('a state cannot be loaded while the average is lent to a model')
         if not isinstance(state, dict) or not {'swa_model', 'n_averaged', 'master'} <= set(state):
             raise ValueError('not the state of a WeightAverage: expected a dict with swa_model, n_averaged and master')
+        if type(state['n_averaged']) is not int or state['n_averaged'] < 0:
+            raise ValueError(f'not the state of a WeightAverage: n_averaged is {state["n_averaged"]!r}, no number')
         model = unwrap(self._swa_model)
         own = {plain_name(k): (k, v) for k, v in model.state_dict().items()}
         refuse_mismatch('the state', state['swa_model'], {name: v for name, (_, v) in own.items()})
         params = named_tensors(model.named_parameters)
         foreign = {k for k, t in state['master'].items() if k not in params or t.shape != params[k].shape}
         if foreign:
-            raise ValueError(f'the state does not match the average: master has {_some(foreign)}')
+            raise ValueError(f'the state does not match the average: master has {listed(sorted(foreign))}')
         with uninterrupted(), written_in_train_mode(model), torch.no_grad():
             model.load_state_dict({own[name][0]: v for name, v in state['swa_model'].items()})
             self._block = _Block()
@@ -876,12 +896,6 @@ def is_low(t):
     return t.is_floating_point() and torch.finfo(t.dtype).bits < 32
 
 
-def _some(names, limit=3):
-    names = sorted(names)
-    more = f' and {len(names) - limit} more' if len(names) > limit else ''
-    return ', '.join(map(repr, names[:limit])) + more
-
-
 def refuse_mismatch(what, src, dst):
     """Raise a `ValueError` that names how `src` and `dst`, both name -> tensor, differ in names or
     shapes.
@@ -891,7 +905,7 @@ def refuse_mismatch(what, src, dst):
         'not in the average': src.keys() - dst.keys(),
         'of another shape': {k for k, t in src.items() if k in dst and _shape(t) != _shape(dst[k])},
     }
-    faults = [f'{_some(names)} {fault}' for fault, names in wrong.items() if names]
+    faults = [f'{listed(sorted(names))} {fault}' for fault, names in wrong.items() if names]
     if faults:
         raise ValueError(f'{what} does not match the average: ' + '; '.join(faults))
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .checks import check_count
+from .checks import check_count, listed
 from .interrupts import uninterrupted, unwound_whole
 from .modules import Kept, has_own_modes, unwrap
 from .warn import warn
@@ -128,7 +128,7 @@ def statistics_outside_buffers(model: nn.Module) -> list[str]:
 
 def outside_sentence(names: list[str]) -> str:
     return (
-        f'running statistics of {_listed(names)} are not buffers, so they cannot be refreshed for other weights: keep '
+        f'running statistics of {_layers(names)} are not buffers, so they cannot be refreshed for other weights: keep '
         'them with register_buffer'
     )
 
@@ -525,14 +525,14 @@ class Moments:
         unreached = [self.names[m] for m, share in shares.items() if not share.was_called]
         if unreached:
             self.remarks['unreached'] = (
-                f'no batch of the batch-norm pass reached {_listed(unreached)}: the statistics there are those of the '
+                f'no batch of the batch-norm pass reached {_layers(unreached)}: the statistics there are those of the '
                 'latest model'
             )
         refused = [m for m, share in shares.items() if share.error]
         if refused:
             first = shares[refused[0]]
             what = 'those of the other batches' if first.n else 'those of the latest model'
-            names = _listed([self.names[m] for m in refused])
+            names = _layers([self.names[m] for m in refused])
             self.remarks['refused'] = (
                 f'{names} cannot take every batch of the batch-norm pass in train mode ({first.error}): the statistics '
                 f'there are {what}'
@@ -540,16 +540,15 @@ class Moments:
         updated = [self.names[m] for m, share in shares.items() if share.kind == 'update' and share.n]
         if updated:
             self.remarks['update'] = (
-                f'the statistics of {_listed(updated)} are no running averages: they were '
+                f'the statistics of {_layers(updated)} are no running averages: they were '
                 "refreshed by the layer's own updates over the batches of the pass, not exactly"
             )
         if outside := statistics_outside_buffers(self._model):
             self.remarks['outside'] = outside_sentence(outside)
 
 
-def _listed(names: list[str]) -> str:
-    more = f' and {len(names) - 3} more' if len(names) > 3 else ''
-    return f'layer{"s" if len(names) > 1 else ""} ' + ', '.join(map(repr, names[:3])) + more
+def _layers(names: list[str]) -> str:
+    return f'layer{"s" if len(names) > 1 else ""} {listed(names)}'
 
 
 def _normalises_as_torch(layer) -> bool:

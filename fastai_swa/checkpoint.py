@@ -1,6 +1,5 @@
 """`CheckpointCallback`: a fit that is killed goes on where it was, bit for bit."""
 
-import copy
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,6 +201,7 @@ class CheckpointCallback(FitCallback):
             self._tell(f'the fit was stopped within epoch {fit.epoch}; the file is kept')
         elif fit.epoch >= 0 and fit.to_restore is None:  # else a callback cancelled it before it began
             fit.processes.first(self._remove)
+            self._files_are_replaced()
             fit.journal.complete(fit.settings, _getter_of_states(self.learn))
 
     def over(self):
@@ -226,9 +226,6 @@ class CheckpointCallback(FitCallback):
         """
         fit = self._fit
         place = fit.journal.open(saved, settings)
-        # what is kept for later writing must not go with the file
-        fit.journal.end = copy.deepcopy(fit.journal.end)
-        fit.journal.kept = copy.deepcopy(fit.journal.kept)
         fit.to_restore = saved['state']
         fit.is_past = place.is_past
         if place.settings[N_EPOCHS] == settings[N_EPOCHS]:
@@ -272,11 +269,18 @@ class CheckpointCallback(FitCallback):
             state['data'] = _sizes(learn)
             state['rows'] = histories.cut('rows', self._rows, Packer())
             fit.processes.first(fit.files.write, fit.journal.content(fit.settings, state))
+            self._files_are_replaced()
         except Exception as e:
             if learn.epoch == 0:
                 raise  # before the first step
             if fit.processes.rank == 0:
                 self._not_written(e)
+
+    def _files_are_replaced(self):
+        "Callbacks with files of their own learn that those which only an older checkpoint names may go."
+        for cb in self.learn.cbs:
+            if hasattr(type(cb), 'after_checkpoint'):
+                cb.after_checkpoint()
 
     def _not_written(self, error):
         warn(f'{error}; training goes on, and the file keeps an earlier epoch')

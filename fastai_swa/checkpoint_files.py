@@ -8,6 +8,7 @@ What lies beside is written first, under a name that only this fit has, and goes
 is killed anywhere leaves a checkpoint, and all that it names.
 """
 
+import copy
 import re
 import secrets
 from contextlib import suppress
@@ -72,6 +73,9 @@ class CheckpointFiles:
         try:
             if saved['version'] > 2:
                 saved = self._joined(saved)
+            else:  # what outlives the file, which is replaced, must not be mapped
+                saved['kept'] = copy.deepcopy(saved['kept'])
+                saved['end'] = copy.deepcopy(saved['end'])
             _check(saved)
         except FileNotFoundError as e:
             raise ValueError(
@@ -163,6 +167,10 @@ def _check(saved: dict):
         raise TypeError('it does not have what its fits kept')
     for s in [state] if len(fits) == 1 else [state, saved['end']]:
         check_state(s)
+    if state['epoch'] not in range(fits[-1][N_EPOCHS]):
+        raise ValueError(f'epoch {state["epoch"]} of {fits[-1][N_EPOCHS]}')
+    if type(state['data']) is not list or saved['version'] > 2 and type(state['rows']) is not list:
+        raise TypeError('it does not say what the data are, or what the table has')
 
 
 def check_state(state: dict):

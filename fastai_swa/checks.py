@@ -1,7 +1,7 @@
-"""Checks of arguments, in one wording.
+"""Checks of arguments, and what sentences count and list, in one wording.
 
-Each returns its value, or raises `TypeError` for one of another kind and `ValueError` for one that is out of range. The
-message names the argument, says what it must be, and what it was.
+Each check returns its value, or raises `TypeError` for one of another kind and `ValueError` for one that is out of
+range. The message names the argument, says what it must be, and what it was.
 """
 
 from numbers import Integral, Real
@@ -17,7 +17,21 @@ __all__ = [
     'check_numbers',
     'check_choice',
     'check_known',
+    'counted',
+    'listed',
 ]
+
+
+def listed(names, most: int = 3) -> str:
+    "At most so many of the `names`, for a sentence, as in `'a', 'b', 'c' and 2 more`."
+    names = list(names)
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(map(repr, names[:most])) + more
+
+
+def counted(n: int, noun: str) -> str:
+    "As in '1 epoch', or '3 epochs'."
+    return f'{n} {noun}' if n == 1 else f'{n} {noun}s'
 
 
 def check_count(name: str, value, least: int = 1, optional: bool = False) -> int | None:

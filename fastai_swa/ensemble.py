@@ -260,13 +260,11 @@ class Ensemble:
         if n_found:
             warn(
                 f'{n_found} of the {n} samples are training data of {n_members} of the {len(self)} members: what the '
-                'ensemble scores there flatters it',
+                'ensemble scores there flatters it'
             )
         n_found, _ = self._overlaps.count(scored, [self._stacked_on] if self.combine == 'stack' else [])
         if n_found:
-            warn(
-                f'stack() was fitted on {n_found} of the {n} samples: what the ensemble scores there flatters it',
-            )
+            warn(f'stack() was fitted on {n_found} of the {n} samples: what the ensemble scores there flatters it')
 
     # files
 

@@ -265,18 +265,27 @@ def check_zip(file: Path):
     checksums, and a file that is written compressed may need a thousand times its size in memory.
     """
     with zipfile.ZipFile(file) as z:
-        if any(info.compress_type != zipfile.ZIP_STORED for info in z.infolist()):
+        parts = z.infolist()
+        is_stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
+        if not is_stored or sum(part.file_size for part in parts) > file.stat().st_size:
             raise ValueError(f'{file} is compressed')
         if z.testzip():
             raise ValueError(f'{file} is damaged')
 
 
-def parsed(text: str | bytes):
-    "The JSON in `text`. Raises `ValueError` if it is none, or nested without end."
+def parsed(text: str | bytes, only_finite: bool = False):
+    """The JSON in `text`. Raises `ValueError` if it is none, or nested without end.
+
+    - `only_finite`: NaN and infinities, which JSON does not have and Python reads, are refused, too.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_refuse_constant if only_finite else None)
     except RecursionError:
         raise ValueError('it is nested too deeply') from None
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f'{name} is not finite')
 
 
 # locking

@@ -7,7 +7,7 @@ import copy
 import weakref
 from collections import OrderedDict
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastai.learner import Learner
@@ -15,13 +15,14 @@ from torch import nn
 
 from .averaging import WeightAverage, refuse_mismatch
 from .batches import Taken
+from .batchnorm import tracked_bn, union
 from .interrupts import uninterrupted
 from .modules import MODULES_OWN, clean_copy, named_tensors, plain_data, plain_name, unwrap
 from .packing import pack, unpack
 from .walk import not_copied
 from .weights import read_weights
 
-__all__ = ['FitAverage', 'state_in_file', 'refuse_another_model', 'weights_with_points']
+__all__ = ['FitAverage', 'packed_points', 'weights_with_points']
 
 
 @dataclass
@@ -42,7 +43,7 @@ class FitAverage:
         """An average without a point yet, or with those of the one that is gone on with.
 
         - `swa_model`: what to average into; `None`: a clean copy of the learner's model.
-        - `continued`: packed 'state' and 'epochs' of an earlier average.
+        - `continued`: the `packed_points` of an earlier average.
         """
         model = unwrap(learn.model)
         if swa_model is None:
@@ -52,6 +53,21 @@ class FitAverage:
             res.running.load_state_dict(unpack(continued['state']))
             res.epochs = list(continued['epochs'])
         return res
+
+    def follow(self, model: nn.Module, moved: list):
+        """After an epoch with points, take over what else of `model` is theirs: attributes, and which statistics of
+        batch norm follow the weights.
+
+        - `moved`: for each process the names of the layers whose statistics training has moved, `None` where it does
+          not know.
+        """
+        known = [names for names in moved if names is not None]
+        if known:
+            self.bn = union(known)
+        elif not self.bn:  # no batch ran, and no epoch before tells
+            self.bn = list(tracked_bn(model))
+        self.running.settle(model)
+        self.stale = bool(self.bn)
 
     def has_structure_of(self, model: nn.Module) -> bool:
         """Is `model` still made as when `swa_model` was copied from it? Training may exchange
@@ -86,14 +102,42 @@ class FitAverage:
         if learn is not source:
             model = unwrap(copy.deepcopy(source.model, memo))
             structure = _structure(model) if self.has_structure_of(unwrap(source.model)) else []
-        running = self.running.copied(swa_model)
-        of = self.learner if learn is source else weakref.ref(learn)
-        return FitAverage(running, of, structure, list(self.epochs), list(self.bn), self.stale, self.provisional)
+        return replace(
+            self,
+            running=self.running.copied(swa_model),
+            learner=self.learner if learn is source else weakref.ref(learn),
+            structure=structure,
+            epochs=list(self.epochs),
+            bn=list(self.bn),
+            taken=copy.copy(self.taken),
+        )
 
     # for checkpoints
 
     def state_dict(self) -> dict:
-        "The running average with all that its module holds, as plain data; tensors are live."
+        "As plain data, without its learner; tensors are live."
+        return {
+            'average': self._state_of_running(),
+            'epochs': list(self.epochs),
+            'bn': list(self.bn),
+            'stale': self.stale,
+            'provisional': self.provisional,
+        }
+
+    def load_state_dict(self, state: dict, learn: Learner, taken: Taken | None):
+        "Take over a `state_dict`, as an average of `learn`. Raises `ValueError` if it is not one of its model."
+        if not all(type(epoch) is int for epoch in state['epochs']):
+            raise ValueError(f'the epochs of an average are not {state["epochs"]}')
+        self._load_running(state['average'])
+        self.learner = weakref.ref(learn)
+        self.epochs = list(state['epochs'])
+        self.bn = list(state['bn'])
+        self.stale = state['stale']
+        self.provisional = state.get('provisional', False)  # a file of an earlier version has none
+        self.taken = taken
+
+    def _state_of_running(self) -> dict:
+        "The running average with all that its module holds."
         swa_model = unwrap(self.running.swa_model)
         in_state_dict = swa_model.state_dict()
         buffers = named_tensors(swa_model.named_buffers)
@@ -103,8 +147,7 @@ class FitAverage:
             'attributes': [_packed_attributes(m) for m in swa_model.modules()],
         }
 
-    def load_state_dict(self, state: dict):
-        "Take over a `state_dict`. Raises `ValueError` if it is not one of this model."
+    def _load_running(self, state: dict):
         self.running.load_state_dict(state)
         swa_model = unwrap(self.running.swa_model)
         own = named_tensors(swa_model.named_buffers)
@@ -159,10 +202,25 @@ def weights_with_points(swa_model: nn.Module, n_averaged: int, epochs: list) -> 
     return weights
 
 
-def state_in_file(path: Path) -> tuple[dict, list]:
-    """State of the running average in a file of `weights_with_points`, and the epochs it is of.
-    Raises `ValueError` if it is another file.
+# going on with an average
+
+
+def packed_points(average: FitAverage | Path, model: nn.Module) -> dict:
+    """The points of an average to go on with, or of a file of `weights_with_points`: packed 'state' of the running
+    average, and the 'epochs' it is of.
+
+    Raises `ValueError` if it is another file, or not an average of `model`.
     """
+    if isinstance(average, Path):
+        state, epochs = _read_points(average)
+    else:
+        state, epochs = average.running.state_dict(), list(average.epochs)
+    own = {plain_name(k): v for k, v in unwrap(model).state_dict().items()}
+    refuse_mismatch('average', state['swa_model'], own)
+    return {'state': pack(state), 'epochs': epochs}
+
+
+def _read_points(path) -> tuple[dict, list]:
     weights = read_weights(path)
     points = getattr(weights, '_metadata', {}).get('', {}).get(_POINTS)
     if points is None:
@@ -171,9 +229,3 @@ def state_in_file(path: Path) -> tuple[dict, list]:
         )
     state = {'swa_model': weights, 'n_averaged': points['n_averaged'], 'master': {}}
     return state, list(points['epochs'])
-
-
-def refuse_another_model(state: dict, model: nn.Module):
-    "Raise `ValueError` if the `state` of a running average is not one of `model`."
-    own = {plain_name(k): v for k, v in unwrap(model).state_dict().items()}
-    refuse_mismatch('average', state['swa_model'], own)

@@ -83,7 +83,7 @@ class Histories:
         """The same for a list of which nobody knows whether it only grows, if it has until now; else `None`. Each
         value is compared by identity with what it was.
         """
-        if len(values) < _LONG:
+        if len(values) < _LONG or name not in self._seen and not _are_constant(values):
             return None
         seen = self._seen.get(name)
         if seen is None or not seen.is_begin_of(values):
@@ -158,17 +158,22 @@ def joined(o, lists: dict):
     return lists[name]
 
 
+_CONSTANT = {int, float, bool, str, type(None)}
+
+
 def _are_constant(values) -> bool:
-    "Are they numbers, strings, or tensors that are single numbers?"
+    "Are they numbers, strings, and tuples of these, or tensors that are single numbers?"
     kinds = set(map(type, values))
-    if not kinds <= {int, float, bool, str, torch.Tensor}:
-        return False
-    return torch.Tensor not in kinds or kinds == {torch.Tensor} and all(t.dim() == 0 for t in values)
+    if kinds and all(issubclass(kind, torch.Tensor) for kind in kinds):
+        return all(t.dim() == 0 for t in values)
+    parts = [part for value in values if type(value) is tuple for part in value]
+    kinds = kinds - {tuple} | set(map(type, parts))
+    return all(kind in _CONSTANT or issubclass(kind, np.generic) for kind in kinds)
 
 
 def _versions(values) -> int:
     "Greater once one of the tensors among `values` was written to."
-    return sum(v._version for v in values) if values and type(values[0]) is torch.Tensor else 0
+    return sum(v._version for v in values) if values and isinstance(values[0], torch.Tensor) else 0
 
 
 # parts of packed lists

@@ -8,10 +8,11 @@ from fastcore.basics import GetAttr, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 
-from .callback import SWACallback, is_learners_own
+from .callback import SWACallback
 from .checks import check_count, check_positive
 from .ensemble import Ensemble
 from .landscape import figures, line, plane, rays
+from .names import is_learners_own
 from .schedules import fge_epochs, fge_lr_factor, snapshot_lr_factor, start_epoch, swa_lr_factor
 from .snapshots import SnapshotCallback
 from .solutions import has_solutions, named_solutions
@@ -43,7 +44,7 @@ def to_swa(self: Learner, **kwargs):
     `learn.swa`. An earlier one of that name is replaced. Returns the learner. Raises `ValueError`
     for a name that is something else of the learner's, and what `SWACallback` raises."""
     swa = SWACallback(**kwargs)
-    if is_learners_own(self, swa._name):
+    if is_learners_own(self, swa._name, SWACallback):
         raise ValueError(f'name={swa._name!r} is an attribute of the learner already: give the average another name')
     return self.remove_swa(swa._name).add_cb(swa)
 
@@ -304,5 +305,5 @@ def _warn_if_above(swa_lr, lr):
     given = f'({swa_lr[0]:g}, {swa_lr[1]:g})' if isinstance(swa_lr, tuple) else f'{swa_lr:g}'
     warn(
         f'swa_lr={given} is above lr={lr:g}: swa_lr is the learning rate while averaging, to which the rate now rises; '
-        'if it was meant as the first epoch to average, that is swa_start',
+        'if it was meant as the first epoch to average, that is swa_start'
     )

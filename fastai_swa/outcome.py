@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .checks import counted
 from .fit_history import FitHistory
 
 __all__ = [
     'Outcome',
+    'described',
     'lines',
     'result',
     'remark_on_one_point',
@@ -60,6 +62,25 @@ def lines(fit: Outcome) -> list[str]:
 
 
 # the first line
+
+
+def described(n_averaged: int, epochs: list[int], by_steps: bool) -> str:
+    "As in 'average of 3 epochs (2-4)', or 'average of 30 steps (epochs 2-4)'."
+    if not by_steps:
+        return f'average of {counted(n_averaged, "epoch")} ({_ranges(epochs)})'
+    label = 'epoch' if len(epochs) == 1 else 'epochs'
+    return f'average of {counted(n_averaged, "step")} ({label} {_ranges(epochs)})'
+
+
+def _ranges(epochs) -> str:
+    "[3, 4, 5, 9] -> '3-5, 9'"
+    runs = []
+    for e in epochs:
+        if runs and runs[-1][1] == e - 1:
+            runs[-1][1] = e
+        else:
+            runs.append([e, e])
+    return ', '.join(str(a) if a == b else f'{a}-{b}' for a, b in runs)
 
 
 def result(history: FitHistory, described: str, call: str) -> str:

@@ -23,6 +23,8 @@ tuple is the sign of a tag, and has one itself.
     array or number of NumPy's                      ('array', tensor), ('number', tensor)
     bytes                                           ('bytes', tensor): torch reads none that are empty
     Path, range                                     ('path', str), ('range', [start, stop, step])
+    Path in the packer's folder                     ('below', its way from there)
+    str that is an absolute path in that folder     ('text below', what follows that folder in it)
     torch.dtype                                     ('dtype', name): torch 2.6 does not read all
     a number or array that processes share          ('memory', tensor of its bytes)
     member of an enum                               ('enum', [class, name])
@@ -39,10 +41,11 @@ as well.
 
 import dataclasses
 import enum
+import os
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -51,7 +54,7 @@ from torch import nn
 
 from .contents import elements, is_record, put_elements, record_fields, shared_memory
 
-__all__ = ['pack', 'unpack', 'Packer', 'Unpacker', 'class_name', 'equal']
+__all__ = ['pack', 'unpack', 'Packer', 'Unpacker', 'class_name', 'equal', 'path_below', 'way_below']
 
 
 def pack(o):
@@ -133,9 +136,10 @@ class Packer:
     - `holes`: a list; what is not plain data leaves a hole, which `Unpacker` fills with what it
       finds at that place, and (path, object) is appended to it. So does an absolute path: what lies
       there may have been moved when the data are read.
+    - `folder`: paths in it are packed as the way from there, which leads to wherever it is then.
     """
 
-    def __init__(self, refused=(), keep_devices=False, lenient=False, holes=None):
+    def __init__(self, refused=(), keep_devices=False, lenient=False, holes=None, folder=None):
         self.copies = {}  # id -> tensor and its copy; the tensor is kept, so that its id stays taken
         self.open = set()  # ids of the containers that are being packed
         self.root = 'it'  # the name of what is packed
@@ -143,11 +147,14 @@ class Packer:
         self.keep_devices = keep_devices
         self.lenient = lenient
         self.holes = holes
+        self.refuses_places = holes is not None
+        self.folder = folder
+        self.start = None if folder is None else str(Path(folder).absolute())  # of what is a path in it
 
     def __call__(self, o, what='it'):
         "`o` as plain data; `what` is its name for a user. Raises `TypeError`."
         if type(o) in _PLAIN:
-            return o
+            return self.plain(o)
         if id(o) in self.open:
             return self.hole(o, what)  # a container that holds itself
         if not self.open:
@@ -168,16 +175,30 @@ class Packer:
         if type(o) is list:
             return _pack_list(self, o, what)
         tag = _tag(o)
-        is_elsewhere = tag == 'path' and o.is_absolute() and self.holes is not None  # may be moved
-        if tag is None or is_elsewhere:
+        if tag == 'path':
+            return self.path(o, what)
+        if tag is None:
             return self.hole(o, what)
-        if tag == 'dict' and all(type(k) in _PLAIN for k in o):
+        if tag == 'dict' and all(type(k) in _PLAIN and self.plain(k) is k for k in o):
             return {k: self(v, f'{what}[{k!r}]') for k, v in o.items()}
         if tag in _LEAVES:
             to_plain, _ = _LEAVES[tag]
             return tag, to_plain(o)
         to_plain, _ = _KINDS[tag]
         return tag, to_plain(self, o, what)
+
+    def plain(self, o):
+        "`o` itself, or the way to the file of the folder whose absolute path it is."
+        if type(o) is not str or self.start is None or not o.startswith(self.start):
+            return o
+        rest = o.removeprefix(self.start).replace(os.sep, '/')
+        return ('text below', rest) if rest[:1] in ('', '/') else o
+
+    def path(self, o, what):
+        way = way_below(self.folder, o)
+        if way is not None:
+            return 'below', way
+        return self.hole(o, what) if self.refuses_places and o.is_absolute() else ('path', str(o))
 
     def hole(self, o, what):
         "What stands for an object that is no plain data. Raises `TypeError` if nothing may."
@@ -224,10 +245,12 @@ class Unpacker:
 
     - `protected`: storage pointers of tensors that must not be written to.
     - `classes`: name -> class, beside those that are loaded.
+    - `folder`: where what was packed as a way from a folder is now.
     """
 
-    def __init__(self, protected=(), classes=None):
+    def __init__(self, protected=(), classes=None, folder=None):
         self.protected = protected
+        self.folder = folder
         self.classes = dict(classes or {})
         self.missing = []  # where something could not be made anew
         self.written = {}  # id of an object that was there -> itself and the plain data that it got
@@ -342,7 +365,7 @@ def _read_on(unpacker, content, now, what):
 
 def _pack_list(packer, o, what):
     if set(map(type, o)) <= _OF_ONE_VALUE:  # often, and long
-        return list(o)
+        return list(o) if packer.start is None else list(map(packer.plain, o))
     if len(o) > 1 and _are_scalars(o):
         return 'scalars', torch.stack([v.detach().as_subclass(torch.Tensor) for v in o]).cpu()
     if len(o) > 1 and _are_numbers(o):
@@ -408,6 +431,40 @@ def _read_set(unpacker, values, now, what):
 
 def _read_frozenset(unpacker, values, now, what):
     return frozenset(unpacker(v) for v in values)
+
+
+# paths in a folder, which may lie elsewhere when they are read
+
+
+def way_below(folder, path: Path) -> str | None:
+    "The way from `folder` to `path`; `None` if that is elsewhere."
+    if folder is None:
+        return None
+    base = Path(folder).absolute() if path.is_absolute() else Path(folder)
+    try:
+        return path.relative_to(base).as_posix()
+    except ValueError:
+        return None
+
+
+def path_below(folder, way) -> Path | None:
+    "The path of `way_below` again; `None` for one that leads out of the `folder`."
+    parts = PurePosixPath(way).parts if isinstance(way, str) else ('..',)
+    if folder is None or PurePosixPath(way).is_absolute() or '..' in parts or '\\' in way:
+        return None
+    return Path(folder).joinpath(*parts)
+
+
+def _read_below(unpacker, way, now, what):
+    path = path_below(unpacker.folder, way)
+    return unpacker.lost(now, what) if path is None else path
+
+
+def _read_text_below(unpacker, rest, now, what):
+    is_rest = isinstance(rest, str) and rest[:1] in ('', '/')
+    if not is_rest or path_below(unpacker.folder, rest[1:]) is None:
+        return unpacker.lost(now, what)
+    return str(Path(unpacker.folder).absolute()) + rest.replace('/', os.sep)
 
 
 # arrays and shared memory
@@ -538,7 +595,7 @@ def _dtype(name):
 _LEAVES = {
     'bytes': (lambda o: torch.from_numpy(np.frombuffer(o, np.uint8).copy()), lambda v: v.numpy().tobytes()),
     'number': (lambda o: torch.from_numpy(np.array(o)), lambda v: v.numpy()[()]),
-    'path': (str, Path),
+    'path': (str, Path),  # `Packer.path`
     'range': (lambda o: [o.start, o.stop, o.step], lambda v: range(*v)),
     'dtype': (lambda o: str(o).removeprefix('torch.'), _dtype),
 }
@@ -565,6 +622,8 @@ _KINDS = {
     'array': (_pack_array, _read_array),
     'memory': (_pack_memory, _read_memory),
     'on': (None, _read_on),  # `_pack_tensor`
+    'below': (None, _read_below),  # `Packer.path`
+    'text below': (None, _read_text_below),  # `Packer.plain`
     'enum': (_pack_enum, _read_enum),
     'record': (_pack_record, _read_record),
     'named': (_pack_named, _read_named),

@@ -15,6 +15,7 @@ from fastai.callback.core import Callback, CancelEpochException, CancelFitExcept
 from fastai.callback.training import BnFreeze, bn_types
 from fastai.learner import AvgLoss, Recorder
 from fastai.torch_core import num_distrib, to_detach
+from fastcore.foundation import L
 from torch.nn.parallel import DistributedDataParallel
 
 from .aside import aside, buffers_kept
@@ -55,7 +56,7 @@ class _PassCallback(Callback):
 # validation
 
 
-def validate_aside(learn, dl=None, in_fit: bool = True, taken: Taken | None = None) -> list:
+def validate_aside(learn, dl=None, in_fit: bool = True, taken: Taken | None = None, also=()) -> list:
     """Loss and metrics of `learn.model` on the validation set, or on `dl`, as floats (`nan` where
     there is no value).
 
@@ -64,6 +65,7 @@ def validate_aside(learn, dl=None, in_fit: bool = True, taken: Taken | None = No
 
     - `in_fit`: as in `refresh_bn`.
     - `taken`: what the learner's own validations took; more is not taken of a stream.
+    - `also`: more callbacks for this pass.
 
     Raises `PassCancelled` if a callback cancels it, `ValueError` if the validation set can be gone
     through only once, and `PassFailed` if it failed in another process.
@@ -75,7 +77,7 @@ def validate_aside(learn, dl=None, in_fit: bool = True, taken: Taken | None = No
             dl = as_an_epoch(fresh_loader(learn.dls[1], processes=processes), taken)
         collector = _Collector(learn.metrics, processes)
         model = _without_collectives(learn.model, processes)
-        with _with_model(learn, model), learn.added_cbs(collector):
+        with _with_model(learn, model), learn.added_cbs([collector, *L(also)]):
             _run(learn, dl)
         return plain_values(collector.measured)
 
@@ -263,12 +265,19 @@ def _is_frozen_by_callback(layer) -> bool:
 # batches for several passes, and a comparison
 
 
-def kept_batches(learn, n_batches: int | None = None, train: bool = True) -> KeptBatches:
+def _validation_loader(learn, taken):
+    return as_an_epoch(fresh_loader(learn.dls[1]), taken)
+
+
+def kept_batches(learn, n_batches: int | None = None, train: bool = True, taken: Taken | None = None) -> KeptBatches:
     """Of the training set, each sample once, or `n_batches` of it; or of the validation set: for
-    several passes over the same.
+    several passes over the same. `taken`: as for `refresh_bn`, or `validate_aside`.
     """
     _check_repeatable(learn, _TRAINING if train else _VALIDATION)
-    make = partial(training_loader, learn, n_batches) if train else lambda: as_an_epoch(fresh_loader(learn.dls[1]))
+    if train:
+        make = partial(training_loader, learn, n_batches, taken)
+    else:
+        make = partial(_validation_loader, learn, taken)
     with aside(learn):
         return KeptBatches(make)
 

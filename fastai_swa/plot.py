@@ -9,29 +9,44 @@ from scipy.stats import t
 
 from .fit_history import FitHistory
 
-__all__ = ['plot_swa', 'plot_history', 'plot_runs', 'plot_sizes', 'plot_lengths', 'axes_or_new', 'labelled', 'styles']
+__all__ = [
+    'plot_swa',
+    'plot_history',
+    'plot_histories',
+    'plot_runs',
+    'plot_sizes',
+    'plot_lengths',
+    'plot_differences',
+    'axes_or_new',
+    'labelled',
+    'styles',
+]
 
 _WITH_LEGEND = 4.8  # height of axes with a legend below them
 
 
 def plot_swa(recorder: Recorder, axs=None):
     """Loss and each metric of the last fit with an average over its epochs, for the model in training and
-    for its average; averaged epochs marked.
+    for its average, or its averages, if there are several; averaged epochs marked.
 
     - `recorder`: a learner's `Recorder`, or the learner.
     - `axs`: as for `plot_history`.
 
-    Returns the array of axes. Raises `ValueError` if the recorder has seen no epoch of a fit with a
-    `SWACallback` of the name 'swa'; `SWACallback.plot` draws that of any name.
+    It is the last fit with the average 'swa', or where there is none the last one with another. Returns the array of
+    axes. Raises `ValueError` if the recorder has seen no epoch of a fit with a `SWACallback`; `SWACallback.plot` draws
+    its own average alone.
     """
     recorder = getattr(recorder, 'recorder', recorder)
-    history = getattr(recorder, 'swa_history', None)
-    if not history or not history['rows']:
+    kept = {name: value for name, value in vars(recorder).items() if name.endswith('_history')}
+    histories = [FitHistory(**value) for value in kept.values() if isinstance(value, dict) and value.get('rows')]
+    if not histories:
         raise ValueError(
-            'the recorder holds no fit with a SWACallback: there was none, it was not enabled, or it has another name '
-            'than swa; the plot() of a SWACallback draws its own last fit'
+            'the recorder holds no fit with a SWACallback: there was none, or it was not enabled; the plot() of a '
+            'SWACallback draws its own last fit'
         )
-    return plot_history(FitHistory(**history), axs)
+    first = next((h for h in histories if h.prefix == 'swa'), histories[-1])
+    others = [h for h in histories if h is not first and h.is_of_the_fit_of(first)]
+    return plot_histories([first, *others], axs)
 
 
 def plot_history(history: FitHistory, axs=None):
@@ -42,31 +57,48 @@ def plot_history(history: FitHistory, axs=None):
 
     Returns the array of axes.
     """
+    return plot_histories([history], axs)
+
+
+def plot_histories(histories: list[FitHistory], axs=None):
+    "As `plot_history`, for several averages of one fit, by their names."
+    first = histories[0]
     if axs is None:
-        n = len(history.columns)
+        n = len(first.columns)
         _, axs = plt.subplots(1, n, figsize=(5.5 * n, 4), layout='constrained', squeeze=False)
     axs = np.ravel(axs)
-    epochs = history.epochs
-    for ax, average in zip(axs, history.columns):
-        title = history.measure(average)
-        raw = history.beside(average)
-        if title == 'valid_loss' and 'train_loss' in history.names:
-            ax.plot(epochs, history.column('train_loss'), color='0.65', lw=1, ls=':', label='training loss')
+    for i, (ax, column) in enumerate(zip(axs, first.columns)):
+        title = first.measure(column)
+        raw = first.beside(column)
+        if title == 'valid_loss' and 'train_loss' in first.names:
+            ax.plot(first.epochs, first.column('train_loss'), color='0.65', lw=1, ls=':', label='training loss')
         if raw:
-            ax.plot(epochs, history.column(raw), color='C0', lw=1, marker='.', label='model in training')
-        values = history.column(average)
-        validated = [i for i, v in enumerate(values) if v == v]  # these only, joined
-        at = [epochs[i] for i in validated]
-        ax.plot(at, [values[i] for i in validated], color='C3', lw=2, marker='o', ms=4, label='average')
-        for i, e in enumerate(history.averaged):
-            label = 'averaged' if i == 0 else None
-            ax.plot(e, 0.03, '^', color='0.25', ms=5, transform=ax.get_xaxis_transform(), label=label)
+            ax.plot(first.epochs, first.column(raw), color='C0', lw=1, marker='.', label='model in training')
+        for k, history in enumerate(histories):
+            _draw_average(ax, history, history.columns[i], k, is_alone=len(histories) == 1)
         ax.set(xlabel='epoch', ylabel=title.replace('_', ' '))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         _set_log_if_steep(ax)
         ax.grid(alpha=0.25)
         ax.legend(fontsize='small')
     return axs
+
+
+_AVERAGES = 'C3', 'C2', 'C1', 'C4', 'C5'  # their colours
+
+
+def _draw_average(ax, history: FitHistory, column: str, number: int, is_alone: bool):
+    "The values of one of the averages of a fit, and marks at the epochs averaged, in a row of its own."
+    color = _AVERAGES[number % len(_AVERAGES)]
+    values = history.column(column)
+    validated = [i for i, v in enumerate(values) if v == v]  # these only, joined
+    at = [history.epochs[i] for i in validated]
+    label = 'average' if is_alone else f'average {history.prefix!r}'
+    ax.plot(at, [values[i] for i in validated], color=color, lw=2, marker='o', ms=4, label=label)
+    mark = dict(color='0.25' if is_alone else color, ms=5, transform=ax.get_xaxis_transform())
+    for i, epoch in enumerate(history.averaged):
+        label = 'averaged' if i == 0 and number == 0 else None
+        ax.plot(epoch, 0.03 + 0.04 * number, '^', label=label, **mark)
 
 
 def _set_log_if_steep(ax):
@@ -161,17 +193,43 @@ def plot_lengths(curves: dict, ax=None, ylabel: str = ''):
     ax.set_xscale('log')
     ax.set_xticks(ticks, [str(n) for n in ticks])
     ax.set_xticks([], minor=True)
-    return _legend_below(labelled(ax, 'epochs of the whole training', ylabel))
+    return _legend_below(labelled(ax, 'epochs of the whole training', ylabel), ncols=2)
+
+
+def plot_differences(groups: dict, ax=None, xlabel: str = ''):
+    """Differences from a reference, a line of the figure for each: the mean over the seeds, with its 95 % confidence
+    interval.
+
+    `groups`: name -> name of a line -> values (seeds). The lines of all groups are the same. Returns the axes.
+    """
+    ax = axes_or_new(ax, _WITH_LEGEND)
+    for i, ((group, rows), style) in enumerate(zip(groups.items(), styles(len(groups)))):
+        values = np.stack(list(rows.values()), 1)
+        heights = np.arange(len(rows)) + 0.22 * (i - (len(groups) - 1) / 2)  # or the intervals would lie on one another
+        half = _halves(values)
+        drawn = dict(fmt='os^D'[i % 4], ms=4, color=style['color'], elinewidth=1.2, capsize=2.5)
+        ax.errorbar(values.mean(0), heights, xerr=half, label=group, **drawn)
+    ax.axvline(0, color='0.4', lw=1)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.invert_yaxis()
+    return _legend_below(labelled(ax, xlabel, ''))
 
 
 def _intervals(ax, x, values, style, at):
     "95 % confidence intervals of the mean, by Student's t, at the points `at`; none for one seed."
-    n = len(values)
-    if n < 2:
+    half = _halves(values)
+    if half is None:
         return
     at = list(at)
-    half = t.ppf(0.975, n - 1) * values.std(0, ddof=1) / n**0.5
     ax.errorbar(x[at], values.mean(0)[at], half[at], fmt='none', ecolor=style['color'], elinewidth=1.2, capsize=2.5)
+
+
+def _halves(values):
+    "Half the widths of the 95 % confidence intervals of the means of `values` (seeds, n); `None` for one seed."
+    n = len(values)
+    if n < 2:
+        return None
+    return t.ppf(0.975, n - 1) * values.std(0, ddof=1) / n**0.5
 
 
 def _over_counts(ax, xlabel, ylabel):
@@ -180,9 +238,9 @@ def _over_counts(ax, xlabel, ylabel):
     return _legend_below(labelled(ax, xlabel, ylabel))
 
 
-def _legend_below(ax):
+def _legend_below(ax, ncols=3):
     "Off the data."
-    ax.legend(fontsize='small', loc='upper center', bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
+    ax.legend(fontsize='small', loc='upper center', bbox_to_anchor=(0.5, -0.14), ncols=ncols, frameon=False)
     return ax
 
 

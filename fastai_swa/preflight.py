@@ -20,13 +20,12 @@ from .walk import not_copied
 
 __all__ = [
     'check_model',
-    'most_steps',
-    'remarks_on_model',
-    'remarks_on_loss',
-    'remarks_on_data',
+    'remarks_on_learner',
     'remarks_on_cycles',
+    'remarks_on_points',
     'remarks_on_trackers',
     'validated_epochs',
+    'nothing_sentence',
 ]
 
 
@@ -60,20 +59,18 @@ def _check_copy(learn):
     )
 
 
-def remarks_on_model(learn: Learner) -> dict:
+def remarks_on_learner(learn: Learner, loss_func, what: str) -> dict:
+    "What of its model, data and loss will surprise in `what`, the average."
+    return _remarks_on_model(learn) | _remarks_on_data(learn, what) | _remarks_on_loss(learn, loss_func, what)
+
+
+def _remarks_on_model(learn) -> dict:
     "Running statistics that are no buffers cannot be refreshed."
     outside = statistics_outside_buffers(unwrap(learn.model))
     return {'outside': outside_sentence(outside)} if outside else {}
 
 
-def remarks_on_loss(learn: Learner, loss_func, what: str) -> dict:
-    "Parameters of the loss that the learner's optimizer trains, and `what` does not hold."
-    optimized = {id(p) for group in learn.opt.param_lists for p in group}
-    trained = [name for name, p in loss_parameters(loss_func, unwrap(learn.model)).items() if id(p) in optimized]
-    return {'loss': loss_sentence(what, trained)} if trained else {}
-
-
-def remarks_on_data(learn: Learner, what: str) -> dict:
+def _remarks_on_data(learn, what) -> dict:
     "Data that can be gone through only once are there for training, and `what` gets nothing of them."
     has_batch_norm = bool(tracked_bn(unwrap(learn.model)))
     consequences = {0: 'its batch norm cannot be refreshed', 1: 'it cannot be validated'}
@@ -89,6 +86,13 @@ def remarks_on_data(learn: Learner, what: str) -> dict:
     return res
 
 
+def _remarks_on_loss(learn, loss_func, what) -> dict:
+    "Parameters of the loss that the learner's optimizer trains, and `what` does not hold."
+    optimized = {id(p) for group in learn.opt.param_lists for p in group}
+    trained = [name for name, p in loss_parameters(loss_func, unwrap(learn.model)).items() if id(p) in optimized]
+    return {'loss': loss_sentence(what, trained)} if trained else {}
+
+
 def remarks_on_cycles(cycle_len, averaged: list[int], n_epoch: int) -> dict:
     "A list that reads as the lengths of all cycles of this fit, where epochs are meant."
     if not isinstance(cycle_len, list) or sum(cycle_len) != n_epoch or averaged[-1:] == [n_epoch - 1]:
@@ -99,7 +103,38 @@ def remarks_on_cycles(cycle_len, averaged: list[int], n_epoch: int) -> dict:
     }
 
 
-def most_steps(learn: Learner, start: int) -> float:
+def remarks_on_points(learn: Learner, swa_start, every: int | None, start: int, due: list[int]) -> dict:
+    "A fit that will come to no point; arguments as for `nothing_sentence`."
+    n_steps = _most_steps(learn, start)
+    if due and (not every or n_steps >= every):
+        return {}
+    return {'nothing': nothing_sentence(swa_start, every, start, due, learn.n_epoch, f'has at most {n_steps}')}
+
+
+def nothing_sentence(swa_start, every: int | None, start: int, due: list[int], n_epoch: int, n_steps: str) -> str:
+    """Why a fit of `n_epoch` epochs averages nothing.
+
+    - `start`: the first epoch that may be averaged; `due`: those that are, if they come to their ends.
+    - `n_steps`: optimizer steps from epoch `start` on, as in 'took 3'.
+    """
+    if every and due:
+        return (
+            f'every={every} was not reached: this fit {n_steps} optimizer steps from epoch {start} on and averages '
+            'nothing'
+        )
+    if not due and start < n_epoch:
+        return (
+            f'cycle_len has no epoch from {start} (swa_start={swa_start}) to {n_epoch - 1}, the last one, counted from '
+            '0: this fit averages nothing'
+        )
+    first = due[0] if due else start
+    return (
+        f'swa_start={swa_start} was not reached: epoch {first} (from 0) would be the first one averaged, so this fit '
+        f'of {n_epoch} epochs averages nothing'
+    )
+
+
+def _most_steps(learn, start) -> float:
     "So many optimizer steps, at most, has a fit from epoch `start` on; infinite where that is not known."
     try:
         return len(learn.dls.train) * max(0, learn.n_epoch - start)

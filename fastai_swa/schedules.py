@@ -27,13 +27,16 @@ def start_epoch(swa_start, n_epoch: int) -> int:
 def due_epochs(start: int, n_epoch: int, cycle_len) -> list[int]:
     """The epochs at whose ends a fit of `n_epoch` epochs averages, all counted from 0: of those from `start`
     on, `start` itself and each `cycle_len`-th after it; for a list of epochs those in it; for a function those
-    of which it says that they are averaged.
+    of which it says that they are averaged. Raises `ValueError` if that raises.
     """
     if isinstance(cycle_len, int):
         return list(range(start, n_epoch, cycle_len))
-    if callable(cycle_len):
+    if not callable(cycle_len):
+        return [epoch for epoch in cycle_len if start <= epoch < n_epoch]
+    try:
         return [epoch for epoch in range(start, n_epoch) if cycle_len(epoch)]
-    return [epoch for epoch in cycle_len if start <= epoch < n_epoch]
+    except Exception as e:
+        raise ValueError(f'cycle_len could not be asked for the epochs {start} to {n_epoch - 1}: {e!r}') from e
 
 
 def cycle_ends(lengths) -> list[int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner, Recorder
 from torch import nn
 
@@ -28,7 +29,7 @@ from .processes import Processes
 from .solutions import by_epoch, check_solution, gathered, source_of
 from .walk import not_copied
 from .warn import warn
-from .weights import NoSolution, folder_lock, load_into, read_index, weights_of, write_index
+from .weights import NoSolution, folder_lock, load_into, read_index, refuse_nan, weights_of, write_index
 
 __all__ = ['SnapshotCallback', 'average_checkpoints']
 
@@ -163,8 +164,21 @@ class SnapshotCallback(FitCallback):
         if self.folder is not None:
             processes.first(self._lock)
         recorder = recorder_of(self.learn)
-        if recorder is not None and self.max_preds_mb:
+        if not self.max_preds_mb:
+            self._refuse_trackers([] if recorder is None else list(recorder.metric_names))
+        elif recorder is not None:
             self._fit.n_own, self._fit.columns = insert_columns(recorder, 'ens')
+
+    def _refuse_trackers(self, columns: list):
+        "Raise `ValueError` for a tracker of a column that is left out, which would end the fit without a word on why."
+        for cb in self.learn.cbs:
+            if not isinstance(cb, TrackerCallback) or cb.monitor in columns:
+                continue
+            if str(cb.monitor).startswith('ens_'):
+                raise ValueError(
+                    f'max_preds_mb=0 leaves out the columns of the growing ensemble, and the {type(cb).__name__} '
+                    f'monitors {cb.monitor!r}: give it another column, or max_preds_mb more'
+                )
 
     def before_epoch(self):
         fit = self._fit
@@ -467,7 +481,7 @@ def average_checkpoints(paths, model, loader=None, **kwargs) -> nn.Module:
       `kwargs` for `update_bn`, if it has batch norm. Neither is changed.
 
     Izmailov et al. 2018, Algorithm 1. Raises `ValueError` if `paths` is empty, if weights do not
-    fit or a file is damaged, or without the loader that is needed; `FileNotFoundError` for a
+    fit or have a NaN, if a file is damaged, or without the loader that is needed; `FileNotFoundError` for a
     missing file; `TypeError` for what has no weights, and for arguments in the other order. They
     name it.
     """
@@ -488,7 +502,10 @@ def average_checkpoints(paths, model, loader=None, **kwargs) -> nn.Module:
     modes = [m.training for m in current.modules()]
     average = WeightAverage(current)
     for name, solution in found.items():
-        average.update(load_into(current, source_of(solution), name))
+        source = source_of(solution)
+        load_into(current, source, name)
+        refuse_nan(current.state_dict(), source if isinstance(source, str | Path) else name)
+        average.update(current)
     swa_model = average.swa_model
     if learn is not None and loader is None:
         names = refreshable(learn)

@@ -54,11 +54,16 @@ def loaders(learn) -> list:
     return own or [dl for name in ('train', 'valid') if (dl := getattr(learn.dls, name, None)) is not None]
 
 
+# where a class was when the first files were written that name it: they are read by that name, and so still written
+_NAMED_AS = {'fastai_swa.saving.SaveSWAModelCallback': 'fastai_swa.callback.SaveSWAModelCallback'}
+
+
 def named_callbacks(learn):
-    "(name, callback) pairs; callbacks of one class are counted."
+    "(name, callback) pairs, as checkpoints have them; callbacks of one class are counted."
     seen = {}
     for cb in learn.cbs:
         cls = f'{type(cb).__module__}.{type(cb).__qualname__}'
+        cls = _NAMED_AS.get(cls, cls)
         seen[cls] = seen.get(cls, -1) + 1
         yield f'{cls}.{getattr(cb, "key", seen[cls])}', cb  # an average is known by its name
 

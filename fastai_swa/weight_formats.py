@@ -1,6 +1,5 @@
 """What files of weights hold, as `torch.save` and safetensors write them; no code in them is run. Plain PyTorch."""
 
-import json
 import math
 import pickle
 import sys
@@ -11,6 +10,8 @@ from io import BytesIO
 from pathlib import Path
 
 import torch
+
+from .files import check_zip, parsed
 
 __all__ = ['Left', 'read_any', 'check_any', 'is_safetensors']
 
@@ -37,11 +38,7 @@ def check_any(file: Path):
     elif not zipfile.is_zipfile(file):  # torch's format before 1.6, perhaps, which has no checksums
         torch.load(file, map_location='cpu', weights_only=True)
     else:
-        with zipfile.ZipFile(file) as z:
-            if sum(record.file_size for record in z.infolist()) > file.stat().st_size:
-                raise ValueError('it is compressed, as torch.save does not')
-            if z.testzip():  # torch.load does not look at the checksums
-                raise ValueError('a checksum is wrong')
+        check_zip(file)
 
 
 # torch.save
@@ -213,10 +210,10 @@ def _entries(f, size: int) -> list[_Entry]:
     if n > min(size - 8, _LONGEST_HEADER):
         raise ValueError('its header is cut off')
     try:
-        header = json.loads(f.read(n))
+        header = parsed(f.read(n))
         header.pop('__metadata__', None)
         entries = [_entry(name, said) for name, said in header.items()]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError('its header is damaged') from None
     at = 0
     for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import torch
 from torch import nn
 
-from .files import InUse, Lock, save_weights, write_text
+from .files import InUse, Lock, parsed, save_weights, write_text
 from .modules import in_train_mode, plain_name, unwrap, written_in_train_mode
 from .weight_formats import Left, check_any, read_any
 
@@ -18,6 +18,7 @@ __all__ = [
     'check_weights_file',
     'folder_lock',
     'indexed_files',
+    'is_plain_name',
     'load_into',
     'read_index',
     'read_weights',
@@ -74,12 +75,12 @@ def state_dict_in(found, name) -> dict:
     """The state dict that `found` is, or holds under one of the names that checkpoints have for it.
     Raises `ValueError`, by `name`, for something else, or several.
     """
-    if isinstance(found, dict) and (not found or _has_tensors(found)):
-        weights = [found]
-    elif isinstance(found, dict):
+    weights = []
+    if isinstance(found, dict):
         weights = [found[k] for k in _NAMES if isinstance(found.get(k), dict) and _has_tensors(found[k])]
-    else:
-        weights = []
+        # looked at last: beside weights under a name there may be a tensor, as the best accuracy so far
+        if not weights and (not found or _has_tensors(found)):
+            weights = [found]
     if len(weights) > 1:
         raise ValueError(f'{name} holds several state dicts: give the one that is meant, by itself')
     if not weights or not all(isinstance(k, str) and not isinstance(v, Left) for k, v in weights[0].items()):
@@ -130,8 +131,10 @@ def load_into(module: nn.Module, weights, name: str = 'the dict') -> nn.Module:
     """`module` with the `weights`, a module, a state dict called `name`, or a path; where modes
     move weights, these are the ones in train mode.
 
-    Names may have a `module.` in front, as `DataParallel` and `AveragedModel` give them. Of tied
-    weights one will do. Raises `FileNotFoundError` or `ValueError`, naming it, if they do not serve.
+    Names may have a `module.` in front, as `DataParallel` and `AveragedModel` give them, or what
+    else a training has the model as, such as `model.`. Of tied weights one will do.
+
+    Raises `FileNotFoundError` or `ValueError`, naming it, if they do not serve.
     """
     own = module.state_dict(keep_vars=True)
     state = _with_ties(_without_wrapper(weights_of(weights, name), own), own)
@@ -145,15 +148,20 @@ def load_into(module: nn.Module, weights, name: str = 'the dict') -> nn.Module:
     return module
 
 
-_WRAPPER = 'module.'
+_COUNTER = 'n_averaged'  # of `AveragedModel`, beside the weights
 
 
 def _without_wrapper(state: dict, own: dict) -> dict:
-    "`state` under the names in `own`, if a wrapper has put `module.` in front of them, and a counter beside."
-    inner = {k.removeprefix(_WRAPPER): v for k, v in state.items() if k.startswith(_WRAPPER)}
-    others = [k for k in state if not k.startswith(_WRAPPER) and k != 'n_averaged']
-    is_models_own = any(k.startswith(_WRAPPER) for k in own) and inner.keys() != own.keys()
-    return inner if inner and not others and not is_models_own else state
+    """`state` under the names in `own`, if a wrapper has put one and the same in front of them all, and
+    perhaps a counter beside.
+    """
+    inner = {k: v for k, v in state.items() if k != _COUNTER}
+    wrapper = next(iter(inner), '').partition('.')[0] + '.'
+    if not all(k.startswith(wrapper) for k in inner):
+        return state
+    inner = {k.removeprefix(wrapper): v for k, v in inner.items()}
+    is_models_own = wrapper != 'module.' or any(k.startswith(wrapper) for k in own)
+    return inner if inner.keys() == own.keys() or not is_models_own else state
 
 
 def _with_ties(state: dict, own: dict) -> dict:
@@ -210,15 +218,15 @@ def read_index(folder: Path) -> dict:
     if not file.exists():
         raise FileNotFoundError(f'{folder} has no {_INDEX}: it is no folder of an ensemble')
     try:
-        index = json.loads(file.read_text(), parse_constant=_refuse_constant)
+        index = parsed(file.read_text(), only_finite=True)
         is_right = _is_index(index)
-    except (ValueError, RecursionError, IsADirectoryError):
+    except (ValueError, IsADirectoryError):
         is_right = False
     if not is_right:
         raise ValueError(f'{file} is damaged, or it is no index of an ensemble')
     seen = set()
     for name in index['files']:
-        if not _is_plain_name(name):
+        if not is_plain_name(name):
             raise ValueError(f'{file} names {name!r}, which is no file of its own folder')
         if name in seen:
             raise ValueError(f'{file} names {name!r} twice')
@@ -226,18 +234,20 @@ def read_index(folder: Path) -> dict:
     return index
 
 
-def _refuse_constant(name: str):
-    raise ValueError(f'{name} is not finite')
-
-
 def _is_index(o) -> bool:
     "Is `o` as `write_index` has it? One of an earlier version has no SHA-256."
     if not isinstance(o, dict) or o.get('format') != _FORMAT or not _is_list(o.get('files'), str):
         return False
+    if o.get('combine') not in (None, 'mean', 'vote', 'stack'):
+        return False
+    if o.get('activation') not in (None, 'softmax', 'sigmoid', 'none'):
+        return False
     hashes = o.get('sha256', [''] * len(o['files']))
     if not _is_list(hashes, str) or len(hashes) != len(o['files']) or not _is_list(o.get('epochs', []), int):
         return False
-    return o.get('stacking') is None or _is_stacking(o['stacking'], len(o['files']))
+    if o.get('stacking') is None:
+        return o.get('combine') != 'stack'
+    return _is_stacking(o['stacking'], len(o['files']))
 
 
 def _is_list(o, cls) -> bool:
@@ -251,16 +261,15 @@ def _is_stacking(o, n_members: int) -> bool:
     rows = [*o['weights'], o['bias']]
     if not all(isinstance(row, list) and all(_is_finite(x) for x in row) for row in rows):
         return False
-    sizes = {len(row) for row in o['weights']}
-    is_even = len(sizes) == 1 and n_members > 0 and sizes.pop() % n_members == 0
-    return is_even and len(o['weights']) == len(o['bias'])
+    n_outputs = len(o['bias'])
+    return n_outputs == len(o['weights']) > 0 and all(len(row) == n_members * n_outputs for row in o['weights'])
 
 
 def _is_finite(x) -> bool:
     return type(x) in (int, float) and math.isfinite(x)
 
 
-def _is_plain_name(name: str) -> bool:
+def is_plain_name(name: str) -> bool:
     "Is `name` one of a file, of the folder that it is looked up in, on any system?"
     is_alone = PurePosixPath(name).name == name == PureWindowsPath(name).name
     return is_alone and name not in ('', '.', '..', _INDEX) and '\0' not in name
@@ -286,7 +295,7 @@ def folder_lock(folder: Path) -> Lock:
     try:
         return Lock(folder.with_name(f'{folder.name}.snapshots'))
     except OSError:
-        return Lock(folder / 'index.json')
+        return Lock(folder / _INDEX)
 
 
 def replace_files(folder: Path, weights: list[dict], **content) -> tuple[list[str], list[str]]:

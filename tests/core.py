@@ -34,8 +34,8 @@ CORE = {
             'test_the_columns_are_true',
             'test_the_columns_of_the_model_in_training_keep_its_own_values',
             'test_the_columns_are_true_under_any_recorder_and_without_time',
-            'test_save_swa_model_saves_the_best_average_and_loads_nothing',
         ],
+        'test_saving': ['test_save_swa_model_saves_the_best_average_and_loads_nothing'],
         'test_combinations': ['test_the_csv_log_has_the_columns'],
     },
     'batch norm is exact': {

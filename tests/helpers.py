@@ -52,6 +52,11 @@ def learner(model=None, dls=None, seed=0, opt_func=SGD, lr=0.1, metrics=accuracy
     return Learner(dls, model, CrossEntropyLossFlat(), opt_func=opt_func, lr=lr, metrics=metrics, **kwargs)
 
 
+def training_set(learn):
+    "As one batch of inputs."
+    return [(torch.stack([x for x, _ in learn.dls.train.dataset]),)]
+
+
 class Snapshots(Callback):
     "Clones of the parameters at the end of each epoch's training part, with the epoch."
 

@@ -909,7 +909,8 @@ def interrupted():
 
     def guarded(f, go, sent):
         f(go)
-        sent.wait()
+        while not sent:  # an Event's lock could be left locked by the interruption, and its sender wait for ever
+            time.sleep(1e-4)
 
     def handle(number, frame):  # one that comes late must not interrupt the test itself
         while frame is not None:
@@ -918,7 +919,8 @@ def interrupted():
             frame = frame.f_back
 
     def run(f, seconds, count=1):
-        started, sent = threading.Event(), threading.Event()
+        started = threading.Event()
+        sent = []
 
         def send():
             started.wait()
@@ -926,7 +928,7 @@ def interrupted():
             for _ in range(count):
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(1e-4)
-            sent.set()
+            sent.append(True)
 
         thread = threading.Thread(target=send)
         thread.start()

@@ -1,6 +1,7 @@
 """Which batches a pass aside from training takes, and from what loader: as many as an epoch, from one like the
 user's."""
 
+import copy
 import itertools
 import signal
 from contextlib import contextmanager
@@ -184,6 +185,19 @@ def test_a_state_in_a_file_says_what_epochs_took():
         other._average.stale = True
         other.refresh()
     assert other._average.taken == Taken(3, False) and n_tracked(other) == 3
+
+
+def test_a_copy_of_a_learner_knows_what_epochs_took():
+    learn = learner(dls=DataLoaders(TorchDataLoader(Stream(10**9), 16), DataLoader(VALID, bs=32)))
+    learn.to_swa(swa_start=0)
+    with ending():
+        learn.fit(1, cbs=Cut(3))
+        twin = copy.deepcopy(learn)
+        twin.swa._average.stale = True
+        twin.swa.refresh()
+    assert n_tracked(twin.swa) == 3
+    assert twin.swa._average.taken == learn.swa._average.taken
+    assert twin.swa._average.taken is not learn.swa._average.taken
 
 
 def test_finite_data_are_taken_whole_although_epochs_are_cut():

@@ -29,7 +29,7 @@ from fastai.metrics import accuracy
 from fastai.optimizer import Adam
 from torch import nn
 
-from fastai_swa import SaveSWAModelCallback, SWACallback, ema, equal, update_bn
+from fastai_swa import SWACallback, ema, equal, update_bn
 
 from .helpers import (
     At,
@@ -43,6 +43,7 @@ from .helpers import (
     net,
     parameters,
     raising,
+    training_set,
 )
 from .reference import twins
 
@@ -366,10 +367,6 @@ def test_a_learner_without_recorder_is_averaged_without_columns():
 
 
 # 4. batch norm is exact
-
-
-def training_set(learn):
-    return [(torch.stack([x for x, _ in learn.dls.train.dataset]),)]
 
 
 def assert_bn_exact(learn, swa, frozen=()):
@@ -934,61 +931,6 @@ def test_early_stopping_on_the_average_keeps_it():
 def test_save_model_on_a_swa_column_warns_that_it_saves_other_weights(tmp_path):
     with pytest.warns(UserWarning, match='use SaveSWAModelCallback'):
         learner(path=tmp_path).fit(2, cbs=[SWACallback(swa_start=0), SaveModelCallback('swa_valid_loss')])
-
-
-def test_save_swa_model_saves_the_best_average_and_loads_nothing(tmp_path):
-    learn, swa, snaps = learner(path=tmp_path), SWACallback(swa_start=1), Snapshots()
-    saver = SaveSWAModelCallback('swa_accuracy', fname='best')
-    kept = {}
-
-    class Keep(Callback):
-        order = 90
-
-        def after_epoch(self):
-            if swa.n_averaged:
-                kept[self.epoch] = copy.deepcopy(swa.swa_model.state_dict())
-
-    learn.fit(6, cbs=[swa, saver, snaps, Keep()])
-    for a, b in zip(parameters(learn.model), snaps.weights[-1]):
-        assert torch.equal(a, b)
-    accuracies = column(learn, 'swa_accuracy')
-    best = max(range(1, 6), key=lambda e: (accuracies[e], -e))
-    saved = learner(path=tmp_path, seed=9).load('best', with_opt=False).model.state_dict()
-    for k, v in saved.items():
-        assert torch.equal(v, kept[best][k]), k
-    assert saver.best == accuracies[best] and saver.last_saved_path.exists()
-
-
-def test_save_swa_model_every_epoch_and_at_the_end_with_fresh_batch_norm(tmp_path):
-    learn = learner(path=tmp_path)
-    learn.fit(4, cbs=[SWACallback(swa_start=1, swa_eval_freq=0), SaveSWAModelCallback(every_epoch=True)])
-    assert sorted(p.name for p in (tmp_path / 'models').iterdir()) == [f'swa_model_{e}.pth' for e in (1, 2, 3)]
-    saved = learner(path=tmp_path).load('swa_model_2', with_opt=False).model
-    mean, _ = twins.bn_statistics(saved, training_set(learn))['1']
-    torch.testing.assert_close(saved[1].running_mean.double(), mean, rtol=1e-5, atol=1e-5)
-    swa = SWACallback(swa_start=0, swa_eval_freq=0)
-    learn.fit(
-        3,
-        cbs=[swa, SaveSWAModelCallback(at_end=True, fname='end'), At('after_epoch', 1, raising(CancelFitException()))],
-    )
-    for k, v in torch.load(tmp_path / 'models' / 'end.pth', weights_only=True).items():
-        assert torch.equal(v, swa.swa_model.state_dict()[k])
-
-
-def test_save_swa_model_stands_aside_or_says_what_it_lacks(tmp_path):
-    learn = learner(path=tmp_path)
-    with pytest.raises(ValueError, match='needs a SWACallback in the same fit'):
-        learn.fit(1, cbs=SaveSWAModelCallback())
-    with pytest.raises(ValueError, match="monitor must be one of swa_valid_loss, swa_accuracy, not 'accuracy'"):
-        learn.fit(1, cbs=[SWACallback(), SaveSWAModelCallback('accuracy')])
-    with pytest.raises(ValueError, match='every_epoch and at_end'):
-        SaveSWAModelCallback(every_epoch=True, at_end=True)
-    learn.to_swa(swa_start=0).add_cb(SaveSWAModelCallback())
-    learn.swa.enabled = False
-    learn.fit(1), learn.validate()
-    learn.swa.enabled = True
-    learn.fit(1), learn.validate()
-    assert [p.name for p in (tmp_path / 'models').iterdir()] == ['swa_model.pth']
 
 
 # what only unusual learners do

@@ -1337,6 +1337,68 @@ def test_a_fit_with_snapshots_and_trackers_goes_on_after_its_folder_was_moved(tm
     assert not (tmp_path / 'here').exists()
 
 
+def test_what_a_callback_collects_in_a_dict_of_lists_is_written_once(tmp_path):
+    file, sizes = tmp_path / 'run.ckpt', []
+
+    class Collects(Callback):
+        def before_fit(self):
+            self.seen = {'loss': [0.5] * 1200, 'rows': [], 'few': []}
+
+        def before_train(self):
+            self.seen['few'] = [self.epoch]
+            sizes.append(file.stat().st_size)
+
+        def after_batch(self):
+            self.seen['loss'] += [float(self.loss.detach())] * 300
+            self.seen['rows'] += [(self.epoch, 0.25)] * 300
+
+    def start(*more):
+        collects = Collects()
+        learner(path=tmp_path).fit(8, 0.05, cbs=[collects, CheckpointCallback(file), *more])
+        return collects.seen
+
+    with pytest.raises(Killed):
+        start(kill(6))
+    assert sizes[6] < 1.05 * sizes[5] < 1.1 * sizes[4]
+    got = start()
+    assert not file.exists() and got == start()
+
+
+def test_paths_that_a_callback_collects_go_on_after_their_folder_was_moved(tmp_path):
+    class KeepsTwo(Callback):
+        def before_fit(self):
+            self.kept, self.texts, self.by_path = [], [], {}
+            self.folder = str(self.learn.path)
+
+        def after_epoch(self):
+            file = self.learn.save(f'epoch-{self.epoch}')
+            self.kept.append((self.epoch, file))
+            self.texts.append(str(file))
+            self.by_path[file] = self.by_path[str(file)] = self.epoch
+            for _, old in self.kept[:-2]:
+                old.unlink()
+            self.kept = self.kept[-2:]
+
+    def start(folder, killer=None):
+        learn, keeps = learner(path=folder), KeepsTwo()
+        cbs = [keeps, CheckpointCallback(folder / 'run.ckpt')]
+        learn.fit(4, 0.05, cbs=[*cbs, *([killer] if killer else [])])
+        return keeps
+
+    (tmp_path / 'here').mkdir()
+    with pytest.raises(Killed):
+        start(tmp_path / 'here', kill(3))
+    for file in (tmp_path / 'here').rglob('*'):
+        assert file.is_dir() or str(tmp_path).encode() not in file.read_bytes(), file
+    (tmp_path / 'here').rename(tmp_path / 'there')
+    keeps = start(tmp_path / 'there')
+    models = tmp_path / 'there' / 'models'
+    files = [models / f'epoch-{i}.pth' for i in range(4)]
+    assert [file for _, file in keeps.kept] == files[2:] == sorted(models.iterdir())
+    assert keeps.texts == list(map(str, files)) and keeps.folder == str(tmp_path / 'there')
+    assert keeps.by_path == {k: i for i, file in enumerate(files) for k in (file, str(file))}
+
+
 def test_what_lies_beside_a_checkpoint_and_was_not_moved_with_it_is_named(tmp_path):
     run = Run(tmp_path / 'parts', method='fine_tune')
     with pytest.raises(Killed):
@@ -1379,8 +1441,9 @@ def test_a_crafted_checkpoint_changes_state_and_no_setting(tmp_path):
     state = saved['state']
     own = state['callbacks']['fastai.callback.tracker.SaveModelCallback.0']
     own |= {'fname': '../../evil', 'monitor': 'valid_loss', 'with_opt': True, 'last_saved_path': ('below', '../x')}
+    own |= {'path': '/tmp', 'model_dir': ('text below', '/other'), 'learn': 3}
     key = next(k for k in state['callbacks'] if k.endswith('Named.0'))
-    state['callbacks'][key] |= {'file': '/etc/passwd', 'where': ('path', '/etc/passwd')}
+    state['callbacks'][key] |= {'file': ('text below', '/other'), 'where': ('path', '/etc/passwd')}
     state['learner'] |= {'path': ('path', '/etc'), 'model_dir': '/tmp', 'lr': 7.0}
     average = next(v for k, v in state['states'].items() if 'SWACallback' in k)
     average['fit'] |= {'columns': ['x'], 'side': 3}
@@ -1389,6 +1452,7 @@ def test_a_crafted_checkpoint_changes_state_and_no_setting(tmp_path):
     learn, tracker, named = start(9)
     assert (tracker.fname, tracker.monitor, tracker.with_opt) == ('model', 'accuracy', False)
     assert (learn.path, learn.model_dir, learn.lr) == (tmp_path, 'models', 0.1)
+    assert not vars(tracker).keys() & {'path', 'model_dir'}
     assert (named.file, named.n, named.scale) == ('mine.txt', 4, 0.0625) and not hasattr(named, 'where')
     assert sorted(f.name for f in (tmp_path / 'models').iterdir()) == ['model.pth']
 
@@ -1433,13 +1497,19 @@ def average_of(saved):
 
 BROKEN = {
     **{f'no {key}': without(key) for key in ('fit', 'state', 'steps', 'id', 'has_past', 'version')},
-    **{f'no {key} in the state': without(key, state_of) for key in ('epoch', 'model', 'callbacks', 'random', 'rows')},
+    **{
+        f'no {key} in the state': without(key, state_of)
+        for key in ('epoch', 'model', 'callbacks', 'random', 'data', 'rows')
+    },
     'a version in words': instead('version', '3'),
     'a fit in words': instead('fit', 'the first one'),
     'a fit of no length': without('the number of epochs', lambda saved: saved['fit']),
     'an id that leads elsewhere': instead('id', '../../../../etc'),
     'bytes in words': instead('steps', {'bytes': 'all', 'sha256': ''}),
     'epoch true': instead('epoch', True, state_of),
+    'an epoch after the last': instead('epoch', 99, state_of),
+    'an epoch before the first': instead('epoch', -1, state_of),
+    'no table': instead('rows', None, state_of),
     'a model in words': instead('model', 'resnet', state_of),
     'a model of words': instead('0.weight', 'heavy', lambda saved: saved['state']['model']),
     'an unknown tag': instead('optimizer', ('magic', 3), state_of),

@@ -38,6 +38,7 @@ from fastai_swa import (
     SaveSWAModelCallback,
     SnapshotCallback,
     SWACallback,
+    WeightHistory,
     ema,
     update_bn,
 )
@@ -590,16 +591,27 @@ def test_an_export_holds_what_the_user_asked_for_and_no_more(tmp_path):
     learn.fit(1)
 
 
-def test_an_export_made_inside_averaged_needs_no_fastai_swa_where_it_is_loaded(tmp_path):
+def learner_of_a_table(path):
     from fastai.tabular.all import TabularDataLoaders, tabular_learner
 
     df = pd.DataFrame({'a': np.arange(40.0), 'y': np.arange(40.0)})
-    learn = tabular_learner(
-        TabularDataLoaders.from_df(df, cont_names=['a'], y_names='y', bs=16, device='cpu'),
-        layers=[4],
-        n_out=1,
-        path=tmp_path,
+    dls = TabularDataLoaders.from_df(df, cont_names=['a'], y_names='y', bs=16, device='cpu')
+    return tabular_learner(dls, layers=[4], n_out=1, path=path)
+
+
+def predictions_elsewhere(learn, file, then, before=''):
+    "Of the validation set, by the exported `file` in another process, which runs `before`, loads it, and `then` that."
+    code = before + (
+        f'import sys, torch; from fastai.tabular.all import *; learn = load_learner("{file}"); {then}; '
+        'df = pd.DataFrame({"a": np.arange(40.), "y": np.arange(40.)}); '
+        'torch.save(learn.get_preds(dl=learn.dls.test_dl(df))[0], "preds.pth")'
     )
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=learn.path, check=True, capture_output=True)
+    return torch.load(learn.path / 'preds.pth')[learn.dls.valid_ds.items.index.tolist()]
+
+
+def test_an_export_made_inside_averaged_needs_no_fastai_swa_where_it_is_loaded(tmp_path):
+    learn = learner_of_a_table(tmp_path)
     swa = SWACallback(swa_start=0)
     learn.fit(1, cbs=swa)
     with swa.averaged():
@@ -607,15 +619,8 @@ def test_an_export_made_inside_averaged_needs_no_fastai_swa_where_it_is_loaded(t
         learn.export('average.pkl')
         twin = copy.deepcopy(learn)
     assert 'fit' not in vars(twin) and 'fit' not in vars(learn) and '__getstate__' not in {**vars(learn), **vars(twin)}
-    code = (
-        'import sys, torch; from fastai.tabular.all import *; learn = load_learner("average.pkl"); assert "fastai_swa" '
-        'not in sys.modules; '
-        'df = pd.DataFrame({"a": np.arange(40.), "y": np.arange(40.)}); '
-        'torch.save(learn.get_preds(dl=learn.dls.test_dl(df))[0], "preds.pth")'
-    )
-    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, check=True, capture_output=True)
-    all_preds = torch.load(tmp_path / 'preds.pth')
-    torch.testing.assert_close(all_preds[learn.dls.valid_ds.items.index.tolist()], expected)
+    preds = predictions_elsewhere(learn, 'average.pkl', 'assert "fastai_swa" not in sys.modules')
+    torch.testing.assert_close(preds, expected)
 
 
 NOT_IMPORTABLE = """
@@ -628,29 +633,16 @@ sys.meta_path.insert(0, Nothing())
 
 
 def test_an_export_loads_where_the_package_is_not_importable_whatever_of_it_is_attached(tmp_path):
-    from fastai.tabular.all import TabularDataLoaders, tabular_learner
-
-    df = pd.DataFrame({'a': np.arange(40.0), 'y': np.arange(40.0)})
-    learn = tabular_learner(
-        TabularDataLoaders.from_df(df, cont_names=['a'], y_names='y', bs=16, device='cpu'),
-        layers=[4],
-        n_out=1,
-        path=tmp_path,
-    )
+    learn = learner_of_a_table(tmp_path)
     learn.to_swa(swa_start=0, weight=ema(0.5)).to_swa(swa_start=0, name='other')
     learn.add_cbs([CheckpointCallback(tmp_path / 'run.ckpt'), SnapshotCallback(0), SaveSWAModelCallback()])
+    learn.add_cb(WeightHistory(tmp_path / 'history'))
     learn.fit(1)
     expected = learn.get_preds()[0]
     learn.export('raw.pkl')
-    code = NOT_IMPORTABLE + (
-        'import torch; from fastai.tabular.all import *; learn = load_learner("raw.pkl"); '
-        'assert learn.cbs.map(type).count(Callback) == 5 and learn.swa.learn is learn; '
-        'df = pd.DataFrame({"a": np.arange(40.), "y": np.arange(40.)}); '
-        'torch.save(learn.get_preds(dl=learn.dls.test_dl(df))[0], "preds.pth")'
-    )
-    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, check=True, capture_output=True)
-    all_preds = torch.load(tmp_path / 'preds.pth')
-    torch.testing.assert_close(all_preds[learn.dls.valid_ds.items.index.tolist()], expected)
+    then = 'assert learn.cbs.map(type).count(Callback) == 6 and learn.swa.learn is learn'
+    preds = predictions_elsewhere(learn, 'raw.pkl', then, before=NOT_IMPORTABLE)
+    torch.testing.assert_close(preds, expected)
 
 
 def test_tta_show_results_predict_and_interpretation_inside_averaged(tmp_path):

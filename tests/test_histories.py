@@ -184,6 +184,38 @@ def test_a_tensor_that_was_written_to_is_noticed(tmp_path):
     assert it.cut_if_grown('x', values, pack) is None
 
 
+class Typed(torch.Tensor):
+    "As fastai's tensors of a kind."
+
+
+@pytest.mark.parametrize(
+    'make, is_taken',
+    [
+        (lambda i: (i, 0.5 * i, 'a'), True),
+        (lambda i: np.float32(i), True),
+        (lambda i: torch.tensor(0.5 * i).as_subclass(Typed), True),
+        (lambda i: None if i % 2 else 1.0, True),
+        (lambda i: [i], False),
+        (lambda i: (i, [i]), False),
+        (lambda i: {'loss': i}, False),
+        (lambda i: [i] if i == 700 else 0.5, False),
+        (lambda i: torch.zeros(2), False),
+    ],
+)
+def test_values_that_cannot_change_are_taken_and_no_others(tmp_path, make, is_taken):
+    file, pack = tmp_path / 'steps', Packer()
+    it = Histories(file)
+    values = [make(i) for i in range(1500)]
+    assert it.cut_if_grown('x', values, pack) is None
+    values += [make(0), make(0)]
+    it.begin()
+    tag = it.cut_if_grown('x', values, pack)
+    assert (tag is not None) == is_taken
+    if is_taken:
+        plain = [v.as_subclass(torch.Tensor) if isinstance(v, torch.Tensor) else v for v in values]
+        assert same(read(file, ({'x': tag}, it.write()))[1]['x'], plain)
+
+
 def test_another_process_than_the_first_keeps_nothing():
     assert Histories(None).cut('a', [1, 2], None) == (TAG, ['a', 2])
 

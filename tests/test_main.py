@@ -111,5 +111,13 @@ def test_the_list_has_all_recipes_with_sizes_and_the_times_of_those_that_were_ru
     assert re.search(r' 5,000 +334  \d+ min \(CPU', lines['small-cifar100'])
 
 
+@pytest.mark.skipif(sys.platform == 'win32', reason='pipes are other ones there')
+def test_a_reader_that_has_seen_enough_is_no_mistake():
+    command = [sys.executable, '-W', 'ignore', '-m', 'fastai_swa', 'reproduce', '--list']
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b'' and process.wait() == 1
+
+
 def test_the_list_needs_no_results(tmp_path):
     assert re.search(r'small-cifar100 +320,548 +5,000 +334  -\n', listing(tmp_path))

@@ -15,6 +15,7 @@ from fastai_swa import SWACallback, ema, equal
 from fastai_swa.fit_history import FitHistory
 from fastai_swa.outcome import (
     Outcome,
+    described,
     lines,
     relative_lag,
     remark_on_first_point,
@@ -40,6 +41,21 @@ def history(raw, average, averaged, first=0):
 
 
 # the first line
+
+
+@pytest.mark.parametrize(
+    'n, epochs, by_steps, expected',
+    [
+        (1, [4], False, 'average of 1 epoch (4)'),
+        (3, [2, 3, 4], False, 'average of 3 epochs (2-4)'),
+        (6, [0, 3, 4, 5, 9, 11], False, 'average of 6 epochs (0, 3-5, 9, 11)'),
+        (5, [7, 8, 3, 4, 5], False, 'average of 5 epochs (7-8, 3-5)'),  # the former gone on with
+        (1, [2], True, 'average of 1 step (epoch 2)'),
+        (30, [2, 3], True, 'average of 30 steps (epochs 2-3)'),
+    ],
+)
+def test_an_average_is_described_by_its_points(n, epochs, by_steps, expected):
+    assert described(n, epochs, by_steps) == expected
 
 
 def test_the_result_names_both_models_numbers_of_the_last_validated_epoch():

@@ -15,16 +15,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'fastai_swa'
 FLOORS = [
     {'checks', 'interrupts', 'processes', 'version', 'warn'},
-    {'modules', 'files', 'schedules', 'columns', 'journal', 'contents', 'fit_history', 'weight_formats'},
-    {'outcome', 'packing', 'probabilities', 'weights', 'replay', 'views', 'plot', 'vision', 'histories'},
-    {'averaging', 'batchnorm', 'walk', 'fitting', 'members'},
-    {'attributes', 'checkpoint_files', 'keeping', 'randomness', 'solutions', 'unaveraged'},
+    {'modules', 'files', 'schedules', 'columns', 'journal', 'contents', 'weightings'},
+    {'weight_formats'},
+    {'arguments', 'fit_history', 'packing', 'probabilities', 'weights', 'replay', 'views', 'vision', 'histories'},
+    {'averaging', 'batchnorm', 'walk', 'fitting', 'members', 'outcome', 'plot', 'stretches'},
+    {'attributes', 'checkpoint_files', 'keeping', 'kept_fit', 'randomness', 'solutions', 'unaveraged'},
     {'state', 'aside'},
-    {'batches', 'samples'},
-    {'passes', 'ensemble', 'fit_average'},
-    {'preflight'},
-    {'callback', 'checkpoint', 'snapshots'},
-    {'landscape'},
+    {'batches', 'names', 'samples'},
+    {'passes', 'ensemble', 'fit_average', 'fit_progress'},
+    {'preflight', 'choosing'},
+    {'callback', 'checkpoint', 'snapshots', 'history'},
+    {'landscape', 'saving'},
     {'learner'},
     {'experiments'},
     {'demo'},
@@ -37,8 +38,8 @@ FLOORS_WITHIN = {
         {'progress', 'scores', 'store', 'tables', 'tasks'},
         {'machine', 'recipes'},
         {'pool', 'recipe_learner', 'record', 'rows'},
-        {'compare_ensembles', 'listing', 'report_trainings', 'surface_record', 'train'},
-        {'measure_surfaces', 'report_ensembles', 'report_surfaces'},
+        {'choose_averages', 'compare_ensembles', 'report_trainings', 'surface_record', 'train'},
+        {'listing', 'measure_surfaces', 'report_averages', 'report_ensembles', 'report_surfaces'},
         {'jobs', 'report'},
         {'run'},
         {'__init__'},
@@ -139,6 +140,8 @@ def test_a_star_import_brings_the_public_names_and_nothing_else():
         'update_bn',
         'plot_swa',
         'CheckpointCallback',
+        'power_ema',
+        'WeightHistory',
         'SnapshotCallback',
         'Ensemble',
         'average_checkpoints',
@@ -176,6 +179,20 @@ def test_signatures_are_the_contract():
     defaults = [p.default for p in inspect.signature(fastai_swa.SWACallback).parameters.values()]
     assert defaults == [0.75, None, 1, 1, None, fastai_swa.equal, None, 'swa', None]
     assert list(inspect.signature(fastai_swa.WeightAverage).parameters) == ['model', 'weight', 'swa_model']
+    history = inspect.signature(fastai_swa.WeightHistory).parameters
+    assert list(history) == 'folder n_segments every overwrite dtype'.split()
+    assert [p.default for p in history.values()] == [None, 32, 1, False, None]
+    choose = list(inspect.signature(fastai_swa.WeightHistory.choose).parameters.values())[1:]
+    assert {p.name: p.default for p in choose} == {
+        'by': 'valid_loss',
+        'dl': None,
+        'bn_batches': 20,
+        'comp': None,
+        'ends': True,
+    }
+    assert list(inspect.signature(fastai_swa.WeightHistory.load).parameters) == ['folder', 'learn']
+    assert list(inspect.signature(fastai_swa.ema).parameters) == ['decay', 'warmup']
+    assert list(inspect.signature(fastai_swa.power_ema).parameters) == ['width']
     assert list(inspect.signature(fastai_swa.update_bn).parameters) == 'loader model device n_batches inputs'.split()
     from fastai.learner import Learner
 
@@ -188,7 +205,7 @@ def test_signatures_are_the_contract():
 def test_the_readmes_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)
-    assert len(blocks) == 12
+    assert len(blocks) == 13
     space = {}
     for block in blocks:
         exec(block, space)

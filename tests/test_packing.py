@@ -130,7 +130,7 @@ def test_packed_data_hold_nothing_but_what_the_oldest_supported_torch_reads_by_i
 
 def test_the_table_of_types_has_each_tag():
     tags = {*packing._TAGS.values(), *packing._LEAVES, *packing._FORMER, *packing._KINDS}
-    assert len(tags) == 27 and all(f"'{tag}'" in packing.__doc__ for tag in tags)
+    assert len(tags) == 29 and all(f"'{tag}'" in packing.__doc__ for tag in tags)
 
 
 @pytest.mark.parametrize(
@@ -331,3 +331,20 @@ def test_what_had_a_tag_before_torch_read_it_by_itself_is_read(tmp_path):
             'keys': {1j: (torch.Size([]),)},
         },
     )
+
+
+def test_paths_in_the_folder_lead_to_wherever_it_is_then_and_never_out_of_it(tmp_path):
+    here, there = tmp_path / 'here', tmp_path / 'there'
+    given = [here / 'a' / 'b', str(here / 'a'), str(here), {str(here / 'k'): (here,)}, f'{here}r/a', 'a/b', Path('a/b')]
+    packed = Packer(holes=[], folder=here)(given)
+    got = Unpacker(folder=there)(packed)
+    assert got[:4] == [there / 'a' / 'b', str(there / 'a'), str(there), {str(there / 'k'): (there,)}]
+    assert got[4:] == given[4:]
+    for out in (('below', '../x'), ('below', '/x'), ('text below', '/../x'), ('text below', 'x'), ('text below', 3)):
+        unpacker = Unpacker(folder=there)
+        assert unpacker(out) is None and unpacker.missing
+
+
+def test_a_dict_whose_keys_are_paths_elsewhere_is_left_out(tmp_path):
+    holes = []
+    assert Packer(holes=holes, folder=tmp_path / 'here')({tmp_path / 'x': 1})[0] == 'hole' and len(holes) == 1

@@ -1,3 +1,4 @@
+import copy
 import json
 from contextlib import suppress
 
@@ -6,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastai_swa import CheckpointCallback, SWACallback, plot_swa
-from fastai_swa.plot import plot_sizes
+from fastai_swa import CheckpointCallback, SWACallback, ema, plot_swa
+from fastai_swa.plot import plot_differences, plot_sizes
 
 from .helpers import At, column, learner, raising
 
@@ -45,6 +46,25 @@ def test_a_fit_without_time_or_stopped_or_with_skipped_epochs_can_be_drawn():
     assert len(learn.recorder.plot_swa()) == 2
 
 
+def test_several_averages_of_one_fit_are_in_one_figure():
+    learn = learner()
+    ema_alone = SWACallback(0, name='ema', every=1, weight=ema(0.9))
+    learn.fit(3, cbs=ema_alone)
+    axs = learn.recorder.plot_swa()
+    assert drawn(axs) == drawn(ema_alone.plot())
+    learn.fit(5, cbs=[SWACallback(2, name='late'), SWACallback(1)])  # 'ema' was in another fit
+    axs = learn.recorder.plot_swa()
+    for ax, metric in zip(axs, ('valid_loss', 'accuracy')):
+        labels = [x.get_label() for x in ax.lines if 'average ' in x.get_label()]
+        assert labels == ["average 'swa'", "average 'late'"]
+        for name, start in [('swa', 1), ('late', 2)]:
+            drawn_line = line(ax, f'average {name!r}')
+            assert list(drawn_line.get_xdata()) == list(range(start, 5))
+            np.testing.assert_allclose(drawn_line.get_ydata(), column(learn, f'{name}_{metric}')[start:])
+        assert [x.get_xdata()[0] for x in ax.lines if x.get_marker() == '^'] == [1, 2, 3, 4, 2, 3, 4]
+        np.testing.assert_allclose(line(ax, 'model in training').get_ydata(), column(learn, metric))
+
+
 def test_without_a_swa_callback_it_is_one_clear_sentence():
     learn = learner()
     for prepare in (lambda: None, lambda: learn.fit(1)):
@@ -71,6 +91,15 @@ def test_the_callback_and_the_recorder_draw_the_fit_after_a_validation_and_after
     learn.fit(2, cbs=swa)
     assert drawn(swa.plot()) == drawn(learn.recorder.plot_swa()) != right_after
     assert list(line(swa.plot()[0], 'model in training').get_xdata()) == [0, 1]
+
+
+def test_a_deep_copy_of_a_learner_draws_the_fit_too_and_keeps_it_when_the_other_is_fitted():
+    learn = learner().to_swa(swa_start=1)
+    learn.fit(3)
+    twin = copy.deepcopy(learn)
+    expected = drawn(learn.swa.plot())
+    learn.fit(2)
+    assert drawn(twin.swa.plot()) == expected
 
 
 def test_each_of_several_averages_draws_its_own_columns():
@@ -151,3 +180,18 @@ def test_sizes_of_ensembles_are_drawn_with_the_interval_of_their_mean_and_one_mo
     low, high = stats.t.interval(0.95, 2, 3, stats.sem(values[:, 0]))
     assert segments[0][:, 1].tolist() == pytest.approx([low, high]) and segments[0][0, 0] == 1 and len(segments) == 3
     assert ax.get_xlabel() == 'models' and ax.get_ylabel() == 'error'
+
+
+def test_differences_are_drawn_with_their_intervals_a_line_for_each_and_beside_those_of_other_groups():
+    values = np.array([-1.0, -3.0, -2.0])
+    ax = plot_differences({'SWA': {'EMA': values, 'mean': values + 5}, 'constant': {'EMA': values, 'mean': values}})
+    of_groups = {container.get_label(): container for container in ax.containers}
+    points, _, (bars,) = of_groups['SWA']
+    assert points.get_xdata().tolist() == pytest.approx([-2, 3])
+    low, high = stats.t.interval(0.95, 2, -2, stats.sem(values))
+    assert bars.get_segments()[0][:, 0].tolist() == pytest.approx([low, high])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ['EMA', 'mean']
+    first, second = (of_groups[name][0].get_ydata() for name in ('SWA', 'constant'))
+    assert all(abs(a - i) < 0.5 and abs(b - i) < 0.5 and a != b for i, (a, b) in enumerate(zip(first, second)))
+    one = plot_differences({'SWA': {'EMA': values[:1]}})  # of one seed there is no interval
+    assert not [c for c in one.collections if c.get_segments()]

@@ -157,9 +157,9 @@ def test_a_callback_that_cancels_a_pass_does_not_cancel_the_fit():
 
 
 def test_a_file_that_cannot_be_written_is_a_warning_and_the_next_better_value_is_saved(tmp_path, monkeypatch):
-    from fastai_swa import callback
+    from fastai_swa import saving
 
-    save, calls = callback.save_weights, []
+    save, calls = saving.save_weights, []
 
     def full(file, weights):
         calls.append(file)
@@ -167,7 +167,7 @@ def test_a_file_that_cannot_be_written_is_a_warning_and_the_next_better_value_is
             raise OSError(28, 'No space left on device')
         save(file, weights)
 
-    monkeypatch.setattr(callback, 'save_weights', full)
+    monkeypatch.setattr(saving, 'save_weights', full)
     swa = SWACallback(0)
     with pytest.warns(UserWarning, match='saving the average failed.*No space left'):
         trained(swa, SaveSWAModelCallback(comp=lambda a, b: True), path=tmp_path)

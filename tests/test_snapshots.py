@@ -289,6 +289,14 @@ def test_a_fit_whose_predictions_were_too_many_goes_on_silently_and_without_colu
     assert snapshots.epochs == [0, 1, 2, 3] and all(v != v for v in column(learn, 'ens_valid_loss'))
 
 
+def test_a_tracker_of_a_column_that_is_left_out_is_refused_before_the_first_step():
+    learn = learner()
+    stop = EarlyStoppingCallback('ens_accuracy', patience=3)
+    with pytest.raises(ValueError, match="max_preds_mb=0 .*the EarlyStoppingCallback monitors 'ens_accuracy'"):
+        learn.fit_snapshots(2, 1, lr=0.1, max_preds_mb=0, cbs=stop)
+    learn.fit_snapshots(2, 1, lr=0.1, max_preds_mb=0, cbs=EarlyStoppingCallback('accuracy', patience=3))
+
+
 def test_targets_that_are_nan_are_the_same_targets():
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(60, 6, generator=g), torch.randn(60, 3, generator=g)
@@ -326,6 +334,15 @@ def test_a_validation_that_is_skipped_or_cut_at_a_snapshot_is_said_and_nothing_f
 
 
 # beside other callbacks
+
+
+def test_average_checkpoints_refuses_weights_with_a_nan_by_name(tmp_path):
+    diverged = net()
+    with torch.no_grad():
+        diverged[0].weight[0, 0] = float('nan')
+    torch.save(diverged.state_dict(), tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match="a.pth has a NaN in '0.weight'"):
+        average_checkpoints([net().state_dict(), tmp_path / 'a.pth'], learner())
 
 
 def test_average_checkpoints_leaves_the_batch_norm_alone_that_a_bnfreeze_of_the_learner_keeps_from_moving(tmp_path):

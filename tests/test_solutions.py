@@ -256,6 +256,12 @@ def saved(kind: str, learn, folder):
         },
         'model_state_dict': lambda: {'model_state_dict': weights, 'loss': 0.5},
         'both': lambda: {'state_dict': {f'module.{k}': v for k, v in weights.items()}, 'args': Holder()},
+        # as PyTorch's own example of a training on ImageNet has it
+        'imagenet': lambda: {
+            'state_dict': {f'module.{k}': v for k, v in weights.items()},
+            'best_acc1': torch.tensor(0.7),
+        },
+        'Lightning': lambda: {'state_dict': {f'model.{k}': v for k, v in weights.items()}, 'epoch': 3},
     }
     torch.save(held[kind](), folder / 'a.pth')
     return folder / 'a.pth'
@@ -267,7 +273,10 @@ def with_safetensors(weights, file):
 
 @pytest.mark.parametrize(
     'kind',
-    'learn.save safetensors DataParallel AveragedModel compiled state_dict model_state_dict both'.split(),
+    [
+        *'learn.save safetensors DataParallel AveragedModel compiled'.split(),
+        *'state_dict model_state_dict both imagenet Lightning'.split(),
+    ],
 )
 def test_files_as_others_write_them_are_solutions(kind, tmp_path):
     learn = learner(opt_func=Adam)

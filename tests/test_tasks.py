@@ -4,6 +4,7 @@ import io
 import json
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +13,7 @@ from sklearn.metrics import r2_score
 
 from fastai_swa.experiments import RECIPES, Settings, report, reproduce
 from fastai_swa.experiments.recipe_learner import recipe_data, recipe_learner
+from fastai_swa.experiments.report_trainings import draw
 from fastai_swa.experiments.tasks import ADULT, HOUSING, SST2, Sentences, Table
 
 FLATS = Table('flats.csv', 'price', ('place',), ('rooms', 'age'), is_number=True)
@@ -136,6 +138,9 @@ def test_the_report_has_every_length_the_averages_and_the_baseline(folder, monke
         for r, e in zip(records, refreshed)
     ]
     assert rows['SWA 8 - Adam 8, batch norm refreshed'][0] == f'{np.mean(gains):+.2f}'
+    emas = [next(p for p in r['parts'] if p['runs'] == ['SWA 8'])['epochs'][-1]['ema_r2_score'] for r in records]
+    gains = [100 * (row['r2_score'] - ema) for row, ema in zip(last, emas)]
+    assert rows['SWA 8, EMA over steps - Adam 8'][0] == f'{np.mean(gains):+.2f}'
     errors = [100 * (1 - row['r2_score']) for row in last]
     assert rows['Adam 8'][1] == f'{np.mean(errors):.2f} +- {np.std(errors, ddof=1):.2f}'
     baseline = [100 * (1 - r['baseline']['metric']) for r in records]
@@ -148,6 +153,18 @@ def test_the_report_has_every_length_the_averages_and_the_baseline(folder, monke
         found['rows']['Adam 8']['error']['mean'] == pytest.approx(np.mean(errors))
         and 'SWA 8 - Adam 8' in found['differences']
     )
+
+
+def test_the_figure_over_lengths_shows_differences_from_the_plain_run_seed_by_seed(folder, monkeypatch):
+    records = go(monkeypatch, folder, FLATS, seeds=2)
+    report(folder / 'out')
+    found = json.loads((folder / 'out' / 'report.json').read_text())['differences']
+    _, axs = plt.subplots(2, 2)
+    draw(records, axs)
+    for ax, quantity in zip(axs[1], ('error', 'loss')):
+        line = next(line for line in ax.lines if line.get_label() == 'SWA')
+        assert line.get_ydata() == pytest.approx([found[f'SWA {n} - Adam {n}'][quantity]['mean'] for n in (4, 8)])
+        assert 'difference from Adam' in ax.get_ylabel()
 
 
 def test_the_baseline_is_scikit_learns_own_on_the_same_rows(folder):

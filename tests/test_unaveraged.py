@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastai_swa import SWACallback, WeightAverage
-from fastai_swa.unaveraged import SampleWatch, loss_parameters, weightlike_buffers
+from fastai_swa.unaveraged import SampleWatch, beside_weights, loss_parameters, sentences_on_moved, weightlike_buffers
 
 from .helpers import At, assert_close, learner, net, raising
 
@@ -208,6 +209,58 @@ def test_what_a_loss_has_beside_the_model():
     assert not loss_parameters(F.cross_entropy, model) and not loss_parameters(model, model)
     model.prototypes = loss  # then it is averaged
     assert not loss_parameters(loss, model)
+
+
+def test_what_has_moved_beside_the_weights_is_named_by_kind():
+    model, loss = net(), Prototypes()
+    model.codes = nn.Module()
+    model.codes.register_buffer('book', torch.randn(3, 2))
+    model.codes.register_buffer('weight', torch.randn(3, 2))
+    assert list(beside_weights(model, None)) == [('buffers', 'codes.book'), ('buffers', 'codes.weight')]
+    beside = beside_weights(model, loss)
+    assert list(beside)[2:] == [('loss', 'weight')] and beside['loss', 'weight'] is loss.weight
+    assert beside['buffers', 'codes.weight'] is model.codes.weight
+    sentences = sentences_on_moved('the average', [('loss', 'weight'), ('buffers', 'codes.book')])
+    assert list(sentences) == ['buffers', 'loss'] and sentences_on_moved('the average', []) == {}
+    assert sentences['buffers'].startswith("the average leaves out buffers that training moves: 'codes.book';")
+    assert sentences['loss'].startswith("the average leaves out what is trained in the loss: 'weight';")
+
+
+GLOBAL_LOSS = Prototypes()
+
+
+def test_a_loss_that_is_a_function_or_holds_a_list_is_looked_into():
+    model, loss = net(), Prototypes()
+
+    class Sum:
+        def __init__(self, losses):
+            self.losses = losses
+
+        def __call__(self, *args):
+            return sum(f(*args) for f in self.losses)
+
+    summed = Sum([F.cross_entropy, loss])
+    assert list(loss_parameters(lambda *args: loss(*args), model)) == ['loss.weight']
+    assert list(loss_parameters(lambda *args: GLOBAL_LOSS(*args), model)) == ['GLOBAL_LOSS.weight']
+    assert list(loss_parameters(partial(loss), model)) == list(loss_parameters(partial(loss.forward), model))
+    assert list(loss_parameters(partial(F.cross_entropy, weight=loss), model)) == ['weight.weight']
+    assert list(loss_parameters(summed, model)) == ['losses.1.weight']
+    assert list(loss_parameters(lambda *args: summed(*args), model)) == ['summed.losses.1.weight']
+    assert not loss_parameters(lambda *args: model(*args), model)
+    assert not loss_parameters(lambda *args: later(*args), model)
+    later = loss  # has no value where it is looked for
+    learn = learner(model, cbs=SWACallback(swa_model=net()))
+    assert not loss_parameters(lambda *args: learn.model(*args), model)
+    summed.losses.append(summed)  # no end
+    assert list(loss_parameters(summed, model)) == ['losses.1.weight']
+
+
+def test_a_function_around_a_loss_is_named_before_the_first_step():
+    learn = with_prototypes()
+    loss = learn.loss_func
+    learn.loss_func = lambda *args: loss(*args)
+    with pytest.warns(UserWarning, match="leaves out what is trained in the loss: 'loss.weight'"):
+        learn.fit(1, 0.1, cbs=SWACallback(0))
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])

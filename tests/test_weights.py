@@ -208,7 +208,13 @@ def test_of_weighted_members_of_an_earlier_version_it_is_said_that_their_order_c
         {'stacking': {'weights': [[1, 2]], 'bias': [0, 1]}},
         {'stacking': {'weights': [], 'bias': []}},
         {'stacking': {'weights': [1, 2], 'bias': [0, 0]}},
+        {'stacking': {'weights': [[1, 2, 3, 4]], 'bias': [0]}},
         {'stacking': [1]},
+        {'combine': 'stack'},
+        {'combine': 'median'},
+        {'combine': {}},
+        {'activation': 'relu'},
+        {'activation': [1]},
         {'other': float('nan')},
     ],
 )

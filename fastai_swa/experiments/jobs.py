@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..checks import check_positive
+from .choose_averages import evaluate_seed
 from .compare_ensembles import evaluate, is_compared
 from .machine import process_settings
 from .measure_surfaces import check_solutions, measure_seed
@@ -67,10 +68,16 @@ class TrainingJob(_Job):
             check_record(data, self.out, in_common)
 
     def run(self, seed: int, show):
-        "Train a seed, or what an earlier call has left of it. Raises as `run_seed` does."
-        run_seed(
+        """Train a seed, or what an earlier call has left of it, and choose its averages, where the recipe has some.
+        Raises as `run_seed` and `evaluate_seed` do.
+        """
+        record = run_seed(
             self.recipe, seed, self.out, self.settings, self.source, self.threads, self.until, show=show, jobs=self.jobs
         )
+        if self.recipe.averages:
+            recipe = scaled(self.recipe, self.settings.scale)
+            threads = record['threads']
+            evaluate_seed(recipe, seed, self.out, self.settings, self.source, threads, self.until, show)
 
     def finish(self):
         "Compare the ensembles, where the recipe has some and these seeds have not been compared."

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from .choose_averages import load_evaluations
 from .machine import hardware_text
 from .recipes import LANDSCAPES, RECIPES, Landscape, Recipe, parts, runs
 from .record import duration
@@ -34,9 +35,20 @@ def listing(results='results') -> str:
 
 def _of_recipe(recipe: Recipe, folder: Path) -> tuple:
     n_epochs = sum(part.end - part.begin for part in parts(runs(recipe)))
-    records = stored(folder, 'training').values()
-    seconds = [sum(epoch['seconds'] for part in record['parts'] for epoch in part['epochs']) for record in records]
-    return recipe.name, _n_parameters(recipe), _n_images(recipe), str(n_epochs), _took(records, seconds)
+    records = stored(folder, 'training')
+    seconds = {}
+    for seed, record in records.items():
+        seconds[seed] = sum(epoch['seconds'] for part in record['parts'] for epoch in part['epochs'])
+    if recipe.averages:
+        choosing = load_evaluations(folder)
+        records = {seed: record for seed, record in records.items() if seed in choosing}
+        seconds = {seed: seconds[seed] + _seconds_of_choosing(choosing[seed]) for seed in records}
+    took = _took(records.values(), list(seconds.values()))
+    return recipe.name, _n_parameters(recipe), _n_images(recipe), str(n_epochs), took
+
+
+def _seconds_of_choosing(found: dict) -> float:
+    return sum(run['seconds'] for run in found['runs'].values())
 
 
 def _of_landscape(landscape: Landscape, folder: Path) -> tuple:

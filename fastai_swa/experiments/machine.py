@@ -9,8 +9,8 @@ from time import gmtime, strftime
 
 import torch
 
+from ..checks import counted
 from ..version import __version__
-from .tables import counted
 
 __all__ = ['TimeIsUp', 'process_settings', 'now', 'installed_versions', 'versions_text', 'hardware', 'hardware_text']
 

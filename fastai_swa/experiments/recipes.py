@@ -17,6 +17,7 @@ from .tasks import ADULT, HOUSING, SST2, Sentences, Table
 __all__ = [
     'Recipe',
     'EnsembleMethods',
+    'ChosenAverages',
     'RECIPES',
     'Landscape',
     'LANDSCAPES',
@@ -27,6 +28,7 @@ __all__ = [
     'swa_lr',
     'scaled',
     'runs',
+    'stops',
     'parts',
     'optimizer',
     'described',
@@ -50,6 +52,23 @@ class EnsembleMethods:
     fge_len: int
     n_snapshots: int = 5
     fge_start: float = 0.8
+
+
+@dataclass(frozen=True)
+class ChosenAverages:
+    """Averages of trainings of which one is chosen when the training is over, on `n_choose` samples for training
+    that are in no training: those that follow these in the order of their files, of images the same number of each
+    class. All are tested on the test set.
+
+    The trainings are as long as the budget, under the SWA schedule, at a constant rate and under one-cycle. To
+    one-cycle of shorter lengths, the shares `stops` of the budget, the constant rate is compared as if it had been
+    stopped there.
+    """
+
+    n_choose: int
+    stops: tuple[float, ...] = (0.25, 0.5)
+    power: float = 0.1  # relative width of a power EMA beside each run
+    label_noise: float = 0.0  # share of the training labels that are wrong, drawn by the seed
 
 
 @dataclass(frozen=True)
@@ -78,6 +97,7 @@ class Recipe:
     bs: int = 128
     fixed_lr: bool = False  # the SWA run has `swa_lr` from its first epoch on
     ensembles: EnsembleMethods | None = None  # compare methods at one budget, instead of SGD and SWA at several
+    averages: ChosenAverages | None = None  # compare averages of each run, instead of SGD and SWA
     # compare methods at so many epochs each, instead of SGD and SWA at one budget and more
     lengths: tuple[int, ...] | None = None
     # greatest learning rate of `fit_one_cycle`, the control of fastai's users; None: without
@@ -139,13 +159,19 @@ def scaled(recipe: Recipe, scale: float) -> Recipe:
 class Beside:
     """A further average beside a run, which leaves its training alone; validated at its end.
 
-    Either of the ends of the epochs from `start` on, all equal; or, with a `decay`, an exponential
-    one of the steps, with its warm-up, from the epoch on in which the run parts from the others.
+    Either of the ends of the epochs from `start` on, all equal; or one of the steps, from the epoch
+    on in which the run parts from the others: an exponential one with a `decay` and its warm-up, or a
+    power EMA with a relative width `power`.
     """
 
     name: str  # what its columns begin with
     start: int = 0
     decay: float | None = None
+    power: float | None = None
+
+    @property
+    def is_of_epochs(self) -> bool:
+        return self.decay is None and self.power is None
 
 
 @dataclass(frozen=True)
@@ -164,12 +190,15 @@ class Run:
     swa_eval_freq: int = 1
     # of epoch, step and number of steps; None: the optimizer's own
     momentum: Callable[[int, int, int], float] | None = None
+    n_segments: int | None = None  # of a history of its weights; None: without
 
     @property
     def alone_from(self) -> int:
         "The epoch from which on it cannot be one training with others."
+        if self.n_segments is not None:
+            return 0
         starts = [self.swa_start]
-        starts += [average.start for average in self.beside if average.decay is None]
+        starts += [average.start for average in self.beside if average.is_of_epochs]
         if self.snapshots is not None:
             starts.append(self.snapshots[0])
         return min(starts)
@@ -236,11 +265,14 @@ def runs(recipe: Recipe) -> list[Run]:
     """The SGD runs of 1 and of 1.5 budgets, and the SWA run of 1.5, of which 1 and 1.25 are read
     off; where the recipe says so, one-cycle of 1 and 1.5. For a comparison of ensembles SGD, SWA,
     snapshots and FGE, none of which takes more than the budget; for one of lengths SGD, SWA and
-    one-cycle of each."""
+    one-cycle of each; for one of averages SWA's schedule, a constant rate and one-cycle, and shorter
+    one-cycle runs."""
     if recipe.lengths:
         return _runs_of_lengths(recipe)
     if recipe.ensembles:
         return _runs_of_ensembles(recipe)
+    if recipe.averages:
+        return _runs_of_averages(recipe)
     res = [
         _sgd_run(recipe, 'SGD 1B', recipe.budget),
         _sgd_run(recipe, 'SGD 1.5B', recipe.epochs),
@@ -273,6 +305,33 @@ def _runs_of_ensembles(recipe) -> list[Run]:
         _snapshots_run(recipe),
         _fge_run(recipe),
     ]
+
+
+def _runs_of_averages(recipe) -> list[Run]:
+    n = recipe.budget
+    res = [
+        _run_with_history(recipe, f'SWA {n}', tuple(swa_lr(recipe, epoch) for epoch in range(n))),
+        _run_with_history(recipe, f'constant {n}', (recipe.swa_lr,) * n),
+    ]
+    for length in (n, *stops(recipe)):
+        cycle = OneCycle(length, recipe.one_cycle_lr)
+        lrs = tuple(OneCycleEpoch(epoch, cycle) for epoch in range(length))
+        res.append(_run_with_history(recipe, f'one-cycle {length}', lrs, cycle.momentum))
+    return res
+
+
+def stops(recipe: Recipe) -> list[int]:
+    "The lengths, in epochs, of the shorter one-cycle runs."
+    return [round(share * recipe.budget) for share in recipe.averages.stops]
+
+
+def _run_with_history(recipe, name, lrs, momentum=None) -> Run:
+    "The averages beside it are SWA from the same share of the epochs on as in the budget, an EMA and a power EMA."
+    n = len(lrs)
+    start = min(round(n * recipe.swa_start / recipe.budget), n - 1)
+    beside = *_ema_beside(recipe), Beside('power', power=recipe.averages.power)
+    n_segments = max(32, math.ceil(4 * n / 3))  # ends of epochs are then borders
+    return Run(name, lrs, start, None, beside, swa_eval_freq=0, momentum=momentum, n_segments=n_segments)
 
 
 def _sgd_run(recipe, name, n) -> Run:
@@ -384,6 +443,8 @@ def _add_parts(res: list, group: tuple[Run, ...], begin: int, parent: int | None
 def described(recipe: Recipe) -> dict:
     "All that decides what `recipe` trains, as plain data, for the record of a seed."
     left = {'name', 'published', 'source', 'images'}  # the last two are in what the images are said to be
+    if recipe.averages is None:
+        left.add('averages')  # records of before do not have it
     return {f.name: _as_plain_data(getattr(recipe, f.name)) for f in fields(recipe) if f.name not in left}
 
 
@@ -550,6 +611,14 @@ _add(
     Recipe('small-cifar100', partial(SmallPreResNet, width=32), n_classes=100, **_small, images=5_000, bs=64),
 )
 _add_variant('small-cifar100', 'lengths-small-cifar100', lengths=(15, 30, 60, 90))
+_chosen = dict(swa_start=45, averages=ChosenAverages(n_choose=2_000))
+_add_variant('small-cifar10', 'averages-small-cifar10', **_chosen)
+_add_variant('small-cifar100', 'averages-small-cifar100', **_chosen)
+_add_variant(
+    'averages-small-cifar100',
+    'averages-small-cifar100-noisy',
+    averages=ChosenAverages(n_choose=2_000, label_noise=0.1),
+)
 _add_variant('small-cifar100', 'ensembles-small-cifar100', one_cycle_lr=None, ema=None, ensembles=_small_ensembles)
 
 # beyond images: fastai's own optimizer, at several lengths
@@ -562,6 +631,17 @@ _add(
         task=ADULT,
         budget=20,
         lengths=(5, 10, 20),
+        lr=1e-3,
+        one_cycle_lr=1e-3,
+        swa_lr=5e-4,
+        swa_start=15,
+    ),
+    Recipe(
+        'averages-adult',
+        **_beyond,
+        task=ADULT,
+        budget=20,
+        averages=ChosenAverages(n_choose=5_000),
         lr=1e-3,
         one_cycle_lr=1e-3,
         swa_lr=5e-4,

@@ -25,6 +25,7 @@ __all__ = [
     'check_record',
     'weights_file',
     'snapshots_folder',
+    'history_folder',
     'json_number',
     'seconds_text',
     'first_difference',
@@ -119,6 +120,9 @@ class Record:
     def folder(self, run: str) -> Path:
         return snapshots_folder(self.out, self.seed, run)
 
+    def history_folder(self, run: str) -> Path:
+        return history_folder(self.out, self.seed, run)
+
     def _save(self):
         if not self.data['finished']:
             write_text(self.file('json'), _as_json(self.data))
@@ -154,16 +158,15 @@ class Record:
         with suppress(OSError):
             self._save()  # a full disk stops nothing here; the checkpoint has the rows too
 
-    def part_is_over(self, rows, learn, swa_model):
+    def part_is_over(self, rows, learn, averages: dict):
         """Everything that other parts and later questions need is written before the part counts as
-        done. `swa_model`: `None` if nothing finite was averaged.
+        done. `averages`: name -> model; `None` if nothing finite was averaged.
         """
         part = self.parts[self.number]
         if part.is_last:
-            run = part.runs[0].name
-            self._save_weights(learn.model, run)
-            if run == 'SWA' and swa_model is not None:
-                self._save_weights(swa_model, 'SWA average')
+            for name, model in ({part.runs[0].name: learn.model} | averages).items():
+                if model is not None:
+                    self._save_weights(model, name)
         else:
             write(self.file(f'fork{self.number}'), 'fork', 1, {'state': take(learn)})
         data = self.data['parts'][self.number]
@@ -184,8 +187,10 @@ class Record:
                 self.file(f'fork{i}').unlink(missing_ok=True)
 
     def _save_weights(self, model, name):
-        weights = {k: v.cpu() for k, v in unwrap(model).state_dict().items()}
-        save_weights(weights_file(self.out, self.seed, name), weights)
+        self.keep_weights(unwrap(model).state_dict(), name)
+
+    def keep_weights(self, weights: dict, name: str):
+        save_weights(weights_file(self.out, self.seed, name), {k: v.cpu() for k, v in weights.items()})
 
     def keep_baseline(self, found: dict):
         "What another method gets on the same data."
@@ -285,6 +290,11 @@ def snapshots_folder(out: Path, seed: int, run: str) -> Path:
 def weights_file(out: Path, seed: int, run: str) -> Path:
     folder = snapshots_folder(out, seed, run)
     return folder.with_name(f'{folder.name}.pth')
+
+
+def history_folder(out: Path, seed: int, run: str) -> Path:
+    folder = snapshots_folder(out, seed, run)
+    return folder.with_name(f'{folder.name}-history')
 
 
 # records read and compared

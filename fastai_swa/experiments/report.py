@@ -6,7 +6,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from . import report_ensembles, report_trainings
+from ..checks import counted
+from . import report_averages, report_ensembles, report_trainings
+from .choose_averages import load_evaluations
 from .compare_ensembles import load_comparison
 from .machine import hardware_text, versions_text
 from .recipes import RECIPES
@@ -15,7 +17,7 @@ from .report_surfaces import has_surfaces, report_surfaces
 from .report_trainings import has_learned_nothing
 from .rows import REFRESHED, values
 from .store import write_figure, write_report
-from .tables import counted, difference_rows, markdown_table, spread
+from .tables import difference_rows, markdown_table, spread
 
 __all__ = ['report', 'compare', 'papers_table', 'is_of_budgets', 'load_records']
 
@@ -41,14 +43,26 @@ def report(folder) -> str:
         records = [r for r in records if r['seed'] in found['seeds']]
         sections = report_ensembles.sections(records, found)
         numbers = report_ensembles.numbers(found)
+    elif recipe.averages:
+        evaluations = load_evaluations(folder)
+        unfinished += [r for r in records if r['seed'] not in evaluations]
+        records = [r for r in records if r['seed'] in evaluations]
+        if not records:
+            raise ValueError(f'{folder} has no seed whose averages are chosen: the same reproduce command goes on')
+        found = [evaluations[r['seed']] for r in records]
+        sections = report_averages.sections(records, found)
+        numbers = report_averages.numbers(records, found)
     else:
         sections = report_trainings.sections(records)
         numbers = report_trainings.numbers(records)
     text = '\n\n'.join([*_head(records, unfinished), *sections]) + '\n'
 
-    fig, axs = plt.subplots(1, 2, figsize=(12, 4.8), layout='constrained')
+    n_rows = 2 if recipe.lengths or recipe.averages else 1
+    fig, axs = plt.subplots(n_rows, 2, figsize=(12, 4.8 * n_rows), layout='constrained')
     if recipe.ensembles:
         report_ensembles.draw(found, axs)
+    elif recipe.averages:
+        report_averages.draw(records, found, axs)
     else:
         report_trainings.draw(records, axs)
     title = f'{recipe.name}, {counted(len(records), "seed")}'
@@ -101,7 +115,7 @@ def is_of_budgets(folder) -> bool:
         return False
     complete, _ = load_records(Path(folder))
     recipe = RECIPES[complete[0]['recipe']]
-    return not recipe.ensembles and not recipe.lengths
+    return not recipe.ensembles and not recipe.lengths and not recipe.averages
 
 
 # the head
@@ -200,7 +214,8 @@ def _failures(records) -> list[str]:
     for record in records:
         for run in _diverged(record):
             said.append(f'seed {record["seed"]}: the {run} run diverged, nothing of it is finite')
-    if RECIPES[records[0]['recipe']].ensembles:
+    recipe = RECIPES[records[0]['recipe']]
+    if recipe.ensembles or recipe.averages:
         return said
     errors = values(records, 'error')
     at_chance = [name for name in errors if has_learned_nothing(errors[name], records[0])]
@@ -220,8 +235,12 @@ def _diverged(record) -> list[str]:
 
 def _not_counted(unfinished) -> list[str]:
     incomplete = [f'seed {r["seed"]} is not complete and not counted' for r in unfinished if not r['finished']]
-    to_compare = [f'seed {r["seed"]} is not yet compared with the others' for r in unfinished if r['finished']]
+    to_compare = [f'seed {r["seed"]} is not yet {_next_step(r)}' for r in unfinished if r['finished']]
     return incomplete + to_compare
+
+
+def _next_step(record) -> str:
+    return 'evaluated' if RECIPES[record['recipe']].averages else 'compared with the others'
 
 
 # several folders

@@ -3,10 +3,11 @@ numbers."""
 
 import numpy as np
 
+from ..checks import counted
 from ..plot import plot_sizes
 from .compare_ensembles import METHODS
 from .rows import error_of, run_lengths
-from .tables import counted, difference_rows, differences, markdown_table, spread, summary
+from .tables import difference_rows, differences, markdown_table, spread, summary
 
 __all__ = ['sections', 'numbers', 'draw', 'size_curves']
 

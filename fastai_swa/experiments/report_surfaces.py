@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
+from ..checks import counted
 from ..landscape.figures import plot_line, plot_paths, plot_planes, plot_width
 from ..landscape.surfaces import Plane, Surface
 from .machine import hardware_text, versions_text
@@ -15,7 +16,7 @@ from .recipes import LANDSCAPES, RECIPES
 from .record import duration
 from .store import write_figure, write_report
 from .surface_record import images_text, read_surface_records
-from .tables import counted, difference_summary, markdown_table, mean_and_half, spread, summary
+from .tables import difference_summary, markdown_table, mean_and_half, spread, summary
 
 __all__ = ['has_surfaces', 'report_surfaces']
 

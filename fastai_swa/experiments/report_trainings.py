@@ -105,12 +105,22 @@ def numbers(records: list[dict]) -> dict:
 
 
 def draw(records: list[dict], axs):
-    "Error and loss over the epochs, or over the lengths."
+    """Error and loss over the epochs, on two axes; or over the lengths, and below, on two more, their differences from
+    the plain run of each length, seed by seed.
+    """
     recipe = RECIPES[records[0]['recipe']]
-    read = curves_of_lengths if recipe.lengths else curves
-    plot = plot_lengths if recipe.lengths else plot_runs
-    plot(read(records, 'error'), axs[0], _error_name(recipe))
-    plot(read(records, 'valid_loss'), axs[1], 'test loss')
+    quantities = {'error': _error_name(recipe), 'valid_loss': 'test loss'}
+    if not recipe.lengths:
+        for ax, (name, label) in zip(axs, quantities.items()):
+            plot_runs(curves(records, name), ax, label)
+        return
+    for (above, below), (name, label) in zip(axs.T, quantities.items()):
+        found = curves_of_lengths(records, name)
+        plot_lengths(found, above, label)
+        above.get_legend().remove()  # it is that of the axes below
+        plain = found[recipe.opt][1]
+        against_plain = {method: (lengths, values - plain) for method, (lengths, values) in found.items()}
+        plot_lengths(against_plain, below, f'{label}: difference from {recipe.opt}')
 
 
 def _error_name(recipe) -> str:

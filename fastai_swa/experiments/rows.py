@@ -139,7 +139,7 @@ def pairs_of(record) -> list[tuple[str, str]]:
     if recipe.lengths:
         pairs = []
         for n in sorted(set(run_lengths(record).values())):
-            pairs += _pairs_of_length(f'SWA {n}', f'{recipe.opt} {n}', f'one-cycle {n}')
+            pairs += _pairs_of_length(f'SWA {n}', f'SWA {n}', f'{recipe.opt} {n}', f'one-cycle {n}')
     else:
         pairs = [
             ('SWA 1.25B', 'SGD 1B'),
@@ -148,21 +148,26 @@ def pairs_of(record) -> list[tuple[str, str]]:
             ('SWA run at 1B, single weights', 'SGD 1B'),
             ('SWA run at 1.5B, single weights', 'SGD 1.5B'),
             ('SWA 1.5B', 'SWA run at 1.5B, single weights'),
-            ('SWA run at 1.5B, EMA over steps', 'SWA 1.5B'),
-            *_pairs_of_length('SWA 1B', 'SGD 1B', 'one-cycle 1B'),
-            *_pairs_of_length('SWA 1.5B', 'SGD 1.5B', 'one-cycle 1.5B'),
+            *_pairs_of_length('SWA 1B', 'SWA run at 1B', 'SGD 1B', 'one-cycle 1B'),
+            *_pairs_of_length('SWA 1.5B', 'SWA run at 1.5B', 'SGD 1.5B', 'one-cycle 1.5B'),
         ]
     there = rows_of(record)
     return [(a, b) for a, b in pairs if a in there and b in there]
 
 
-def _pairs_of_length(swa, plain, one_cycle):
+def _pairs_of_length(swa, swa_run, plain, one_cycle):
+    "Of the rows at one length; `swa_run`: what the rows of SWA's run beside its average begin with."
     third = f'{one_cycle}, mean of its last third'
+    swa_ema = f'{swa_run}, EMA over steps'
     return [
         (swa, plain),
         (swa, plain + REFRESHED),
         (swa, one_cycle),
         (swa, one_cycle + REFRESHED),
+        (swa_ema, plain),
+        (swa_ema, plain + REFRESHED),
+        (swa_ema, one_cycle),
+        (swa_ema, swa),
         (plain + REFRESHED, plain),
         (f'{plain}, EMA over steps', plain),
         (f'{plain}, EMA over steps', plain + REFRESHED),
@@ -216,6 +221,7 @@ def curves_of_lengths(records: list[dict], name: str) -> dict[str, tuple[np.ndar
         'one-cycle': 'one-cycle {}',
         'one-cycle, mean of its last third': 'one-cycle {}, mean of its last third',
         'SWA': 'SWA {}',
+        'SWA run, EMA over steps': 'SWA {}, EMA over steps',
     }
     res = {}
     for method, row in methods.items():

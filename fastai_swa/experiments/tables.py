@@ -8,10 +8,10 @@ from scipy.stats import t
 
 __all__ = [
     'markdown_table',
-    'counted',
     'spread',
     'mean_and_half',
     'difference_rows',
+    'difference_cell',
     'summary',
     'difference_summary',
     'differences',
@@ -23,10 +23,6 @@ def markdown_table(rows: list[list[str]]) -> str:
     head, *body = [f'| {" | ".join(row)} |' for row in rows]
     line = '|---' * len(rows[0]) + '|'
     return '\n'.join([head, line, *body])
-
-
-def counted(n: int, noun: str) -> str:
-    return f'{n} {noun}' if n == 1 else f'{n} {noun}s'
 
 
 def mean_and_half(x: np.ndarray) -> tuple[float, float]:
@@ -62,6 +58,12 @@ def _signed(x: np.ndarray, digits: int) -> list[str]:
     if half < float('inf'):
         interval = f'{mean - half:+.{digits}f} to {mean + half:+.{digits}f}'
     return [f'{mean:+.{digits}f}' + _of_all(found, x), interval]
+
+
+def difference_cell(x: np.ndarray, digits: int) -> str:
+    "The mean of a sample of differences, and its 95 % confidence interval, none for one value."
+    mean, interval = _signed(x, digits)
+    return f'{mean} ({interval})' if interval else mean
 
 
 def _of_all(found, x):

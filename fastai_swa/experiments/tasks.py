@@ -50,14 +50,23 @@ class Table:
         "The column of a fit by which it is judged."
         return 'r2_score' if self.is_number else 'accuracy'
 
-    def load(self, source, n_train: int | None = None, n_test: int | None = None):
+    def load(self, source, n_train: int | None = None, n_test: int | None = None, n_choose: int = 0):
         """(data for `loaders`, what it is of). Raises `ValueError` if the folder `source` does not
-        have the files or the columns.
+        have the files or the columns, or too few rows.
+
+        - `n_choose`: so many rows of the training file, those after the `n_train` first, are for choosing, and neither
+          trained nor tested on.
         """
         columns = [*self.categories, *self.numbers, self.target]
-        train, test = _train_and_test(source, self.train, self.test, columns)
-        train = train[:n_train].copy()
+        rows, test = _train_and_test(source, self.train, self.test, columns)
+        if n_choose:
+            n_train = n_train or len(rows) - n_choose
+            if not 0 < n_train <= len(rows) - n_choose:
+                raise ValueError(f'{self.train} has {len(rows)} rows: too few for {n_choose} to choose on')
+        train = rows[:n_train].copy()
         test = test[:n_test].copy()
+        if n_choose:
+            test = pd.concat([rows[n_train : n_train + n_choose], test])
         for name in self.numbers:
             if not train[name].isna().any():  # else fastai's FillMissing has seen in training what to do
                 test[name] = test[name].fillna(train[name].median())
@@ -66,7 +75,10 @@ class Table:
             std = train[self.target].std()
             for part in (train, test):
                 part[self.target] = (part[self.target] - mean) / std
-        return (self._for_fastai(train, test), train, test), _about(self.train, train, test)
+        about = _about(self.train, train, test)
+        if n_choose:
+            about |= {'choose': n_choose, 'valid': len(test) - n_choose}
+        return (self._for_fastai(train, test), train, test[n_choose:]), about
 
     def _for_fastai(self, train, test) -> TabularPandas:
         both = pd.concat([train, test], ignore_index=True)
@@ -83,10 +95,20 @@ class Table:
             splits=list(splits),
         )
 
-    def loaders(self, data, bs: int, seed: int) -> DataLoaders:
+    def loaders(self, data, bs: int, seed: int, n_choose: int = 0) -> DataLoaders:
+        "Of the training rows, and of those to choose on; of the test rows where there are none of these."
         dls = data[0].dataloaders(bs=bs, val_bs=2048, drop_last=False, device='cpu')
         dls.train.rng = Random(seed)
-        return dls
+        if not n_choose:
+            return dls
+        res = DataLoaders(dls.train, _of_rows(dls.valid, slice(0, n_choose), bs))
+        res.train.rng = dls.train.rng
+        return res
+
+    def test_loader(self, data, n_choose: int) -> DataLoader:
+        "Of the test rows."
+        dls = data[0].dataloaders(val_bs=2048, device='cpu')
+        return _of_rows(dls.valid, slice(n_choose, None), 2048)
 
     def network(self, data, dls) -> nn.Module:
         n_out = 1 if self.is_number else len(dls.vocab)
@@ -189,6 +211,12 @@ class SentenceNet(nn.Module):
     def forward(self, x):
         features = torch.relu(self.bn(self.conv(self.words(x).transpose(1, 2))))
         return self.head(features.max(2).values)
+
+
+def _of_rows(dl, rows: slice, bs: int) -> DataLoader:
+    "A loader like `dl`, of fastai's for tables, of these rows of it."
+    table = dl.dataset
+    return dl.new(table.new(table.items[rows]), bs=bs)
 
 
 class _BatchedRows:

@@ -10,11 +10,13 @@ from fastai.callback.core import Callback, CancelFitException
 from fastcore.foundation import noop
 
 from ..aside import autocast_left
-from ..averaging import ema
+from ..averaging import ema, power_ema
 from ..callback import SWACallback
 from ..checkpoint import CheckpointCallback
 from ..files import Lock
+from ..history import WeightHistory
 from ..learner import EpochScheduler
+from ..modules import unwrap
 from ..snapshots import SnapshotCallback
 from ..state import restore
 from ..walk import named_callbacks
@@ -45,7 +47,8 @@ def run_seed(
 
     The runs share the epochs before they part. While it goes on, seed-<seed>.json, a checkpoint and
     the states at the forks stand beside the file; at the end the weights at the end of each run,
-    and the average of a run named SWA, as state dicts: seed-<seed>-<run>.pth.
+    and the average of a run named SWA, as state dicts: seed-<seed>-<run>.pth. A run with a history
+    leaves that, too, all averages beside it and the weights of its best epochs.
 
     - `source`: of the images, as in `vision.cifar`, or the folder of a task's files; `threads`: of
       the CPU, on which its results depend in the last bits (a seed that goes on keeps its number);
@@ -85,14 +88,18 @@ def _train_part(record: Record, number: int, state: dict | None, data, until: fl
     if state is not None:
         restore(learn, _without_callbacks_of_the_fit(state, learn))
     cbs = [EpochScheduler(_hyper_parameters(part)), _Checkpoint(record, until)]
-    swa = None
+    kept = {}
     if part.is_last:
         averages = _average_callbacks(part)
-        swa = averages[0]
         cbs += averages
+        if part.runs[0].name == 'SWA':
+            kept['SWA average'] = averages[0]
         if part.runs[0].snapshots is not None:
             cbs.append(_snapshot_callback(part, record))
-    cbs.append(_Log(record, swa, show))
+        if part.runs[0].n_segments is not None:
+            kept = {f'{part.runs[0].name} {swa.name}': swa for swa in averages}
+            cbs += _history_callbacks(part, record)
+    cbs.append(_Log(record, kept, show))
     with learn.no_logging(), autocast_left():
         learn.fit(part.end - part.begin, part.runs[0].lr(part.begin, 0, 1), cbs=cbs)
     if not record.is_done(number):
@@ -130,15 +137,23 @@ def _average_callbacks(part: Part) -> list[SWACallback]:
 def _average_beside(average: Beside, begin: int) -> SWACallback:
     "The callback that keeps `average` in a part that begins with epoch `begin`."
     how = dict(swa_eval_freq=0, bn_batches=_ALL, name=average.name)
-    if average.decay is None:
+    if average.is_of_epochs:
         return SWACallback(average.start - begin, **how)
-    return SWACallback(0, every=1, weight=ema(average.decay, warmup=True), **how)
+    weight = power_ema(average.power) if average.decay is None else ema(average.decay, warmup=True)
+    return SWACallback(0, every=1, weight=weight, **how)
 
 
 def _snapshot_callback(part: Part, record: Record) -> SnapshotCallback:
     run = part.runs[0]
     start, cycle_len = run.snapshots
     return SnapshotCallback(start - part.begin, cycle_len, record.folder(run.name))
+
+
+def _history_callbacks(part: Part, record: Record) -> list[Callback]:
+    run = part.runs[0]
+    # what is there is of a training that has left no checkpoint
+    history = WeightHistory(record.history_folder(run.name), run.n_segments, overwrite=True)
+    return [history, _BestEpochs(record, run.name)]
 
 
 class _Checkpoint(CheckpointCallback):
@@ -188,15 +203,46 @@ class _Timer:
         self.is_up = time() + self.clock.next_epoch() > self.until
 
 
+class _BestEpochs(Callback):
+    "Keeps the weights at the end of the epoch that is best in validation: by loss, and by the recipe's metric."
+
+    __module__ = 'fastai_swa.experiments.run'  # under which checkpoints know it
+    order = 99  # behind all that fill a row; before what is kept is written
+
+    def __init__(self, record, run: str):
+        self.record = record
+        self.run = run
+        self.best = {}  # column -> its best value so far, and the weights
+
+    def state_dict(self) -> dict:
+        return {'best': self.best}
+
+    def load_state_dict(self, state: dict):
+        self.best = state['best']
+
+    def after_epoch(self):
+        row = dict(zip(self.recorder.metric_names, self.recorder.log))
+        for column in ('valid_loss', self.record.recipe.metric):
+            value = float(row[column])
+            sign = 1 if column == 'valid_loss' else -1
+            if column not in self.best or sign * value < sign * self.best[column][0]:
+                weights = {k: v.cpu().clone() for k, v in unwrap(self.model).state_dict().items()}
+                self.best[column] = [value, weights]
+
+    def after_fit(self):
+        for column, (_, weights) in self.best.items():
+            self.record.keep_weights(weights, f'{self.run} best {column}')
+
+
 class _Log(Callback):
     "Takes the rows of the table to the record, and at the end what is to be kept."
 
     __module__ = 'fastai_swa.experiments.run'  # under which checkpoints know it
     order = 100  # behind all that fill a row; before the checkpoint goes
 
-    def __init__(self, record, swa, show):
+    def __init__(self, record, averages: dict, show):
         self.record = record
-        self.swa = swa  # the average to be kept at the end; `None`: none
+        self.averages = averages  # name -> callback whose average is to be kept at the end
         self.show = show
         self.rows = []
 
@@ -221,5 +267,5 @@ class _Log(Callback):
 
     def after_fit(self):
         if len(self.rows) == self.n_epoch:
-            swa_model = None if self.swa is None else self.swa.swa_model
-            self.record.part_is_over(self.rows, self.learn, swa_model)
+            models = {name: swa.swa_model for name, swa in self.averages.items()}
+            self.record.part_is_over(self.rows, self.learn, models)

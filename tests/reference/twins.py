@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import torch
+from fastai.callback.core import Callback
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -124,3 +125,30 @@ def averaging_lr(epoch: int, swa_start: int, lr_init: float, swa_lr: float) -> f
     if falls_until <= falls_from:
         return lr_init if epoch < swa_start else swa_lr
     return float(np.interp(epoch, [falls_from, falls_until], [lr_init, swa_lr]))
+
+
+class AllSteps(Callback):
+    "Keeps the parameters after every optimizer step that was taken, in float64, and the epoch of each."
+
+    order = 1000
+
+    def __init__(self):
+        self.weights, self.epochs, self.cancelled = [], [], False
+
+    def after_cancel_step(self):
+        self.cancelled = True
+
+    def after_step(self):
+        if not self.cancelled:
+            self.weights.append({k: p.detach().double().clone() for k, p in self.model.named_parameters()})
+            self.epochs.append(self.epoch)
+        self.cancelled = False
+
+    def mean(self, a, b):
+        "Of the steps in the epochs a to b - 1."
+        points = [w for w, e in zip(self.weights, self.epochs) if a <= e < b]
+        return {k: sum(w[k] for w in points) / len(points) for k in points[0]}
+
+    def weighted(self, weights):
+        assert len(weights) == len(self.weights)
+        return {k: sum(float(c) * w[k] for c, w in zip(weights, self.weights)) for k in self.weights[0]}
