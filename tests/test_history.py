@@ -4,7 +4,6 @@ import copy
 import json
 import pickle
 import pkgutil
-import signal
 import warnings
 
 import numpy as np
@@ -507,13 +506,15 @@ def test_what_was_kept_before_the_end_of_a_fit_stays_usable(error, tmp_path):
 
 @pytest.mark.parametrize('where', ['fastai_swa.stretches.Stretches.add', 'fastai_swa.averaging.WeightAverage.update'])
 @pytest.mark.parametrize('after', [1, 7, 9])
-def test_ctrl_c_while_points_are_taken_and_stretches_end_loses_none_and_counts_none_twice(where, after, monkeypatch):
+def test_ctrl_c_while_points_are_taken_and_stretches_end_loses_none_and_counts_none_twice(
+    where, after, monkeypatch, ctrl_c
+):
     def interrupted(*args, **kwargs):
         nonlocal left
         res = original(*args, **kwargs)
         left -= 1
         if not left:
-            signal.raise_signal(signal.SIGINT)
+            ctrl_c()
         return res
 
     left = after
