@@ -17,7 +17,7 @@ from .interrupts import uninterrupted, unwound_whole
 from .modules import Kept, has_own_modes, unwrap
 from .warn import warn
 
-__all__ = ['update_bn', 'batch_moments', 'tracked_bn', 'statistics', 'StatisticsWatch', 'union']
+__all__ = ['update_bn', 'batch_moments', 'tracked_bn', 'statistics', 'StatisticsWatch', 'union', 'following']
 
 
 def update_bn(loader, model: nn.Module, device=None, n_batches: int | None = None, inputs=None):
@@ -238,6 +238,18 @@ def union(lists: list[list[str]]) -> list[str]:
     add.
     """
     return list(dict.fromkeys(itertools.chain.from_iterable(lists)))
+
+
+def following(moved: list, before: list[str], model: nn.Module) -> list[str]:
+    """The names of the layers whose statistics follow the weights of an epoch.
+
+    - `moved`: for each process the layers whose statistics the epoch has moved, `None` where it does not know.
+    - `before`: the answer of the epoch before, which holds where no process knows; without one `tracked_bn` tells.
+    """
+    known = [names for names in moved if names is not None]
+    if known:
+        return union(known)
+    return before or list(tracked_bn(model))
 
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: what bits are compared as

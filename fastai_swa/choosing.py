@@ -23,9 +23,9 @@ from .passes import kept_batches, validate_aside
 from .plot import labelled
 from .weightings import called, place_in_epochs, weighting
 
-__all__ = ['candidates', 'choose', 'Scores', 'gain', 'plot_choice', 'seconds_to_choose', 'remark_on_choice']
+__all__ = ['STARTS', 'candidates', 'choose', 'Scores', 'gain', 'plot_choice', 'seconds_to_choose', 'remark_on_choice']
 
-_STARTS = 0.0, 0.25, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95  # of windows, as shares of the fit
+STARTS = 0.0, 0.25, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95  # of windows, as shares of the fit
 _ENDS = 0.5, 0.75, 0.9, 1.0
 _N_SINGLE = 12  # single stretches at most
 _HORIZONS = 0.02, 0.05, 0.1, 0.25  # of EMAs: their mean age, as a share of the fit
@@ -65,7 +65,7 @@ def candidates(ends, epochs: list, every: int, with_ends: bool = True) -> list[C
     for i in _spread(len(ends), _N_SINGLE):
         windows[int(borders[i]), int(borders[i + 1])] = 'single'
     for end in _ENDS if with_ends else _ENDS[-1:]:
-        for start in _STARTS:
+        for start in STARTS:
             first, after = nearest(start), nearest(end)
             if first < after:
                 windows.setdefault((first, after), 'window')
@@ -135,7 +135,10 @@ class _Parts(Callback):
         self.batch_losses.append(float(self.learn.loss))
         if self.losses is not None:
             losses = _sample_losses(self.learn, n)
-            self.losses = None if losses is None else [*self.losses, losses]
+            if losses is None:
+                self.losses = None
+            else:
+                self.losses.append(losses)
         pred, yb = self.learn.to_detach((self.learn.pred, self.learn.yb), cpu=False)
         for name in list(self.metrics):
             func, values = self.metrics[name]

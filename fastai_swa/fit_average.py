@@ -15,7 +15,7 @@ from torch import nn
 
 from .averaging import WeightAverage, refuse_mismatch
 from .batches import Taken
-from .batchnorm import tracked_bn, union
+from .batchnorm import following
 from .interrupts import uninterrupted
 from .modules import MODULES_OWN, clean_copy, named_tensors, plain_data, plain_name, unwrap
 from .packing import pack, unpack
@@ -61,11 +61,7 @@ class FitAverage:
         - `moved`: for each process the names of the layers whose statistics training has moved, `None` where it does
           not know.
         """
-        known = [names for names in moved if names is not None]
-        if known:
-            self.bn = union(known)
-        elif not self.bn:  # no batch ran, and no epoch before tells
-            self.bn = list(tracked_bn(model))
+        self.bn = following(moved, self.bn, model)
         self.running.settle(model)
         self.stale = bool(self.bn)
 

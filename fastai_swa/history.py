@@ -18,7 +18,7 @@ from fastai.learner import Learner, Recorder
 
 from .averaging import WeightAverage, equal, refuse_mismatch
 from .batches import Taken
-from .batchnorm import StatisticsWatch, tracked_bn, union
+from .batchnorm import StatisticsWatch, following
 from .checks import check_count
 from .choosing import candidates, choose, plot_choice, remark_on_choice, seconds_to_choose
 from .columns import write_below
@@ -31,7 +31,7 @@ from .modules import clean_copy, in_train_mode, named_tensors, plain_name, unwra
 from .packing import pack, unpack
 from .passes import check_engine, refresh_bn
 from .processes import Processes
-from .stretches import FoldersIndex, Stretches, read_history, remains
+from .stretches import FoldersIndex, Stretches, is_count, read_history, remains
 from .views import lending
 from .walk import not_copied
 from .warn import warn
@@ -571,11 +571,7 @@ class WeightHistory(FitCallback):
                 moved = fit.watch.moved()
         fit.watch = None
         of_all = [moved] if alone else fit.processes.gather(moved)
-        known = [names for names in of_all if names is not None]
-        if known:
-            fit.index.bn = union(known)
-        elif not fit.index.bn:
-            fit.index.bn = list(tracked_bn(unwrap(self.learn.model)))
+        fit.index.bn = following(of_all, fit.index.bn, unwrap(self.learn.model))
 
     def _write(self):
         "Write the means that are in memory, and the index; what fails is said, and tried again later."
@@ -800,7 +796,7 @@ def _with_epoch(taken: list, n_batches: int, was_cut: bool) -> list:
 
 
 def _count(n) -> int:
-    if type(n) is not int or n < 0:
+    if not is_count(n):
         raise ValueError(f'the state of a WeightHistory has a count that is none: {n!r}')
     return n
 

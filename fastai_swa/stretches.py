@@ -19,7 +19,7 @@ from .files import parsed, save_weights, write_text
 from .weightings import Cuts, Segment
 from .weights import indexed_files, is_plain_name, read_weights, refuse_nan, sha256
 
-__all__ = ['Stretch', 'Stretches', 'FoldersIndex', 'Remains', 'remains', 'read_history', 'LAST']
+__all__ = ['Stretch', 'Stretches', 'FoldersIndex', 'Remains', 'remains', 'read_history', 'is_count', 'LAST']
 
 _FORMAT = 'fastai_swa history 1'
 _INDEX = 'index.json'
@@ -51,7 +51,7 @@ class Stretch(Segment):
             isinstance(mean, dict) and all(isinstance(t, torch.Tensor) for t in mean.values())
         ):
             raise ValueError('a mean that holds no tensors')
-        is_right = _is_count(res.n) and res.n > 0 and type(res.wanted) in (int, float) and math.isfinite(res.wanted)
+        is_right = is_count(res.n) and res.n > 0 and type(res.wanted) in (int, float) and math.isfinite(res.wanted)
         if not is_right or type(res.ends_epoch) is not bool or type(res.is_lost) is not bool:
             raise ValueError('a segment without points')
         return res
@@ -226,7 +226,7 @@ class Stretches:
     def load_state_dict(self, state: dict):
         "Take over a `state_dict`. Raises `ValueError` if a file that it names is missing, or if it is none."
         segments = [Stretch.from_record(s, s['mean']) for s in state['segments']]
-        if not _is_count(state['n_named']) or not all(map(_is_file_name, state['superseded'])):
+        if not is_count(state['n_named']) or not all(map(_is_file_name, state['superseded'])):
             raise ValueError('names of files that are none')
         if self.keeps_means:
             for s in segments:
@@ -286,7 +286,7 @@ class FoldersIndex:
         self.write(stretches)
 
 
-def _is_count(o) -> bool:
+def is_count(o) -> bool:
     return type(o) is int and o >= 0
 
 
@@ -298,18 +298,18 @@ def _are_epochs(o) -> bool:
     "Pairs of numbers, none of which falls?"
     if type(o) is not list or not all(type(pair) is list and len(pair) == 2 for pair in o):
         return False
-    if not all(_is_count(n) for pair in o for n in pair):
+    if not all(is_count(n) for pair in o for n in pair):
         return False
     return all(a[0] < b[0] and a[1] <= b[1] for a, b in zip(o, o[1:]))
 
 
 def _is_taken(o) -> bool:
-    return type(o) is list and len(o) == 2 and _is_count(o[0]) and type(o[1]) is bool
+    return type(o) is list and len(o) == 2 and is_count(o[0]) and type(o[1]) is bool
 
 
 _CHECKS = {  # of the fields of an index that are state
     'id': lambda o: type(o) is str and re.fullmatch('[0-9a-f]{16}', o) is not None,
-    'n_steps': _is_count,
+    'n_steps': is_count,
     'epochs': _are_epochs,
     'bn': lambda o: type(o) is list and all(type(name) is str for name in o),
     'taken': _is_taken,
@@ -371,7 +371,7 @@ def _history_of(content: dict, folder: Path) -> tuple[FoldersIndex, Stretches]:
     if content['format'] != _FORMAT:
         raise ValueError('it is of another format')
     settings = [content[name] for name in ('every', 'n_segments', 'n_epoch')]
-    if not all(_is_count(n) and n > 0 for n in settings):
+    if not all(is_count(n) and n > 0 for n in settings):
         raise ValueError('its counts are none')
     index = FoldersIndex(content['id'], *settings)
     index.load_state_dict(content)

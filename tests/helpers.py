@@ -5,6 +5,7 @@ import random
 import numpy as np
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
@@ -13,6 +14,29 @@ from fastai.metrics import accuracy
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from torch import nn
+
+
+def mixed_precision_on_cpu(monkeypatch, **scaler):
+    "fastai's `MixedPrecision` runs on the CPU, in bfloat16, with a `GradScaler` of these settings."
+    monkeypatch.setattr(
+        'fastai.callback.fp16.autocast', lambda device=None, dtype=None: torch.autocast('cpu', dtype=torch.bfloat16)
+    )
+    monkeypatch.setattr(
+        'fastai.callback.fp16.GradScaler', lambda device=None, **kwargs: torch.amp.GradScaler('cpu', **kwargs | scaler)
+    )
+
+
+class Overflow(Callback):
+    "Gradients are infinite in the training batches of these numbers, counted from the fit's first: the scaler skips."
+
+    order = MixedPrecision.order - 1
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def before_step(self):
+        if self.train_iter in self.batches:
+            next(self.learn.model.parameters()).grad.fill_(float('inf'))
 
 
 def loaders(n=90, n_valid=40, n_in=6, n_out=3, bs=16, num_workers=0, seed=0, **kwargs):

@@ -58,7 +58,7 @@ def few_candidates():
     "Of which some end before the fit does."
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choosing, '_STARTS', (0.0, 0.5))
+        patch.setattr(choosing, 'STARTS', (0.0, 0.5))
         patch.setattr(choosing, '_ENDS', (0.75, 1.0))
         patch.setattr(choosing, '_N_SINGLE', 3)
         patch.setitem(RECIPES, 'small', SMALL)

@@ -28,7 +28,7 @@ from torch import nn
 
 from fastai_swa import CheckpointCallback, SaveSWAModelCallback, SnapshotCallback, SWACallback, ema
 
-from .helpers import At, assert_same, fingerprint, learner, loaders, net, raising
+from .helpers import At, assert_same, fingerprint, learner, loaders, mixed_precision_on_cpu, net, raising
 
 
 class Killed(BaseException):
@@ -439,13 +439,7 @@ def test_resume_is_exact_for_generators_deep_in_the_data(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('mode', ['fp16', 'bf16'])
 def test_resume_is_exact_in_mixed_precision_with_its_scaler(tmp_path, monkeypatch, mode):
-    monkeypatch.setattr(
-        'fastai.callback.fp16.autocast', lambda device=None, dtype=None: torch.autocast('cpu', dtype=torch.bfloat16)
-    )
-    monkeypatch.setattr(
-        'fastai.callback.fp16.GradScaler',
-        lambda device=None, **kwargs: torch.amp.GradScaler('cpu', **kwargs | {'growth_interval': 4}),
-    )
+    mixed_precision_on_cpu(monkeypatch, growth_interval=4)
     scales = {}
 
     class Scales(Callback):

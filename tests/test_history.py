@@ -4,14 +4,12 @@ import copy
 import json
 import pickle
 import pkgutil
-import signal
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation, ShortEpochCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -24,7 +22,7 @@ from fastai_swa.choosing import candidates
 from fastai_swa.files import InUse, Lock
 from fastai_swa.weights import sha256
 
-from .helpers import At, assert_same, fingerprint, learner, loaders, net, raising
+from .helpers import At, Overflow, assert_same, fingerprint, learner, loaders, mixed_precision_on_cpu, net, raising
 from .reference import twins
 from .reference.twins import AllSteps
 from .test_batches import STREAMS, Cut, Stream, ending
@@ -137,22 +135,8 @@ def test_a_model_in_low_precision_has_its_mean_made_in_float32(capsys):
 
 
 def test_steps_that_the_scaler_skips_are_no_points(monkeypatch):
-    monkeypatch.setattr(
-        'fastai.callback.fp16.autocast', lambda device=None, dtype=None: torch.autocast('cpu', dtype=torch.bfloat16)
-    )
-    monkeypatch.setattr(
-        'fastai.callback.fp16.GradScaler',
-        lambda device=None, **kwargs: torch.amp.GradScaler('cpu', **kwargs | {'enabled': True}),
-    )
-
-    class Overflow(Callback):
-        order = MixedPrecision.order - 1
-
-        def before_step(self):
-            if self.train_iter in (0, 3, 20):
-                next(self.learn.model.parameters()).grad.fill_(float('inf'))
-
-    _, history, steps = kept(learn=learner().to_fp16(), cbs=[Overflow()])
+    mixed_precision_on_cpu(monkeypatch, enabled=True)
+    _, history, steps = kept(learn=learner().to_fp16(), cbs=[Overflow((0, 3, 20))])
     assert history._kept.stretches.n_points == len(steps.weights) == 45
     assert_is(history.average(epochs=(0, 4)), steps.mean(0, 4))
 
@@ -507,13 +491,15 @@ def test_what_was_kept_before_the_end_of_a_fit_stays_usable(error, tmp_path):
 
 @pytest.mark.parametrize('where', ['fastai_swa.stretches.Stretches.add', 'fastai_swa.averaging.WeightAverage.update'])
 @pytest.mark.parametrize('after', [1, 7, 9])
-def test_ctrl_c_while_points_are_taken_and_stretches_end_loses_none_and_counts_none_twice(where, after, monkeypatch):
+def test_ctrl_c_while_points_are_taken_and_stretches_end_loses_none_and_counts_none_twice(
+    where, after, monkeypatch, ctrl_c
+):
     def interrupted(*args, **kwargs):
         nonlocal left
         res = original(*args, **kwargs)
         left -= 1
         if not left:
-            signal.raise_signal(signal.SIGINT)
+            ctrl_c()
         return res
 
     left = after

@@ -17,7 +17,7 @@ from fastai_swa.landscape import curve as curve_file
 from fastai_swa.landscape.geometry import CURVES
 
 from . import lora
-from .helpers import At, assert_same, learner, loaders, net, raising
+from .helpers import At, assert_same, learner, loaders, mixed_precision_on_cpu, net, raising
 from .test_landscape_measure import (
     Counting,
     by_hand,
@@ -329,12 +329,7 @@ def test_interrupted_without_a_checkpoint_the_curve_keeps_what_it_has_learned():
 
 
 def test_the_learners_callbacks_work_there_as_they_do_here(monkeypatch):
-    monkeypatch.setattr(
-        'fastai.callback.fp16.autocast', lambda device=None, dtype=None: torch.autocast('cpu', torch.bfloat16)
-    )
-    monkeypatch.setattr(
-        'fastai.callback.fp16.GradScaler', lambda device=None, **kwargs: torch.amp.GradScaler('cpu', enabled=False)
-    )
+    mixed_precision_on_cpu(monkeypatch, enabled=False)
     seen = []
 
     class See(Callback):

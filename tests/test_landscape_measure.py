@@ -36,7 +36,7 @@ from fastai_swa import (
 from fastai_swa.passes import refreshable
 
 from . import lora
-from .helpers import At, assert_same, fingerprint, learner, loaders, net, raising
+from .helpers import At, assert_same, fingerprint, learner, loaders, mixed_precision_on_cpu, net, raising
 from .reference import twins
 
 
@@ -658,12 +658,7 @@ OTHERS = [learner(seed=i).model.state_dict() for i in (1, 2)]
 @pytest.mark.parametrize('how', ['success', 'error', 'Ctrl-C in a metric', 'Ctrl-C in a batch', 'error in a pass'])
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 def test_the_learner_is_bitwise_as_before_after_success_error_and_ctrl_c(measure, how, precision, monkeypatch):
-    monkeypatch.setattr(
-        'fastai.callback.fp16.autocast', lambda device=None, dtype=None: torch.autocast('cpu', torch.bfloat16)
-    )
-    monkeypatch.setattr(
-        'fastai.callback.fp16.GradScaler', lambda device=None, **kwargs: torch.amp.GradScaler('cpu', enabled=False)
-    )
+    mixed_precision_on_cpu(monkeypatch, enabled=False)
     fickle = Fickle()
     learn = learner(
         dls=loaders(num_workers=0),

@@ -5,14 +5,25 @@ import random
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelEpochException
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.callback.training import GradientAccumulation
 from torch import nn
 
 from fastai_swa import SWACallback, ema, equal
 
-from .helpers import At, assert_close, assert_same, column, fingerprint, learner, net, parameters, raising
+from .helpers import (
+    At,
+    Overflow,
+    assert_close,
+    assert_same,
+    column,
+    fingerprint,
+    learner,
+    mixed_precision_on_cpu,
+    net,
+    parameters,
+    raising,
+)
 from .reference import twins
 
 
@@ -78,23 +89,9 @@ def test_steps_of_gradient_accumulation_count_once_and_the_count_goes_on_across_
 
 @pytest.mark.parametrize('skipped', [[0], [1], [0, 1, 2], [5]])
 def test_steps_that_the_scaler_skips_do_not_count(monkeypatch, skipped):
-    monkeypatch.setattr(
-        'fastai.callback.fp16.autocast', lambda device=None, dtype=None: torch.autocast('cpu', dtype=torch.bfloat16)
-    )
-    monkeypatch.setattr(
-        'fastai.callback.fp16.GradScaler',
-        lambda device=None, **kwargs: torch.amp.GradScaler('cpu', **kwargs | {'enabled': True}),
-    )
-
-    class Overflow(Callback):
-        order = MixedPrecision.order - 1
-
-        def before_step(self):
-            if self.train_iter in skipped:
-                next(self.learn.model.parameters()).grad.fill_(float('inf'))
-
+    mixed_precision_on_cpu(monkeypatch, enabled=True)
     learn, steps, swa = learner().to_fp16(), Steps(), SWACallback(0, every=2)
-    learn.fit(2, cbs=[Overflow(), steps, swa])
+    learn.fit(2, cbs=[Overflow(skipped), steps, swa])
     assert len(steps.weights) == 12 - len(skipped) and swa.n_averaged == (12 - len(skipped)) // 2
     assert_close(parameters(swa.swa_model), twins.mean(folded(steps, 0, 2)))
     assert next(swa.swa_model.parameters()).dtype == torch.float32

@@ -10,6 +10,7 @@ from time import perf_counter, time
 
 from fastai.learner import Learner
 
+from ..choosing import STARTS
 from ..files import Lock
 from ..history import WeightHistory
 from ..modules import unwrap
@@ -25,7 +26,6 @@ __all__ = ['evaluate_seed', 'load_evaluations', 'LIVE']
 
 _KIND = 'averages'
 _BN_BATCHES = 20  # on which batch norm is refreshed where averages are only compared, as `choose` does
-_STARTS = 0, 0.25, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95  # of windows, as shares of the epochs to their end
 LIVE = 'swa', 'ema', 'power'  # the averages beside each run
 
 
@@ -176,7 +176,7 @@ def _best_windows(history: WeightHistory, evaluation: _Evaluation, windows: list
 
 def windows_to(end: int) -> list[tuple[int, int]]:
     "Windows, as pairs of epochs, that end with epoch `end` - 1."
-    starts = {min(round(share * end), end - 1) for share in (*_STARTS, 1)}
+    starts = {min(round(share * end), end - 1) for share in (*STARTS, 1)}
     return [(start, end) for start in sorted(starts)]
 
 

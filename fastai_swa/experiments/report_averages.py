@@ -5,13 +5,12 @@ import numpy as np
 from ..plot import plot_differences, plot_lengths
 from .choose_averages import LIVE
 from .recipes import RECIPES
-from .rows import error_of
+from .rows import REFRESHED, error_name, error_of
 from .tables import difference_cell, difference_rows, differences, markdown_table, spread, summary
 
 __all__ = ['sections', 'numbers', 'draw']
 
 _LIVE = dict(zip(LIVE, ('SWA from {start}', 'EMA over steps', 'power EMA over steps')))
-_REFRESHED = ', batch norm refreshed'
 
 
 def sections(records: list[dict], found: list[dict]) -> list[str]:
@@ -20,10 +19,10 @@ def sections(records: list[dict], found: list[dict]) -> list[str]:
     recipe = RECIPES[records[0]['recipe']]
     res = [_reservation(records, found)]
     for run in _schedules(found):
-        res += [f'## {run}', markdown_table(_rows_of_schedule(run, errors, losses, _error_name(recipe)))]
+        res += [f'## {run}', markdown_table(_rows_of_schedule(run, errors, losses, error_name(recipe)))]
     pairs = _pairs_of_stops(found, recipe.metric)
     names = _names_of_stops(found, recipe.metric)
-    rows = [['', f'{_error_name(recipe)} (n = {len(found)})', 'test loss']]
+    rows = [['', f'{error_name(recipe)} (n = {len(found)})', 'test loss']]
     rows += [[name, spread(errors[name], 2), spread(losses[name], 4)] for name in names]
     res += [
         '## A constant rate, stopped and averaged, against one-cycle of that length',
@@ -58,17 +57,13 @@ def _reservation(records, found) -> str:
     )
 
 
-def _error_name(recipe) -> str:
-    return 'test error, %' if recipe.metric == 'accuracy' else 'unexplained variance, %'
-
-
 # rows
 
 
-def _rows_of_schedule(run: str, errors, losses, error_name: str) -> list[list[str]]:
+def _rows_of_schedule(run: str, errors, losses, label: str) -> list[list[str]]:
     "Values, and differences from the last weights, as they are and with their batch norm refreshed."
-    references = {'the last weights': run, 'these refreshed': run + _REFRESHED}
-    head = ['', f'{error_name} (n = {len(errors[run])})', 'test loss']
+    references = {'the last weights': run, 'these refreshed': run + REFRESHED}
+    head = ['', f'{label} (n = {len(errors[run])})', 'test loss']
     for said in references:
         head += [f'error - {said}', f'loss - {said}']
     rows = [head]
@@ -108,7 +103,7 @@ def _label(row: str, run: str, record: dict) -> str:
         return f'{run}, {_LIVE[kind].format(start=f"{start:g}")}'
     named = {
         'last': '',
-        'refreshed': _REFRESHED,
+        'refreshed': REFRESHED,
         'best': f', best epoch {by}',
         'mean': f', mean of the best epoch {by}',
         'chosen': f', chosen {by}',
@@ -144,7 +139,7 @@ def _stopped(end, column: str) -> str:
 
 
 def _pairs_of_run(own: list[str], run: str) -> list[tuple[str, str]]:
-    refreshed = run + _REFRESHED
+    refreshed = run + REFRESHED
     pairs = [(name, run) for name in own if name != run]
     return pairs + [(name, refreshed) for name in own if name not in (run, refreshed)]
 
@@ -169,7 +164,7 @@ def _pairs_of_stops(found, metric) -> list[tuple[str, str]]:
                 stopped = _stopped(end, column)
                 cycle = f'one-cycle {end}'
                 chosen = f'{cycle}, chosen by {column.removeprefix("valid_")}'
-                pairs += [(stopped, cycle), (stopped, cycle + _REFRESHED), (stopped, chosen)]
+                pairs += [(stopped, cycle), (stopped, cycle + REFRESHED), (stopped, chosen)]
     return pairs
 
 
@@ -245,12 +240,12 @@ def draw(records: list[dict], found: list[dict], axs):
     """On two axes the differences of error and loss from the last weights, batch norm refreshed; below, on two more,
     those of the constant rate, stopped at several lengths, from one-cycle of that length."""
     recipe = RECIPES[records[0]['recipe']]
-    labels = _error_name(recipe), 'test loss'
+    labels = error_name(recipe), 'test loss'
     for (above, below), values, label in zip(np.transpose(axs), _values(records, found), labels):
         groups = {}
         for run in _schedules(found):
-            reference = values[run + _REFRESHED]
-            own = [name for name in _rows_of_run(values, run) if name not in (run, run + _REFRESHED)]
+            reference = values[run + REFRESHED]
+            own = [name for name in _rows_of_run(values, run) if name not in (run, run + REFRESHED)]
             groups[run] = {_shown(name, run): values[name] - reference for name in own}
         plot_differences(groups, above, f'{label}: difference from the last weights')
         plot_lengths(_curves(values, found, recipe.metric), below, f'{label}: difference from one-cycle')
@@ -269,6 +264,6 @@ def _curves(values, found, metric) -> dict:
         names[f'constant rate, chosen by {by}'] = _stopped('{}', column)
     res = {}
     for curve, name in names.items():
-        at_each = [values[name.format(end)] - values[f'one-cycle {end}{_REFRESHED}'] for end in ends]
+        at_each = [values[name.format(end)] - values[f'one-cycle {end}{REFRESHED}'] for end in ends]
         res[curve] = lengths, np.stack(at_each, 1)
     return res

@@ -5,7 +5,7 @@ import numpy as np
 
 from ..plot import plot_lengths, plot_runs
 from .recipes import RECIPES
-from .rows import curves, curves_of_lengths, error_of, pairs_of, rows_of, values
+from .rows import curves, curves_of_lengths, error_name, error_of, pairs_of, rows_of, values
 from .tables import difference_rows, differences, markdown_table, spread, summary
 
 __all__ = ['sections', 'numbers', 'draw', 'has_learned_nothing']
@@ -42,7 +42,7 @@ def _published_errors(record) -> dict:
 
 def _result_rows(records, errors, losses, published, at_chance) -> list[list[str]]:
     recipe = RECIPES[records[0]['recipe']]
-    head = ['', 'epochs', f'{_error_name(recipe)} (n = {len(records)})', 'test loss']
+    head = ['', 'epochs', f'{error_name(recipe)} (n = {len(records)})', 'test loss']
     if published:
         has_spread = any(std for _, std in published.values())
         head.append('published, % (n = 3)' if has_spread else 'published, %')
@@ -109,7 +109,7 @@ def draw(records: list[dict], axs):
     the plain run of each length, seed by seed.
     """
     recipe = RECIPES[records[0]['recipe']]
-    quantities = {'error': _error_name(recipe), 'valid_loss': 'test loss'}
+    quantities = {'error': error_name(recipe), 'valid_loss': 'test loss'}
     if not recipe.lengths:
         for ax, (name, label) in zip(axs, quantities.items()):
             plot_runs(curves(records, name), ax, label)
@@ -121,7 +121,3 @@ def draw(records: list[dict], axs):
         plain = found[recipe.opt][1]
         against_plain = {method: (lengths, values - plain) for method, (lengths, values) in found.items()}
         plot_lengths(against_plain, below, f'{label}: difference from {recipe.opt}')
-
-
-def _error_name(recipe) -> str:
-    return 'test error, %' if recipe.metric == 'accuracy' else 'unexplained variance, %'

@@ -16,6 +16,7 @@ __all__ = [
     'rows_of',
     'values',
     'pairs_of',
+    'error_name',
     'error_of',
     'run_lengths',
     'curves',
@@ -122,6 +123,11 @@ def _read_off(epoch: dict, average: str, name: str, metric: str) -> float:
     if value is None:
         return float('nan')
     return error_of(value) if name == 'error' else value
+
+
+def error_name(recipe) -> str:
+    "Of what `error_of` gives."
+    return 'test error, %' if recipe.metric == 'accuracy' else 'unexplained variance, %'
 
 
 def error_of(metric: float) -> float:
