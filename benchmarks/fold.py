@@ -38,7 +38,7 @@ from torch import nn
 from torchvision.models import resnet50
 
 from fastai_swa import WeightAverage, ema
-from fastai_swa.averaging import BLOCK
+from fastai_swa.averaging.average import BLOCK
 
 DECAY = 0.99
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastai_swa import WeightAverage, averaging, ema, equal
+from fastai_swa import WeightAverage, ema, equal
 from fastai_swa.averaging import all_finite, lent
+from fastai_swa.averaging.tensors import _pointers
 
 from . import lora
 from .helpers import assert_close, net, parameters, raising
@@ -712,8 +713,9 @@ def test_conversions_within_a_block_lose_no_point():
 def watched(monkeypatch):
     "Counts how often it is looked at what a model is made of."
     looks = []
-    pointers = averaging._pointers
-    monkeypatch.setattr(averaging, '_pointers', lambda tensors: looks.append(len(tensors)) or pointers(tensors))
+    monkeypatch.setattr(
+        'fastai_swa.averaging.tensors._pointers', lambda tensors: looks.append(len(tensors)) or _pointers(tensors)
+    )
     return looks
 
 
