@@ -276,9 +276,11 @@ def _sentence(found, scores, gains, best, by, where) -> str:
         name += ', which are the last weights, their batch norm refreshed'
     elif found[best].points == 1:
         name += ', which is one step, its batch norm refreshed'
+    alone = [g for c, (g, _) in zip(found, gains) if c.kind == 'refreshed' and c is not found[best]]
+    of_it = f'; refreshed batch norm alone: {alone[0]:.4f}' if alone else ''
     return (
         f'Chosen: {name}, {by} {scores[best].values[by]:.4f} against {last:.4f} of the last '
-        f'weights (better by {better:.4f}{chance}), on {where}, which therefore flatter it.'
+        f'weights (better by {better:.4f}{chance}{of_it}), on {where}, which therefore flatter it.'
     )
 
 

@@ -1,83 +1,42 @@
 """`WeightHistory`: the weights of a fit as means of consecutive stretches, so that any average of them
 can be had when the fit is over.
 
-When a point is taken and where a stretch ends is here; how much a point weighs in an average is in
-`weightings`, the means and their files are in `stretches`, choosing between averages in `choosing`.
+When a point is taken and where a stretch ends is in `history_fit`; how much a point weighs in an average in
+`weightings`, the means and their files in `stretches`, choosing between averages in `choosing`.
 """
 
 import secrets
-import shutil
-import time
 import weakref
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from fastai.learner import Learner, Recorder
 
-from .averaging import WeightAverage, equal, refuse_mismatch
+from .averaging import equal, refuse_mismatch
 from .batches import Taken
-from .batchnorm import StatisticsWatch, following
 from .checks import check_count
 from .choosing import candidates, choose, plot_choice, remark_on_choice, seconds_to_choose
 from .columns import write_below
 from .files import InUse, Lock
 from .fit_average import FitAverage
-from .fitting import FitCallback, SideWork, locked_for, no_fit, passed_callbacks
-from .interrupts import uninterrupted
+from .fitting import FitCallback, locked_for, no_fit, passed_callbacks
+from .history_fit import HistoryFit, count_of_state
+from .history_folder import check_room, claim, later_folders, make_folder, n_bytes_of, readable_size
 from .kept_fit import KeptFit, folder_of_fit
-from .modules import clean_copy, in_train_mode, named_tensors, plain_name, unwrap
+from .modules import plain_name, unwrap
 from .packing import pack, unpack
 from .passes import check_engine, refresh_bn
 from .processes import Processes
-from .stretches import FoldersIndex, Stretches, is_count, read_history, remains
+from .stretches import FoldersIndex, Stretches, read_history
 from .views import lending
-from .walk import not_copied
 from .warn import warn
-from .weightings import Cuts, Segment, called, check_which
+from .weightings import Cuts, called, check_which
 from .weights import NoSolution, weights_of
 
 __all__ = ['WeightHistory']
 
-_BLOCK = 16  # points in a row that are summed in float32: the mean is then right to a few units in the last place
 _BN_BATCHES = 20  # that `choose` refreshes batch norm on
-_PENDING = 2**28  # bytes of finished stretches that may wait in memory for the end of an epoch
-_LITTLE = 0.01  # of the time that training took since the last writing: so long may writing take at once
-_COUNTS = 'n_batches_before', 'n_batches_an_epoch', 'place'  # fields of `_Fit` that are in checkpoints
-
-
-@dataclass
-class _Fit:
-    "A fit under way."
-
-    processes: Processes  # that train together
-    index: FoldersIndex  # which fit it is, and how far it has come
-    stretches: Stretches  # those that have ended
-    side: SideWork = field(default_factory=SideWork)
-    lock: Lock | None = None  # on the folder, in the first process
-    running: WeightAverage | None = None  # the mean of the stretch under way
-    open: Segment = field(default_factory=lambda: Segment(0, 0.0))  # that stretch
-    has_begun: bool = False  # is its first training epoch under way, or behind it?
-    is_resumed: bool = False  # does it go on from a checkpoint?
-    epoch: int = -1  # the one under way
-    is_in_epoch: bool = False  # is its training part under way?
-    was_cut: bool = False  # did a callback end that?
-    validation_cut: bool = False  # or its validation?
-    train_iter_before: int = 0  # `learn.train_iter` at its beginning
-    n_batches_before: int = 0  # in the epochs before
-    n_batches_an_epoch: int = 0  # in the one before; 0: there was none
-    place: int = 0  # batches of the fit up to the last point
-    step_cancelled: bool = False  # was the optimizer step under way left out?
-    watch: StatisticsWatch | None = None  # on the statistics of batch norm
-    has_said_infinite: bool = False
-    named_by_state: list = field(default_factory=list)  # the files that the latest `state_dict` names
-    named_by_checkpoint: list = field(default_factory=list)  # those that a checkpoint names which was written
-    written_at: float = field(default_factory=time.perf_counter)  # when means were written last, in seconds
-    seconds_a_file: float | None = None  # that writing took then; `None`: not known yet
-    began_at: float = 0.0  # when the training part, or the validation, of the latest epoch began
-    seconds_a_batch: float = 0.0  # of training, in the latest epoch
-    seconds_of_validation: float = 0.0  # of the latest epoch
 
 
 class WeightHistory(FitCallback):
@@ -317,65 +276,47 @@ class WeightHistory(FitCallback):
         keeps_means = processes.rank == 0 or self.folder is None
         cuts = Cuts(self.n_segments, learn.n_epoch, None)
         stretches = Stretches(cuts, self._folder_of_fit(), self.dtype, keeps_means)
-        self._fit = _Fit(processes, index, stretches)
+        self._fit = HistoryFit(learn, processes, index, stretches)
 
     def before_epoch(self):
         self._fit.epoch = self.epoch_under_way
 
     def before_train(self):
-        fit, learn = self._fit, self.learn
-        if not fit.has_begun:
+        if not self._fit.has_begun:
             self._begin_first_epoch()
-        fit.is_in_epoch = True
-        fit.was_cut = fit.validation_cut = False
-        fit.train_iter_before = learn.train_iter
-        with fit.side.attempt('preparing an epoch of the weight history', 'its batch norm may be of other weights'):
-            fit.watch = StatisticsWatch(unwrap(learn.model))
-        fit.began_at = time.perf_counter()
+        self._fit.begin_epoch()
 
     def after_cancel_step(self):
         self._fit.step_cancelled = True  # the scaler of mixed precision skipped it
 
     def after_step(self):
-        fit = self._fit
-        was_cancelled = fit.step_cancelled
-        fit.step_cancelled = False
-        if was_cancelled:
-            return
-        fit.index.n_steps += 1
-        if fit.index.n_steps % self.every == 0:
-            with fit.side.attempt('taking the weights into the history', 'they are left out of it'):
-                self._add_point()
+        self._fit.end_step()
 
     def after_batch(self):
-        fit = self._fit
-        if not self.training and not fit.is_in_epoch:
-            fit.seconds_of_validation = time.perf_counter() - fit.began_at
+        if not self.training:
+            self._fit.end_validation_batch()
 
     def after_cancel_train(self):
         self._fit.was_cut = True
 
     def after_train(self):
-        self._end_epoch(was_cut=self._fit.was_cut)
+        self._fit.end_epoch(self._fit.was_cut)
 
     def before_validate(self):
-        if not self._fit.is_in_epoch:
-            self._fit.began_at = time.perf_counter()
+        self._fit.begin_validation()
 
     def after_cancel_validate(self):
         self._fit.validation_cut = True
 
     def after_validate(self):
-        fit = self._fit
-        if not fit.is_in_epoch:  # else of a callback that validates while training goes on
-            fit.index.validated = _with_epoch(fit.index.validated, self.learn.iter + 1, fit.validation_cut)
+        self._fit.end_validation()
 
     def after_cancel_epoch(self):
-        self._end_epoch()
+        self._fit.end_epoch()
 
     def after_fit(self):
         fit = self._fit
-        self._end_epoch()
+        fit.end_epoch()
         self._close()
         fit.processes.gather(None)  # what the first one has written can be read by the others now
         with fit.side.attempt('saying what the weight history can do'):
@@ -383,7 +324,7 @@ class WeightHistory(FitCallback):
 
     def over(self):
         fit = self._fit
-        self._end_epoch(alone=True)
+        fit.end_epoch(alone=True)
         try:
             self._close()
         finally:
@@ -391,236 +332,58 @@ class WeightHistory(FitCallback):
                 fit.lock.release()
             fit.side.conclude()
 
-    # before the first step
-
     def _begin_first_epoch(self):
-        fit, learn = self._fit, self.learn
-        check_engine(learn)
-        if fit.running is None:
-            fit.running = self._new_mean()
-        fit.processes.first(self._prepare)
-        fit.has_begun = True
-        self._forget()
-        fit.written_at = time.perf_counter()
-
-    def _forget(self):
-        "Of an earlier fit."
+        check_engine(self.learn)
+        self._fit.processes.first(self._prepare)
+        self._fit.begin()
+        # those of an earlier fit
         self._kept = None
         self._elsewhere = None
         self._cached = None
         self.chosen = None
         self.table = None
 
-    def _new_mean(self) -> WeightAverage:
-        model = unwrap(self.learn.model)
-        res = WeightAverage(model, equal, clean_copy(model, not_copied(self.learn)))
-        res.block_len = _BLOCK
-        return res
-
     def _folder_of_fit(self) -> Path | None:
         return None if self.folder is None else folder_of_fit(self.folder, self._n_fits + 1)
 
     def _prepare(self):
-        self._say_size()
-        if self.folder is not None:
-            self._claim()
-
-    def _say_size(self):
-        "How much the history may take. Raises `OSError` if the disk has less."
-        fit = self._fit
-        if fit.is_resumed:
-            return
-        size = _n_bytes(unwrap(self.learn.model), self.dtype, self.n_segments)
-        folder = fit.stretches.folder
-        where = 'in the host\'s memory' if folder is None else f'in {folder}'
-        said = f'WeightHistory: up to {self.n_segments + 1} sets of weights, {_readable(size)}, {where}'
-        write_below(self.learn, [said])
-        if folder is not None:
-            free = shutil.disk_usage(_nearest(folder)).free
-            if free < size:
-                raise OSError(
-                    f'{folder} has room for {_readable(free)}, and the history may take {_readable(size)}: give '
-                    'another folder, a smaller n_segments, or dtype=torch.float16'
-                )
-
-    def _claim(self):
-        "Lock the folder, and make sure that what is in it is this fit's."
+        "Say how much the history may take, and make sure that its folder is its own."
         fit, folder = self._fit, self._fit.stretches.folder
+        if not fit.is_resumed:
+            size = n_bytes_of(unwrap(self.learn.model), self.dtype, self.n_segments)
+            where = 'in the host\'s memory' if folder is None else f'in {folder}'
+            said = f'WeightHistory: up to {self.n_segments + 1} sets of weights, {readable_size(size)}, {where}'
+            write_below(self.learn, [said])
+            if folder is not None:
+                check_room(folder, size)
+        if folder is None:
+            return
+        make_folder(folder)
+        fit.lock = self._locked()
+        later = later_folders(self.folder, self._n_fits + 1)
+        claim(fit.index, fit.stretches, later, self.overwrite, fit.named_files())
+
+    def _locked(self) -> Lock:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise ValueError(f'folder {folder} cannot be made: {e}') from None
-        try:
-            fit.lock = locked_for(self, self.folder)
+            return locked_for(self, self.folder)
         except InUse:
             raise InUse(
                 f'another run is writing its history to {self.folder}: wait for it, or give each a folder'
             ) from None
-        there = {f: remains(f) for f in [folder, *self._later_folders()]}
-        for f, left in there.items():
-            is_others = left.files and left.id != fit.index.id and not left.is_history_of_nothing
-            if is_others and not self.overwrite:
-                raise ValueError(
-                    f'folder {f} holds another fit ({", ".join(left.files[:3])} ...): give another one, or pass '
-                    'overwrite=True'
-                )
-        named = [s.file for s in fit.stretches.segments] + fit.stretches.superseded
-        for f, left in there.items():
-            left.remove(f, but=named if f == folder and left.id == fit.index.id else ())
-        fit.index.write(fit.stretches)  # from now on what is written there is known to be of this fit
-
-    def _later_folders(self) -> list[Path]:
-        "Those of the fits that would come after this one."
-        res = []
-        number = self._n_fits + 2
-        while folder_of_fit(self.folder, number).is_dir():
-            res.append(folder_of_fit(self.folder, number))
-            number += 1
-        return res
-
-    # points and stretches
-
-    def _add_point(self):
-        fit = self._fit
-        fit.running.update(unwrap(self.learn.model))
-        fit.open.wanted += self._wanted()
-        if fit.open.wanted >= 1 - 1e-9:
-            self._cut()
-            if self._is_to_be_written():
-                self._write()
-
-    def _n_batches(self) -> int:
-        "That the epoch under way has trained on; within a batch without that."
-        return self.learn.train_iter - self._fit.train_iter_before
-
-    def _wanted(self) -> float:
-        "Segments wanted for the batches since the last point."
-        fit, learn = self._fit, self.learn
-        per_epoch = fit.n_batches_an_epoch or learn.n_iter
-        n_batches = self._n_batches()
-        n_left = per_epoch * (fit.index.n_epoch - fit.epoch - 1) + max(0, per_epoch - n_batches - 1)
-        place = fit.n_batches_before + n_batches + 1
-        cuts = fit.stretches.cuts
-        cuts.n_batches = place + n_left
-        res = sum(cuts.wanted(n_left + i) for i in range(place - fit.place))
-        fit.place = place
-        return res
-
-    def _cut(self):
-        "The stretch under way ends."
-        fit = self._fit
-        with uninterrupted():
-            is_finite = fit.stretches.add(self._open_segment(), _on_host(fit.running))
-            fit.open = Segment(0, 0.0)
-            fit.running.n_averaged = 0  # the next point is taken whole
-        if not is_finite:
-            self._say_infinite()
-
-    def _open_segment(self) -> Segment:
-        fit = self._fit
-        fit.open.n = fit.running.n_averaged
-        return fit.open
-
-    def _is_to_be_written(self) -> bool:
-        "Now, and not at the end of the epoch: would it cost little, or is too much waiting?"
-        fit = self._fit
-        stretches = fit.stretches
-        if self.folder is None or not stretches.keeps_means:
-            return False
-        if stretches.n_bytes_in_memory > _PENDING:
-            return True
-        cost = writing_seconds(stretches.n_in_memory, stretches.n_bytes_in_memory, fit.seconds_a_file)
-        return cost < _LITTLE * (time.perf_counter() - fit.written_at)
-
-    def _end_epoch(self, was_cut=True, alone=False):
-        """The training part of an epoch is over.
-
-        - `alone`: other processes, if there are any, are not asked; they may be elsewhere, as after an error.
-        """
-        fit = self._fit
-        if not fit.is_in_epoch:
-            return
-        n_batches = self._n_batches()
-        fit.index.taken = _with_epoch(fit.index.taken, n_batches, was_cut)
-        if n_batches:
-            fit.seconds_a_batch = (time.perf_counter() - fit.began_at) / n_batches
-        with fit.side.attempt('closing an epoch of the weight history', 'its batch norm may be of other weights'):
-            self._note_statistics(alone)
-        with uninterrupted():  # what was interrupted above is done again at the end of the fit
-            fit.n_batches_before += n_batches
-            fit.n_batches_an_epoch = n_batches or fit.n_batches_an_epoch
-            fit.is_in_epoch = False
-            with fit.side.attempt('closing an epoch of the weight history', 'a stretch may go beyond it'):
-                self._end_stretch_of_epoch()
-        self._write()
-
-    def _end_stretch_of_epoch(self):
-        fit = self._fit
-        if fit.stretches.cuts.keeps_epochs:
-            if fit.running.n_averaged:
-                self._cut()
-            if fit.stretches.segments:
-                fit.stretches.segments[-1].ends_epoch = True
-        fit.index.epochs.append([fit.epoch, fit.stretches.n_points + fit.running.n_averaged])
-
-    def _note_statistics(self, alone):
-        fit = self._fit
-        moved = None
-        with fit.side.attempt('looking at batch norm', 'it may be of other weights'):
-            if fit.watch is not None and self._n_batches():
-                moved = fit.watch.moved()
-        fit.watch = None
-        of_all = [moved] if alone else fit.processes.gather(moved)
-        fit.index.bn = following(of_all, fit.index.bn, unwrap(self.learn.model))
-
-    def _write(self):
-        "Write the means that are in memory, and the index; what fails is said, and tried again later."
-        fit = self._fit
-        if self.folder is None or not fit.stretches.keeps_means:
-            return
-        with fit.side.attempt('writing the weight history', 'it stays in memory'):
-            began = time.perf_counter()
-            n_files = fit.stretches.n_in_memory
-            fit.stretches.write()
-            fit.index.write(fit.stretches)
-            fit.stretches.remove_superseded(but=fit.named_by_checkpoint)
-            fit.written_at = time.perf_counter()
-            if n_files:
-                fit.seconds_a_file = (fit.written_at - began) / n_files
 
     def _close(self):
         "The fit is over."
         fit = self._fit
-        if not fit.has_begun or fit.running is None:
-            return
-        with fit.side.attempt('closing the weight history', 'its end is missing'):
-            if fit.running.n_averaged:
-                self._cut()
-        fit.running = None
-        if not fit.stretches.segments:
+        if not fit.close():
             return
         of = weakref.ref(self.learn)
         if fit.stretches.keeps_means:
             self._kept = KeptFit(fit.index, fit.stretches, of, weights_of(self.learn.model))
-            self._write_last()
+            if fit.write_last(self._kept.last):
+                self._kept.last = None
         else:
             self._elsewhere = fit.stretches.folder, of
         self._n_fits += 1
-
-    def _write_last(self):
-        fit = self._fit
-        if self.folder is None:
-            return
-        self._write()
-        with fit.side.attempt('writing the last weights', 'they stay in memory'):
-            fit.index.write_last(fit.stretches, self._kept.last)
-            self._kept.last = None
-
-    def _say_infinite(self):
-        fit = self._fit
-        if not fit.has_said_infinite and fit.processes.rank == 0:
-            warn(f'weights in epoch {fit.epoch} are not finite: stretches with such are left out of the history')
-        fit.has_said_infinite = True
 
     def _say_what_can_be_compared(self):
         fit, kept = self._fit, self._kept
@@ -655,28 +418,18 @@ class WeightHistory(FitCallback):
             stretches.remove_superseded(but=[] if fit is None else fit.named_by_checkpoint)
 
     def state_dict(self) -> dict:
-        res = {'n_fits': self._n_fits, 'chosen': pack(self.chosen), 'fit': None, 'kept': None}
-        if self._kept is not None:
-            res['kept'] = self._kept.state_dict()
-        fit = self._fit
-        if fit is None:
-            return res
-        fit.named_by_state = _names_of_files(fit.stretches)
-        segment = Segment(0, 0.0) if fit.running is None else self._open_segment()
-        res['fit'] = {
-            'index': fit.index.state_dict(),
-            'stretches': fit.stretches.state_dict(),
-            'open': [segment.n, segment.wanted],
-            'running': pack(fit.running.state_dict()) if segment.n else None,
-            **{name: getattr(fit, name) for name in _COUNTS},
+        return {
+            'n_fits': self._n_fits,
+            'chosen': pack(self.chosen),
+            'fit': None if self._fit is None else self._fit.state_dict(),
+            'kept': None if self._kept is None else self._kept.state_dict(),
         }
-        return res
 
     def load_state_dict(self, state: dict):
         """Take over a `state_dict`. Raises `ValueError` if it is none, if one of its files is missing, or if the folder
         is another fit's by now.
         """
-        self._n_fits = _count(state['n_fits'])
+        self._n_fits = count_of_state(state['n_fits'])
         chosen = unpack(state['chosen'])
         self.chosen = check_which(chosen) if chosen else chosen
         self._kept = None
@@ -684,7 +437,8 @@ class WeightHistory(FitCallback):
         if state['kept'] is not None:
             self._take_kept(state['kept'])
         if self._fit is not None and state['fit'] is not None:
-            self._take_fit(state['fit'])
+            self._fit.stretches.folder = self._folder_of_fit()
+            self._fit.load_state_dict(state['fit'])
 
     def _take_kept(self, saved):
         "Of an earlier fit."
@@ -693,29 +447,6 @@ class WeightHistory(FitCallback):
             self._elsewhere = folder, weakref.ref(self.learn)
         else:
             self._kept = KeptFit.from_state(saved, self.every, self.n_segments, folder, self.learn)
-
-    def _take_fit(self, saved):
-        "Of the one that goes on."
-        fit = self._fit
-        stretches = fit.stretches
-        stretches.folder = self._folder_of_fit()
-        fit.index.load_state_dict(saved['index'])
-        if stretches.keeps_means and stretches.folder is not None:
-            if remains(stretches.folder).id not in (None, fit.index.id):
-                raise ValueError(
-                    f'folder {stretches.folder} holds another fit by now, not what this one wrote before it was '
-                    'interrupted'
-                )
-        stretches.load_state_dict(saved['stretches'])
-        fit.named_by_checkpoint = _names_of_files(stretches)
-        n, wanted = saved['open']
-        fit.open = Segment(_count(n), float(wanted))
-        fit.running = self._new_mean()
-        if saved['running'] is not None:
-            fit.running.load_state_dict(unpack(saved['running']))
-        for name in _COUNTS:
-            setattr(fit, name, _count(saved[name]))
-        fit.is_resumed = True
 
     # averages
 
@@ -782,70 +513,3 @@ class WeightHistory(FitCallback):
         for sentence in moments.remarks.values():
             warn(sentence)
         average.stale = False
-
-
-def _names_of_files(stretches: Stretches) -> list[str]:
-    return [s.file for s in stretches.segments if s.file is not None] + stretches.superseded
-
-
-def _with_epoch(taken: list, n_batches: int, was_cut: bool) -> list:
-    "What the epochs of a fit took of a loader, with one more."
-    res = Taken(*taken)
-    res.add(n_batches, was_cut)
-    return [res.n, res.reached_end]
-
-
-def _count(n) -> int:
-    if not is_count(n):
-        raise ValueError(f'the state of a WeightHistory has a count that is none: {n!r}')
-    return n
-
-
-def _on_host(running: WeightAverage) -> dict:
-    "Name -> mean of each parameter, in the host's memory; tied ones share theirs."
-    model = unwrap(running.swa_model)
-    copies = {}
-    with in_train_mode(model):
-        params = named_tensors(model.named_parameters)
-        for name, p in params.items():
-            if id(p) not in copies:
-                copies[id(p)] = running.master.get(name, p).detach().to('cpu', copy=True)
-        return {name: copies[id(p)] for name, p in params.items()}
-
-
-def writing_seconds(n_files: int, n_bytes: int, seconds_a_file: float | None) -> float:
-    "About how long it takes to write so many files, of so many bytes together: as the last ones took, if known."
-    if seconds_a_file is not None:
-        return n_files * seconds_a_file
-    return n_files * _SLOW_FILE + n_bytes / _SLOW_DISK
-
-
-_SLOW_FILE = 1.0  # seconds
-_SLOW_DISK = 1e8  # bytes a second
-
-
-def _n_bytes(model, dtype, n_segments: int) -> int:
-    "Of so many means, as they are stored, and of the last weights."
-    means = 0
-    last = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    for p in model.parameters():
-        stored = torch.promote_types(p.dtype, torch.float32) if dtype is None else dtype
-        means += p.numel() * (stored.itemsize if p.is_floating_point() else p.element_size())
-    return n_segments * means + last
-
-
-def _readable(n_bytes: float) -> str:
-    for unit in ('bytes', 'KB', 'MB', 'GB'):
-        if n_bytes < 1000:
-            break
-        n_bytes /= 1000
-    else:
-        unit = 'TB'
-    return f'{n_bytes:.3g} {unit}'
-
-
-def _nearest(folder: Path) -> Path:
-    "The folder, or the nearest one above it that is there."
-    while not folder.exists():
-        folder = folder.parent
-    return folder

@@ -377,7 +377,7 @@ def check_engine(learn):
     sharded = sorted(kinds & {'FullyShardedDataParallel', 'FSDPModule', 'DTensor', 'DeepSpeedEngine'})
     if sharded:
         raise NotImplementedError(
-            f'SWACallback cannot average weights that are spread over processes ({sharded[0]}); use plain DDP'
+            f'weights that are spread over processes ({sharded[0]}) cannot be averaged; use plain DDP'
         )
     if processes.size == 1 and num_distrib() > 1:
         raise NotImplementedError(
@@ -386,5 +386,5 @@ def check_engine(learn):
         )
     if processes.size > 1 and not isinstance(learn.model, DistributedDataParallel):
         raise NotImplementedError(
-            f'SWACallback knows several processes with DistributedDataParallel only, not {type(learn.model).__name__}'
+            f'averages know several processes with DistributedDataParallel only, not {type(learn.model).__name__}'
         )

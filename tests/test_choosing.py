@@ -266,6 +266,18 @@ def test_one_step_that_is_chosen_for_its_batch_norm_is_not_called_an_average(kin
     assert said in _sentence(found, scores, [(0, 0), (0.1, 0.01)], 1, 'valid_loss', 'the 40 samples of dl')
 
 
+def test_beside_the_gain_of_an_average_is_said_what_its_batch_norm_alone_gives():
+    found = [
+        Candidate('last', {}, 1),
+        Candidate('refreshed', {'epochs': (1.9, 2)}, 1),
+        Candidate('window', {'epochs': (1, 2)}, 5),
+    ]
+    scores = [Scores({'valid_loss': loss}) for loss in (0.5, 0.42, 0.4)]
+    gains = [(0, 0), (0.08, 0.01), (0.1, 0.01)]
+    said = _sentence(found, scores, gains, 2, 'valid_loss', 'the 40 samples of dl')
+    assert '(better by 0.1000 +- 0.0200; refreshed batch norm alone: 0.0800), on' in said
+
+
 def test_where_the_last_weights_have_no_value_the_best_of_the_others_is_chosen():
     learn, history, _ = fitted()
     with torch.no_grad():

@@ -17,7 +17,6 @@ from torch import nn
 from torch.utils.data import DataLoader as TorchDataLoader
 
 from fastai_swa import CheckpointCallback, Ensemble, SWACallback, WeightHistory, rays
-from fastai_swa import history as history_file
 from fastai_swa.choosing import candidates
 from fastai_swa.files import InUse, Lock
 from fastai_swa.weights import sha256
@@ -340,7 +339,7 @@ def test_the_size_is_said_and_refused_where_the_disk_has_less(tmp_path, capsys, 
     kept(2, folder=tmp_path / 'a')
     assert 'WeightHistory: up to 13 sets of weights, ' in capsys.readouterr().out
     full = type('Usage', (), {'free': 100})
-    monkeypatch.setattr(history_file.shutil, 'disk_usage', lambda path: full)
+    monkeypatch.setattr('shutil.disk_usage', lambda path: full)
     with pytest.raises(OSError, match='has room for 100 bytes, and the history may take'):
         kept(2, folder=tmp_path / 'b')
 

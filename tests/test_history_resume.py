@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from fastai_swa import CheckpointCallback, SWACallback, WeightHistory, ema
-from fastai_swa import history as history_file
+from fastai_swa import history_fit as history_file
 from fastai_swa.files import read, write
-from fastai_swa.history import writing_seconds
+from fastai_swa.history_fit import writing_seconds
 from fastai_swa.weightings import Cuts
 
 from .helpers import At, assert_same, learner, net, raising
