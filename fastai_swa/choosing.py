@@ -319,8 +319,11 @@ def plot_choice(table: pd.DataFrame, axs=None):
     windows = table[table['kind'].isin(['refreshed', 'single', 'window'])]
     starts, ends = np.array([table.attrs['epochs'][number] for number in windows.index]).T
     values = windows[by].to_numpy()
-    shown = axs[0].scatter(starts, ends, c=values, s=60, cmap='viridis')
-    axs[0].figure.colorbar(shown, ax=axs[0], label=by.replace('_', ' '))
+    # early windows are far worse than all others: they shall not use up the colours
+    lowest, highest = np.nanpercentile(values, [0, 90] if table.attrs['less_is_better'] else [10, 100])
+    shown = axs[0].scatter(starts, ends, c=values, s=60, cmap='viridis', vmin=lowest, vmax=highest)
+    extend = 'max' if table.attrs['less_is_better'] else 'min'
+    axs[0].figure.colorbar(shown, ax=axs[0], label=by.replace('_', ' '), extend=extend)
     labelled(axs[0], 'the window begins in epoch', 'and ends in epoch')
     to_end = np.flatnonzero(ends == ends.max())
     to_end = to_end[starts[to_end].argsort()]

@@ -24,6 +24,7 @@ def test_there_are_notebooks_to_run():
         '04_preresnet110_cifar10.ipynb',
         '05_ensembles.ipynb',
         '06_loss_surface.ipynb',
+        '07_which_average.ipynb',
     } <= {path.name for path in NOTEBOOKS}
 
 

@@ -224,6 +224,16 @@ def test_the_readmes_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert space['fresh'].validate()[1] < 0.2
 
 
+@pytest.mark.parametrize('page', sorted((ROOT / 'docs').rglob('*.md')), ids=lambda page: page.name)
+def test_the_python_of_each_guide_runs_from_a_fresh_start(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r'```python\n(.*?)```', page.read_text(), re.S)
+    assert blocks
+    space = {}
+    for block in blocks:
+        exec(block, space)
+
+
 def test_the_version_is_in_the_changelog():
     assert f'## {fastai_swa.__version__}' in (ROOT / 'CHANGELOG.md').read_text()
 
