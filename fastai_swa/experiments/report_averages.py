@@ -171,52 +171,62 @@ def _pairs_of_stops(found, metric) -> list[tuple[str, str]]:
 # what was chosen
 
 
+_HEAD_OF_CHOICES = [
+    'run',
+    'chosen by',
+    'the last weights',
+    'windows',
+    'EMAs',
+    'start',
+    'end',
+    'gain where it was chosen',
+    'gain on the test set',
+    'worse there',
+    'seconds to choose',
+]
+
+
 def _rows_of_choices(found, metric) -> list[list[str]]:
-    rows = [
-        [
-            'run',
-            'chosen by',
-            'the last weights',
-            'windows',
-            'EMAs',
-            'start',
-            'end',
-            'gain where it was chosen',
-            'gain on the test set',
-            'worse there',
-            'seconds to choose',
-        ]
-    ]
-    n = len(found)
+    rows = [_HEAD_OF_CHOICES]
     for run in found[0]['runs']:
-        for i, column in enumerate(('valid_loss', metric)):
-            of_runs = [of_seed['runs'][run] for of_seed in found]
-            chosen = [of_run['rows'][f'chosen {column}'] for of_run in of_runs]
-            last = [of_run['rows']['last'] for of_run in of_runs]
-            windows = np.array([row['which']['epochs'] for row in chosen if 'epochs' in row['which']], float)
-            gains = {}
-            sign = -1 if column == 'valid_loss' else 100
-            for place in ('choose', 'test'):
-                ours = np.array([row[place][i] for row in chosen], float)
-                theirs = np.array([row[place][i] for row in last], float)
-                gains[place] = sign * (ours - theirs)
-            n_last = sum(not row['which'] for row in chosen)
-            digits = 4 if column == 'valid_loss' else 2
-            rows.append(
-                [
-                    run,
-                    column.removeprefix('valid_'),
-                    f'{n_last} of {n}',
-                    str(len(windows)),
-                    str(n - n_last - len(windows)),
-                    *([f'{x:.1f}' for x in windows.mean(0)] if len(windows) else ['', '']),
-                    spread(gains['choose'], digits),
-                    spread(gains['test'], digits),
-                    f'{(gains["test"] < 0).sum()} of {n}',
-                    f'{np.mean([of_run["choices"][column]["seconds"] for of_run in of_runs]):.0f}',
-                ]
-            )
+        of_runs = [of_seed['runs'][run] for of_seed in found]
+        rows += [_row_of_choices(run, of_runs, column) for column in ('valid_loss', metric)]
     return rows
+
+
+def _row_of_choices(run: str, of_runs: list[dict], column: str) -> list[str]:
+    "What was chosen by `column` in one run, over the seeds."
+    chosen = [of_run['rows'][f'chosen {column}'] for of_run in of_runs]
+    n_last = sum(not row['which'] for row in chosen)
+    windows = np.array([row['which']['epochs'] for row in chosen if 'epochs' in row['which']], float)
+    start, end = '', ''
+    if len(windows):
+        start, end = (f'{x:.1f}' for x in windows.mean(0))
+    digits = 4 if column == 'valid_loss' else 2
+    tested = _gains(of_runs, column, 'test')
+    return [
+        run,
+        column.removeprefix('valid_'),
+        f'{n_last} of {len(chosen)}',
+        str(len(windows)),
+        str(len(chosen) - n_last - len(windows)),
+        start,
+        end,
+        spread(_gains(of_runs, column, 'choose'), digits),
+        spread(tested, digits),
+        f'{(tested < 0).sum()} of {len(chosen)}',
+        f'{np.mean([of_run["choices"][column]["seconds"] for of_run in of_runs]):.0f}',
+    ]
+
+
+def _gains(of_runs: list[dict], column: str, place: str) -> np.ndarray:
+    """By how much what was chosen by `column` is better than the last weights, for each seed; in points where that is
+    not the loss. `place`: the samples, 'choose' or 'test'.
+    """
+    number, scale = (0, -1) if column == 'valid_loss' else (1, 100)
+    ours = np.array([of_run['rows'][f'chosen {column}'][place][number] for of_run in of_runs], float)
+    theirs = np.array([of_run['rows']['last'][place][number] for of_run in of_runs], float)
+    return scale * (ours - theirs)
 
 
 # numbers
