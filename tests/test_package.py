@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'fastai_swa'
 FLOORS = [
     {'checks', 'interrupts', 'processes', 'version', 'warn'},
-    {'modules', 'files', 'schedules', 'columns', 'journal', 'contents', 'weightings'},
+    {'modules', 'files', 'schedules', 'columns', 'journal', 'contents', 'weightings', 'mixing'},
     {'weight_formats'},
     {'arguments', 'fit_history', 'packing', 'probabilities', 'weights', 'replay', 'views', 'vision', 'histories'},
     {'averaging', 'batchnorm', 'walk', 'fitting', 'members', 'outcome', 'plot', 'stretches'},
@@ -24,6 +24,7 @@ FLOORS = [
     {'batches', 'names', 'samples'},
     {'passes', 'fit_average', 'fit_progress'},
     {'one_model', 'preflight', 'choosing'},
+    {'soups'},
     {'soups'},
     {'ensemble'},
     {'callback', 'checkpoint', 'snapshots', 'history_fit', 'history_folder'},
