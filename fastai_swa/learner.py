@@ -12,6 +12,8 @@ from .callback import SWACallback
 from .checks import check_count, check_positive
 from .ensemble import Ensemble
 from .landscape import figures, line, plane, rays
+from .landscape.surfaces import Profile
+from .landscape.wise_ft import wise_ft as between_fine_tunings
 from .names import is_learners_own
 from .schedules import fge_epochs, fge_lr_factor, snapshot_lr_factor, start_epoch, swa_lr_factor
 from .snapshots import SnapshotCallback
@@ -249,6 +251,30 @@ def plot_plane(
         if len(path) > 2:
             solutions = {name: path[name] for name in (names[0], names[len(names) // 2], names[-1])}
     return figures.plot_plane(plane(self, solutions, **kwargs), column, ax, wd, top)
+
+
+@patch
+def wise_ft(
+    self: Learner,
+    before,  # the weights before fine-tuning: a state dict, module, learner or path
+    by: str = 'valid_loss',  # column to pick t by: the loss, or a metric of the learner
+    ts=11,  # where to measure: values of t, or so many from 0 to 1
+    dl=None,  # loader of the samples to pick t on, such as shifted ones; default: the validation set
+    exclude=(),  # names of parameters or modules that stay the learner's at every t
+) -> Profile:
+    """WiSE-FT: loss and metrics on the straight line from the weights before a fine-tuning (t = 0) to the learner's
+    (t = 1). Picks the best t, and where other samples chose it says what it is on the validation set. The learner stays
+    as it is; `apply()` of what is returned puts the weights at the chosen t into it, `averaged()` lends them.
+
+    Interpolated are the floating-point parameters that both have under one name and shape, except `exclude`; all else,
+    such as a new head, is the learner's at every t. With a head that was trained alone, take the weights after that
+    (`fine_tune_soup` branches there). Batch norm is refreshed on the whole training set at each of the `ts`, and the
+    validation set, and `dl`, are passed through once.
+
+    Wortsman et al. 2022, "Robust fine-tuning of zero-shot models" (arXiv 2109.01903). Raises `ValueError` if fewer than
+    half of the parameters are shared, for an unknown column or name, and what `line` raises.
+    """
+    return between_fine_tunings(self, before, by, ts, dl, exclude)
 
 
 def _beside_own(learn, solutions):

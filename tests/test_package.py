@@ -44,7 +44,7 @@ FLOORS_WITHIN = {
         {'average'},
         {'__init__'},
     ],
-    'landscape': [{'geometry'}, {'surfaces'}, {'space', 'figures'}, {'measure'}, {'curve'}, {'__init__'}],
+    'landscape': [{'geometry'}, {'surfaces'}, {'space', 'figures'}, {'measure'}, {'curve', 'wise_ft'}, {'__init__'}],
     'experiments': [
         {'progress', 'scores', 'store', 'tables', 'tasks'},
         {'machine', 'recipes'},
