@@ -71,7 +71,7 @@ def fit_swa(
     cycle_len=1,  # as in `SWACallback`; an int where `swa_lr` is a pair
     wd: float = None,  # weight decay; default: the learner's
     cbs=None,  # more callbacks for this fit
-    **swa_kwargs,  # other arguments of `SWACallback`
+    **swa_kwargs,  # other arguments of `SWACallback`, and `include_start`, see below
 ) -> SWACallback:
     """Fit with the SWA papers' schedule (`schedules.swa_lr_factor`) and average; returns the
     callback, which holds the average.
@@ -81,14 +81,18 @@ def fit_swa(
     goes through cycles): every epoch that is averaged is trained at `swa_lr`. Momentum is left
     alone; with a slice all groups follow the same curve, and `swa_lr` is that of the last one. A
     `swa_lr` above `lr` gets a warning, but for `swa_start=0`, where there is no `lr` to come from:
-    `fit_swa(n, lr, swa_lr=lr, swa_start=0)` is the tail after a training.
+    `fit_swa(n, lr, swa_lr=lr, swa_start=0)` is the tail after a training, at a constant rate; with a pair, as
+    `swa_lr=(lr, lr / 100)`, at a cyclic one. With `include_start=True` the weights that the fit starts from are the
+    average's first point.
 
     Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used.
     """
     n_epoch = check_count('n_epoch', n_epoch)
     if swa_lr is not None:
         swa_lr = _check_swa_lr(swa_lr)
+    include_start = swa_kwargs.pop('include_start', False)
     swa = SWACallback(swa_start=swa_start, cycle_len=cycle_len, **swa_kwargs)
+    swa.include_start = _check_include_start(include_start, swa.swa_start)
     if isinstance(swa_lr, tuple) and not isinstance(swa.cycle_len, int):
         raise ValueError(f'cycle_len must be an int where swa_lr is a pair (hi, lo), not {cycle_len!r}')
     lr, lrs = _group_lrs(self, 'lr', lr)
@@ -321,6 +325,16 @@ def _check_swa_lr(swa_lr):
     if pair[0] < pair[-1]:
         raise ValueError(f'swa_lr must be a pair (hi, lo) with hi >= lo, not {swa_lr!r}')
     return tuple(map(float, pair)) if is_pair else float(swa_lr)
+
+
+def _check_include_start(include_start, swa_start) -> bool:
+    if not isinstance(include_start, bool):
+        raise TypeError(f'include_start must be True or False, not {include_start!r}')
+    if include_start and swa_start != 0:
+        raise ValueError(
+            f'include_start=True averages what the fit starts from, and needs swa_start=0, not {swa_start!r}'
+        )
+    return include_start
 
 
 def _warn_if_above(swa_lr, lr):
