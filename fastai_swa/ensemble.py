@@ -29,7 +29,7 @@ from .soups import Soup, make_soup
 from .views import lending
 from .walk import not_copied
 from .warn import warn
-from .weights import check_weights_file, load_into, read_index, refuse_nan, replace_files, weights_of
+from .weights import check_weights_file, is_plain_name, load_into, read_index, refuse_nan, replace_files, weights_of
 
 __all__ = ['Ensemble']
 
@@ -49,6 +49,7 @@ class _Described:
     stacking: dict | None = None  # the weights that `stack` found
     stacked_on: object = None  # the data set that it was fitted on
     trained_on: list | None = None  # the training set of each member, `None` where it is not known
+    anchor: object = None  # the weights that all members come from
 
 
 class Ensemble:
@@ -102,7 +103,8 @@ class Ensemble:
         self._stacked_on = given.stacked_on
         self._trained_on = given.trained_on or [_training_set(m) for m in self.members]
         self._overlaps = Overlaps()
-        self.anchor = getattr(members, 'anchor', None)  # the weights that all members come from, where they are known
+        self.anchor = given.anchor  # the weights that all members come from, where they are known
+        self.runs = None  # of `fine_tune_soup`: a table of its runs
 
     @property
     def combine(self) -> str:
@@ -488,6 +490,7 @@ def _described(given) -> _Described:
             stacking=given.stacking,
             stacked_on=given._stacked_on,
             trained_on=list(given._trained_on),
+            anchor=given.anchor,
         )
     members = list(gathered(given).values())
     if isinstance(given, str | Path) and Path(given).is_dir():
@@ -503,8 +506,15 @@ def _described(given) -> _Described:
             activation=index.get('activation'),
             epochs=index.get('epochs', []),
             stacking=index.get('stacking'),
+            anchor=_anchor_in(Path(given), index),
         )
     return _Described(members)
+
+
+def _anchor_in(folder: Path, index: dict) -> Path | None:
+    "The file that a `fine_tune_soup` has left."
+    name = index.get('anchor')
+    return folder / name if isinstance(name, str) and is_plain_name(name) else None
 
 
 def _checked(members) -> list:

@@ -11,6 +11,7 @@ from fastcore.meta import delegates
 from .callback import SWACallback
 from .checks import check_count, check_positive
 from .ensemble import Ensemble
+from .fine_tune_soup import fine_tune_soup as soup_of_fine_tunings
 from .landscape import figures, line, plane, rays
 from .landscape.surfaces import Profile
 from .landscape.wise_ft import wise_ft as between_fine_tunings
@@ -191,6 +192,33 @@ def fit_fge(
 
     self.fit(fge_epochs(n_cycles, cycle_len), lr, wd=wd, cbs=[EpochScheduler({'lr': schedule}), snapshots, *L(cbs)])
     return snapshots.ensemble(self)
+
+
+@patch
+def fine_tune_soup(
+    self: Learner,
+    epochs: int,  # of each run
+    base_lrs,  # as `base_lr` of `fine_tune`, one for each run; the first one is that of the frozen stage
+    freeze_epochs: int = 1,  # of the frozen stage, which all runs share
+    folder=None,  # for what is done, with which the same call goes on after a crash; None: in memory
+    seeds=None,  # for each run what all random generators begin with; None: all go on from the frozen stage
+    cbs=None,  # more callbacks: each fit gets copies of its own
+    **kwargs,  # other arguments of `fine_tune`, such as lr_mult or wd
+) -> Ensemble:
+    """Fine-tune several times from one frozen stage: each run is the second stage of `fine_tune`, at a rate or with a
+    seed of its own; returns the runs' weights as an `Ensemble`, whose `soup` makes one model of them, and whose `runs`
+    is a table of what each has come to. The learner is afterwards as it was at the end of the frozen stage.
+
+    Costs the frozen stage and `epochs` for each run. With `folder` nothing that is done is lost: the same call, made
+    again, goes on within the run under way and ends bitwise the same; more rates or seeds may be added.
+    `Ensemble(folder, learn)` reads the members. A run that ends with weights that are not finite is left out, which is
+    said.
+
+    Wortsman et al. 2022 (arXiv 2203.05482). Raises `TypeError` or `ValueError`, naming the argument, for one that
+    cannot be used, or a folder of another soup; `RuntimeError` in several processes; at its end `OSError` if a member
+    could not be written.
+    """
+    return soup_of_fine_tunings(self, epochs, base_lrs, freeze_epochs, folder, seeds, cbs, **kwargs)
 
 
 @patch
