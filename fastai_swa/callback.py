@@ -108,6 +108,8 @@ class SWACallback(FitCallback):
             )
         self.weight = weight
         self.enabled = True  # may be set to False within a fit, too: no more points then
+        # `fit_swa(include_start=True)` sets it: the weights that the fit starts from are the first point
+        self.include_start = False
         self._name = self._attribute = check_name(name)
         self._init_state()
         self._given = swa_model
@@ -240,7 +242,7 @@ class SWACallback(FitCallback):
         if self._average is None:
             start = f'epoch {self.swa_start}' if isinstance(self.swa_start, int) else f'{self.swa_start:g} of the fit'
             return f'SWACallback: nothing averaged yet; averages from {start} on'
-        what = described(self.n_averaged, self.averaged_epochs, bool(self.every))
+        what = described(self.n_averaged, self.averaged_epochs, bool(self.every), self.include_start)
         return f'SWACallback: {what}; use it within `averaged()`, or put it into the learner with `apply()`'
 
     # the events of a fit
@@ -268,13 +270,15 @@ class SWACallback(FitCallback):
         if not fit.has_begun:
             fit.has_begun = True
             self._look_ahead()
+            if self.include_start and self.enabled and epoch.number == 0:
+                self._fold_start()
         epoch.train_iter_before = self.learn.train_iter
         if epoch.number < fit.start:
             return
         epoch.is_open = True
         with fit.side.attempt(f'preparing an epoch of {self._what}', 'its batch norm may be of other weights'):
             epoch.watch = StatisticsWatch(unwrap(self.learn.model))
-            if not fit.n_folds:
+            if not fit.n_epochs:
                 epoch.beside = SampleWatch(self._beside_weights())
         if self.enabled and (self.every or Processes(self.learn).size > 1):
             with fit.side.attempt(f'a copy of {self._what}', 'steps that are not finite cannot be taken back'):
@@ -343,7 +347,7 @@ class SWACallback(FitCallback):
         if fit.has_begun and not fit.n_folds and not fit.side.failures and 'finite' not in fit.said:
             taken = f'took {fit.n_steps}'
             self._say('nothing', nothing_sentence(self.swa_start, self.every, fit.start, fit.due, self.n_epoch, taken))
-        if fit.n_folds and fit.table is not None:
+        if fit.n_epochs and fit.table is not None:
             with fit.side.attempt(f'saying what came of {self._what}'):
                 write_below(self.learn, lines(self._outcome()))
 
@@ -429,6 +433,20 @@ class SWACallback(FitCallback):
             epoch.folded = True
             fit.n_folds += 1
             fit.n_epochs += 1
+
+    def _fold_start(self):
+        "Take the weights that the fit starts from into a new average."
+        fit, model = self._fit, unwrap(self.learn.model)
+        with fit.side.attempt(f'taking the weights into {self._what}', 'they are left out of it'):
+            if not all_finite(model.parameters()):
+                self._say_infinite()
+                return
+            average = self._new_average()
+            with uninterrupted():
+                average.running.update(model)
+                self._average = average
+                self._continued = None
+                fit.n_folds += 1
 
     def _new_average(self) -> FitAverage:
         "An average without a point yet, or with those of the one that is gone on with."
@@ -557,7 +575,7 @@ class SWACallback(FitCallback):
         is_passed = any(cb is self for cb in passed_callbacks(self.learn))
         return Outcome(
             history=history,
-            described=described(self.n_averaged, self.averaged_epochs, bool(self.every)),
+            described=described(self.n_averaged, self.averaged_epochs, bool(self.every), self.include_start),
             call=self._name if is_passed else f'learn.{self._name}',
             n_averaged=self.n_averaged,
             by_steps=bool(self.every),
@@ -582,6 +600,8 @@ class SWACallback(FitCallback):
         res = {name: getattr(self, name) for name in ('swa_start', 'every', 'enabled', 'bn_batches', 'swa_eval_freq')}
         res['cycle_len'] = plain_cycle_len(self.cycle_len)
         res['going on with an average'] = self._goes_on
+        if self.include_start:
+            res['include_start'] = True
         res[START] = start_epoch(self.swa_start, self.n_epoch)
         res['weight'] = plain_weight(self.weight)
         return res

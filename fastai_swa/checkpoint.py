@@ -26,7 +26,7 @@ from .state import restore, take
 from .walk import keeps_state, loaders, named_callbacks
 from .warn import warn
 
-__all__ = ['CheckpointCallback']
+__all__ = ['CheckpointCallback', 'look_before_the_first_fit']
 
 _FIRST = -1000  # the `order` of what sees an event before all others
 _LAST = 1000
@@ -167,7 +167,7 @@ class CheckpointCallback(FitCallback):
         self._fit.settings = settings
         journal.begin(settings)
         _warn_of_workers(learn)
-        _look_before_the_first_fit(learn)
+        look_before_the_first_fit(learn)
 
     def before_epoch(self):
         fit, learn = self._fit, self.learn
@@ -415,7 +415,7 @@ def _own(state: dict, processes: Processes) -> dict:
 # what a new run of the program makes again
 
 
-def _look_before_the_first_fit(learn):
+def look_before_the_first_fit(learn):
     "Note the plain attributes of what has not been in a fit yet."
     attributes = plain_attributes(learn)
     for name, cb in named_callbacks(learn):

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .batches import KeptBatches, Taken, fresh_loader
 from .checks import check_known
+from .columns import less_is_better, validated_columns
 from .passes import kept_batches, validate_aside
 from .plot import labelled
 from .weightings import called, place_in_epochs, weighting
@@ -186,12 +187,9 @@ def choose(
     - `taken`, `validated`: what the epochs of the fit took of the training and of the validation set.
     - The others are as for `WeightHistory.choose`.
     """
-    columns = ['valid_loss', *(m.name for m in learn.metrics)]
+    columns = validated_columns(learn)
     check_known('by', by, columns)
-    if comp is None:
-        less_is_better = 'loss' in by or 'error' in by
-    else:
-        less_is_better = bool(comp(0, 1))
+    is_less = less_is_better(by, comp)
     if dl is None and (len(learn.dls.loaders) < 2 or not len(learn.dls.valid)):
         raise ValueError('there is no validation set to choose on: pass dl=, a loader of held-out samples')
     if dl is None:
@@ -205,13 +203,13 @@ def choose(
             parts = _Parts(learn)
             values = validate_aside(learn, validation, in_fit=False, also=parts)
             scores.append(parts.scores(dict(zip(columns, values))))
-    gains = [gain(s, scores[0], by, less_is_better) for s in scores]
-    best = _best(gains) if math.isfinite(scores[0].values[by]) else _first_of_all(scores, by, less_is_better)
+    gains = [gain(s, scores[0], by, is_less) for s in scores]
+    best = _best(gains) if math.isfinite(scores[0].values[by]) else _first_of_all(scores, by, is_less)
     where = f'the {sum(parts.sizes)} samples of {"the validation set" if dl is None else "dl"}'
-    table = _table(found, scores, gains, columns).iloc[_order(scores, by, less_is_better)]
+    table = _table(found, scores, gains, columns).iloc[_order(scores, by, is_less)]
     table.columns.name = f'on {where}'
     table.attrs['by'] = by
-    table.attrs['less_is_better'] = less_is_better
+    table.attrs['less_is_better'] = is_less
     return table, found[best].which, _sentence(found, scores, gains, best, by, where)
 
 

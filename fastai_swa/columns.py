@@ -8,12 +8,32 @@ from fastai.learner import Recorder
 from fastai.torch_core import rank_distrib
 from fastcore.foundation import L
 
-__all__ = ['recorder_of', 'insert_columns', 'complete_row', 'plain_values', 'write_below']
+__all__ = [
+    'recorder_of',
+    'validated_columns',
+    'less_is_better',
+    'insert_columns',
+    'complete_row',
+    'plain_values',
+    'write_below',
+]
 
 
 def recorder_of(learn) -> Recorder | None:
     "The Recorder of `learn`, if it has one."
     return next((cb for cb in learn.cbs if isinstance(cb, Recorder)), None)
+
+
+def validated_columns(learn) -> list[str]:
+    "Names of what a validation gives: the loss, and each metric."
+    return ['valid_loss', *(m.name for m in learn.metrics)]
+
+
+def less_is_better(column: str, comp=None) -> bool:
+    "As fastai's trackers decide; `comp`: `np.less` or `np.greater`, if it is not to be told by the name."
+    if comp is not None:
+        return bool(comp(0, 1))
+    return 'loss' in column or 'error' in column
 
 
 def insert_columns(recorder: Recorder, prefix: str) -> tuple[int, list[str]]:

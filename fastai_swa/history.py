@@ -13,23 +13,21 @@ from pathlib import Path
 import torch
 from fastai.learner import Learner, Recorder
 
-from .averaging import equal, refuse_mismatch
 from .batches import Taken
 from .checks import check_count
 from .choosing import candidates, choose, plot_choice, remark_on_choice, seconds_to_choose
 from .columns import write_below
 from .files import InUse, Lock
-from .fit_average import FitAverage
-from .fitting import FitCallback, locked_for, no_fit, passed_callbacks
+from .fitting import FitCallback, locked_for, passed_callbacks
 from .history_fit import HistoryFit, count_of_state
 from .history_folder import check_room, claim, later_folders, make_folder, n_bytes_of, readable_size
 from .kept_fit import KeptFit, folder_of_fit
-from .modules import plain_name, unwrap
+from .modules import unwrap
+from .one_model import OneModel
 from .packing import pack, unpack
-from .passes import check_engine, refresh_bn
+from .passes import check_engine
 from .processes import Processes
 from .stretches import FoldersIndex, Stretches, read_history
-from .views import lending
 from .warn import warn
 from .weightings import Cuts, called, check_which
 from .weights import NoSolution, weights_of
@@ -101,7 +99,7 @@ class WeightHistory(FitCallback):
         self._fit = None
         self._kept = None  # the `KeptFit` of the latest fit
         self._elsewhere = None  # its folder and learner, where another process has written it
-        self._cached = None  # which average was made last, and the `FitAverage`
+        self._cached = None  # which average was made last, and the `OneModel`
         self._n_fits = 0  # so far
         self.chosen = None  # the keywords of the average that `choose` found; {}: the last weights
         self.table = None  # what `choose` compared
@@ -162,31 +160,12 @@ class WeightHistory(FitCallback):
         """Within this context the learner predicts, validates, shows, saves and exports with an average, named as for
         `average`; gives the learner. Batch norm is refreshed first. As `SWACallback.averaged`.
         """
-        learn = self._learner()
-        which = self._which(which)
-        average = self._made(which)
-
-        def enter():
-            return self.averaged(**which)
-
-        def version():
-            return weakref.ref(average.running)
-
-        with (
-            lending(learn, 'averaged()', enter, version),
-            average.running.lent_to(learn.model),
-            no_fit(learn),
-        ):
-            self._refresh(learn, average)
+        with self._made(self._which(which)).averaged() as learn:
             yield learn
 
     def apply(self, **which):
         "Put an average, named as for `average`, into `learn.model` for good, in place, batch norm refreshed."
-        learn = self._learner()
-        average = self._made(self._which(which))
-        with average.running.lent_to(learn.model):
-            self._refresh(learn, average)
-        average.running.copy_to(learn.model)
+        self._made(self._which(which)).apply()
 
     def solutions(self) -> dict:
         "The chosen average, called 'average': so `rays`, `Curve` and `Ensemble` take the history itself."
@@ -234,10 +213,10 @@ class WeightHistory(FitCallback):
         check_count('bn_batches', bn_batches, optional=True)
         if Processes(learn).size > 1:
             raise RuntimeError('choose() validates in one process: call it outside of distrib_ctx')
-        average = FitAverage.begin(learn, equal, None, None)
+        model = OneModel(learn)
 
         def lent(which, training):
-            return self._lent(average, which, training)
+            return self._filled(model, which).lent(training)
 
         validated = Taken(*kept.index.validated)
         taken = Taken(*kept.index.taken)
@@ -474,42 +453,14 @@ class WeightHistory(FitCallback):
             raise ValueError('say which average, such as last=.25, or call choose() first, which finds one')
         return self.chosen
 
-    def _made(self, which: dict) -> FitAverage:
+    def _made(self, which: dict) -> OneModel:
         "The average, in a module that can be lent; the latest one is kept."
         if self._cached is None or self._cached[0] != which:
-            average = FitAverage.begin(self._learner(), equal, None, None)
-            self._fill(average, which)
-            self._cached = which, average
+            self._cached = which, self._filled(OneModel(self._learner()), which)
         return self._cached[1]
 
-    def _fill(self, average: FitAverage, which: dict):
-        "Put the weights of an average there."
-        kept, learn = self._known(), self._learner()
-        weights = kept.average(which)
-        own = {plain_name(name): value for name, value in unwrap(learn.model).state_dict().items()}
-        refuse_mismatch('the model', own, weights)
-        average.running.load_state_dict({'swa_model': weights, 'n_averaged': 1, 'master': {}})
-        average.bn = list(kept.index.bn)
-        average.taken = Taken(*kept.index.taken)
+    def _filled(self, model: OneModel, which: dict) -> OneModel:
+        "`model` with the weights of an average."
+        kept = self._known()
         are_last = not which and kept.came_to_its_end  # their statistics are the last step's
-        average.stale = bool(average.bn) and not are_last
-
-    @contextmanager
-    def _lent(self, average: FitAverage, which: dict, dl):
-        """Within this context the learner's model has that average, which is put into `average`, with batch norm
-        refreshed on `dl`.
-        """
-        learn = self._learner()
-        self._fill(average, which)
-        with average.running.lent_to(learn.model):
-            if average.stale:
-                refresh_bn(learn, average.bn, None, in_fit=False, dl=dl)
-            yield
-
-    def _refresh(self, learn, average):
-        if not average.stale:
-            return
-        moments = refresh_bn(learn, average.bn, None, in_fit=False, taken=average.taken)
-        for sentence in moments.remarks.values():
-            warn(sentence)
-        average.stale = False
+        return model.fill(kept.average(which), kept.index.bn, Taken(*kept.index.taken), are_fresh=are_last)

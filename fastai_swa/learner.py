@@ -11,7 +11,10 @@ from fastcore.meta import delegates
 from .callback import SWACallback
 from .checks import check_count, check_positive
 from .ensemble import Ensemble
+from .fine_tune_soup import fine_tune_soup as soup_of_fine_tunings
 from .landscape import figures, line, plane, rays
+from .landscape.surfaces import Profile
+from .landscape.wise_ft import wise_ft as between_fine_tunings
 from .names import is_learners_own
 from .schedules import fge_epochs, fge_lr_factor, snapshot_lr_factor, start_epoch, swa_lr_factor
 from .snapshots import SnapshotCallback
@@ -69,7 +72,7 @@ def fit_swa(
     cycle_len=1,  # as in `SWACallback`; an int where `swa_lr` is a pair
     wd: float = None,  # weight decay; default: the learner's
     cbs=None,  # more callbacks for this fit
-    **swa_kwargs,  # other arguments of `SWACallback`
+    **swa_kwargs,  # other arguments of `SWACallback`, and `include_start`, see below
 ) -> SWACallback:
     """Fit with the SWA papers' schedule (`schedules.swa_lr_factor`) and average; returns the
     callback, which holds the average.
@@ -79,14 +82,18 @@ def fit_swa(
     goes through cycles): every epoch that is averaged is trained at `swa_lr`. Momentum is left
     alone; with a slice all groups follow the same curve, and `swa_lr` is that of the last one. A
     `swa_lr` above `lr` gets a warning, but for `swa_start=0`, where there is no `lr` to come from:
-    `fit_swa(n, lr, swa_lr=lr, swa_start=0)` is the tail after a training.
+    `fit_swa(n, lr, swa_lr=lr, swa_start=0)` is the tail after a training, at a constant rate; with a pair, as
+    `swa_lr=(lr, lr / 100)`, at a cyclic one. With `include_start=True` the weights that the fit starts from are the
+    average's first point.
 
     Raises `TypeError` or `ValueError`, naming the argument, for one that cannot be used.
     """
     n_epoch = check_count('n_epoch', n_epoch)
     if swa_lr is not None:
         swa_lr = _check_swa_lr(swa_lr)
+    include_start = swa_kwargs.pop('include_start', False)
     swa = SWACallback(swa_start=swa_start, cycle_len=cycle_len, **swa_kwargs)
+    swa.include_start = _check_include_start(include_start, swa.swa_start)
     if isinstance(swa_lr, tuple) and not isinstance(swa.cycle_len, int):
         raise ValueError(f'cycle_len must be an int where swa_lr is a pair (hi, lo), not {cycle_len!r}')
     lr, lrs = _group_lrs(self, 'lr', lr)
@@ -188,6 +195,33 @@ def fit_fge(
 
 
 @patch
+def fine_tune_soup(
+    self: Learner,
+    epochs: int,  # of each run
+    base_lrs,  # as `base_lr` of `fine_tune`, one for each run; the first one is that of the frozen stage
+    freeze_epochs: int = 1,  # of the frozen stage, which all runs share
+    folder=None,  # for what is done, with which the same call goes on after a crash; None: in memory
+    seeds=None,  # for each run what all random generators begin with; None: all go on from the frozen stage
+    cbs=None,  # more callbacks: each fit gets copies of its own
+    **kwargs,  # other arguments of `fine_tune`, such as lr_mult or wd
+) -> Ensemble:
+    """Fine-tune several times from one frozen stage: each run is the second stage of `fine_tune`, at a rate or with a
+    seed of its own; returns the runs' weights as an `Ensemble`, whose `soup` makes one model of them, and whose `runs`
+    is a table of what each has come to. The learner is afterwards as it was at the end of the frozen stage.
+
+    Costs the frozen stage and `epochs` for each run. With `folder` nothing that is done is lost: the same call, made
+    again, goes on within the run under way and ends bitwise the same; more rates or seeds may be added.
+    `Ensemble(folder, learn)` reads the members. A run that ends with weights that are not finite is left out, which is
+    said.
+
+    Wortsman et al. 2022 (arXiv 2203.05482). Raises `TypeError` or `ValueError`, naming the argument, for one that
+    cannot be used, or a folder of another soup; `RuntimeError` in several processes; at its end `OSError` if a member
+    could not be written.
+    """
+    return soup_of_fine_tunings(self, epochs, base_lrs, freeze_epochs, folder, seeds, cbs, **kwargs)
+
+
+@patch
 @delegates(rays)
 def plot_width(
     self: Learner,
@@ -251,6 +285,30 @@ def plot_plane(
     return figures.plot_plane(plane(self, solutions, **kwargs), column, ax, wd, top)
 
 
+@patch
+def wise_ft(
+    self: Learner,
+    before,  # the weights before fine-tuning: a state dict, module, learner or path
+    by: str = 'valid_loss',  # column to pick t by: the loss, or a metric of the learner
+    ts=11,  # where to measure: values of t, or so many from 0 to 1
+    dl=None,  # loader of the samples to pick t on, such as shifted ones; default: the validation set
+    exclude=(),  # names of parameters or modules that stay the learner's at every t
+) -> Profile:
+    """WiSE-FT: loss and metrics on the straight line from the weights before a fine-tuning (t = 0) to the learner's
+    (t = 1). Picks the best t, and where other samples chose it says what it is on the validation set. The learner stays
+    as it is; `apply()` of what is returned puts the weights at the chosen t into it, `averaged()` lends them.
+
+    Interpolated are the floating-point parameters that both have under one name and shape, except `exclude`; all else,
+    such as a new head, is the learner's at every t. With a head that was trained alone, take the weights after that
+    (`fine_tune_soup` branches there). Batch norm is refreshed on the whole training set at each of the `ts`, and the
+    validation set, and `dl`, are passed through once.
+
+    Wortsman et al. 2022, "Robust fine-tuning of zero-shot models" (arXiv 2109.01903). Raises `ValueError` if fewer than
+    half of the parameters are shared, for an unknown column or name, and what `line` raises.
+    """
+    return between_fine_tunings(self, before, by, ts, dl, exclude)
+
+
 def _beside_own(learn, solutions):
     if not isinstance(solutions, SWACallback):
         return solutions
@@ -295,6 +353,16 @@ def _check_swa_lr(swa_lr):
     if pair[0] < pair[-1]:
         raise ValueError(f'swa_lr must be a pair (hi, lo) with hi >= lo, not {swa_lr!r}')
     return tuple(map(float, pair)) if is_pair else float(swa_lr)
+
+
+def _check_include_start(include_start, swa_start) -> bool:
+    if not isinstance(include_start, bool):
+        raise TypeError(f'include_start must be True or False, not {include_start!r}')
+    if include_start and swa_start != 0:
+        raise ValueError(
+            f'include_start=True averages what the fit starts from, and needs swa_start=0, not {swa_start!r}'
+        )
+    return include_start
 
 
 def _warn_if_above(swa_lr, lr):

@@ -64,12 +64,19 @@ def lines(fit: Outcome) -> list[str]:
 # the first line
 
 
-def described(n_averaged: int, epochs: list[int], by_steps: bool) -> str:
-    "As in 'average of 3 epochs (2-4)', or 'average of 30 steps (epochs 2-4)'."
+def described(n_averaged: int, epochs: list[int], by_steps: bool, with_start: bool = False) -> str:
+    """As in 'average of 3 epochs (2-4)', or 'average of 30 steps (epochs 2-4)'.
+
+    - `with_start`: is one of the points the weights that the fit started from?
+    """
+    start = 'the start and ' if with_start else ''
+    n = n_averaged - with_start
+    if not n:
+        return 'average of the start alone'
     if not by_steps:
-        return f'average of {counted(n_averaged, "epoch")} ({_ranges(epochs)})'
+        return f'average of {start}{counted(n, "epoch")} ({_ranges(epochs)})'
     label = 'epoch' if len(epochs) == 1 else 'epochs'
-    return f'average of {counted(n_averaged, "step")} ({label} {_ranges(epochs)})'
+    return f'average of {start}{counted(n, "step")} ({label} {_ranges(epochs)})'
 
 
 def _ranges(epochs) -> str:

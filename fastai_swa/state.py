@@ -52,7 +52,7 @@ def _taken(learn, unchanged, histories) -> dict:
     names = [name for name, _ in named_callbacks(learn)]
     callbacks, held = without_unchanged(plain_attributes(learn, histories), unchanged, names)
     return {
-        'epoch': learn.epoch,
+        'epoch': vars(learn).get('epoch', 0),  # none before the first fit
         'model': pack(_tensors(model)),
         'extra': pack(_extra_state(model)),
         'losses': pack([_tensors(m) for m in owned_modules(learn.loss_func)]),

@@ -622,7 +622,7 @@ def no_passes(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError('a pass was made unasked')
 
-    for name in ('fastai_swa.history.refresh_bn', 'fastai_swa.choosing.validate_aside', 'fastai_swa.history.choose'):
+    for name in ('fastai_swa.one_model.refresh_bn', 'fastai_swa.choosing.validate_aside', 'fastai_swa.history.choose'):
         monkeypatch.setattr(name, refuse)
 
 

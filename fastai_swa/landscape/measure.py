@@ -9,9 +9,11 @@ from fastprogress.fastprogress import progress_bar
 
 from ..aside import untouched
 from ..averaging import lent
+from ..batches import KeptBatches, fresh_loader
 from ..checks import check_count
 from ..interrupts import unwound_whole
 from ..modules import in_train_mode
+from ..one_model import OneModel
 from ..passes import PassCancelled, kept_batches, refresh_bn, refreshable, validate_aside
 from ..walk import loaders
 from ..warn import warn
@@ -19,11 +21,12 @@ from .geometry import norm
 from .space import Grid, Space, line_grid, modes_put_back, plane_grid, rays_grid
 from .surfaces import MemoryRows, Plane, PointFile, Profile, Rays, Surface
 
-__all__ = ['rays', 'line', 'plane', 'measured']
+__all__ = ['rays', 'line', 'plane', 'measured', 'measured_line']
 
 
 def measured(
     grid: Grid,
+    dl=None,  # a further loader, of other samples; its columns are 'dl_loss' and 'dl_<metric>'
     sets=('train', 'valid'),  # on which data: 'train', 'valid' or both
     bn_batches: int = None,  # training batches used to refresh batch norm at each point; None: the whole training set
     train_batches: int = None,  # training batches that the 'train' columns are of; None: the whole training set
@@ -47,7 +50,7 @@ def measured(
     bn_batches = check_count('bn_batches', bn_batches, optional=True)
     train_batches = check_count('train_batches', train_batches, optional=True)
     seed = check_count('seed', seed, least=0)
-    columns = _columns(learn, sets)
+    columns = _columns(learn, sets if dl is None else (*sets, 'dl'))
     spec = {
         'kind': grid.about['kind'],
         **grid.spec,
@@ -57,6 +60,8 @@ def measured(
         'seed': seed,
         'data': [_size(dl) for dl in loaders(learn)[: 2 if 'valid' in sets else 1]],
     }
+    if dl is not None:
+        spec['dl'] = _size(dl)
     surface = grid.surface(grid.about | {'spec': spec, 'columns': columns}, grid.points)
     rows = MemoryRows(surface) if file is None else PointFile(file, surface)
     try:
@@ -66,7 +71,7 @@ def measured(
         shown = progress_bar(todo) if grid.space.shows_progress and progress is None else todo
         # each pass puts the generators back, so that all begin the same
         with unwound_whole(), untouched(learn, seed), in_train_mode(learn.model):
-            batches = _Batches(learn, names, sets, bn_batches, train_batches) if todo else None
+            batches = _Batches(learn, names, sets, bn_batches, train_batches, dl) if todo else None
             remarks = {}
             for n_done, i in enumerate(shown, len(grid.points) - len(todo)):
                 if progress is not None:
@@ -129,7 +134,8 @@ def rays(
       norm is refreshed on, and that the 'train' columns are of (default: all); `seed`: of the
       directions, and of the order and augmentation of the training samples, the same at each point.
     - `file`: gets a line for each point as it is measured, and the same call goes on with it;
-      `progress(done, total)` is called before each point, instead of a progress bar.
+      `progress(done, total)` is called before each point, instead of a progress bar; `dl`: a further loader of
+      samples, whose columns are 'dl_loss' and 'dl_<metric>'.
 
     Raises `ValueError`, `TypeError` or `FileNotFoundError`, naming it, for what cannot be
     used.
@@ -151,8 +157,30 @@ def line(
 
     Izmailov et al. 2018, section 4.2 and Fig. 5. Solutions and further arguments as for `rays`.
     Raises what that raises, and `ValueError` for two equal solutions.
+
+    What is returned gives the weights of any point: `Profile.best`, `Profile.solution`.
     """
-    return measured(line_grid(Space(learn), solutions, ts), **kwargs)
+    return measured_line(line_grid(Space(learn), solutions, ts), **kwargs)
+
+
+def measured_line(grid: Grid, **kwargs) -> Profile:
+    "As `measured`, of what `line_grid` gives; the profile can give the weights of its points."
+    profile = measured(grid, **kwargs)
+    profile.way = Way(grid)
+    return profile
+
+
+class Way:
+    "Gives the weights on the line of a `Grid`."
+
+    def __init__(self, grid: Grid):
+        self.grid = grid
+
+    def solution(self, t: float) -> dict:
+        return self.grid.space.state_dict(*self.grid.at_t(t))
+
+    def model(self, t: float) -> OneModel:
+        return OneModel(self.grid.space.learn).fill(self.solution(t))
 
 
 @delegates(measured)
@@ -179,7 +207,7 @@ def plane(
 class _Batches:
     "What is run through the model at each point: for batch norm, and for each of the `sets`."
 
-    def __init__(self, learn, names, sets, bn_batches, train_batches):
+    def __init__(self, learn, names, sets, bn_batches, train_batches, further):
         wanted = []  # numbers of training batches
         if names:
             wanted.append(bn_batches)
@@ -190,6 +218,8 @@ class _Batches:
         self.sets = {}
         for ds in sets:
             self.sets[ds] = training[train_batches] if ds == 'train' else kept_batches(learn, train=False)
+        if further is not None:
+            self.sets['dl'] = KeptBatches(lambda: fresh_loader(further))
 
 
 def _measure(learn, names, batches, remarks) -> dict:

@@ -175,6 +175,7 @@ class Grid:
     spec: dict  # of that, what must not differ where a measurement goes on from its file
     points: list[tuple]  # the coordinates of each, as `surface` has them
     at: Callable[[int], Point]  # point number i, on the device of the space
+    at_t: Callable[[float], Point] | None = None  # of a line: the point at any t
 
 
 def rays_grid(space: Space, solutions, distances=None, n_rays: int = 10, seed: int = 0) -> Grid:
@@ -223,12 +224,15 @@ def line_grid(space: Space, solutions, ts=41) -> Grid:
     a = a.to(space.device)
     b = b.to(space.device)
 
+    def at_t(t):
+        return Point(torch.lerp(a, b, t), buffers)
+
     def at(i):
-        return Point(torch.lerp(a, b, ts[i]), buffers)
+        return at_t(ts[i])
 
     about = {'kind': 'line', 'solutions': _norms(loaded), 'length': length, 'arc': [t * length for t in ts]}
     spec = {'solutions': _fingerprints(loaded), 'ts': ts}
-    return Grid(space, Profile, about, spec, [(t,) for t in ts], at)
+    return Grid(space, Profile, about, spec, [(t,) for t in ts], at, at_t)
 
 
 def plane_grid(space: Space, solutions, n_points=21, margin=0.2, marks=None, trajectory=()) -> Grid:

@@ -1,5 +1,5 @@
 """What was measured at points of weight space: one small object for each question, that saves as
-JSON or npz. Plain NumPy."""
+JSON or npz."""
 
 import json
 import os
@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..checks import check_known
+from ..checks import check_known, check_number
+from ..columns import less_is_better
 from ..files import Lock, check_zip, parsed, replacing, write_text
 from ..interrupts import uninterrupted
 from .geometry import crossing, mean_height
@@ -192,7 +193,14 @@ class Rays(Surface, kinds=['rays']):
 
 
 class Profile(Surface, kinds=['line', 'curve']):
-    "Along a line or a curve from one solution (t = 0) to another (t = 1), and beyond. `points`: t."
+    """Along a line or a curve from one solution (t = 0) to another (t = 1), and beyond. `points`: t.
+
+    That of `line` also gives the weights there: `solution`, `averaged`, `apply`. It keeps both solutions in memory for
+    that, and no file has them. `chosen`: the t that `wise_ft` has picked.
+    """
+
+    way = None  # gives the weights: a `measure.Way`
+    chosen = None
 
     @property
     def t(self) -> np.ndarray:
@@ -223,6 +231,42 @@ class Profile(Surface, kinds=['line', 'curve']):
     def min(self, column: str, wd: float = 0.0) -> float:
         "The least one."
         return float(self._between(column, wd)[1].min())
+
+    def best(self, column: str, comp=None) -> float:
+        """The measured t at which `column` is best, of equal ones the largest: least for a loss or an error, else
+        greatest, or as `comp` says, `np.less` or `np.greater`. Raises `ValueError` if it is nowhere a number.
+        """
+        values = self.column(column)
+        if np.isnan(values).all():
+            raise ValueError(f'{column} is nowhere a number: there is no best')
+        best = np.nanmin(values) if less_is_better(column, comp) else np.nanmax(values)
+        return float(self.t[values == best].max())
+
+    def solution(self, t: float | None = None) -> dict:
+        """The weights at `t`, by default the chosen one, as plain names and tensors in the host's memory; no pass is
+        made. `RuntimeError` for a curve, and what was read from a file.
+        """
+        return self._way().solution(self._t(t))
+
+    def averaged(self, t: float | None = None):
+        """Within this context the learner predicts, validates, shows, saves and exports with the weights at `t`, by
+        default the chosen one; gives the learner. Batch norm is refreshed on the whole training set first.
+        """
+        return self._way().model(self._t(t)).averaged()
+
+    def apply(self, t: float | None = None):
+        "Put the weights at `t` into the learner's model for good, in place, batch norm refreshed."
+        self._way().model(self._t(t)).apply()
+
+    def _way(self):
+        if self.way is None:
+            raise RuntimeError('this profile has no weights: only what line() or wise_ft() has just given has them')
+        return self.way
+
+    def _t(self, t) -> float:
+        if t is None and self.chosen is None:
+            raise ValueError('say t: only wise_ft() chooses one')
+        return self.chosen if t is None else check_number('t', t)
 
     def mean(self, column: str, wd: float = 0.0) -> float:
         """The mean of `column` over the length of the way, straight between the points (Garipov et
