@@ -45,6 +45,7 @@ FLOORS_WITHIN = {
     'experiments': [
         {'progress', 'scores', 'store', 'tables', 'tasks'},
         {'machine', 'recipes'},
+        {'plan'},
         {'pool', 'recipe_learner', 'record', 'rows'},
         {'choose_averages', 'compare_ensembles', 'report_trainings', 'surface_record', 'train'},
         {'listing', 'measure_surfaces', 'report_averages', 'report_ensembles', 'report_surfaces'},

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastai_swa import SWACallback
-from fastai_swa.experiments.recipes import RECIPES, Run, optimizer, parts, runs, scaled, sgd_lr, swa_lr
+from fastai_swa.experiments.plan import Run, parts, runs, sgd_lr, swa_lr
+from fastai_swa.experiments.recipes import RECIPES, optimizer, scaled
 from fastai_swa.vision import CIFAR_STATS, IMAGENET_STATS
 
 from .helpers import learner, loaders, net

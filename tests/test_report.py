@@ -9,7 +9,8 @@ from scipy import stats
 
 from fastai_swa import __main__
 from fastai_swa.experiments import RECIPES, report
-from fastai_swa.experiments.recipes import parts, runs, scaled
+from fastai_swa.experiments.plan import parts, runs
+from fastai_swa.experiments.recipes import scaled
 from fastai_swa.experiments.report import papers_table
 from fastai_swa.experiments.rows import curves, rows_of
 from fastai_swa.experiments.tables import difference_rows, mean_and_half

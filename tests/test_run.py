@@ -30,8 +30,8 @@ import fastai_swa.experiments.train as train_module
 from fastai_swa import __main__
 from fastai_swa.experiments import RECIPES, Recipe, Settings, reproduce
 from fastai_swa.experiments.machine import TimeIsUp
+from fastai_swa.experiments.plan import sgd_lr, swa_lr
 from fastai_swa.experiments.recipe_learner import EpochRecorder
-from fastai_swa.experiments.recipes import sgd_lr, swa_lr
 from fastai_swa.experiments.record import Record, _Clock
 from fastai_swa.experiments.train import run_seed
 from fastai_swa.vision import IMAGENET_STATS, cifar
@@ -601,7 +601,7 @@ def fake_record(seconds, **kwargs):
     """
     record = Record.__new__(Record)
     record.recipe, record.seed, record.number = TINY, 3, 0
-    from fastai_swa.experiments.recipes import parts, runs
+    from fastai_swa.experiments.plan import parts, runs
 
     record.parts = parts(runs(TINY))
     record.data = {'parts': [{'epochs': []} for _ in record.parts], 'finished': None}

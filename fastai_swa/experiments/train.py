@@ -21,8 +21,9 @@ from ..snapshots import SnapshotCallback
 from ..state import restore
 from ..walk import named_callbacks
 from .machine import TimeIsUp, process_settings
+from .plan import Beside, Part
 from .recipe_learner import recipe_data, recipe_learner
-from .recipes import Beside, Part, Recipe, scaled
+from .recipes import Recipe, scaled
 from .record import Record, Settings
 
 __all__ = ['run_seed']
