@@ -116,8 +116,8 @@ class OneCycleEpoch:
 
 
 @dataclass(frozen=True)
-class SnapshotEpoch:
-    "The learning rate in an epoch of a snapshot cycle."
+class CosineEpoch:
+    "The learning rate in an epoch of a cycle that falls along half a cosine from `lr` to 0, a step at a time."
 
     epoch: int
     cycle_len: int
@@ -144,13 +144,16 @@ def runs(recipe: Recipe) -> list[Run]:
     off; where the recipe says so, one-cycle of 1 and 1.5. For a comparison of ensembles SGD, SWA,
     snapshots and FGE, none of which takes more than the budget; for one of lengths SGD, SWA and
     one-cycle of each; for one of averages SWA's schedule, a constant rate and one-cycle, and shorter
-    one-cycle runs."""
+    one-cycle runs. By a cosine there is no SGD run of 1.5 budgets, which nothing shares: SWA at 1 is
+    what SGD is compared with at equal length."""
     if recipe.lengths:
         return _runs_of_lengths(recipe)
     if recipe.ensembles:
         return _runs_of_ensembles(recipe)
     if recipe.averages:
         return _runs_of_averages(recipe)
+    if recipe.cosine:
+        return _runs_by_cosine(recipe)
     res = [
         _sgd_run(recipe, 'SGD 1B', recipe.budget),
         _sgd_run(recipe, 'SGD 1.5B', recipe.epochs),
@@ -160,6 +163,13 @@ def runs(recipe: Recipe) -> list[Run]:
         res.append(_one_cycle_run(recipe, 'one-cycle 1B', recipe.budget))
         res.append(_one_cycle_run(recipe, 'one-cycle 1.5B', recipe.epochs))
     return res
+
+
+def _runs_by_cosine(recipe) -> list[Run]:
+    curve = tuple(CosineEpoch(epoch, recipe.budget, recipe.lr) for epoch in range(recipe.budget))
+    n_averaged = recipe.epochs - recipe.swa_start
+    lrs = curve[: recipe.swa_start] + (recipe.swa_lr,) * n_averaged
+    return [Run('SGD 1B', curve, recipe.budget - 1), _averaging_run(recipe, lrs)]
 
 
 def _runs_of_lengths(recipe) -> list[Run]:
@@ -218,9 +228,13 @@ def _sgd_run(recipe, name, n) -> Run:
 
 
 def _swa_run(recipe, n) -> Run:
-    "Of `n` epochs; ten snapshots of the weights that it averages, or fewer, show their path."
-    lrs = tuple(swa_lr(recipe, epoch) for epoch in range(n))
-    n_averaged = n - recipe.swa_start
+    "Of `n` epochs."
+    return _averaging_run(recipe, tuple(swa_lr(recipe, epoch) for epoch in range(n)))
+
+
+def _averaging_run(recipe, lrs) -> Run:
+    "Ten snapshots of the weights that it averages, or fewer, show their path."
+    n_averaged = len(lrs) - recipe.swa_start
     snapshots = recipe.swa_start, math.ceil(n_averaged / 10)
     return Run('SWA', lrs, recipe.swa_start, snapshots, _ema_beside(recipe))
 
@@ -249,7 +263,7 @@ def _snapshots_run(recipe) -> Run:
             f'{recipe.budget} epochs are too few for {methods.n_snapshots} snapshots: take a greater scale'
         )
     n = length * methods.n_snapshots
-    lrs = tuple(SnapshotEpoch(epoch % length, length, methods.lr) for epoch in range(n))
+    lrs = tuple(CosineEpoch(epoch % length, length, methods.lr) for epoch in range(n))
     return Run('snapshots', lrs, n - 1, (length - 1, length))
 
 
