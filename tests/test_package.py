@@ -43,7 +43,7 @@ FLOORS_WITHIN = {
     ],
     'landscape': [{'geometry'}, {'surfaces'}, {'space', 'figures'}, {'measure'}, {'curve'}, {'__init__'}],
     'experiments': [
-        {'progress', 'scores', 'store', 'tables', 'tasks'},
+        {'imagenet', 'progress', 'scores', 'store', 'tables', 'tasks'},
         {'machine', 'recipes'},
         {'plan'},
         {'pool', 'recipe_learner', 'record', 'rows'},

@@ -66,6 +66,8 @@ class Run:
     snapshots: tuple[int, int] | None = None  # the first epoch of a snapshot, and the epochs from one to the next
     beside: tuple[Beside, ...] = ()
     swa_eval_freq: int = 1
+    n_averaged: int = 1  # points of the average in each epoch
+    keeps_average: bool = False  # as weights, beside those at its end
     # of epoch, step and number of steps; None: the optimizer's own
     momentum: Callable[[int, int, int], float] | None = None
     n_segments: int | None = None  # of a history of its weights; None: without
@@ -128,6 +130,17 @@ class CosineEpoch:
 
 
 @dataclass(frozen=True)
+class CyclicEpoch:
+    "The learning rate in an epoch that is a cycle: it falls from `high` to `low`, reached in the last step."
+
+    high: float
+    low: float
+
+    def __call__(self, step, n_steps):
+        return swa_lr_factor(0, step, n_steps, 0, (self.high, self.low))
+
+
+@dataclass(frozen=True)
 class FGEEpoch:
     "The learning rate in an epoch of a cycle of fast geometric ensembling."
 
@@ -144,14 +157,16 @@ def runs(recipe: Recipe) -> list[Run]:
     off; where the recipe says so, one-cycle of 1 and 1.5. For a comparison of ensembles SGD, SWA,
     snapshots and FGE, none of which takes more than the budget; for one of lengths SGD, SWA and
     one-cycle of each; for one of averages SWA's schedule, a constant rate and one-cycle, and shorter
-    one-cycle runs. By a cosine there is no SGD run of 1.5 budgets, which nothing shares: SWA at 1 is
-    what SGD is compared with at equal length."""
+    one-cycle runs; tails as the recipe has them. By a cosine there is no SGD run of 1.5 budgets, which
+    nothing shares: SWA at 1 is what SGD is compared with at equal length."""
     if recipe.lengths:
         return _runs_of_lengths(recipe)
     if recipe.ensembles:
         return _runs_of_ensembles(recipe)
     if recipe.averages:
         return _runs_of_averages(recipe)
+    if recipe.tails:
+        return [_tail_run(recipe, tail) for tail in recipe.tails]
     if recipe.cosine:
         return _runs_by_cosine(recipe)
     res = [
@@ -163,6 +178,15 @@ def runs(recipe: Recipe) -> list[Run]:
         res.append(_one_cycle_run(recipe, 'one-cycle 1B', recipe.budget))
         res.append(_one_cycle_run(recipe, 'one-cycle 1.5B', recipe.epochs))
     return res
+
+
+def _tail_run(recipe, tail) -> Run:
+    "Its average is validated at its end alone: a pass for batch norm takes as long as half an epoch."
+    lr = CyclicEpoch(*tail.lr) if isinstance(tail.lr, tuple) else tail.lr
+    n = recipe.budget
+    if tail.n_averaged == 0:
+        return Run(tail.name, (lr,) * n, n - 1)
+    return Run(tail.name, (lr,) * n, 0, swa_eval_freq=0, n_averaged=tail.n_averaged, keeps_average=True)
 
 
 def _runs_by_cosine(recipe) -> list[Run]:
@@ -180,7 +204,7 @@ def _runs_of_lengths(recipe) -> list[Run]:
         swa = _swa_run(of_length, n)
         res += [
             _sgd_run(of_length, f'{recipe.opt} {n}', n),
-            replace(swa, name=f'SWA {n}', snapshots=None, swa_eval_freq=0),
+            replace(swa, name=f'SWA {n}', snapshots=None, swa_eval_freq=0, keeps_average=False),
             _one_cycle_run(of_length, f'one-cycle {n}', n),
         ]
     return res
@@ -236,7 +260,7 @@ def _averaging_run(recipe, lrs) -> Run:
     "Ten snapshots of the weights that it averages, or fewer, show their path."
     n_averaged = len(lrs) - recipe.swa_start
     snapshots = recipe.swa_start, math.ceil(n_averaged / 10)
-    return Run('SWA', lrs, recipe.swa_start, snapshots, _ema_beside(recipe))
+    return Run('SWA', lrs, recipe.swa_start, snapshots, _ema_beside(recipe), keeps_average=True)
 
 
 def _one_cycle_run(recipe, name, n) -> Run:

@@ -115,7 +115,7 @@ def is_of_budgets(folder) -> bool:
         return False
     complete, _ = load_records(Path(folder))
     recipe = RECIPES[complete[0]['recipe']]
-    return not recipe.ensembles and not recipe.lengths and not recipe.averages
+    return not recipe.ensembles and not recipe.lengths and not recipe.averages and not recipe.tails
 
 
 # the head
@@ -156,6 +156,8 @@ def _reservations(record) -> list[str]:
             f'**not at full length: lengths times {record["settings"]["scale"]:g}, {images["train"]:,} training '
             f'{_samples_noun(record)}{lost}**'
         )
+    if 'weights' in images:
+        said.append(f'the weights at the beginning: {images["weights"]}')
     note = RECIPES[record['recipe']].note
     if note:
         said.append(note)
@@ -172,7 +174,8 @@ def _is_whole(record) -> bool:
     if settings['scale'] != 1:
         return False
     if recipe.task is not None:
-        return (settings['images'], settings['test_images']) == (None, None)
+        takes_all = (settings['images'], settings['test_images']) == (None, None)
+        return takes_all and (not recipe.tails or images['kind'] == 'ImageNet')
     all_images = recipe.images or 50_000, 10_000
     return (images['train'], images['valid']) == all_images or images['kind'] == recipe.source
 

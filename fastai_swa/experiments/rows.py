@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .recipes import RECIPES
+from .recipes import PRETRAINED, RECIPES
 
 __all__ = [
     'REFRESHED',
@@ -41,6 +41,8 @@ def rows_of(record: dict) -> dict[str, Row]:
     recipe = RECIPES[record['recipe']]
     if recipe.lengths:
         return _rows_of_lengths(record)
+    if recipe.tails:
+        return _rows_of_tails(record)
     lengths = run_lengths(record)
     swa = recipe.swa_label
     rows = {}
@@ -69,6 +71,18 @@ def _rows_of_lengths(record) -> dict[str, Row]:
         else:
             rows |= _rows_of_run(record, run)
     return dict(sorted(rows.items(), key=lambda item: item[1].epochs))
+
+
+def _rows_of_tails(record) -> dict[str, Row]:
+    rows = {}
+    for tail in RECIPES[record['recipe']].tails:
+        n = run_lengths(record)[tail.name]
+        if tail.n_averaged == 0:
+            rows |= _rows_of_run(record, tail.name)
+        else:
+            rows[f'{tail.name}, single weights'] = Row(tail.name, n, '')
+            rows[tail.name] = Row(tail.name, n, 'swa_')
+    return rows
 
 
 def _rows_of_run(record, run) -> dict[str, Row]:
@@ -150,6 +164,8 @@ def pairs_of(record) -> list[tuple[str, str]]:
         pairs = []
         for n in sorted(set(run_lengths(record).values())):
             pairs += _pairs_of_length(f'SWA {n}', f'SWA {n}', f'{recipe.opt} {n}', f'one-cycle {n}')
+    elif recipe.tails:
+        pairs = _pairs_of_tails(recipe)
     else:
         swa = recipe.swa_label
         pairs = [
@@ -162,8 +178,22 @@ def pairs_of(record) -> list[tuple[str, str]]:
             *_pairs_of_length(f'{swa} 1B', f'{swa} run at 1B', 'SGD 1B', 'one-cycle 1B'),
             *_pairs_of_length(f'{swa} 1.5B', f'{swa} run at 1.5B', 'SGD 1.5B', 'one-cycle 1.5B'),
         ]
-    there = rows_of(record)
+    there = {PRETRAINED, *rows_of(record)}
     return [(a, b) for a, b in pairs if a in there and b in there]
+
+
+def _pairs_of_tails(recipe):
+    "Each with what all go on from; what is averaged with the controls, and with its own end."
+    controls = []
+    for tail in recipe.tails:
+        if tail.n_averaged == 0:
+            controls += [tail.name, tail.name + REFRESHED]
+    pairs = [(control, PRETRAINED) for control in controls]
+    for tail in recipe.tails:
+        if tail.n_averaged > 0:
+            others = [PRETRAINED, *controls, f'{tail.name}, single weights']
+            pairs += [(tail.name, other) for other in others]
+    return pairs
 
 
 def _pairs_of_length(swa, swa_run, plain, one_cycle):
@@ -197,7 +227,8 @@ def curves(records: list[dict], name: str) -> dict[str, tuple[np.ndarray, np.nda
     """Curve -> its epochs (counted from 1: after so many), and `name` ('error', in per cent, or
     'valid_loss') at each for each seed, shape (seeds, epochs)."""
     lengths = run_lengths(records[0])
-    swa = RECIPES[records[0]['recipe']].swa_label
+    recipe = RECIPES[records[0]['recipe']]
+    swa = recipe.swa_label
     wanted = {
         'SGD 1B': ('SGD 1B', ''),
         'SGD 1.5B': ('SGD 1.5B', ''),
@@ -205,6 +236,10 @@ def curves(records: list[dict], name: str) -> dict[str, tuple[np.ndarray, np.nda
         f'{swa} run, single weights': ('SWA', ''),
         f'{swa} run, average': ('SWA', 'swa_'),
     }
+    for tail in recipe.tails:
+        wanted[f'{tail.name}, single weights'] = (tail.name, '')
+        if tail.n_averaged > 0:
+            wanted[f'{tail.name}, average at its end'] = (tail.name, 'swa_')
     res = {}
     for label, (run, average) in wanted.items():
         if run not in lengths:
