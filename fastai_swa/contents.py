@@ -8,7 +8,15 @@ import itertools
 import sys
 from collections import OrderedDict, deque
 from functools import lru_cache, partial
-from types import CellType, FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodType
+from types import (
+    CellType,
+    FunctionType,
+    GenericAlias,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    MethodType,
+    UnionType,
+)
 from typing import NamedTuple
 
 import numpy as np
@@ -217,8 +225,9 @@ def set_attribute(o, name, value):
 MAX_LEAVES = 10_000
 MAX_BYTES = 1_000_000
 
-# what holds nothing
+# what holds nothing that changes
 ATOMS = {type(None), bool, int, float, complex, str, bytes, range, torch.Size, torch.dtype, torch.device}
+ATOMS |= {UnionType, GenericAlias}  # annotations, as the functions in fastai's transforms have them
 
 _NESTED = (*CONTAINERS, torch.Tensor, np.ndarray, L)
 

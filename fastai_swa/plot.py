@@ -114,13 +114,13 @@ def _set_log_if_steep(ax):
         ax.yaxis.set_minor_formatter('')
 
 
-# a run looks the same in every figure
+# a run looks the same in every figure, by how its name ends
 _RUNS = {
     'SGD 1B': dict(color='0.55', ls='--'),
     'SGD 1.5B': dict(color='0.2', ls=':', lw=1.5),
     'one-cycle 1.5B': dict(color='C2', ls='-.'),
-    'SWA run, single weights': dict(color='C0'),
-    'SWA run, average': dict(color='C3', lw=2.5),
+    ' run, single weights': dict(color='C0'),
+    ' run, average': dict(color='C3', lw=2.5),
 }
 
 
@@ -137,7 +137,7 @@ def plot_runs(curves: dict, ax=None, ylabel: str = ''):
     for i, (name, (epochs, values)) in enumerate(curves.items()):
         if len(epochs) == 0:
             continue
-        style = dict(lw=1, ms=4, marker='' if len(epochs) > 1 else '.') | _RUNS.get(name, dict(color='C4'))
+        style = dict(lw=1, ms=4, marker='' if len(epochs) > 1 else '.') | _look_of_run(name, i)
         ax.plot(epochs, values.mean(0), label=name, **style)
         every = max(1, last // 6)
         aside = i * every // 5  # the intervals of the runs are not all at the same epochs
@@ -149,6 +149,14 @@ def plot_runs(curves: dict, ax=None, ylabel: str = ''):
         beyond = 0.1 * np.ptp(late) + 1e-9
         ax.set_ylim(late.min() - beyond, late.max() + beyond)
     return _over_counts(ax, 'epochs', ylabel)
+
+
+def _look_of_run(name: str, number: int) -> dict:
+    "Of the run of that `number` in a figure."
+    for ending, look in _RUNS.items():
+        if name.endswith(ending):
+            return look
+    return dict(color=f'C{(number + 4) % 10}')
 
 
 _SIZES = (

@@ -17,8 +17,9 @@ from fastai_swa.experiments import RECIPES, Recipe, Settings, report, reproduce
 from fastai_swa.experiments.choose_averages import evaluate_seed, windows_to
 from fastai_swa.experiments.listing import listing
 from fastai_swa.experiments.machine import TimeIsUp
+from fastai_swa.experiments.plan import runs, swa_lr
 from fastai_swa.experiments.recipe_learner import loader_to_test_on, recipe_data, recipe_learner, with_wrong_labels
-from fastai_swa.experiments.recipes import ChosenAverages, described, runs, scaled, swa_lr
+from fastai_swa.experiments.recipes import ChosenAverages, described, scaled
 from fastai_swa.experiments.tables import mean_and_half
 from fastai_swa.experiments.tasks import Table
 from fastai_swa.experiments.train import run_seed

@@ -47,8 +47,9 @@ FLOORS_WITHIN = {
     ],
     'landscape': [{'geometry'}, {'surfaces'}, {'space', 'figures'}, {'measure'}, {'curve', 'wise_ft'}, {'__init__'}],
     'experiments': [
-        {'progress', 'scores', 'store', 'tables', 'tasks'},
+        {'imagenet', 'progress', 'scores', 'store', 'tables', 'tasks'},
         {'machine', 'recipes'},
+        {'plan'},
         {'pool', 'recipe_learner', 'record', 'rows'},
         {'choose_averages', 'compare_ensembles', 'report_trainings', 'surface_record', 'train'},
         {'listing', 'measure_surfaces', 'report_averages', 'report_ensembles', 'report_surfaces'},

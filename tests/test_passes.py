@@ -894,6 +894,15 @@ def test_an_untouched_context_puts_all_back_whatever_ends_it():
         assert repr(held(learn, [keeps])) == repr(before)
 
 
+def test_annotations_such_as_those_of_fastais_own_image_transforms_are_not_said_to_have_changed():
+    learn = make()
+    learn.loss_func.annotations = {'x': int | str, 'y': list[int]}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        learn.fit(1, cbs=SWACallback(0))
+    assert not [w for w in said if 'changed' in str(w.message)]
+
+
 def test_nothing_of_a_learner_is_kept_alive_by_what_was_said_about_it():
     learn = make()
     learn.fit(1, cbs=[SWACallback(0), Keeps()])

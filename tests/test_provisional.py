@@ -16,7 +16,7 @@ from fastai_swa import CheckpointCallback, SaveSWAModelCallback, SWACallback, up
 from fastai_swa import passes as passes_module
 from fastai_swa.batches import Taken, batches_for
 from fastai_swa.experiments import RECIPES
-from fastai_swa.experiments.recipes import parts, runs
+from fastai_swa.experiments.plan import parts, runs
 from fastai_swa.experiments.train import _average_callbacks
 
 from .helpers import learner, loaders, net

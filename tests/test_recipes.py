@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastai_swa import SWACallback
-from fastai_swa.experiments.recipes import RECIPES, Run, optimizer, parts, runs, scaled, sgd_lr, swa_lr
+from fastai_swa.experiments.plan import Run, parts, runs, sgd_lr, swa_lr
+from fastai_swa.experiments.recipes import RECIPES, optimizer, scaled
 from fastai_swa.vision import CIFAR_STATS, IMAGENET_STATS
 
 from .helpers import learner, loaders, net
@@ -80,6 +81,27 @@ def test_a_fixed_learning_rate_is_that_from_the_first_epoch_on():
         (101, 300, 0),
         (0, 300, None),
     ]
+
+
+def test_shake_shake_falls_by_a_cosine_to_0_and_its_tail_leaves_that_for_a_constant_rate():
+    recipe = RECIPES['shakeshake-cifar10']
+    assert (recipe.bs, recipe.wd, recipe.nesterov, recipe.padding) == (64, 1e-4, True, 'constant')
+    sgd, swa = runs(recipe)
+    assert (len(sgd.lrs), len(swa.lrs), sgd.swa_start, swa.swa_start) == (1800, 2700, 1799, 1440)
+    n_steps = 782  # 50,000 images in batches of 64
+    for epoch in (0, 1, 899, 900, 1439, 1440, 1799):
+        for step in (0, 391, 781):
+            share = (epoch * n_steps + step) / (1800 * n_steps)
+            expected = 0.1 * math.cos(math.pi / 2 * share) ** 2
+            assert sgd.lr(epoch, step, n_steps) == pytest.approx(expected, rel=1e-9)
+            assert swa.lr(epoch, step, n_steps) == (0.01 if epoch >= 1440 else sgd.lr(epoch, step, n_steps))
+    assert sgd.lr(1799, 781, n_steps) < 1e-12 and set(swa.lrs[1440:]) == {0.01}
+    assert [(p.begin, p.end, p.parent) for p in parts(runs(recipe))] == [
+        (0, 1440, None),
+        (1440, 1800, 0),
+        (1440, 2700, 0),
+    ]
+    assert 'never published' in recipe.note and 'no reproduction' in recipe.note
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -183,7 +205,7 @@ def test_a_fit_folds_the_epochs_that_the_recipe_says():
     assert swa.averaged_epochs == [6, 7, 8, 9, 10, 11]
 
 
-@pytest.mark.parametrize('name', ['vgg16-cifar10', 'preresnet110-cifar10'])
+@pytest.mark.parametrize('name', ['vgg16-cifar10', 'preresnet110-cifar10', 'shakeshake-cifar10'])
 def test_optimizer_steps_equal_torchs_sgd_with_coupled_decay_on_every_parameter(name):
     recipe = RECIPES[name]
     torch.manual_seed(0)
@@ -207,7 +229,8 @@ def test_optimizer_steps_equal_torchs_sgd_with_coupled_decay_on_every_parameter(
                 batches.append((self.xb[0].clone(), self.yb[0].clone()))
 
     learn.fit(2, cbs=Keep())
-    opt = torch.optim.SGD(twin.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=recipe.wd)
+    is_nesterov = name == 'shakeshake-cifar10'
+    opt = torch.optim.SGD(twin.parameters(), lr=recipe.lr, momentum=0.9, nesterov=is_nesterov, weight_decay=recipe.wd)
     for x, y in batches:
         opt.zero_grad()
         nn.functional.cross_entropy(twin.train()(x), y).backward()
@@ -248,8 +271,15 @@ def test_the_published_numbers_are_those_of_the_paper():
         assert RECIPES[name].published == dict(
             zip(('SGD 1B', 'SWA 1B', 'SWA 1.25B', 'SWA 1.5B'), zip(numbers[::2], numbers[1::2]))
         )
-    assert {name for name, r in RECIPES.items() if r.published} == {*TABLE_1, 'wrn28-10-cifar100-fixed'}
+    tails = {'imagenet-tail', 'imagenet-tail-resnet152', 'imagenet-tail-densenet161'}
+    others = {'wrn28-10-cifar100-fixed', 'shakeshake-cifar10', *tails}
+    assert {name for name, r in RECIPES.items() if r.published} == {*TABLE_1, *others}
     assert RECIPES['wrn28-10-cifar100-fixed'].published == {'SWA 1.5B': (81.7, None)}
+    assert RECIPES['shakeshake-cifar10'].published == {
+        'SGD 1B': (96.93, 0.10),
+        'our SWA tail 1.25B': (97.16, 0.10),
+        'our SWA tail 1.5B': (97.12, 0.06),
+    }
 
 
 def test_each_network_is_fed_with_the_papers_mean_and_standard_deviation():

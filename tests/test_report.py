@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from scipy import stats
 
 from fastai_swa import __main__
 from fastai_swa.experiments import RECIPES, report
-from fastai_swa.experiments.recipes import parts, runs, scaled
+from fastai_swa.experiments.plan import parts, runs
+from fastai_swa.experiments.recipes import scaled
 from fastai_swa.experiments.report import papers_table
 from fastai_swa.experiments.rows import curves, rows_of
 from fastai_swa.experiments.tables import difference_rows, mean_and_half
@@ -29,8 +31,8 @@ def accuracy(run, epoch, seed, average=False):
     )
 
 
-def record(seed, done=True, **changes):
-    tree = parts(runs(RECIPE))
+def record(seed, done=True, of=RECIPE, **changes):
+    tree = parts(runs(of))
 
     def row(part, e):
         run, folds = part.runs[0].name, part.is_last and e >= part.runs[0].swa_start
@@ -52,10 +54,10 @@ def record(seed, done=True, **changes):
 
     return {
         'kind': 'training',
-        'recipe': NAME,
+        'recipe': of.name,
         'seed': seed,
-        'budget': RECIPE.budget,
-        'swa_start': RECIPE.swa_start,
+        'budget': of.budget,
+        'swa_start': of.swa_start,
         'settings': {'scale': SCALE, 'images': None, 'device': 'cpu', 'precision': 'fp32', 'compile': None},
         'images': {'kind': 'CIFAR-10, JPEG', 'train': 50000, 'valid': 10000, 'sha256': 'abc'},
         'threads': 1,
@@ -356,6 +358,30 @@ def test_the_papers_table_has_a_line_a_network_with_what_is_published_in_bracket
         row[2].strip() == '2'
         and row[6].strip() == f'{np.mean(values):.2f} +- {np.std(values, ddof=1):.2f} (93.64 +- 0.18)'
     )
+
+
+def test_a_tail_of_our_own_is_called_so_wherever_it_stands_beside_published_numbers(tmp_path):
+    recipe = RECIPES['shakeshake-cifar10']
+    whole = {
+        'images': {'kind': 'CIFAR-10', 'train': 50000, 'valid': 10000, 'sha256': 'abc'},
+        'settings': record(0)['settings'] | {'scale': 1.0},
+        'of': replace(recipe, budget=8, swa_start=6),
+    }
+    write(tmp_path, record(0, **whole), record(1, **whole))
+    text = report(tmp_path)
+    assert recipe.note in text.split('\n\n')[1]
+    assert cells(text, 'SGD 1B')[4] == '3.07 +- 0.10' and '| SGD 1.5B' not in text and '| SWA ' not in text
+    for budgets, epoch, published in (('1B', 7, ''), ('1.25B', 9, '2.84 +- 0.10'), ('1.5B', 11, '2.88 +- 0.06')):
+        row = cells(text, f'our SWA tail {budgets}')
+        errors = [100 - 100 * accuracy('SWA', epoch, s, True) for s in (0, 1)]
+        assert row[2] == f'{np.mean(errors):.2f} +- {np.std(errors, ddof=1):.2f}' and row[4] == published
+    assert cells(text, 'our SWA tail 1B - SGD 1B') and cells(text, 'our SWA tail 1.5B - SGD 1B')
+    line = papers_table([tmp_path]).splitlines()[-1]
+    assert line.startswith('| shakeshake-cifar10 (our SWA tail) |') and '(97.12 +- 0.06)' in line
+    assert list(curves([record(0, **whole)], 'error'))[1:] == [
+        'our SWA tail run, single weights',
+        'our SWA tail run, average',
+    ]
 
 
 def test_the_command_prints_the_report(tmp_path, capsys):

@@ -30,11 +30,11 @@ import fastai_swa.experiments.train as train_module
 from fastai_swa import __main__
 from fastai_swa.experiments import RECIPES, Recipe, Settings, reproduce
 from fastai_swa.experiments.machine import TimeIsUp
+from fastai_swa.experiments.plan import sgd_lr, swa_lr
 from fastai_swa.experiments.recipe_learner import EpochRecorder
-from fastai_swa.experiments.recipes import sgd_lr, swa_lr
 from fastai_swa.experiments.record import Record, _Clock
 from fastai_swa.experiments.train import run_seed
-from fastai_swa.vision import IMAGENET_STATS, cifar
+from fastai_swa.vision import IMAGENET_STATS, ShakeShake, cifar
 
 from .helpers import learner, loaders, net
 from .reference import twins
@@ -601,7 +601,7 @@ def fake_record(seconds, **kwargs):
     """
     record = Record.__new__(Record)
     record.recipe, record.seed, record.number = TINY, 3, 0
-    from fastai_swa.experiments.recipes import parts, runs
+    from fastai_swa.experiments.plan import parts, runs
 
     record.parts = parts(runs(TINY))
     record.data = {'parts': [{'epochs': []} for _ in record.parts], 'finished': None}
@@ -1128,3 +1128,35 @@ def test_a_seed_leaves_the_settings_of_the_process_as_they_were(tmp_path):
         and not torch.backends.cudnn.benchmark
         and torch.get_num_threads() == threads
     )
+
+
+def test_shake_shake_and_its_tail_interrupted_again_and_again_end_bitwise_as_the_whole_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, '_SECONDS', 0)
+    recipe = replace(RECIPES['shakeshake-cifar10'], network=partial(ShakeShake, width=2), budget=5, swa_start=4, bs=32)
+    settings = Settings(images=72, test_images=20)
+    seed_0(tmp_path / 'whole', recipe, settings)
+    for _ in range(99):
+        n_shown = []
+
+        def show(seed, line, n_shown=n_shown):
+            n_shown.append(line)
+            if len(n_shown) == 2:
+                raise Stop
+
+        try:
+            seed_0(tmp_path / 'stopped', recipe, settings, show=show)
+        except Stop:
+            continue
+        break
+    whole, stopped = [complete(tmp_path / name) for name in ('whole', 'stopped')]
+    assert len(stopped['sessions']) > 3 and without_times(whole) == without_times(stopped)
+    assert [(p['runs'], p['begin'], p['end']) for p in whole['parts']] == [
+        (['SGD 1B', 'SWA'], 0, 4),
+        (['SGD 1B'], 4, 5),
+        (['SWA'], 4, 7),
+    ]
+    files = sorted(f.name for f in (tmp_path / 'whole').glob('*.pth'))
+    assert files == ['seed-0-sgd-1b.pth', 'seed-0-swa-average.pth', 'seed-0-swa.pth']
+    for name in files:
+        x, y = [torch.load(tmp_path / folder / name) for folder in ('whole', 'stopped')]
+        assert all(torch.equal(x[k], y[k]) for k in x), name

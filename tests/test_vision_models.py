@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastai_swa.vision import VGG16, PreResNet, SmallPreResNet, WideResNet
+from fastai_swa.vision import VGG16, PreResNet, ShakeShake, SmallPreResNet, WideResNet
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,8 @@ from fastai_swa.vision import VGG16, PreResNet, SmallPreResNet, WideResNet
         (lambda: WideResNet(28, 10), 36_489_290),
         (SmallPreResNet, 174_490),
         (lambda: SmallPreResNet(100, 32), 320_548),
+        (ShakeShake, 11_653_978),
+        (lambda: ShakeShake(width=32), 2_923_162),
     ],
 )
 def test_parameter_counts_are_the_published_ones(make, n):
@@ -34,6 +36,7 @@ NETS = {
     'preresnet': lambda n_out=10: PreResNet(29, n_out),
     'small preresnet': SmallPreResNet,
     'wide resnet': lambda n_out=10: WideResNet(16, 2, n_out),
+    'shake-shake': lambda n_out=10: ShakeShake(n_out, 8),
 }
 
 
@@ -54,7 +57,7 @@ def test_logits_have_a_row_an_image_and_a_column_a_class(name, n_out):
     assert NETS[name](n_out)(torch.randn(3, 3, 32, 32)).shape == (3, n_out)
 
 
-@pytest.mark.parametrize('name', ['vgg16', 'preresnet', 'small preresnet'])
+@pytest.mark.parametrize('name', ['vgg16', 'preresnet', 'small preresnet', 'shake-shake'])
 def test_convolutions_start_as_the_recipe_says(name):
     torch.manual_seed(0)
     for m in NETS[name]().modules():

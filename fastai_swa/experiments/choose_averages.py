@@ -17,8 +17,8 @@ from ..modules import unwrap
 from ..passes import kept_batches, refresh_bn, refreshable, validate_aside
 from ..weights import read_weights
 from .machine import TimeIsUp, now, process_settings
+from .plan import Run, runs, stops
 from .recipe_learner import loader_to_test_on, recipe_data, recipe_learner
-from .recipes import Run, runs, stops
 from .record import duration, history_folder, json_number, weights_file
 from .store import shortest, store, stored
 

@@ -12,8 +12,9 @@ from .choose_averages import evaluate_seed
 from .compare_ensembles import evaluate, is_compared
 from .machine import process_settings
 from .measure_surfaces import check_solutions, measure_seed
+from .plan import runs
 from .recipe_learner import recipe_data, recipe_learner
-from .recipes import LANDSCAPES, RECIPES, runs, scaled
+from .recipes import LANDSCAPES, RECIPES, scaled
 from .record import Settings, check_record, read_records, what_is_run
 from .train import run_seed
 

@@ -6,7 +6,8 @@ import torch
 
 from .choose_averages import load_evaluations
 from .machine import hardware_text
-from .recipes import LANDSCAPES, RECIPES, Landscape, Recipe, parts, runs
+from .plan import parts, runs
+from .recipes import LANDSCAPES, RECIPES, Landscape, Recipe
 from .record import duration
 from .store import stored
 

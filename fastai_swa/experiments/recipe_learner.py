@@ -125,16 +125,16 @@ def _image_learner(recipe, seed, settings, dls) -> Learner:
         device=device,
     )
     dls.train.rng = Random(seed)
-    return Learner(
-        dls,
-        model,
-        CrossEntropyLossFlat(),
-        opt_func=optimizer(recipe, fused=True if device.type == 'cuda' else None),
-        lr=recipe.lr,
-        wd=recipe.wd,
-        wd_bn_bias=True,
-        metrics=accuracy,
-    )
+    return Learner(dls, model, CrossEntropyLossFlat(), metrics=accuracy, **_optimization(recipe, device))
+
+
+def _optimization(recipe, device) -> dict:
+    "The arguments of a Learner that say how it is trained."
+    res = {'lr': recipe.lr, 'wd': recipe.wd}
+    if recipe.opt == 'Adam':
+        return res | {'opt_func': Adam}
+    fused = True if device.type == 'cuda' else None
+    return res | {'opt_func': optimizer(recipe, fused), 'wd_bn_bias': True}
 
 
 def _without_last(part, n: int, n_classes: int) -> tuple:
@@ -161,10 +161,11 @@ def with_wrong_labels(labels: torch.Tensor, share: float, n_classes: int, seed: 
 
 
 def _task_learner(recipe, seed, settings, data) -> Learner:
-    dls = recipe.task.loaders(data, recipe.bs, seed, **_if_any(_n_choose(recipe, settings))).to(settings.device)
-    model = recipe.task.network(data, dls).to(settings.device)
+    device = torch.device(settings.device)
+    dls = recipe.task.loaders(data, recipe.bs, seed, **_if_any(_n_choose(recipe, settings))).to(device)
+    model = recipe.task.network(data, dls).to(device)
     loss, metric = recipe.task.loss_and_metric()
-    return Learner(dls, model, loss, opt_func=Adam, lr=recipe.lr, wd=recipe.wd, metrics=metric)
+    return Learner(dls, model, loss, metrics=metric, **_optimization(recipe, device))
 
 
 def loader_to_test_on(recipe, settings, data, learn: Learner):

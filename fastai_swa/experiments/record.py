@@ -13,7 +13,8 @@ from ..files import read, save_weights, write, write_text
 from ..modules import unwrap
 from ..state import take
 from .machine import hardware, installed_versions, now
-from .recipes import described, parts, runs
+from .plan import parts, runs
+from .recipes import described
 from .store import RUNS_FILE, has_types, read_begun, shortest, store, stored
 
 __all__ = [

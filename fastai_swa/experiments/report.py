@@ -115,7 +115,7 @@ def is_of_budgets(folder) -> bool:
         return False
     complete, _ = load_records(Path(folder))
     recipe = RECIPES[complete[0]['recipe']]
-    return not recipe.ensembles and not recipe.lengths and not recipe.averages
+    return not recipe.ensembles and not recipe.lengths and not recipe.averages and not recipe.tails
 
 
 # the head
@@ -156,6 +156,11 @@ def _reservations(record) -> list[str]:
             f'**not at full length: lengths times {record["settings"]["scale"]:g}, {images["train"]:,} training '
             f'{_samples_noun(record)}{lost}**'
         )
+    if 'weights' in images:
+        said.append(f'the weights at the beginning: {images["weights"]}')
+    note = RECIPES[record['recipe']].note
+    if note:
+        said.append(note)
     if 'JPEG' in images['kind']:
         said.append("the images are JPEG-compressed: absolute errors are not comparable with the papers'")
     return said
@@ -169,7 +174,8 @@ def _is_whole(record) -> bool:
     if settings['scale'] != 1:
         return False
     if recipe.task is not None:
-        return (settings['images'], settings['test_images']) == (None, None)
+        takes_all = (settings['images'], settings['test_images']) == (None, None)
+        return takes_all and (not recipe.tails or images['kind'] == 'ImageNet')
     all_images = recipe.images or 50_000, 10_000
     return (images['train'], images['valid']) == all_images or images['kind'] == recipe.source
 
@@ -253,16 +259,21 @@ def papers_table(folders) -> str:
 
     Raises `ValueError` as `report` does. All must be as `is_of_budgets` says.
     """
-    columns = 'SGD 1B', 'SWA 1B', 'SWA 1.25B', 'SWA 1.5B'
-    rows = [['test accuracy, %', 'seeds', *columns]]
+    rows = [['test accuracy, %', 'seeds', 'SGD 1B', 'SWA 1B', 'SWA 1.25B', 'SWA 1.5B']]
     for folder in folders:
         records, _ = load_records(Path(folder))
         recipe = RECIPES[records[0]['recipe']]
         is_comparable = _is_whole(records[0]) and 'JPEG' not in records[0]['images']['kind']
         published = recipe.published if is_comparable else {}
         errors = values(records, 'error')
+        swa = recipe.swa_label
+        columns = 'SGD 1B', f'{swa} 1B', f'{swa} 1.25B', f'{swa} 1.5B'
         cells = [_accuracy_cell(errors[name], published.get(name), records[0]) for name in columns]
-        name = recipe.name if is_comparable else f'{recipe.name} (not comparable)'
+        name = recipe.name
+        if swa != 'SWA':
+            name += f' ({swa})'
+        if not is_comparable:
+            name += ' (not comparable)'
         rows.append([name, str(len(records)), *cells])
     return markdown_table(rows)
 

@@ -4,7 +4,7 @@ published numbers, its curves and its numbers."""
 import numpy as np
 
 from ..plot import plot_lengths, plot_runs
-from .recipes import RECIPES
+from .recipes import PRETRAINED, RECIPES
 from .rows import curves, curves_of_lengths, error_name, error_of, pairs_of, rows_of, values
 from .tables import difference_rows, differences, markdown_table, spread, summary
 
@@ -13,8 +13,7 @@ __all__ = ['sections', 'numbers', 'draw', 'has_learned_nothing']
 
 def sections(records: list[dict]) -> list[str]:
     "The tables of the report."
-    errors = values(records, 'error')
-    losses = values(records, 'valid_loss')
+    errors, losses = _errors_and_losses(records)
     published = _published_errors(records[0])
     at_chance = {name for name in errors if has_learned_nothing(errors[name], records[0])}
     if len(records) > 1:
@@ -32,6 +31,17 @@ def sections(records: list[dict]) -> list[str]:
         markdown_table(difference_rows(errors, pairs_of(records[0]), 2, compared, losses)),
         '![test error and loss over the epochs](curves.png)',
     ]
+
+
+def _errors_and_losses(records) -> tuple[dict, dict]:
+    "Row -> a value for each seed, that of the baseline among them."
+    errors = values(records, 'error')
+    losses = values(records, 'valid_loss')
+    if 'baseline' in records[0]:
+        name, errors_of_it, losses_of_it = _baseline(records)
+        errors[name] = errors_of_it
+        losses[name] = losses_of_it
+    return errors, losses
 
 
 def _published_errors(record) -> dict:
@@ -53,9 +63,17 @@ def _result_rows(records, errors, losses, published, at_chance) -> list[list[str
             cells.append(_published_cell(published.get(name), name in at_chance, recipe))
         rows.append(cells)
     if 'baseline' in records[0]:
-        name, error, loss = _baseline(records)
-        rows.append([f'{name} (scikit-learn)', '', spread(error, 2), spread(loss, 4)])
+        rows.append(_baseline_row(records, published))
     return rows
+
+
+def _baseline_row(records, published) -> list[str]:
+    name, error, loss = _baseline(records)
+    label = name if name == PRETRAINED else f'{name} (scikit-learn)'
+    cells = [label, '', spread(error, 2), spread(loss, 4)]
+    if published:
+        cells.append(_published_cell(published.get(name), False, RECIPES[records[0]['recipe']]))
+    return cells
 
 
 def _published_cell(pair, is_at_chance, recipe) -> str:
@@ -93,14 +111,11 @@ def has_learned_nothing(errors: np.ndarray, record: dict) -> bool:
 
 def numbers(records: list[dict]) -> dict:
     "What report.json holds of them."
-    errors = values(records, 'error')
-    losses = values(records, 'valid_loss')
+    errors, losses = _errors_and_losses(records)
+    epochs = {name: {'epochs': row.epochs} for name, row in rows_of(records[0]).items()}
     rows = {}
-    for name, row in rows_of(records[0]).items():
-        rows[name] = {'epochs': row.epochs, 'error': summary(errors[name]), 'loss': summary(losses[name])}
-    if 'baseline' in records[0]:
-        name, error, loss = _baseline(records)
-        rows[name] = {'error': summary(error), 'loss': summary(loss)}
+    for name in errors:
+        rows[name] = epochs.get(name, {}) | {'error': summary(errors[name]), 'loss': summary(losses[name])}
     return {'rows': rows, 'differences': differences(errors, losses, pairs_of(records[0]))}
 
 

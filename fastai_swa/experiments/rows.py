@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .recipes import RECIPES
+from .recipes import PRETRAINED, RECIPES
 
 __all__ = [
     'REFRESHED',
@@ -38,18 +38,24 @@ _BESIDE = {'third': 'mean of its last third', 'fifth': 'mean of its last fifth',
 
 def rows_of(record: dict) -> dict[str, Row]:
     "Name -> `Row`, in the order of the table."
-    if RECIPES[record['recipe']].lengths:
+    recipe = RECIPES[record['recipe']]
+    if recipe.lengths:
         return _rows_of_lengths(record)
+    if recipe.tails:
+        return _rows_of_tails(record)
+    lengths = run_lengths(record)
+    swa = recipe.swa_label
     rows = {}
-    for budgets in ('1B', '1.5B'):
-        rows |= _rows_of_run(record, f'SGD {budgets}')
+    for run in ('SGD 1B', 'SGD 1.5B'):
+        if run in lengths:
+            rows |= _rows_of_run(record, run)
     epochs_at = {f'{budgets:g}B': int(record['budget'] * budgets) for budgets in (1, 1.25, 1.5)}
     for budgets, epochs in epochs_at.items():
-        rows[f'SWA run at {budgets}, single weights'] = Row('SWA', epochs, '')
+        rows[f'{swa} run at {budgets}, single weights'] = Row('SWA', epochs, '')
     for budgets, epochs in epochs_at.items():
-        rows[f'SWA {budgets}'] = Row('SWA', epochs, 'swa_')
-    rows |= _rows_beside(record, 'SWA', 'SWA run at 1.5B')
-    for run in run_lengths(record):
+        rows[f'{swa} {budgets}'] = Row('SWA', epochs, 'swa_')
+    rows |= _rows_beside(record, 'SWA', f'{swa} run at 1.5B')
+    for run in lengths:
         if run.startswith('one-cycle'):
             rows |= _rows_of_run(record, run)
     return rows
@@ -65,6 +71,18 @@ def _rows_of_lengths(record) -> dict[str, Row]:
         else:
             rows |= _rows_of_run(record, run)
     return dict(sorted(rows.items(), key=lambda item: item[1].epochs))
+
+
+def _rows_of_tails(record) -> dict[str, Row]:
+    rows = {}
+    for tail in RECIPES[record['recipe']].tails:
+        n = run_lengths(record)[tail.name]
+        if tail.n_averaged == 0:
+            rows |= _rows_of_run(record, tail.name)
+        else:
+            rows[f'{tail.name}, single weights'] = Row(tail.name, n, '')
+            rows[tail.name] = Row(tail.name, n, 'swa_')
+    return rows
 
 
 def _rows_of_run(record, run) -> dict[str, Row]:
@@ -146,19 +164,36 @@ def pairs_of(record) -> list[tuple[str, str]]:
         pairs = []
         for n in sorted(set(run_lengths(record).values())):
             pairs += _pairs_of_length(f'SWA {n}', f'SWA {n}', f'{recipe.opt} {n}', f'one-cycle {n}')
+    elif recipe.tails:
+        pairs = _pairs_of_tails(recipe)
     else:
+        swa = recipe.swa_label
         pairs = [
-            ('SWA 1.25B', 'SGD 1B'),
-            ('SWA 1.5B', 'SGD 1B'),
+            (f'{swa} 1.25B', 'SGD 1B'),
+            (f'{swa} 1.5B', 'SGD 1B'),
             ('SGD 1.5B', 'SGD 1B'),
-            ('SWA run at 1B, single weights', 'SGD 1B'),
-            ('SWA run at 1.5B, single weights', 'SGD 1.5B'),
-            ('SWA 1.5B', 'SWA run at 1.5B, single weights'),
-            *_pairs_of_length('SWA 1B', 'SWA run at 1B', 'SGD 1B', 'one-cycle 1B'),
-            *_pairs_of_length('SWA 1.5B', 'SWA run at 1.5B', 'SGD 1.5B', 'one-cycle 1.5B'),
+            (f'{swa} run at 1B, single weights', 'SGD 1B'),
+            (f'{swa} run at 1.5B, single weights', 'SGD 1.5B'),
+            (f'{swa} 1.5B', f'{swa} run at 1.5B, single weights'),
+            *_pairs_of_length(f'{swa} 1B', f'{swa} run at 1B', 'SGD 1B', 'one-cycle 1B'),
+            *_pairs_of_length(f'{swa} 1.5B', f'{swa} run at 1.5B', 'SGD 1.5B', 'one-cycle 1.5B'),
         ]
-    there = rows_of(record)
+    there = {PRETRAINED, *rows_of(record)}
     return [(a, b) for a, b in pairs if a in there and b in there]
+
+
+def _pairs_of_tails(recipe):
+    "Each with what all go on from; what is averaged with the controls, and with its own end."
+    controls = []
+    for tail in recipe.tails:
+        if tail.n_averaged == 0:
+            controls += [tail.name, tail.name + REFRESHED]
+    pairs = [(control, PRETRAINED) for control in controls]
+    for tail in recipe.tails:
+        if tail.n_averaged > 0:
+            others = [PRETRAINED, *controls, f'{tail.name}, single weights']
+            pairs += [(tail.name, other) for other in others]
+    return pairs
 
 
 def _pairs_of_length(swa, swa_run, plain, one_cycle):
@@ -192,13 +227,19 @@ def curves(records: list[dict], name: str) -> dict[str, tuple[np.ndarray, np.nda
     """Curve -> its epochs (counted from 1: after so many), and `name` ('error', in per cent, or
     'valid_loss') at each for each seed, shape (seeds, epochs)."""
     lengths = run_lengths(records[0])
+    recipe = RECIPES[records[0]['recipe']]
+    swa = recipe.swa_label
     wanted = {
         'SGD 1B': ('SGD 1B', ''),
         'SGD 1.5B': ('SGD 1.5B', ''),
         'one-cycle 1.5B': ('one-cycle 1.5B', ''),
-        'SWA run, single weights': ('SWA', ''),
-        'SWA run, average': ('SWA', 'swa_'),
+        f'{swa} run, single weights': ('SWA', ''),
+        f'{swa} run, average': ('SWA', 'swa_'),
     }
+    for tail in recipe.tails:
+        wanted[f'{tail.name}, single weights'] = (tail.name, '')
+        if tail.n_averaged > 0:
+            wanted[f'{tail.name}, average at its end'] = (tail.name, 'swa_')
     res = {}
     for label, (run, average) in wanted.items():
         if run not in lengths:

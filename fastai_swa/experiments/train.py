@@ -21,8 +21,9 @@ from ..snapshots import SnapshotCallback
 from ..state import restore
 from ..walk import named_callbacks
 from .machine import TimeIsUp, process_settings
+from .plan import Beside, Part
 from .recipe_learner import recipe_data, recipe_learner
-from .recipes import Beside, Part, Recipe, scaled
+from .recipes import PRETRAINED, Recipe, scaled
 from .record import Record, Settings
 
 __all__ = ['run_seed']
@@ -69,7 +70,7 @@ def run_seed(
         record = Record(recipe, seed, out, settings, images, threads or torch.get_num_threads(), jobs)
         with process_settings(settings, record.data['threads']):
             if recipe.task is not None and 'baseline' not in record.data:
-                record.keep_baseline(recipe.task.baseline(data, seed))
+                record.keep_baseline(_baseline(record, data))
             while (todo := record.next()) is not None:
                 number, state = todo
                 _train_part(record, number, state, data, until, show)
@@ -81,6 +82,17 @@ def run_seed(
         lock.release()
 
 
+def _baseline(record: Record, data) -> dict:
+    "What the weights that tails go on from get in validation; of other tasks, what another method gets."
+    recipe = record.recipe
+    if not recipe.tails:
+        return recipe.task.baseline(data, record.seed)
+    learn = recipe_learner(recipe, record.seed, record.settings, data)
+    with learn.no_logging(), autocast_left():
+        loss, metric = learn.validate()
+    return {'name': PRETRAINED, 'metric': metric, 'loss': loss}
+
+
 def _train_part(record: Record, number: int, state: dict | None, data, until: float, show):
     "Train part `number` of a seed's runs, from the `state` in which its parent ended."
     part = record.parts[number]
@@ -90,10 +102,10 @@ def _train_part(record: Record, number: int, state: dict | None, data, until: fl
     cbs = [EpochScheduler(_hyper_parameters(part)), _Checkpoint(record, until)]
     kept = {}
     if part.is_last:
-        averages = _average_callbacks(part)
+        averages = _average_callbacks(part, len(learn.dls.train))
         cbs += averages
-        if part.runs[0].name == 'SWA':
-            kept['SWA average'] = averages[0]
+        if part.runs[0].keeps_average:
+            kept[f'{part.runs[0].name} average'] = averages[0]
         if part.runs[0].snapshots is not None:
             cbs.append(_snapshot_callback(part, record))
         if part.runs[0].n_segments is not None:
@@ -127,10 +139,11 @@ def _hyper_parameters(part: Part) -> dict:
     return res
 
 
-def _average_callbacks(part: Part) -> list[SWACallback]:
-    "The run's own average, then those beside it."
+def _average_callbacks(part: Part, n_steps: int) -> list[SWACallback]:
+    "The run's own average, then those beside it. `n_steps`: of an epoch."
     run = part.runs[0]
-    own = SWACallback(run.swa_start - part.begin, swa_eval_freq=run.swa_eval_freq, bn_batches=_ALL)
+    every = None if run.n_averaged == 1 else max(1, n_steps // run.n_averaged)
+    own = SWACallback(run.swa_start - part.begin, swa_eval_freq=run.swa_eval_freq, bn_batches=_ALL, every=every)
     return [own, *(_average_beside(average, part.begin) for average in run.beside)]
 
 

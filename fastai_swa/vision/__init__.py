@@ -2,6 +2,7 @@
 
 from .data import CIFAR_STATS, IMAGENET_STATS, cifar, digits, image_folder
 from .models import VGG16, PreResNet, SmallPreResNet, WideResNet, digits_net
+from .shake_shake import ShakeShake
 
 __all__ = [
     'cifar',
@@ -14,4 +15,5 @@ __all__ = [
     'PreResNet',
     'SmallPreResNet',
     'WideResNet',
+    'ShakeShake',
 ]

@@ -26,7 +26,7 @@ def digits_net(n_out: int = 10, width: int = 16, n_in: int = 1) -> nn.Sequential
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(channels, n_out))
 
 
-def _init_convs(model):
+def init_convs(model):
     "He et al. 2015, fan out: N(0, 2 / (k k out)); biases 0."
     for m in model.modules():
         if isinstance(m, nn.Conv2d):
@@ -65,7 +65,7 @@ class VGG16(nn.Sequential):
             nn.Linear(512, n_out),
         ]
         super().__init__(nn.Sequential(*layers), nn.Flatten(), nn.Sequential(*head))
-        _init_convs(self)
+        init_convs(self)
 
 
 class _Bottleneck(nn.Module):
@@ -112,7 +112,7 @@ class PreResNet(nn.Sequential):
             nn.Flatten(),
             nn.Linear(channels, n_out),
         )
-        _init_convs(self)
+        init_convs(self)
 
 
 class _BasicBlock(nn.Module):
@@ -149,7 +149,7 @@ class SmallPreResNet(nn.Sequential):
             channels = width << i
         head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, n_out)
         super().__init__(*layers, nn.BatchNorm2d(channels), nn.ReLU(inplace=True), *head)
-        _init_convs(self)
+        init_convs(self)
 
 
 class _WideBlock(nn.Module):
