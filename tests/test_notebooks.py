@@ -25,6 +25,7 @@ def test_there_are_notebooks_to_run():
         '05_ensembles.ipynb',
         '06_loss_surface.ipynb',
         '07_which_average.ipynb',
+        '08_fine_tuning.ipynb',
     } <= {path.name for path in NOTEBOOKS}
 
 
