@@ -1,7 +1,7 @@
 python := .venv/bin/python
 lowest := .venv-lowest/bin/python
 
-.PHONY: demo test test-lowest lint format clean
+.PHONY: demo test test-lowest docs lint format clean
 
 demo: .venv/ready    ## SGD and SWA side by side on digits
 	$(python) -m fastai_swa demo
@@ -11,6 +11,14 @@ test: .venv/ready    ## the whole suite, notebooks included
 
 test-lowest: .venv-lowest/ready    ## the core tests, with the lowest versions supported
 	$(lowest) -m pytest -m core
+
+docs: .venv/docs    ## the site, in build/site
+	$(python) -W ignore -m sphinx -W --keep-going -q -c docs . build/site
+	@echo 'build/site/index.html'
+
+.venv/docs: .venv/ready
+	$(python) -m pip install --quiet --editable '.[docs]'
+	touch $@
 
 lint: .venv/ready
 	$(python) -m ruff check .

@@ -57,7 +57,7 @@ class SWACallback(FitCallback):
     table, `nan` in epochs that did not validate the average. A later fit starts a new average at its first averaged
     epoch; until then the old one stays. With `every=k` it is the weights after each k-th optimizer step that are
     averaged, and `averaged_epochs` are the epochs with such steps. Several averages are kept in one fit by callbacks of
-    different `name`s, which is then also what their columns begin with. Izmailov et al. 2018, "Averaging Weights Leads
+    different names, which is then also what their columns begin with. Izmailov et al. 2018, "Averaging Weights Leads
     to Wider Optima and Better Generalization", Algorithm 1.
 
     All parameters of the model are averaged, and so copied, frozen ones too (`WeightAverage` says why). Parameters of

@@ -50,7 +50,7 @@ class WeightAverage:
     """The running average of a model's weights: `swa_model <- swa_model + weight * (model -
     swa_model)` at each `update`.
 
-    - `model`: the module in training; `torch.compile`d and data-parallel ones are seen through,
+    - `model`: the module in training; compiled and data-parallel ones are seen through,
       names are those of the bare module.
     - `weight`: function from `n_averaged`, the number of points so far, to the new point's weight
       in [0, 1]: `equal`, `ema(decay)` or any other. The first point is always taken whole.

@@ -77,7 +77,7 @@ class PadCropFlip(Transform):
     """In training, pad each image by `pad` pixels a side, crop it at random to its old size and
     flip every other one left to right.
 
-    Takes and gives `TensorImage`s (n, c, h, w) of uint8, before they are normalised. `mode`:
+    Takes and gives `TensorImage`, shape (n, c, h, w), of uint8, before they are normalised. `mode`:
     'constant' (zeros, as the papers) or 'reflect'. Each image has draws of its own, from a
     generator that starts with `seed` and lives on the CPU, so that they are the same on any device.
     """
