@@ -41,7 +41,7 @@ def test_widths_show_each_ray_their_mean_and_where_they_cross_the_level():
     np.testing.assert_allclose([x.get_ydata() for x in thick], 100 * np.mean(profiles, 1))
     widths = rays_of(profiles).widths('valid_error_rate', 0.4)
     for (name, w), text in zip(widths.items(), ax.get_legend().get_texts()):
-        assert text.get_text() == f'{name}: {w.distance:.3g} +- {w.std:.2g}'
+        assert text.get_text() == f'{name}: 40 % error at distance {w.distance:.3g} +- {w.std:.2g}'
     assert ax.get_xlabel() == 'distance in weight space, Euclidean' and ax.get_ylabel() == 'validation error rate, %'
     assert is_told_apart_without_colour(thick)
     marks = [x for x in ax.lines if x.get_marker() == 'o']
@@ -82,7 +82,7 @@ def test_a_level_that_not_all_rays_reach_is_drawn_without_a_distance():
     assert [t.get_text().partition(':')[0] for t in ax.get_legend().get_texts()] == [
         'SGD',
         'SWA',
-    ] and ax.get_legend().get_texts()[0].get_text() == 'SGD: 0 of 2 rays reach it'
+    ] and ax.get_legend().get_texts()[0].get_text() == 'SGD: 0 of 2 rays reach 40 % error'
     ax = plot_width(rays_of((([0.1, 0.2, 0.2, 0.2],) * 2,) * 2), level=1.0)
     assert ax.get_ylim()[1] < 30  # per cent: the level does not flatten the rest
     with pytest.raises(ValueError, match='level must be a share from 0 to 1, not 50'):

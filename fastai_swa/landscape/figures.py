@@ -38,10 +38,11 @@ def plot_width(rays: Rays, column: str | None = None, level: float | None = None
     ax = axes_or_new(ax)
     profiles = rays.profiles(column, wd)
     widths = {} if level is None else rays.widths(column, level, wd)
+    level_text = '' if level is None else _level_text(column, level, scale)
     for (name, values), style in zip(profiles.items(), styles(len(profiles))):
         w = widths.get(name)
         ax.plot(rays.distances, scale * values.T, color=style['color'], ls=style['ls'], lw=0.6, alpha=0.5)
-        ax.plot(rays.distances, scale * values.mean(0), lw=2.2, label=name + _width_text(w), **style)
+        ax.plot(rays.distances, scale * values.mean(0), lw=2.2, label=name + _width_text(w, level_text), **style)
         if w is not None and w.is_crossed_by_all:
             at = w.distance, scale * level
             ax.errorbar(*at, xerr=w.std, color=style['color'], capsize=4, lw=1.5, marker='o', ms=5)
@@ -53,13 +54,19 @@ def plot_width(rays: Rays, column: str | None = None, level: float | None = None
     return _dressed(ax, _DISTANCE, label)
 
 
-def _width_text(width: Width | None) -> str:
+def _level_text(column: str, level: float, scale: float) -> str:
+    "As in '50 % error' or 'loss 1.5'."
+    measure = column.partition('_')[2].replace('_', ' ').removesuffix(' rate')
+    return f'{100 * level:g} % {measure}' if scale == 100 else f'{measure} {level:g}'
+
+
+def _width_text(width: Width | None, level: str) -> str:
     "What the legend says behind a solution's name."
     if width is None:
         return ''
     if width.is_crossed_by_all:
-        return f': {width.distance:.3g} +- {width.std:.2g}'
-    return f': {width.n_crossed} of {len(width.distances)} rays reach it'
+        return f': {level} at distance {width.distance:.3g} +- {width.std:.2g}'
+    return f': {width.n_crossed} of {len(width.distances)} rays reach {level}'
 
 
 def plot_line(profile: Profile, columns=None, ax=None, wd: float = 0.0):
