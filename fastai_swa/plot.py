@@ -220,6 +220,7 @@ def plot_differences(groups: dict, ax=None, xlabel: str = ''):
     ax.axvline(0, color='0.4', lw=1)
     ax.set_yticks(range(len(rows)), list(rows))
     ax.invert_yaxis()
+    ax.xaxis.set_major_locator(MaxNLocator(5))
     return _legend_below(labelled(ax, xlabel, ''))
 
 
