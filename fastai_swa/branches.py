@@ -4,20 +4,22 @@ In memory, or in a folder, with which it goes on after a crash.
 """
 
 import json
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .checkpoint import CheckpointCallback
+from fastai.learner import Learner
+
+from .checkpoint import CheckpointCallback, forget_fits
 from .files import InUse, Lock, parsed, read, save_weights, write, write_text
 from .warn import warn
-from .weights import sha256, write_index
+from .weights import ANCHOR, SOUP_INDEX, sha256, write_index
 
 __all__ = ['Run', 'Branches', 'BranchesInFolder', 'opened']
 
 _FORMAT = 'fastai_swa fine_tune_soup 1'
-_INDEX = 'soup.json'
 _BRANCH = 'branch.pth'
-_ANCHOR = 'anchor.pth'
 
 
 @dataclass(eq=False)
@@ -33,7 +35,7 @@ class Run:
     @property
     def name(self) -> str:
         seed = '' if self.seed is None else f'-seed-{self.seed}'
-        return f'lr-{self.base_lr:g}{seed}'
+        return f'lr-{self.base_lr!r}{seed}'
 
 
 class Branches:
@@ -41,21 +43,24 @@ class Branches:
 
     def __init__(self, runs: list[Run]):
         self.runs = runs
-        self.state = (
-            None  # of the learner at the branch, as `state.take` gives it; `None`: the frozen stage has not ended
-        )
+        # of the learner at the branch, as `state.take` gives it; `None`: the frozen stage has not ended
+        self.state = None
         self.anchor = None  # its weights there
+        self.errors = []  # what could not be written
 
-    def checkpoint(self, name: str) -> list:
-        "Callbacks that keep the fit of that name."
+    def checkpoint(self, learn: Learner, name: str, keep: Callable) -> list:
+        "Callbacks that keep the fit of that name of `learn`; they call `keep` when it has come to its end, or nobody."
         return []
 
     def keep_branch(self, state: dict, weights: dict):
         self.state = state
         self.anchor = weights
 
+    def keep_anchor(self, weights: dict):
+        self.anchor = weights
+
     def keep_run(self, run: Run, weights: dict | None):
-        "`weights`: `None` where they are not finite. What cannot be kept raises `OSError`, and is in memory then."
+        "`weights`: `None` where they are not finite. What cannot be written is among the `errors`, and in memory."
         run.weights = weights
         run.has_ended = True
 
@@ -64,6 +69,18 @@ class Branches:
 
     def release(self):
         "Nothing more is written."
+
+
+class _Checkpoint(CheckpointCallback):
+    "Keeps what a fit has come to before its checkpoint goes."
+
+    def __init__(self, path, keep: Callable):
+        super().__init__(path)
+        self.keep = keep
+
+    def _remove(self):
+        self.keep()
+        super()._remove()
 
 
 class BranchesInFolder(Branches):
@@ -78,12 +95,13 @@ class BranchesInFolder(Branches):
         super().__init__(runs)
         self.folder = folder
         self.settings = json.loads(json.dumps(settings))  # as they are when they are read again
+        self.others = []  # records of runs that ended in earlier calls, and are not wanted in this one
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise ValueError(f'folder {folder} cannot be made: {e}') from None
         try:
-            self.lock = Lock(folder / _INDEX)
+            self.lock = Lock(folder / SOUP_INDEX)
         except InUse:
             raise InUse(f'another run is writing to {folder}: wait for it, or give each a folder') from None
         try:
@@ -94,7 +112,7 @@ class BranchesInFolder(Branches):
 
     def _take_over(self):
         "What is there already."
-        file = self.folder / _INDEX
+        file = self.folder / SOUP_INDEX
         if not file.exists():
             if (self.folder / 'index.json').exists():
                 raise ValueError(f'folder {self.folder} holds the models of something else: give another one')
@@ -107,45 +125,62 @@ class BranchesInFolder(Branches):
                     f'folder {self.folder} holds a soup with {key}={old!r}, not {new!r}: give another one, or remove it'
                 )
         if there['branch'] is not None:
-            self._check(_BRANCH, there['branch'])
+            if not self._is_whole(_BRANCH, there['branch']):
+                raise ValueError(f'{self.folder / _BRANCH} is missing or damaged: give another folder, or remove it')
             self.state = read(self.folder / _BRANCH, 'fine_tune_soup', 1)['state']
-            self.anchor = self.folder / _ANCHOR
-        ended = {(record['base_lr'], record['seed']): record for record in there['runs']}
-        for run in self.runs:
-            record = ended.get((run.base_lr, run.seed))
-            if record is None:
-                continue
-            if record['sha256'] is not None:
-                try:
-                    self._check(f'{run.name}.pth', record['sha256'])
-                except ValueError as e:
-                    warn(f'{e}: that run is trained again')
-                    continue
-                run.weights = self.folder / f'{run.name}.pth'
-            run.values = record['values']
-            run.has_ended = True
+        wanted = {(run.base_lr, run.seed): run for run in self.runs}
+        for record in there['runs']:
+            run = wanted.get((record['base_lr'], record['seed']))
+            if run is None:
+                self.others.append(record)
+            else:
+                self._take_run(run, record)
 
-    def _check(self, name: str, expected: str):
+    def _take_run(self, run: Run, record: dict):
+        file = self.folder / f'{run.name}.pth'
+        if record['sha256'] is not None:
+            if not self._is_whole(file.name, record['sha256']):
+                warn(f'{file} is missing or damaged: that run is trained again')
+                return
+            run.weights = file
+        run.values = record['values']
+        run.has_ended = True
+
+    def _is_whole(self, name: str, expected: str) -> bool:
         file = self.folder / name
-        if not file.is_file() or sha256(file) != expected:
-            raise ValueError(f'{file} is missing or damaged')
+        return file.is_file() and sha256(file) == expected
 
-    def checkpoint(self, name):
-        return [CheckpointCallback(self.folder / f'{name}.ckpt')]
+    def checkpoint(self, learn, name, keep):
+        file = self.folder / f'{name}.ckpt'
+        forget_fits(learn, file)  # it is one fit, however often it is begun in this session
+        return [_Checkpoint(file, keep)]
 
     def keep_branch(self, state, weights):
         super().keep_branch(state, weights)
-        write(self.folder / _BRANCH, 'fine_tune_soup', 1, {'state': state})
-        save_weights(self.folder / _ANCHOR, weights)
-        self.anchor = self.folder / _ANCHOR
-        self._write()
+        with self._noted():
+            write(self.folder / _BRANCH, 'fine_tune_soup', 1, {'state': state})
+            self.keep_anchor(weights)
+            self._write()
+
+    def keep_anchor(self, weights: dict):
+        "At the branch; raises `OSError`."
+        save_weights(self.folder / ANCHOR, weights)
+        self.anchor = self.folder / ANCHOR
 
     def keep_run(self, run, weights):
         super().keep_run(run, weights)
-        if weights is not None:
-            save_weights(self.folder / f'{run.name}.pth', weights)
-            run.weights = self.folder / f'{run.name}.pth'
-        self._write()
+        with self._noted():
+            if weights is not None:
+                save_weights(self.folder / f'{run.name}.pth', weights)
+                run.weights = self.folder / f'{run.name}.pth'
+            self._write()
+
+    @contextmanager
+    def _noted(self):
+        try:
+            yield
+        except OSError as e:
+            self.errors.append(e)
 
     def _write(self):
         records = []
@@ -153,14 +188,20 @@ class BranchesInFolder(Branches):
             if run.has_ended and not isinstance(run.weights, dict):
                 digest = None if run.weights is None else sha256(run.weights)
                 records.append({'base_lr': run.base_lr, 'seed': run.seed, 'sha256': digest, 'values': run.values})
-        branch = None if self.state is None else sha256(self.folder / _BRANCH)
-        content = {'format': _FORMAT, 'settings': self.settings, 'branch': branch, 'runs': records}
-        write_text(self.folder / _INDEX, json.dumps(content, indent=1))
+        branch = self.folder / _BRANCH
+        content = {
+            'format': _FORMAT,
+            'settings': self.settings,
+            'branch': sha256(branch) if branch.is_file() else None,
+            'runs': [*records, *self.others],
+        }
+        write_text(self.folder / SOUP_INDEX, json.dumps(content, indent=1))
 
     def close(self, activation):
         "So that `Ensemble(folder, learn)` reads it."
         files = [run.weights.name for run in self.runs if isinstance(run.weights, Path)]
-        write_index(self.folder, files, activation=activation, anchor=_ANCHOR)
+        anchor = {'anchor': ANCHOR, 'anchor_sha256': sha256(self.folder / ANCHOR)}
+        write_index(self.folder, files, activation=activation, **anchor)
 
     def release(self):
         self.lock.release()

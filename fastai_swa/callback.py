@@ -43,7 +43,7 @@ from .preflight import (
 from .processes import Processes
 from .schedules import due_epochs, start_epoch
 from .unaveraged import SampleWatch, beside_weights, infinite_sentence, sentences_on_moved
-from .views import lending
+from .views import lending, refuse_lent
 from .warn import warn
 from .weights import NoSolution
 
@@ -206,6 +206,7 @@ class SWACallback(FitCallback):
         Raises `RuntimeError` if there is no average yet, or inside `averaged()`.
         """
         learn = self._averaged_learner('apply')
+        refuse_lent(learn, 'apply()')
         self.refresh()
         self._average.running.copy_to(learn.model)
 

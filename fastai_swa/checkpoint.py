@@ -26,7 +26,7 @@ from .state import restore, take
 from .walk import keeps_state, loaders, named_callbacks
 from .warn import warn
 
-__all__ = ['CheckpointCallback', 'look_before_the_first_fit']
+__all__ = ['CheckpointCallback', 'data_sizes', 'forget_fits', 'look_before_the_first_fit']
 
 _FIRST = -1000  # the `order` of what sees an event before all others
 _LAST = 1000
@@ -57,6 +57,11 @@ def _journals_of(learn) -> _Journals:
     if not isinstance(journals, _Journals):
         journals = vars(learn)[_JOURNALS] = _Journals()
     return journals
+
+
+def forget_fits(learn: Learner, file: Path):
+    "The next fit of `learn` with a checkpoint in `file` counts as the first one there."
+    _journals_of(learn).pop(Path(file).resolve(), None)
 
 
 @dataclass
@@ -266,7 +271,7 @@ class CheckpointCallback(FitCallback):
             histories.begin()
             state = take(learn, _unchanged(learn), histories)
             _gather(state, fit.processes)
-            state['data'] = _sizes(learn)
+            state['data'] = data_sizes(learn)
             state['rows'] = histories.cut('rows', self._rows, Packer())
             fit.processes.first(fit.files.write, fit.journal.content(fit.settings, state))
             self._files_are_replaced()
@@ -301,10 +306,10 @@ class CheckpointCallback(FitCallback):
         "Put the state in the file into the learner, and show the rows of the epochs before."
         fit, learn = self._fit, self.learn
         state, fit.to_restore = fit.to_restore, None
-        if state['data'] != _sizes(learn):
+        if state['data'] != data_sizes(learn):
             raise ValueError(
-                f'{self.file} is of a fit whose data were exchanged on the way ({_sizes(learn)}, then {state["data"]}: '
-                'samples, batch size, batches): it cannot go on'
+                f'{self.file} is of a fit whose data were exchanged on the way ({data_sizes(learn)}, then '
+                f'{state["data"]}: samples, batch size, batches): it cannot go on'
             )
         recorder = recorder_of(learn)
         columns = None if recorder is None else list(recorder.metric_names)
@@ -455,7 +460,7 @@ def _settings(learn: Learner, processes: Processes) -> dict:
         'lr': [float(h['lr']) for h in opt.hypers],
         'wd': [float(h['wd']) for h in opt.hypers if h.get('wd') is not None],
         SCHEDULE: [_sampled(cb, learn) for cb in learn.cbs if isinstance(cb, ParamScheduler)],
-        'the data (samples, batch size, batches)': _sizes(learn),
+        'the data (samples, batch size, batches)': data_sizes(learn),
         'the metrics': [str(m.name) for m in learn.metrics],
         'the number of processes': processes.size,
     }
@@ -478,7 +483,7 @@ def _sampled(scheduler, learn) -> dict:
     return {name: [value(f, epoch) for epoch in range(learn.n_epoch)] for name, f in scheduler.scheds.items()}
 
 
-def _sizes(learn) -> list:
+def data_sizes(learn) -> list:
     "Of each loader: numbers of samples, batch size, and batches; `None` where that is not known."
     res = []
     for dl in loaders(learn):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .aside import autocast_left, whole
 from .checks import check_choice
-from .files import replacing
+from .files import replacing, save_weights
 from .fitting import no_fit
 from .interrupts import uninterrupted
 from .members import Combination, EachMember, Members, as_graph
@@ -24,14 +24,26 @@ from .modules import Kept, clean_copy, has_own_modes, unwrap
 from .probabilities import Probabilities, features
 from .randomness import randomness_kept
 from .samples import Overlaps, length
-from .solutions import by_epoch, gathered, source_of
+from .solutions import by_epoch, gathered, one_solution, source_of
 from .soups import Soup, make_soup
 from .views import lending
 from .walk import not_copied
 from .warn import warn
-from .weights import check_weights_file, is_plain_name, load_into, read_index, refuse_nan, replace_files, weights_of
+from .weights import (
+    ANCHOR,
+    SOUP_INDEX,
+    check_weights_file,
+    is_plain_name,
+    load_into,
+    read_index,
+    refuse_nan,
+    replace_files,
+    sha256,
+    weights_of,
+)
 
 __all__ = ['Ensemble']
+
 
 _PICKLE = signature(Learner.export).parameters['pickle_module'].default  # as this version of fastai exports
 
@@ -212,7 +224,7 @@ class Ensemble:
 
     # one model of all
 
-    def soup(self, how: str = 'uniform', by: str = 'valid_loss', anchor=None) -> Soup:
+    def soup(self, how: str = 'uniform', by: str = 'valid_loss', anchor=None, comp=None) -> Soup:
         """One model with the members' weights summed; it predicts for the price of one. Members must be of the
         learner's architecture, and come from the same weights: fine-tuned from one pretrained network, with the same
         head (`fine_tune_soup`), or kept in one fit.
@@ -222,6 +234,8 @@ class Ensemble:
           to `anchor` the more, the less the members' updates agree (no validation set is needed).
         - `anchor`: the weights that all members come from, as a state dict, module, learner or path; default: those
           that `fine_tune_soup` has branched from.
+        - `comp`: `np.less` or `np.greater`, for a column `by` of which it is not to be told by its name, as of 'mae';
+          by default less is better for what has 'loss' or 'error' in it, as fastai's trackers have it.
 
         Each trial costs a validation and a batch-norm pass over 2,000 training samples (all, of a set of fewer than
         8,000); n members are validated and, if greedy, up to n - 1 soups. What was validated is in `table`. By which
@@ -233,7 +247,7 @@ class Ensemble:
         an unknown column, and greedy without a validation set. `RuntimeError` in several processes.
         """
         anchor = self.anchor if anchor is None else anchor
-        return make_soup(self.learn, {f'member {i}': m for i, m in enumerate(self.members)}, how, by, anchor)
+        return make_soup(self.learn, {f'member {i}': m for i, m in enumerate(self.members)}, how, by, anchor, comp)
 
     # stacking
 
@@ -310,6 +324,8 @@ class Ensemble:
         `RuntimeError`, if another run is writing there.
         """
         folder = Path(folder)
+        if (folder / SOUP_INDEX).exists():
+            raise ValueError(f'folder {folder} holds the runs of a fine_tune_soup: save to another one')
         # all are read before any is written: they may be of that folder
         weights = []
         for i, member in enumerate(self.members):
@@ -322,11 +338,23 @@ class Ensemble:
             combine=self.combine,
             stacking=self.stacking,
             activation=self.probabilities.kind,
+            **self._saved_anchor(folder),
         )
         gone = {(folder / file).resolve() for file in old}
         for i, member in enumerate(self.members):  # one that was read from there is now where its copy is
             if isinstance(member, str | Path) and Path(member).resolve() in gone:
                 self.members[i] = folder / files[i]
+
+    def _saved_anchor(self, folder: Path) -> dict:
+        """Write the weights that the members come from into `folder`, where they are known; gives what its index says
+        of them.
+        """
+        if self.anchor is None:
+            return {}
+        weights = weights_of(source_of(one_solution('anchor', self.anchor)), 'anchor')
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(folder / ANCHOR, weights)
+        return {'anchor': ANCHOR, 'anchor_sha256': sha256(folder / ANCHOR)}
 
     def export(self, fname='export.pkl') -> Path:
         """Write a learner that is the ensemble, as `Learner.export` writes one, to `learn.path /
@@ -512,9 +540,15 @@ def _described(given) -> _Described:
 
 
 def _anchor_in(folder: Path, index: dict) -> Path | None:
-    "The file that a `fine_tune_soup` has left."
+    "The file that `fine_tune_soup` or `save` has left, if it is still that."
     name = index.get('anchor')
-    return folder / name if isinstance(name, str) and is_plain_name(name) else None
+    if not isinstance(name, str) or not is_plain_name(name):
+        return None
+    file = folder / name
+    if file.is_file() and sha256(file) == index.get('anchor_sha256'):
+        return file
+    warn(f'{file} is missing or damaged: pass the weights that the members come from as anchor=, where they are needed')
+    return None
 
 
 def _checked(members) -> list:

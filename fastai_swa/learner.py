@@ -293,6 +293,7 @@ def wise_ft(
     ts=11,  # where to measure: values of t, or so many from 0 to 1
     dl=None,  # loader of the samples to pick t on, such as shifted ones; default: the validation set
     exclude=(),  # names of parameters or modules that stay the learner's at every t
+    comp=None,  # np.less or np.greater; default: less for a loss or an error, else greater
 ) -> Profile:
     """WiSE-FT: loss and metrics on the straight line from the weights before a fine-tuning (t = 0) to the learner's
     (t = 1). Picks the best t, and where other samples chose it says what it is on the validation set. The learner stays
@@ -306,7 +307,7 @@ def wise_ft(
     Wortsman et al. 2022, "Robust fine-tuning of zero-shot models" (arXiv 2109.01903). Raises `ValueError` if fewer than
     half of the parameters are shared, for an unknown column or name, and what `line` raises.
     """
-    return between_fine_tunings(self, before, by, ts, dl, exclude)
+    return between_fine_tunings(self, before, by, ts, dl, exclude, comp)
 
 
 def _beside_own(learn, solutions):

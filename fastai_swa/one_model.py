@@ -14,7 +14,7 @@ from .fit_average import FitAverage
 from .fitting import no_fit
 from .modules import plain_name, unwrap
 from .passes import refresh_bn, refreshable
-from .views import lending
+from .views import lending, refuse_lent
 from .warn import warn
 
 __all__ = ['OneModel']
@@ -86,7 +86,11 @@ class OneModel:
         return weakref.ref(self._average.running)
 
     def apply(self):
-        "Put the weights into the learner's model for good, in place, batch norm refreshed."
+        """Put the weights into the learner's model for good, in place, batch norm refreshed.
+
+        Raises `RuntimeError` inside a context in which the learner is lent something.
+        """
+        refuse_lent(self._learner(), 'apply()')
         with self.lent() as learn:
             pass
         self._average.running.copy_to(learn.model)

@@ -17,7 +17,7 @@ from torch import nn
 
 from .weights import NoSolution, indexed_files, read_index
 
-__all__ = ['gathered', 'named_solutions', 'by_epoch', 'has_solutions', 'check_solution', 'source_of']
+__all__ = ['gathered', 'named_solutions', 'one_solution', 'by_epoch', 'has_solutions', 'check_solution', 'source_of']
 
 
 def named_solutions(given, n: int | None = None, what: str = '') -> dict:
@@ -32,6 +32,19 @@ def named_solutions(given, n: int | None = None, what: str = '') -> dict:
     for name, solution in named.items():
         check_solution(name, solution)
     return named
+
+
+def one_solution(name: str, given):
+    """The solution that `given` is or holds.
+
+    Raises what `gathered` raises, and `TypeError` or `ValueError`, by `name`, for what is none, or several.
+    """
+    found = gathered(given)
+    if len(found) != 1:
+        raise ValueError(f'{name} must be one solution, not {len(found)}')
+    [solution] = found.values()
+    check_solution(name, solution)
+    return solution
 
 
 def gathered(given) -> dict:

@@ -13,7 +13,7 @@ from .modules import clean_copy, named_tensors, unwrap
 from .one_model import OneModel
 from .passes import kept_batches, provisional_batches, validate_aside
 from .processes import Processes
-from .solutions import source_of
+from .solutions import one_solution, source_of
 from .walk import not_copied
 from .weights import load_into, refuse_nan, weights_of
 
@@ -65,7 +65,7 @@ class Soup:
         return f'Soup ({self.how}) of {len(self.members)} of {self.of} models: use it within `averaged()`, or `apply()`'
 
 
-def make_soup(learn: Learner, named: dict, how: str, by: str, anchor) -> Soup:
+def make_soup(learn: Learner, named: dict, how: str, by: str, anchor, comp=None) -> Soup:
     """As `Ensemble.soup`, of the solutions `named`, in their order."""
     check_choice('how', how, ('uniform', 'greedy', 'stock'))
     columns = validated_columns(learn)
@@ -84,7 +84,7 @@ def make_soup(learn: Learner, named: dict, how: str, by: str, anchor) -> Soup:
         pot.refuse_strangers()
     validation = _Validation(learn, columns) if has_validation else None
     if how == 'greedy':
-        members = _greedy(pot, validation, by)
+        members = _greedy(pot, validation, by, less_is_better(by, comp))
     else:
         members = list(range(len(named)))
         _refuse_if_worse(pot, validation, how)
@@ -93,11 +93,11 @@ def make_soup(learn: Learner, named: dict, how: str, by: str, anchor) -> Soup:
     return Soup(model, how, members, len(named), table)
 
 
-def _greedy(pot: '_Pot', validation: '_Validation', by: str) -> list[int]:
+def _greedy(pot: '_Pot', validation: '_Validation', by: str, is_less: bool) -> list[int]:
     """The best member, then one after the other, the better first, each that does not make the mean worse (Wortsman et
     al. 2022, recipe 1).
     """
-    sign = 1 if less_is_better(by) else -1
+    sign = 1 if is_less else -1
     values = [sign * validation.add(f'member {i}', weights)[by] for i, weights in enumerate(pot.members)]
     order = sorted(range(len(values)), key=lambda i: values[i] if math.isfinite(values[i]) else math.inf)
     members = order[:1]
@@ -137,17 +137,25 @@ class _Pot:
     def __init__(self, learn, named: dict, anchor):
         scratch = clean_copy(learn.model, not_copied(learn))
         self.members = [_weights_as_of(scratch, solution, name) for name, solution in named.items()]
-        self.anchor = None if anchor is None else _weights_as_of(scratch, anchor, 'anchor')
+        self.anchor = None
+        if anchor is not None:
+            self.anchor = _weights_as_of(scratch, one_solution('anchor', anchor), 'anchor')
         self.rest = weights_of(learn.model)
         self.parameters = set(named_tensors(unwrap(learn.model).named_parameters))
 
     def refuse_strangers(self):
         "Raise `ValueError` if the members' updates from the anchor have nothing in common."
-        if self.anchor is None or len(self.members) < 2:
+        if self.anchor is None:
             return
-        cosine = mean_cosine(self.members, self.anchor, self.parameters)
+        moved = [m for m in self.members if not self._is_anchor(m)]
+        if len(moved) < 2:
+            return
+        cosine = mean_cosine(moved, self.anchor, self.parameters)
         if cosine < _APART:
             raise ValueError(f'the updates of the members from anchor have a mean cosine of {cosine:.3f}: {_CAUSES}')
+
+    def _is_anchor(self, member: dict) -> bool:
+        return all(torch.equal(member[name], self.anchor[name]) for name in self.parameters & member.keys())
 
     def soup(self, members: list[int], how: str) -> dict:
         weights = [self.members[i] for i in members]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fastai.interpret import Interpretation
 from fastai.learner import Learner
 
-__all__ = ['as_lent', 'lending']
+__all__ = ['as_lent', 'lending', 'refuse_lent']
 
 
 @dataclass
@@ -54,6 +54,13 @@ class lending:
         self.inside[:] = [c for c in self.inside if c is not self.context]
 
     __del__ = __exit__  # where Ctrl-C has come in between
+
+
+def refuse_lent(learn, call: str):
+    "Raise `RuntimeError` if `learn` is lent something, at whose end what `call` does to its model would be undone."
+    inside = _contexts.get(learn)
+    if inside:
+        raise RuntimeError(f'{call} inside {inside[-1].name} would be undone at its end: leave that first')
 
 
 def as_lent(learn):

@@ -14,7 +14,9 @@ from .modules import in_train_mode, plain_name, unwrap, written_in_train_mode
 from .weight_formats import Left, check_any, read_any
 
 __all__ = [
+    'ANCHOR',
     'NoSolution',
+    'SOUP_INDEX',
     'check_weights_file',
     'folder_lock',
     'indexed_files',
@@ -27,11 +29,14 @@ __all__ = [
     'sha256',
     'state_dict_in',
     'weights_of',
+    'with_ties',
     'write_index',
 ]
 
 _FORMAT = 'fastai_swa ensemble 1'
 _INDEX = 'index.json'
+SOUP_INDEX = 'soup.json'  # of a folder of `fine_tune_soup`
+ANCHOR = 'anchor.pth'  # in the folder of an ensemble: the weights that its members come from
 
 
 class NoSolution(ValueError):
@@ -137,7 +142,7 @@ def load_into(module: nn.Module, weights, name: str = 'the dict') -> nn.Module:
     Raises `FileNotFoundError` or `ValueError`, naming it, if they do not serve.
     """
     own = module.state_dict(keep_vars=True)
-    state = _with_ties(_without_wrapper(weights_of(weights, name), own), own)
+    state = with_ties(_without_wrapper(weights_of(weights, name), own), own)
     try:
         with written_in_train_mode(module):
             module.load_state_dict(state)
@@ -164,7 +169,7 @@ def _without_wrapper(state: dict, own: dict) -> dict:
     return inner if inner.keys() == own.keys() or not is_models_own else state
 
 
-def _with_ties(state: dict, own: dict) -> dict:
+def with_ties(state: dict, own: dict) -> dict:
     "`state` with the names it leaves out of tensors that are tied in `own`: safetensors has each tensor once."
     held = {id(own[name]): value for name, value in state.items() if name in own}
     missing = {k: held[id(t)] for k, t in own.items() if k not in state and id(t) in held}

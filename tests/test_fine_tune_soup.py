@@ -3,16 +3,19 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import Learner
+from fastai.optimizer import Adam
 from fastai.torch_core import params
 from torch import nn
 
-from fastai_swa import CheckpointCallback, Ensemble, SWACallback
+from fastai_swa import CheckpointCallback, Ensemble, SWACallback, WeightHistory
+from fastai_swa.fine_tune_soup import planned
 
-from .helpers import At, learner, raising
+from .helpers import At, learner, loaders, raising
 
 RATES = [0.02, 0.05, 0.01]
 
@@ -244,6 +247,95 @@ def test_a_member_that_cannot_be_written_is_raised_at_the_end_and_the_others_are
     assert [run['base_lr'] for run in there['runs']] == [0.02, 0.01]
 
 
+def test_a_run_that_is_trained_again_in_one_session_and_killed_goes_on_in_the_next(tmp_path):
+    learn = pretrained()
+    first = quiet(learn, lambda learn: learn.fine_tune_soup(2, RATES[:2], folder=tmp_path / 'a'))
+    states = members(first)
+    (tmp_path / 'a' / 'lr-0.02.pth').unlink()
+    stop = At('before_batch', 1, raising(KeyboardInterrupt), batch=2)
+    with pytest.warns(UserWarning, match='trained again'), pytest.raises(KeyboardInterrupt):
+        quiet(learn, lambda learn: learn.fine_tune_soup(2, RATES[:2], folder=tmp_path / 'a', cbs=stop))
+    with pytest.warns(UserWarning, match='trained again'):
+        again = quiet(pretrained(), lambda learn: learn.fine_tune_soup(2, RATES[:2], folder=tmp_path / 'a'))
+    for state, expected in zip(members(again), states):
+        assert_bitwise(state, expected)
+
+
+def test_what_has_ended_stays_when_other_rates_are_asked_for(tmp_path):
+    quiet(pretrained(), lambda learn: learn.fine_tune_soup(1, RATES, folder=tmp_path / 'a'))
+    quiet(pretrained(), lambda learn: learn.fine_tune_soup(1, [RATES[0], 0.3], folder=tmp_path / 'a'))
+    learn = pretrained()
+    fits = []
+    learn.add_cb(At('before_train', 0, lambda cb: fits.append(1)))
+    ens = quiet(learn, lambda learn: learn.fine_tune_soup(1, [*RATES, 0.3], folder=tmp_path / 'a'))
+    assert not fits and len(ens) == 4
+
+
+def test_a_run_is_recorded_before_its_checkpoint_goes(tmp_path, monkeypatch):
+    from fastai_swa import checkpoint
+
+    recorded = []
+
+    def remove(file):
+        recorded.append((file.stem, [run['base_lr'] for run in soup_of(tmp_path / 'a')['runs']]))
+        remove_checkpoint(file)
+
+    remove_checkpoint = checkpoint.remove_checkpoint
+    monkeypatch.setattr(checkpoint, 'remove_checkpoint', remove)
+    quiet(pretrained(), lambda learn: learn.fine_tune_soup(1, RATES[:2], folder=tmp_path / 'a'))
+    assert recorded[1:] == [('lr-0.02', [0.02]), ('lr-0.05', [0.02, 0.05])]
+
+
+def soup_of(folder):
+    file = folder / 'soup.json'
+    return json.loads(file.read_text()) if file.exists() else {'runs': []}
+
+
+def test_a_branch_that_cannot_be_written_does_not_end_the_training(tmp_path, monkeypatch):
+    from fastai_swa import branches
+
+    def fail(*args):
+        raise OSError('branch.pth cannot be written: No space left on device')
+
+    monkeypatch.setattr(branches, 'write', fail)
+    with pytest.raises(OSError, match='branch.pth cannot be written'):
+        quiet(pretrained(), lambda learn: learn.fine_tune_soup(2, RATES[:1], folder=tmp_path / 'a'))
+    monkeypatch.undo()
+    ens = quiet(pretrained(), lambda learn: learn.fine_tune_soup(2, RATES[:1], folder=tmp_path / 'a'))
+    assert_bitwise(members(ens)[0], alone(RATES[0]))
+
+
+@pytest.mark.parametrize('damage', ['unlink', 'exchange'])
+def test_an_anchor_that_is_gone_is_written_again_and_another_one_is_not_used(damage, tmp_path):
+    learn = pretrained()
+    stock = quiet(learn, lambda learn: learn.fine_tune_soup(2, RATES, folder=tmp_path / 'a')).soup('stock').state_dict()
+    file = tmp_path / 'a' / 'anchor.pth'
+    file.unlink()
+    if damage == 'exchange':
+        torch.save(body_and_head().state_dict(), file)
+    with pytest.warns(UserWarning, match='anchor.pth is missing or damaged'):
+        ens = Ensemble(tmp_path / 'a', learn)
+    assert ens.anchor is None and len(ens.soup().members) == 3
+    quiet(pretrained(), lambda learn: learn.fine_tune_soup(2, RATES, folder=tmp_path / 'a'))
+    assert_bitwise(Ensemble(tmp_path / 'a', learn).soup('stock').state_dict(), stock)
+
+
+def test_a_saved_ensemble_has_its_anchor_and_the_folder_of_the_runs_is_not_written_over(tmp_path):
+    learn = pretrained()
+    ens = quiet(learn, lambda learn: learn.fine_tune_soup(2, RATES, folder=tmp_path / 'a'))
+    stock = ens.soup('stock').state_dict()
+    with pytest.raises(ValueError, match='holds the runs of a fine_tune_soup'):
+        ens.save(tmp_path / 'a')
+    ens.save(tmp_path / 'b')
+    assert_bitwise(Ensemble(tmp_path / 'b', learn).soup('stock').state_dict(), stock)
+
+
+def test_rates_and_seeds_may_be_arrays():
+    assert [run.base_lr for run in planned(np.array([0.1, 0.2]), None)] == [0.1, 0.2]
+    assert [run.seed for run in planned(torch.tensor(0.5), np.arange(3))] == [0, 1, 2]
+    assert len(planned([0.1, 0.10000001], None)) == 2
+
+
 # what cannot be used
 
 
@@ -256,12 +348,17 @@ def test_arguments_that_cannot_be_used_are_named(tmp_path):
         (lambda: learn.fine_tune_soup(1, [0.1, 0.1]), 'two runs of one rate need different seeds'),
         (lambda: learn.fine_tune_soup(1, [0.1, 0.2], seeds=[1, 2, 3]), 'must be as many'),
         (lambda: learn.fine_tune_soup(1, RATES, freeze_epochs=-1), 'freeze_epochs'),
+        (lambda: learn.fine_tune_soup(1, 0.1, seeds=[]), 'seeds is empty'),
+        (lambda: learn.fine_tune_soup(1, 0.1, cbs=WeightHistory(tmp_path / 'h')), 'WeightHistory writes to'),
         (lambda: learn.fine_tune_soup(1, RATES, cbs=CheckpointCallback(tmp_path / 'c')), 'pass folder= instead of a'),
     ]:
         with pytest.raises(ValueError, match=words):
             call()
     with pytest.raises(TypeError, match='base_lrs'):
         learn.fine_tune_soup(1, 'high')
+    with pytest.raises(TypeError, match="got 'foo', which is no argument of fine_tune"):
+        learn.fine_tune_soup(1, RATES, foo=3)
+    assert all(p.requires_grad for p in learn.model.parameters())
 
 
 def test_a_folder_of_another_soup_or_of_something_else_is_refused(tmp_path):
@@ -270,6 +367,10 @@ def test_a_folder_of_another_soup_or_of_something_else_is_refused(tmp_path):
         pretrained().fine_tune_soup(2, RATES[:1], folder=tmp_path / 'a')
     with pytest.raises(ValueError, match='holds a soup with first base_lr=0.02, not 0.05'):
         pretrained().fine_tune_soup(1, RATES[1:], folder=tmp_path / 'a')
+    with pytest.raises(ValueError, match='holds a soup with data='):
+        pretrained(dls=loaders(n=120)).fine_tune_soup(1, RATES[:1], folder=tmp_path / 'a')
+    with pytest.raises(ValueError, match='holds a soup with hyperparameters='):
+        pretrained(opt_func=Adam).fine_tune_soup(1, RATES[:1], folder=tmp_path / 'a')
     Ensemble([body_and_head()], pretrained()).save(tmp_path / 'b')
     with pytest.raises(ValueError, match='holds the models of something else'):
         pretrained().fine_tune_soup(1, RATES, folder=tmp_path / 'b')

@@ -11,7 +11,7 @@ from fastai.data.load import DataLoader
 from fastai.metrics import accuracy
 from torch import nn
 
-from fastai_swa import Ensemble
+from fastai_swa import Ensemble, SWACallback
 from fastai_swa.passes import refresh_bn, refreshable
 
 from . import lora
@@ -297,3 +297,37 @@ def test_repr_and_solutions_say_what_it_is():
     soup = Ensemble(models, learn).soup()
     assert repr(soup) == 'Soup (uniform) of 3 of 3 models: use it within `averaged()`, or `apply()`'
     assert list(soup.solutions()) == ['soup'] and len(Ensemble([soup, models[0]], learn)) == 2
+
+
+def test_a_metric_of_which_less_is_better_is_told_by_comp():
+    learn, _, models = fine_tuned(3)
+    worst = Ensemble(models, learn).soup('greedy', by='accuracy', comp=np.less)
+    values = worst.table['accuracy'][:3]
+    assert values[worst.members[0]] == values.min()
+
+
+def test_members_that_have_not_moved_are_no_strangers():
+    learn, anchor, models = fine_tuned(1)
+    soup = Ensemble([anchor, models[0]], learn).soup(anchor=anchor)
+    assert soup.members == [0, 1]
+
+
+def test_an_anchor_that_is_none_is_named():
+    learn, _, models = fine_tuned(2)
+    with pytest.raises(TypeError, match='anchor must be'):
+        Ensemble(models, learn).soup(anchor=3)
+
+
+def test_to_apply_one_model_while_the_learner_is_another_is_refused():
+    learn, _, models = fine_tuned(3)
+    swa = SWACallback(0)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, cbs=swa)
+    soup, other = Ensemble(models, learn).soup(), Ensemble(models[:2], learn).soup()
+    with soup.averaged():
+        for one in (other, swa, soup):
+            with pytest.raises(RuntimeError, match=r'apply\(\) inside averaged\(\) would be undone|lent|entered'):
+                one.apply()
+    with swa.averaged(), pytest.raises(RuntimeError, match='would be undone at its end'):
+        soup.apply()
+    other.apply()

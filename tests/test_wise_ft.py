@@ -214,3 +214,37 @@ def test_a_measurement_with_another_loader_goes_on_with_its_file(tmp_path):
     assert all(np.array_equal(v, again.values[k]) for k, v in whole.values.items())
     with pytest.raises(ValueError, match='of another measurement'):
         line(learn, [before, learn], ts=3, file=tmp_path / 'line')
+
+
+def test_a_metric_of_which_less_is_better_is_told_by_comp():
+    learn, before = fine_tuned()
+    least = learn.wise_ft(before, by='accuracy', comp=np.less)
+    values = least.values['valid_accuracy']
+    assert values[least.t == least.chosen][0] == values.min() < values.max()
+
+
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'model.'])
+def test_names_with_a_wrapper_in_front_are_seen_through(prefix):
+    learn, before = fine_tuned()
+    wrapped = {prefix + k: v for k, v in before.state_dict().items()}
+    start = learn.wise_ft(wrapped, ts=3).solution(0)
+    assert all(torch.equal(start[name], p) for name, p in before.named_parameters())
+
+
+@pytest.mark.parametrize('t', [float('nan'), float('inf')])
+def test_a_t_that_is_not_finite_is_refused_and_the_model_stays(t):
+    learn, before = fine_tuned()
+    profile = learn.wise_ft(before, ts=3)
+    own = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    with pytest.raises(ValueError, match='t must be finite'):
+        profile.apply(t)
+    assert all(torch.equal(v, own[k]) for k, v in learn.model.state_dict().items())
+
+
+def test_one_point_and_an_exclude_of_all_are_said_as_they_are(capsys):
+    learn, before = fine_tuned()
+    capsys.readouterr()
+    learn.wise_ft(before, ts=[0.5])
+    assert 'nan' not in capsys.readouterr().out
+    with pytest.raises(ValueError, match='exclude names all parameters'):
+        learn.wise_ft(before, exclude=['0', '1', '3'])

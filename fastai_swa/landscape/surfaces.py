@@ -266,7 +266,10 @@ class Profile(Surface, kinds=['line', 'curve']):
     def _t(self, t) -> float:
         if t is None and self.chosen is None:
             raise ValueError('say t: only wise_ft() chooses one')
-        return self.chosen if t is None else check_number('t', t)
+        t = self.chosen if t is None else check_number('t', t)
+        if not np.isfinite(t):
+            raise ValueError(f't must be finite, not {t!r}')
+        return t
 
     def mean(self, column: str, wd: float = 0.0) -> float:
         """The mean of `column` over the length of the way, straight between the points (Garipov et

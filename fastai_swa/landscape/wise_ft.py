@@ -9,8 +9,8 @@ from fastai.learner import Learner
 from ..checks import check_known
 from ..columns import less_is_better, validated_columns
 from ..modules import named_tensors, unwrap
-from ..solutions import check_solution, source_of
-from ..weights import weights_of
+from ..solutions import one_solution, source_of
+from ..weights import weights_of, with_ties
 from .measure import measured_line
 from .space import Space, check_ts, line_grid
 from .surfaces import Profile
@@ -18,14 +18,14 @@ from .surfaces import Profile
 __all__ = ['wise_ft']
 
 
-def wise_ft(learn: Learner, before, by: str, ts, dl, exclude) -> Profile:
+def wise_ft(learn: Learner, before, by: str, ts, dl, exclude, comp=None) -> Profile:
     "See `Learner.wise_ft`."
     check_known('by', by, validated_columns(learn))
     ts = check_ts(ts, 0, 1)
-    check_solution('before', before)
-    start = _start(learn, weights_of(source_of(before), 'before'), exclude)
+    before = source_of(one_solution('before', before))
+    start = _start(learn, weights_of(before, 'before'), exclude)
     profile = measured_line(line_grid(Space(learn), {'before': start, 'after': learn}, ts), sets='valid', dl=dl)
-    choice = _choice(profile, by, dl is not None)
+    choice = _choice(profile, by, dl is not None, comp)
     profile.chosen = choice.t
     print(choice)
     return profile
@@ -40,6 +40,7 @@ def _start(learn, before: dict, exclude) -> dict:
     model = unwrap(learn.model)
     own = weights_of(model)
     params = named_tensors(model.named_parameters)
+    before = with_ties(_without_prefix(before, params), model.state_dict(keep_vars=True))
     for left in exclude:
         if not any(_is_within(name, left) for name in params):
             raise ValueError(f'exclude names {left!r}, which is no parameter or module with parameters')
@@ -53,12 +54,21 @@ def _start(learn, before: dict, exclude) -> dict:
         if isinstance(value, torch.Tensor) and value.shape == p.shape:
             shared[name] = value
             n_shared += p.numel()
-    if 2 * n_shared < n_wanted or not n_shared:
+    if not n_wanted:
+        raise ValueError('exclude names all parameters of the model: there is nothing to interpolate')
+    if 2 * n_shared < n_wanted:
         raise ValueError(
             f'before has {n_shared:,} of the {n_wanted:,} numbers of the model, by name and shape: it is of another '
             'architecture, or has other names'
         )
     return own | {name: value.to(own[name].dtype) for name, value in shared.items()}
+
+
+def _without_prefix(before: dict, params: dict) -> dict:
+    "`before`, without what a wrapper may have put in front of all names, such as `module.`."
+    first = next(iter(before), '').partition('.')[0] + '.'
+    is_wrapped = not before.keys() & params.keys() and all(name.startswith(first) for name in before)
+    return {name.removeprefix(first): value for name, value in before.items()} if is_wrapped else before
 
 
 def _is_within(name: str, left: str) -> bool:
@@ -79,17 +89,19 @@ class _Choice:
     other_at_1: float = np.nan
 
     def __str__(self):
-        res = f'Chosen: t = {self.t:g}, {self.column} {self.value:.4f} against {self.at_1:.4f} at t = 1, on the samples'
-        res += ' that chose it, which therefore flatter it'
+        at_1 = '' if np.isnan(self.at_1) else f' against {self.at_1:.4f} at t = 1'
+        res = f'Chosen: t = {self.t:g}, {self.column} {self.value:.4f}{at_1}, on the samples that chose it, which '
+        res += 'therefore flatter it'
         if self.other is None:
             return f'{res}.'
-        return f'{res}; {self.other} there {self.other_value:.4f} against {self.other_at_1:.4f}.'
+        at_1 = '' if np.isnan(self.other_at_1) else f' against {self.other_at_1:.4f}'
+        return f'{res}; {self.other} there {self.other_value:.4f}{at_1}.'
 
 
-def _choice(profile: Profile, by: str, has_dl: bool) -> _Choice:
+def _choice(profile: Profile, by: str, has_dl: bool, comp) -> _Choice:
     measure = 'loss' if by == 'valid_loss' else by
     column = f'{"dl" if has_dl else "valid"}_{measure}'
-    t = profile.best(column, np.less if less_is_better(by) else np.greater)
+    t = profile.best(column, np.less if less_is_better(by, comp) else np.greater)
 
     def at(name, t):
         return float(profile.column(name)[profile.t == t][0]) if t in profile.t else np.nan
