@@ -89,7 +89,8 @@ def _add_reproduce(commands):
         help="images as train/<class>/* and test/<class>/*, or torchvision's files (downloaded if they are "
         'missing); "digits" to try things (default: the environment\'s CIFAR10_DIR or CIFAR100_DIR, else '
         '~/.fastai/data). '
-        'For tabular- and text-: a folder with the CSV files (default: FASTAI_SWA_DATA, else the current one)',
+        'For tabular- and text-: a folder with the CSV files (default: FASTAI_SWA_DATA, else the current one); for '
+        'clothing-soup: photos as train/<class>/*, valid/<class>/* and test/<class>/*',
     )
     p.add_argument('--scale', type=float, default=1.0, help='multiply all lengths by this, and numbers of points')
     p.add_argument('--images', type=_positive, help='so many training images (default: as many as the recipe says)')
