@@ -244,7 +244,7 @@ def _rows_of_choices(recipe, records) -> list[list[str]]:
         cells = [str(record['seed']), best]
         for how in _SOUPS:
             soup = record['soups'][how]
-            cells.append('refused' if soup['refused'] else f'{len(soup["members"])} runs')
+            cells.append('refused' if soup['refused'] else counted(len(soup['members']), 'run'))
         chosen = record['wise']['chosen']
         rows.append(cells + [f'{t:g}' for t in chosen.values()])
     return rows
