@@ -397,8 +397,10 @@ class _Watch(Callback):
         work = self.work
         self.longest = max(self.longest, work.record.epoch_is_over())
         done = f'epoch {self.epoch + 1} of {self.n_epoch}'
-        metric = f'{work.recipe.metric} {100 * float(self.recorder.log[-1]):.2f} %'
-        work.show(work.seed, f'seed {work.seed}  {work.record.stage}  {done}  {metric}')
+        row = dict(zip(self.recorder.metric_names, self.recorder.log))
+        metric = work.recipe.metric
+        said = f'{metric} {100 * row[metric]:.2f} %'
+        work.show(work.seed, f'seed {work.seed}  {work.record.stage}  {done}  {said}')
 
 
 class _KeptAverage(Callback):
