@@ -133,7 +133,7 @@ _add(
         ema=0.99,
         bs=64,
         lr_mult=10,
-        minutes=50,
+        minutes=55,
         n_wise=6,
     ),
 )
