@@ -90,6 +90,7 @@ def _add_reproduce(commands):
         'missing); "digits" to try things (default: the environment\'s CIFAR10_DIR or CIFAR100_DIR, else '
         '~/.fastai/data). '
         'For tabular- and text-: a folder with the CSV files (default: FASTAI_SWA_DATA, else the current one). '
+        'For clothing-soup: photos as train/<class>/*, valid/<class>/* and test/<class>/*. '
         'For imagenet-: images as train/<class>/* and val/<class>/*, and, or it is downloaded, the state dict that '
         'tails go on from, such as resnet50.pth',
     )

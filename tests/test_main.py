@@ -11,6 +11,7 @@ from fastai_swa import __version__
 from fastai_swa.__main__ import main
 from fastai_swa.experiments.listing import listing
 from fastai_swa.experiments.recipes import LANDSCAPES, RECIPES
+from fastai_swa.experiments.transfers import TRANSFERS
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = 'fastai', 'fastcore', 'torch', 'torchvision', 'matplotlib', 'numpy', 'scipy', 'pandas', 'sklearn', 'PIL'
@@ -105,7 +106,7 @@ def test_the_list_has_all_recipes_with_sizes_and_the_times_of_those_that_were_ru
     monkeypatch.chdir(ROOT)
     code, out = said(capsys, 'reproduce', '--list')
     lines = {line.split()[0]: line for line in out.out.splitlines() if line}
-    assert code == 0 and {*RECIPES, *LANDSCAPES} <= lines.keys()
+    assert code == 0 and {*RECIPES, *TRANSFERS, *LANDSCAPES} <= lines.keys()
     model = RECIPES['small-cifar100'].network(100)
     assert f'{sum(p.numel() for p in model.parameters()):,}' in lines['small-cifar100']
     assert re.search(r' 5,000 +334  \d+ min \(CPU', lines['small-cifar100'])

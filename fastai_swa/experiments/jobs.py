@@ -12,13 +12,16 @@ from .choose_averages import evaluate_seed
 from .compare_ensembles import evaluate, is_compared
 from .machine import process_settings
 from .measure_surfaces import check_solutions, measure_seed
+from .measure_transfers import fine_tune_seed
 from .plan import runs
 from .recipe_learner import recipe_data, recipe_learner
 from .recipes import LANDSCAPES, RECIPES, scaled
 from .record import Settings, check_record, read_records, what_is_run
 from .train import run_seed
+from .transfer_record import check_transfer, read_transfers, what_is_fine_tuned
+from .transfers import TRANSFERS
 
-__all__ = ['TrainingJob', 'SurfaceJob']
+__all__ = ['TrainingJob', 'SurfaceJob', 'TransferJob']
 
 
 # plain data: processes of their own get a copy
@@ -119,4 +122,39 @@ class SurfaceJob(_Job):
             self.until,
             show=show,
             solutions=self.folder_of_solutions,
+        )
+
+
+class TransferJob(_Job):
+    "Fine-tunes the seeds of a recipe of transfer learning, and makes of that what can be made."
+
+    @property
+    def recipe(self):
+        return TRANSFERS[self.name].scaled(self.settings.scale)
+
+    def check(self):
+        "As `_Job.check`, and `ValueError` for what is not used here, or seeds in the folder that were run with others."
+        super().check()
+        if self.solutions is not None:
+            raise ValueError(f'solutions are of width-, plane- and curve- only, and {self.name} trains its own')
+        if self.settings.compile is not None:
+            raise ValueError(f'compile={self.settings.compile!r} cannot be used with {self.name}: leave it out')
+        recipe = self.recipe
+        _, images = recipe.task.load(self.source, self.settings.images, self.settings.test_images)
+        in_common = what_is_fine_tuned(recipe, self.settings, images)
+        for data in read_transfers(self.out).values():
+            check_transfer(data, self.out, in_common)
+
+    def run(self, seed: int, show):
+        "Run a seed, or go on with it. Raises as `fine_tune_seed` does."
+        fine_tune_seed(
+            self.recipe,
+            seed,
+            self.out,
+            self.settings,
+            self.source,
+            self.threads,
+            self.until,
+            show=show,
+            jobs=self.jobs,
         )

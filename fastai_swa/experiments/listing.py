@@ -10,6 +10,8 @@ from .plan import parts, runs
 from .recipes import LANDSCAPES, RECIPES, Landscape, Recipe
 from .record import duration
 from .store import stored
+from .transfer_tasks import HalfOfClasses
+from .transfers import TRANSFERS, Transfer
 
 __all__ = ['listing']
 
@@ -23,6 +25,7 @@ def listing(results='results') -> str:
     results = Path(results)
     rows = [_HEADER]
     rows += [_of_recipe(recipe, results / name) for name, recipe in RECIPES.items()]
+    rows += [_of_transfer(recipe, results / name) for name, recipe in TRANSFERS.items()]
     rows += [_of_landscape(landscape, results / name) for name, landscape in LANDSCAPES.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
     lines = []
@@ -46,6 +49,20 @@ def _of_recipe(recipe: Recipe, folder: Path) -> tuple:
         seconds = {seed: seconds[seed] + _seconds_of_choosing(choosing[seed]) for seed in records}
     took = _took(records.values(), list(seconds.values()))
     return recipe.name, _n_parameters(recipe), _n_images(recipe), str(n_epochs), took
+
+
+def _of_transfer(recipe: Transfer, folder: Path) -> tuple:
+    records = stored(folder, 'transfer').values()
+    took = _took(records, [sum(record['seconds'].values()) for record in records])
+    if took == '-':
+        took = f'about {recipe.minutes} min (CPU, 1 thread), not run here'
+    task = recipe.task
+    parameters, images = '-', 'all'
+    if isinstance(task, HalfOfClasses):
+        images = f'{task.n_train:,}'
+        with torch.device('meta'):
+            parameters = f'{sum(p.numel() for p in task.network_to_pretrain().parameters()):,}'
+    return recipe.name, parameters, images, str(recipe.n_epochs), took
 
 
 def _seconds_of_choosing(found: dict) -> float:

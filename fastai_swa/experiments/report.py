@@ -15,6 +15,7 @@ from .recipes import RECIPES
 from .record import read_records, seconds_text
 from .report_surfaces import has_surfaces, report_surfaces
 from .report_trainings import has_learned_nothing
+from .report_transfers import has_transfers, report_transfers
 from .rows import REFRESHED, values
 from .store import write_figure, write_report
 from .tables import difference_rows, markdown_table, spread
@@ -35,6 +36,8 @@ def report(folder) -> str:
     folder = Path(folder)
     if has_surfaces(folder):
         return report_surfaces(folder)
+    if has_transfers(folder):
+        return report_transfers(folder)
     records, unfinished = load_records(folder)
     recipe = RECIPES[records[0]['recipe']]
     if recipe.ensembles:
@@ -111,7 +114,7 @@ def _check_alike(folder, records):
 
 def is_of_budgets(folder) -> bool:
     "Does `folder` compare SGD and SWA at 1 and more budgets? Raises as `report` does."
-    if has_surfaces(folder):
+    if has_surfaces(folder) or has_transfers(folder):
         return False
     complete, _ = load_records(Path(folder))
     recipe = RECIPES[complete[0]['recipe']]

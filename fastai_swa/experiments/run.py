@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from .jobs import SurfaceJob, TrainingJob
+from .jobs import SurfaceJob, TrainingJob, TransferJob
 from .pool import STOPPED, run_all
 from .progress import ProgressLines
 from .recipes import LANDSCAPES, RECIPES
 from .record import Settings
 from .train import run_seed
+from .transfers import TRANSFERS
 
 __all__ = ['reproduce', 'run_seed', 'STOPPED']
 
@@ -32,7 +33,7 @@ def reproduce(
     them, into the folder `out`.
 
     A name in `LANDSCAPES` measures the loss surface around the weights that the seeds of another
-    recipe have left.
+    recipe have left; one in `TRANSFERS` fine-tunes, as `fine_tune_seed` says.
 
     - `out`: default results/`name`; for each seed what `run_seed` writes, or `measure_seed`. More
       seeds join those that are there.
@@ -51,7 +52,7 @@ def reproduce(
     _check_recipe(name)
     jobs = min(jobs, seeds)
     threads = threads or max(1, torch.get_num_threads() // jobs)
-    kind = SurfaceJob if name in LANDSCAPES else TrainingJob
+    kind = _kind_of_job(name)
     job = kind(
         name=name,
         seeds=range(seeds),
@@ -73,8 +74,14 @@ def reproduce(
     return missing
 
 
+def _kind_of_job(name: str):
+    if name in LANDSCAPES:
+        return SurfaceJob
+    return TransferJob if name in TRANSFERS else TrainingJob
+
+
 def _check_recipe(name: str):
-    known = (*RECIPES, *LANDSCAPES)
+    known = (*RECIPES, *TRANSFERS, *LANDSCAPES)
     if name in known:
         return
     near = get_close_matches(name, known)
