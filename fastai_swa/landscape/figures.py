@@ -180,8 +180,8 @@ def _measured_grid(plane, column, wd) -> np.ma.MaskedArray:
 
 def _levels(grids, less_is_better: bool, scale: float, top: float | None):
     """The levels of the contours, ascending: their distances from the best value of all `grids` are
-    spaced in log, up to the worst one, or to `scale * top`. And a value beyond all of them, for
-    points where it diverged.
+    spaced in log, up to the worst one, or to `scale * top`; those between are round numbers. And a
+    value beyond all of them, for points where it diverged.
     """
     finite = np.concatenate([grid.compressed() for grid in grids])
     finite = finite[np.isfinite(finite)]
@@ -196,7 +196,21 @@ def _levels(grids, less_is_better: bool, scale: float, top: float | None):
             raise ValueError(f'top must be worse than the best value, {sign * best / scale:.4g}, not {top!r}')
     spread = max(worst - best, 1e-6 * max(1, abs(best)))  # a plane may be flat
     shares = np.concatenate([[0], np.geomspace(0.01, 1, 9)])
-    return np.sort(sign * (best + spread * shares)), sign * (2 * abs(worst) + 1)
+    return _rounded(np.sort(sign * (best + spread * shares))), sign * (2 * abs(worst) + 1)
+
+
+def _rounded(levels) -> np.ndarray:
+    "The ascending `levels`, those between the ends as round numbers, each within a quarter of the way to its next one."
+    gaps = np.diff(levels)
+    nearest = np.minimum(gaps[:-1], gaps[1:])
+    steps = np.array([_round_step(gap / 2) for gap in nearest])
+    return np.concatenate([levels[:1], np.round(levels[1:-1] / steps) * steps, levels[-1:]])
+
+
+def _round_step(most: float) -> float:
+    "The greatest of 1, 2 and 5 times a power of ten that is no more than `most`."
+    power = 10.0 ** np.floor(np.log10(most))
+    return max(step * power for step in (1, 2, 5) if step * power <= most * (1 + 1e-9))
 
 
 def _told_apart(numbers):
