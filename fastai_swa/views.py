@@ -60,7 +60,7 @@ def refuse_lent(learn, call: str):
     "Raise `RuntimeError` if `learn` is lent something, at whose end what `call` does to its model would be undone."
     inside = _contexts.get(learn)
     if inside:
-        raise RuntimeError(f'{call} inside {inside[-1].name} would be undone at its end: leave that first')
+        raise RuntimeError(f'{call} inside {inside[-1].name} would be undone at its end: leave that context first')
 
 
 def as_lent(learn):

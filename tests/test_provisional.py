@@ -261,7 +261,7 @@ def test_recipes_take_the_whole_set_as_their_published_rows_did():
     for recipe in RECIPES.values():
         for part in parts(runs(recipe)) if hasattr(recipe, 'swa_start') else []:
             if part.is_last:
-                assert all(swa.bn_batches >= 10**9 for swa in _average_callbacks(part))
+                assert all(swa.bn_batches >= 10**9 for swa in _average_callbacks(part, 40))
 
 
 def test_without_batch_norm_there_is_no_pass():
