@@ -20,7 +20,16 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from .aside import objects_kept
 from .walk import LEARNED
 
-__all__ = ['fresh_loader', 'training_loader', 'as_an_epoch', 'Taken', 'share', 'FirstBatches', 'KeptBatches']
+__all__ = [
+    'fresh_loader',
+    'training_loader',
+    'as_an_epoch',
+    'has_validation_set',
+    'Taken',
+    'share',
+    'FirstBatches',
+    'KeptBatches',
+]
 
 
 def training_loader(learn, n_batches, taken=None):
@@ -53,6 +62,11 @@ class Taken:
     def add(self, n: int, was_cut: bool):
         self.n = max(self.n, n)
         self.reached_end |= not was_cut
+
+
+def has_validation_set(learn) -> bool:
+    "Has `learn` samples to validate on?"
+    return len(learn.dls.loaders) > 1 and len(learn.dls.valid) > 0
 
 
 def as_an_epoch(dl, taken: Taken | None = None):

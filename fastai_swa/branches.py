@@ -30,6 +30,7 @@ class Run:
     seed: int | None = None
     values: dict = field(default_factory=dict)  # column -> value in its last epoch
     weights: dict | Path | None = None  # at its end; `None`: it has not ended, or not with finite ones
+    sha256: str | None = None  # of the file of its weights, if there is one
     has_ended: bool = False
 
     @property
@@ -95,6 +96,7 @@ class BranchesInFolder(Branches):
         super().__init__(runs)
         self.folder = folder
         self.settings = json.loads(json.dumps(settings))  # as they are when they are read again
+        self.branch_sha256 = None  # `None`: the branch is not in a file
         self.others = []  # records of runs that ended in earlier calls, and are not wanted in this one
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -128,6 +130,7 @@ class BranchesInFolder(Branches):
             if not self._is_whole(_BRANCH, there['branch']):
                 raise ValueError(f'{self.folder / _BRANCH} is missing or damaged: give another folder, or remove it')
             self.state = read(self.folder / _BRANCH, 'fine_tune_soup', 1)['state']
+            self.branch_sha256 = there['branch']
         wanted = {(run.base_lr, run.seed): run for run in self.runs}
         for record in there['runs']:
             run = wanted.get((record['base_lr'], record['seed']))
@@ -143,6 +146,7 @@ class BranchesInFolder(Branches):
                 warn(f'{file} is missing or damaged: that run is trained again')
                 return
             run.weights = file
+            run.sha256 = record['sha256']
         run.values = record['values']
         run.has_ended = True
 
@@ -159,6 +163,7 @@ class BranchesInFolder(Branches):
         super().keep_branch(state, weights)
         with self._noted():
             write(self.folder / _BRANCH, 'fine_tune_soup', 1, {'state': state})
+            self.branch_sha256 = sha256(self.folder / _BRANCH)
             self.keep_anchor(weights)
             self._write()
 
@@ -173,6 +178,7 @@ class BranchesInFolder(Branches):
             if weights is not None:
                 save_weights(self.folder / f'{run.name}.pth', weights)
                 run.weights = self.folder / f'{run.name}.pth'
+                run.sha256 = sha256(run.weights)
             self._write()
 
     @contextmanager
@@ -186,13 +192,12 @@ class BranchesInFolder(Branches):
         records = []
         for run in self.runs:
             if run.has_ended and not isinstance(run.weights, dict):
-                digest = None if run.weights is None else sha256(run.weights)
-                records.append({'base_lr': run.base_lr, 'seed': run.seed, 'sha256': digest, 'values': run.values})
-        branch = self.folder / _BRANCH
+                record = {name: getattr(run, name) for name in ('base_lr', 'seed', 'sha256', 'values')}
+                records.append(record)
         content = {
             'format': _FORMAT,
             'settings': self.settings,
-            'branch': sha256(branch) if branch.is_file() else None,
+            'branch': self.branch_sha256,
             'runs': [*records, *self.others],
         }
         write_text(self.folder / SOUP_INDEX, json.dumps(content, indent=1))

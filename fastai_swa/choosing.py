@@ -17,7 +17,7 @@ from fastai.learner import AvgMetric
 from fastai.torch_core import find_bs
 from matplotlib.ticker import MaxNLocator
 
-from .batches import KeptBatches, Taken, fresh_loader
+from .batches import KeptBatches, Taken, fresh_loader, has_validation_set
 from .checks import check_known
 from .columns import less_is_better, validated_columns
 from .passes import kept_batches, validate_aside
@@ -190,7 +190,7 @@ def choose(
     columns = validated_columns(learn)
     check_known('by', by, columns)
     is_less = less_is_better(by, comp)
-    if dl is None and (len(learn.dls.loaders) < 2 or not len(learn.dls.valid)):
+    if dl is None and not has_validation_set(learn):
         raise ValueError('there is no validation set to choose on: pass dl=, a loader of held-out samples')
     if dl is None:
         validation = kept_batches(learn, train=False, taken=validated)

@@ -6,6 +6,7 @@ import pandas as pd
 import torch
 from fastai.learner import Learner
 
+from .batches import has_validation_set
 from .checks import check_choice, check_known
 from .columns import less_is_better, validated_columns
 from .mixing import mean_cosine, mean_of, stock_of
@@ -70,8 +71,7 @@ def make_soup(learn: Learner, named: dict, how: str, by: str, anchor, comp=None)
     check_choice('how', how, ('uniform', 'greedy', 'stock'))
     columns = validated_columns(learn)
     check_known('by', by, columns)
-    has_validation = len(learn.dls.loaders) > 1 and len(learn.dls.valid) > 0
-    if how == 'greedy' and not has_validation:
+    if how == 'greedy' and not has_validation_set(learn):
         raise ValueError("how='greedy' needs a validation set, by which it decides")
     if how == 'stock' and (anchor is None or len(named) < 2):
         raise ValueError(
@@ -82,7 +82,7 @@ def make_soup(learn: Learner, named: dict, how: str, by: str, anchor, comp=None)
     pot = _Pot(learn, named, anchor)
     if how != 'greedy':
         pot.refuse_strangers()
-    validation = _Validation(learn, columns) if has_validation else None
+    validation = _Validation(learn, columns) if has_validation_set(learn) else None
     if how == 'greedy':
         members = _greedy(pot, validation, by, less_is_better(by, comp))
     else:

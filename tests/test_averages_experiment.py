@@ -248,21 +248,9 @@ def test_a_run_leaves_a_history_that_gives_the_averages_beside_it(trained):
 
 def values_of(samples, weights, refreshed=True, on='test'):
     "Loss and accuracy, by hand."
-    model = small_net(10)
-    model.load_state_dict(weights)
-
-    def normal(x):
-        mean, std = (torch.tensor(s).view(3, 1, 1) for s in SMALL.stats)
-        return (x / 255 - mean) / std
-
-    if refreshed:
-        for layer, (mean, var) in twins.bn_statistics(model, [(normal(samples['train'][0]),)]).items():
-            model.get_submodule(layer).running_mean.copy_(mean)
-            model.get_submodule(layer).running_var.copy_(var)
-    x, y = samples[on]
-    with torch.no_grad():
-        outputs = model.eval()(normal(x))
-    return [float(nn.functional.cross_entropy(outputs, y)), float((outputs.argmax(1) == y).double().mean())]
+    images, targets = samples[on]
+    train = samples['train'][0] if refreshed else None
+    return twins.loss_and_accuracy(twins.logits(small_net(10), weights, images, SMALL.stats, train), targets)
 
 
 class Steps:

@@ -184,24 +184,12 @@ def outputs_of(samples, weights, on, refreshed):
     "Logits, by hand."
     layers = list(small_net(5))
     model = nn.Sequential(nn.Sequential(*layers[:3]), nn.Sequential(*layers[3:]))
-    model.load_state_dict(weights)
-
-    def normal(x):
-        mean, std = (torch.tensor(s).view(3, 1, 1) for s in HALF.stats)
-        return (x / 255 - mean) / std
-
-    if refreshed:
-        for layer, (mean, var) in twins.bn_statistics(model, [(normal(samples['train'][0]),)]).items():
-            model.get_submodule(layer).running_mean.copy_(mean)
-            model.get_submodule(layer).running_var.copy_(var)
-    with torch.no_grad():
-        return model.eval()(normal(samples[on][0]))
+    return twins.logits(model, weights, samples[on][0], HALF.stats, samples['train'][0] if refreshed else None)
 
 
 def values_of(samples, weights, on='test', refreshed=True):
     "Loss and accuracy, by hand."
-    outputs, y = outputs_of(samples, weights, on, refreshed), samples[on][1]
-    return [float(nn.functional.cross_entropy(outputs, y)), float((outputs.argmax(1) == y).double().mean())]
+    return twins.loss_and_accuracy(outputs_of(samples, weights, on, refreshed), samples[on][1])
 
 
 def mean_of(states):

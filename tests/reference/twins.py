@@ -152,3 +152,28 @@ class AllSteps(Callback):
     def weighted(self, weights):
         assert len(weights) == len(self.weights)
         return {k: sum(float(c) * w[k] for c, w in zip(weights, self.weights)) for k in self.weights[0]}
+
+
+def logits(model: nn.Module, weights: dict, images: torch.Tensor, stats, train: torch.Tensor | None = None):
+    """What `model` makes of `images`, uint8 of shape (n, 3, h, w), with these `weights`.
+
+    - `stats`: mean and standard deviation of each channel, by which images are normalised, in [0, 1].
+    - `train`: images on which batch norm is refreshed before; `None`: it is as the weights have it.
+    """
+    model.load_state_dict(weights)
+    mean, std = (torch.tensor(s).view(3, 1, 1) for s in stats)
+
+    def normal(x):
+        return (x / 255 - mean) / std
+
+    if train is not None:
+        for layer, (mean_of_layer, var) in bn_statistics(model, [(normal(train),)]).items():
+            model.get_submodule(layer).running_mean.copy_(mean_of_layer)
+            model.get_submodule(layer).running_var.copy_(var)
+    with torch.no_grad():
+        return model.eval()(normal(images))
+
+
+def loss_and_accuracy(outputs, targets) -> list[float]:
+    loss = nn.functional.cross_entropy(outputs, targets)
+    return [float(loss), float((outputs.argmax(1) == targets).double().mean())]
