@@ -22,6 +22,7 @@ __all__ = [
     'indexed_files',
     'is_plain_name',
     'load_into',
+    'named_as_in',
     'read_index',
     'read_weights',
     'refuse_nan',
@@ -29,7 +30,6 @@ __all__ = [
     'sha256',
     'state_dict_in',
     'weights_of',
-    'with_ties',
     'write_index',
 ]
 
@@ -142,7 +142,7 @@ def load_into(module: nn.Module, weights, name: str = 'the dict') -> nn.Module:
     Raises `FileNotFoundError` or `ValueError`, naming it, if they do not serve.
     """
     own = module.state_dict(keep_vars=True)
-    state = with_ties(_without_wrapper(weights_of(weights, name), own), own)
+    state = named_as_in(own, weights_of(weights, name))
     try:
         with written_in_train_mode(module):
             module.load_state_dict(state)
@@ -156,20 +156,25 @@ def load_into(module: nn.Module, weights, name: str = 'the dict') -> nn.Module:
 _COUNTER = 'n_averaged'  # of `AveragedModel`, beside the weights
 
 
-def _without_wrapper(state: dict, own: dict) -> dict:
-    """`state` under the names in `own`, if a wrapper has put one and the same in front of them all, and
-    perhaps a counter beside.
+def named_as_in(own: dict, state: dict) -> dict:
+    """`state` under the names in `own`, a module's `state_dict(keep_vars=True)`: without what a wrapper may have put in
+    front of all of them, and perhaps a counter beside; of tied weights one will do.
     """
+    return _with_ties(_without_wrapper(state, own), own)
+
+
+def _without_wrapper(state: dict, own: dict) -> dict:
+    "`state` without the first part of its names, if that is one and the same, and none is known with it."
     inner = {k: v for k, v in state.items() if k != _COUNTER}
     wrapper = next(iter(inner), '').partition('.')[0] + '.'
     if not all(k.startswith(wrapper) for k in inner):
         return state
+    is_known = bool(inner.keys() & own.keys())
     inner = {k.removeprefix(wrapper): v for k, v in inner.items()}
-    is_models_own = wrapper != 'module.' or any(k.startswith(wrapper) for k in own)
-    return inner if inner.keys() == own.keys() or not is_models_own else state
+    return inner if inner.keys() == own.keys() or not is_known else state
 
 
-def with_ties(state: dict, own: dict) -> dict:
+def _with_ties(state: dict, own: dict) -> dict:
     "`state` with the names it leaves out of tensors that are tied in `own`: safetensors has each tensor once."
     held = {id(own[name]): value for name, value in state.items() if name in own}
     missing = {k: held[id(t)] for k, t in own.items() if k not in state and id(t) in held}

@@ -10,7 +10,7 @@ from ..checks import check_known
 from ..columns import less_is_better, validated_columns
 from ..modules import named_tensors, unwrap
 from ..solutions import one_solution, source_of
-from ..weights import weights_of, with_ties
+from ..weights import named_as_in, weights_of
 from .measure import measured_line
 from .space import Space, check_ts, line_grid
 from .surfaces import Profile
@@ -40,7 +40,7 @@ def _start(learn, before: dict, exclude) -> dict:
     model = unwrap(learn.model)
     own = weights_of(model)
     params = named_tensors(model.named_parameters)
-    before = with_ties(_without_prefix(before, params), model.state_dict(keep_vars=True))
+    before = named_as_in(model.state_dict(keep_vars=True), before)
     for left in exclude:
         if not any(_is_within(name, left) for name in params):
             raise ValueError(f'exclude names {left!r}, which is no parameter or module with parameters')
@@ -62,13 +62,6 @@ def _start(learn, before: dict, exclude) -> dict:
             'architecture, or has other names'
         )
     return own | {name: value.to(own[name].dtype) for name, value in shared.items()}
-
-
-def _without_prefix(before: dict, params: dict) -> dict:
-    "`before`, without what a wrapper may have put in front of all names, such as `module.`."
-    first = next(iter(before), '').partition('.')[0] + '.'
-    is_wrapped = not before.keys() & params.keys() and all(name.startswith(first) for name in before)
-    return {name.removeprefix(first): value for name, value in before.items()} if is_wrapped else before
 
 
 def _is_within(name: str, left: str) -> bool:
